@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Shifts of a whole mini-batch: the diagnostics that spike before a collapse."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from capo_verl.core import collectives
+from capo_verl.core.curvature import Shifts, sequence_sums, set_shifts
+from capo_verl.core.optimizer_model import OptimizerModel
+from capo_verl.core.support import FullSupport, Support, TopKSupport
+from capo_verl.core.validation import Inputs
+
+
+class BatchShifts(NamedTuple):
+    """m_H and m_F of a whole batch, two scalars each."""
+
+    before: Shifts
+    """All response tokens."""
+    after: Shifts
+    """Those inside the trust region."""
+
+
+class RetainedTokens:
+    """Keeps what :meth:`shifts` needs: the direction of the batch is known only after its last micro-batch.
+
+    Args:
+        max_tokens: tokens to keep per rank; micro-batches which would exceed it are left out, except the first.
+            0 = off, None = no limit.
+    """
+
+    def __init__(self, max_tokens: int | None):
+        self.max_tokens = max_tokens
+        self.clear()
+
+    def clear(self) -> None:
+        self._kept: list[tuple[Inputs, Support, Tensor]] = []
+        self._tokens = 0
+
+    def add(self, inputs: Inputs, support: Support, verdict: Tensor) -> None:
+        """Keep one micro-batch. ``verdict [N]`` bool: inside the trust region."""
+        n = len(verdict)
+        if self.max_tokens == 0 or (self._kept and self.max_tokens is not None and self._tokens + n > self.max_tokens):
+            return
+        self._tokens += n
+        no_logits = inputs.logits[:0]  # a reference would keep them alive
+        self._kept.append((inputs._replace(logits=no_logits), support.snapshot(), verdict))
+
+    def shifts(
+        self,
+        model: OptimizerModel,
+        tp_group: collectives.Group,
+        dp_group: collectives.Group,
+        cp_group: collectives.Group,
+    ) -> BatchShifts:
+        """Mean over tokens per sequence, then over sequences, along the direction of the whole set.
+
+        Raises:
+            RuntimeError: if nothing was kept.
+        """
+        if self.max_tokens == 0:
+            raise RuntimeError("batch_shifts() needs capo.batch_shift_tokens > 0 (or null)")
+        if not self._kept:
+            raise RuntimeError("batch_shifts() found no tokens: call evaluate() before it, and step() after it")
+        inputs = [kept[0] for kept in self._kept]
+        support = _concatenate([kept[1] for kept in self._kept])
+        sequence = _number_sequences(inputs)
+        num_sequences = sum(i.num_sequences for i in inputs)
+        advantages = torch.cat([i.advantages for i in inputs])
+        hidden = [i.hidden for i in inputs]
+        learning_rate = inputs[-1].learning_rate
+
+        def over(include: Tensor) -> Shifts:
+            per_token = set_shifts(
+                model, support, hidden, advantages, include, torch.zeros_like(sequence), 1, learning_rate,
+                tp_group, (dp_group, cp_group),
+            )  # fmt: skip
+            sums, tokens = sequence_sums(per_token, include, sequence, num_sequences)
+            # Context-parallel ranks hold slices of the same sequences.
+            totals = collectives.sum_(torch.stack((*sums, tokens)), (cp_group,))
+            means = totals[:2] / totals[2].clamp(min=1)
+            overall = torch.cat((means.sum(-1), (totals[2] > 0).sum()[None].to(means.dtype)))
+            objective, policy, sequences = collectives.sum_(overall, (dp_group,)).unbind()
+            return Shifts(objective / sequences.clamp(min=1), policy / sequences.clamp(min=1))
+
+        return BatchShifts(over(torch.cat([i.mask for i in inputs])), over(torch.cat([k[2] for k in self._kept])))
+
+
+def _number_sequences(inputs: list[Inputs]) -> Tensor:
+    parts, offset = [], 0
+    for i in inputs:
+        parts.append(i.sequence + offset)
+        offset += i.num_sequences
+    return torch.cat(parts)
+
+
+def _concatenate(supports: list[Support]) -> Support:
+    if isinstance(supports[0], TopKSupport):
+        return TopKSupport.concatenate([s for s in supports if isinstance(s, TopKSupport)])
+    return FullSupport.concatenate([s for s in supports if isinstance(s, FullSupport)])

@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Predicted shifts of the objective (m_H) and of the policy (m_F) from three sums per token.
+
+With ``u = P(g) h``, ``d = v.u``, ``e = sum_j pi_j u_j`` and ``s = sum_j pi_j u_j^2``:
+
+    m_H = lr * A * d + lr^2/2 * A * (d^2 - (s - e^2))        gradient and Hessian term
+    m_F = lr^2/2 * d^2                                       sampled Fisher form, ~ KL
+
+(arXiv 2510.00819, sections 3 and 4, in closed form.) As ``d = u_a - e`` for the taken token ``a`` (``u_a = 0`` outside the
+support), the sums ``u_a, e, s`` over this rank's rows and one all-reduce of ``[N, 3]`` are all that is needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from capo_verl.core import collectives
+from capo_verl.core.chunks import chunk_slices, scratch_elements
+from capo_verl.core.optimizer_model import OptimizerModel
+from capo_verl.core.segments import segment_sums
+from capo_verl.core.support import Pairs, Support
+
+_MAX_PAIRS = 1 << 20
+
+
+class Shifts(NamedTuple):
+    """m_H and m_F, of tokens or of sets of tokens."""
+
+    objective: Tensor
+    policy: Tensor
+
+
+def token_shifts(
+    model: OptimizerModel,
+    support: Support,
+    hidden: Tensor,
+    advantages: Tensor,
+    learning_rate: float,
+    tp_group: collectives.Group,
+) -> Shifts:
+    """Shifts of every token along its own gradient.
+
+    Args:
+        hidden: ``[N, H]``, any float dtype; advantages: ``[N]`` in the compute dtype.
+
+    Returns:
+        Two ``[N]`` in the compute dtype.
+    """
+    sums = torch.zeros(len(advantages), 3, device=hidden.device, dtype=advantages.dtype)
+    squared_norm = _squared_norms(hidden, advantages.dtype) if model.is_identity else None
+    for pairs in support.pairs(max_pairs=_MAX_PAIRS):
+        coefficient = advantages[pairs.token] * pairs.v
+        if squared_norm is not None:
+            u = coefficient * squared_norm[pairs.token]  # P(g) = g: u = A |h|^2 v
+        else:
+            u = torch.empty_like(coefficient)
+            every = slice(None)
+            for part in _pair_chunks(pairs, hidden):
+                h = hidden[pairs.token[part]].to(u.dtype)
+                preconditioned = model.precondition(pairs.row[part], coefficient[part, None] * h, every)
+                u[part] = torch.linalg.vecdot(preconditioned, h)
+        _add_sums(sums, pairs, u)
+    collectives.sum_(sums, (tp_group,))
+    return _shifts(sums, advantages, learning_rate, linear=None)
+
+
+def set_shifts(
+    model: OptimizerModel,
+    support: Support,
+    hidden: Sequence[Tensor],
+    advantages: Tensor,
+    include: Tensor,
+    group: Tensor,
+    n_groups: int,
+    learning_rate: float,
+    tp_group: collectives.Group,
+    reduce_groups: Sequence[collectives.Group] = (),
+) -> Shifts:
+    """Shifts of every included token along the direction of its whole set.
+
+    The direction of a set is ``P(G)``, ``G_j`` the mean of ``g_j`` over the set's tokens whose support holds row j. It is
+    built a few columns of H at a time, for all sets at once, so scratch memory does not grow with ``H * tokens``.
+
+    Args:
+        hidden: one or several ``[n_i, H]`` that follow each other, N tokens in all.
+        advantages: ``[N]`` in the compute dtype; include: ``[N]`` bool; group: ``[N]`` int64, the set of each token.
+        n_groups: number of sets.
+        reduce_groups: groups over which the tokens of a set are spread; needs ``n_groups == 1``.
+
+    Returns:
+        Two ``[N]`` in the compute dtype; positions outside ``include`` hold zeros.
+    """
+    dtype, device = advantages.dtype, advantages.device
+    rows_per_rank = support.shard.rows
+    pairs = next(support.pairs(include), None)
+    if pairs is None:
+        empty = torch.empty(0, device=device, dtype=torch.int64)
+        pairs = Pairs(slice(0, 0), empty, empty, empty.to(dtype), empty.bool())
+    key = group[pairs.token] * rows_per_rank + pairs.row
+    # Segments: the (set, row) combinations that occur anywhere.
+    if n_groups == 1:
+        count = collectives.sum_(torch.bincount(key, minlength=rows_per_rank), reduce_groups)
+        segments = count.nonzero()[:, 0]
+        segment_of = torch.zeros_like(count)
+        segment_of[segments] = torch.arange(len(segments), device=device)
+        segment, count = segment_of[key], count[segments]
+    else:
+        segments, segment, count = key.unique(return_inverse=True, return_counts=True)
+    segment_rows, segment_groups = segments % rows_per_rank, segments // rows_per_rank
+    weight = advantages[pairs.token] * pairs.v
+
+    u = torch.zeros_like(weight)
+    inner = torch.zeros(n_groups, device=device, dtype=dtype)
+    width = max(1, scratch_elements(device) // max(1, len(segments)))
+    for columns in chunk_slices(hidden[0].shape[1], width):
+        h = torch.cat([part[:, columns].to(dtype) for part in hidden])
+        gradient = torch.zeros(len(segments), h.shape[1], device=device, dtype=dtype)
+        for at, total in segment_sums(h, pairs.token, segment, weight):
+            gradient[at] = total
+        collectives.sum_(gradient, reduce_groups).div_(count[:, None])
+        direction = model.precondition(segment_rows, gradient, columns)
+        inner.index_add_(0, segment_groups, torch.linalg.vecdot(gradient, direction))
+        for part in _pair_chunks(pairs, h):
+            u[part] += torch.linalg.vecdot(direction[segment[part]], h[pairs.token[part]])
+
+    sums = torch.zeros(len(advantages), 3, device=device, dtype=dtype)
+    _add_sums(sums, pairs, u)
+    collectives.sum_(sums, (tp_group,))
+    collectives.sum_(inner, (tp_group,))
+    shifts = _shifts(sums, advantages, learning_rate, linear=learning_rate * inner[group])
+    zero = torch.zeros((), device=device, dtype=dtype)
+    return Shifts(torch.where(include, shifts.objective, zero), torch.where(include, shifts.policy, zero))
+
+
+def sequence_sums(shifts: Shifts, include: Tensor, sequence: Tensor, n_sequences: int) -> tuple[Shifts, Tensor]:
+    """Sums of token shifts per sequence and the number of tokens summed: ``[S]`` each."""
+    weight = include.to(shifts.policy.dtype)
+
+    def total(x: Tensor) -> Tensor:
+        return torch.zeros(n_sequences, device=x.device, dtype=x.dtype).index_add_(0, sequence, x)
+
+    objective, policy = (total(torch.where(include, x, torch.zeros_like(x))) for x in shifts)
+    return Shifts(objective, policy), total(weight)
+
+
+def _pair_chunks(pairs: Pairs, hidden: Tensor) -> Iterator[slice]:
+    return chunk_slices(len(pairs.token), max(1, scratch_elements(hidden.device) // max(1, hidden.shape[1])))
+
+
+def _squared_norms(hidden: Tensor, dtype: torch.dtype) -> Tensor:
+    out = torch.empty(hidden.shape[0], device=hidden.device, dtype=dtype)
+    for tokens in chunk_slices(len(out), max(1, scratch_elements(hidden.device) // max(1, hidden.shape[1]))):
+        h = hidden[tokens].to(dtype)
+        out[tokens] = torch.linalg.vecdot(h, h)
+    return out
+
+
+def _add_sums(sums: Tensor, pairs: Pairs, u: Tensor) -> None:
+    weighted = pairs.probs * u
+    sums.index_add_(0, pairs.token, torch.stack((torch.where(pairs.taken, u, torch.zeros_like(u)), weighted, weighted * u), 1))
+
+
+def _shifts(sums: Tensor, advantages: Tensor, learning_rate: float, linear: Tensor | None) -> Shifts:
+    u_taken, mean, mean_square = sums.unbind(-1)
+    d = u_taken - mean
+    if linear is None:
+        linear = learning_rate * advantages * d
+    half = 0.5 * learning_rate**2
+    variance = mean_square - mean**2
+    return Shifts(linear + half * advantages * (d**2 - variance), half * d**2)

@@ -1,0 +1,259 @@
+# SPDX-License-Identifier: Apache-2.0
+"""CapoFilter: support -> optimizer model -> curvature -> trust region, for one rank of any parallel layout."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from capo_verl.config import CapoConfig
+from capo_verl.core import collectives
+from capo_verl.core.batch_shifts import BatchShifts, RetainedTokens
+from capo_verl.core.curvature import Shifts, sequence_sums, set_shifts, token_shifts
+from capo_verl.core.optimizer_model import AdamModel, OptimizerModel, SgdModel
+from capo_verl.core.support import Support, VocabShard, find_support
+from capo_verl.core.trust_region import judge
+from capo_verl.core.validation import Inputs, check_inputs, raise_if_unusable
+
+
+class Stage(NamedTuple):
+    """What one granularity measured and decided; every tensor has the shape of ``actions``."""
+
+    granularity: str
+    objective_shift: Tensor
+    """m_H of the token, or of its sequence or batch; 0 where the stage did not look (outside the mask, rejected before)."""
+    policy_shift: Tensor
+    """m_F, likewise."""
+    objective_ok: Tensor
+    """bool, the m_H test was passed."""
+    policy_ok: Tensor
+    """bool, the m_F test was passed."""
+
+
+@dataclass(frozen=True)
+class CapoOutput:
+    """Result of :meth:`CapoFilter.evaluate`; every tensor has the shape of ``actions``."""
+
+    objective_shift: Tensor
+    """m_H in units of the advantage, from the first granularity of the config."""
+    policy_shift: Tensor
+    """m_F in nats, likewise. Token granularity: defined at all positions, the response mask ignored."""
+    accepted: Tensor
+    """bool, the tokens to train on, inside the response mask. With ``mode="track"`` it is the response mask."""
+    in_trust_region: Tensor
+    """bool, the verdict of all stages, inside the response mask. Equal to ``accepted`` with ``mode="filter"``."""
+    in_support: Tensor
+    """bool, whether the taken token is among the top k."""
+    stages: tuple[Stage, ...] = field(repr=False)
+    """One entry per granularity, in the order in which they were applied."""
+
+
+class CapoFilter:
+    """Decides which response tokens of a policy-gradient step stay in the loss.
+
+    Call :meth:`evaluate` for every micro-batch, then :meth:`step` once, when the optimizer steps. Token granularity does
+    not depend on how a mini-batch is cut into micro-batches; ``sequence`` and ``batch`` see one call: all tokens of a
+    sequence must come in the same call, and a "batch" is the tokens of the call.
+
+    Args:
+        config: the knobs.
+        vocab_size: V, number of real tokens.
+        hidden_size: H.
+        device: where the moments live.
+        tp_group: tensor-parallel group over which the vocabulary is sharded; None = one process holds it all.
+        dp_group, cp_group: data- and context-parallel groups over which the tokens of a mini-batch are spread.
+        padded_vocab_size: rows of the LM head over all tensor-parallel ranks, if more than V (padding rows are never in a
+            support). Default: V rounded up to the size of ``tp_group``.
+
+    Raises:
+        ValueError: if ``top_k`` exceeds the vocabulary, or the sizes do not fit the group.
+    """
+
+    def __init__(
+        self,
+        config: CapoConfig,
+        vocab_size: int,
+        hidden_size: int,
+        *,
+        device: torch.device | str | None = None,
+        tp_group: collectives.Group = None,
+        dp_group: collectives.Group = None,
+        cp_group: collectives.Group = None,
+        padded_vocab_size: int | None = None,
+    ):
+        tp = collectives.size(tp_group)
+        padded_vocab_size = padded_vocab_size or -(-vocab_size // tp) * tp
+        if config.top_k is not None and config.top_k > vocab_size:
+            raise ValueError(
+                f"capo.top_k={config.top_k} exceeds the vocabulary of {vocab_size} tokens; use null for the whole vocabulary"
+            )
+        if padded_vocab_size < vocab_size or padded_vocab_size % tp:
+            raise ValueError(
+                f"padded_vocab_size={padded_vocab_size} must be >= vocab_size={vocab_size} and a multiple of the "
+                f"tensor-parallel size {tp}"
+            )
+        if collectives.size(cp_group) > 1 and config.stages != ("token",):
+            raise ValueError(
+                f"capo.granularity={config.granularity!r} needs whole sequences on a rank, but context parallelism of size "
+                f"{collectives.size(cp_group)} splits them; set capo.granularity=token"
+            )
+        rows = padded_vocab_size // tp
+        self.config = config
+        self.hidden_size = hidden_size
+        self.shard = VocabShard(vocab_size, rows, collectives.rank(tp_group) * rows)
+        self.tp_group, self.dp_group, self.cp_group = tp_group, dp_group, cp_group
+        self.model: OptimizerModel = (
+            AdamModel(self.shard, hidden_size, config.betas, config.eps, torch.device(device or "cpu"))
+            if config.optimizer_model == "adam"
+            else SgdModel()
+        )
+        self._accepted_count: Tensor | None = None
+        self._retained = RetainedTokens(config.batch_shift_tokens)
+
+    def set_optimizer(self, betas: tuple[float, float], eps: float) -> None:
+        """Follow the real optimizer's hyper-parameters, should they change during training."""
+        if isinstance(self.model, AdamModel):
+            self.model.betas, self.model.eps = betas, eps
+
+    @torch.no_grad()
+    def evaluate(
+        self,
+        hidden_states: Tensor,
+        logits: Tensor,
+        actions: Tensor,
+        advantages: Tensor,
+        response_mask: Tensor,
+        learning_rate: float,
+        *,
+        sequence_ids: Tensor | None = None,
+        num_sequences: int | None = None,
+    ) -> CapoOutput:
+        """Predict the shifts of every token, decide, and remember the accepted gradients for :meth:`step`.
+
+        Args:
+            hidden_states: ``[..., H]``, input of the LM head at the position that predicts the token.
+            logits: ``[..., rows]``, after temperature, this rank's vocabulary rows. Only read.
+            actions: ``[...]`` integer, global ids of the taken tokens.
+            advantages: ``[...]``, or of the same number of dimensions and broadcastable, or a scalar.
+            response_mask: ``[...]`` bool or 0/1. Values outside it may be anything, also non-finite.
+            learning_rate: alpha of the coming optimizer step.
+            sequence_ids: ``[...]`` integer in ``0..num_sequences``, for packed layouts. Default: the last dimension is
+                time, every row a sequence of its own.
+            num_sequences: required with ``sequence_ids``.
+
+        Returns:
+            :class:`CapoOutput`. float64 inputs are evaluated in float64, all others in float32.
+
+        Raises:
+            ValueError: for wrong shapes, or non-finite values or token ids out of range inside the mask (how many, where);
+                nothing has been updated then.
+        """
+        inputs = check_inputs(
+            hidden_states, logits, actions, advantages, response_mask, learning_rate,
+            sequence_ids=sequence_ids, num_sequences=num_sequences, hidden_size=self.hidden_size, shard=self.shard,
+        )  # fmt: skip
+        self.model.promote(inputs.dtype)
+        support = find_support(
+            inputs.logits, inputs.actions, self.config.top_k, self.shard, self.model.dtype, self.tp_group
+        )
+        raise_if_unusable(inputs, support, self.shard)
+        inputs = inputs._replace(advantages=inputs.advantages.to(self.model.dtype))
+
+        stages: list[Stage] = []
+        verdict = inputs.mask
+        for granularity in self.config.stages:
+            shifts = self._shifts(granularity, inputs, support, verdict)
+            objective_ok, policy_ok = judge(self.config, shifts)
+            stages.append(Stage(granularity, *shifts, objective_ok, policy_ok))
+            verdict = verdict & objective_ok & policy_ok
+        accepted = inputs.mask if self.config.mode == "track" else verdict
+
+        self._accumulate(inputs, support, accepted)
+        self._retained.add(inputs, support, verdict)
+        shape = actions.shape
+        stages = [Stage(s.granularity, *(x.view(shape) for x in s[1:])) for s in stages]
+        return CapoOutput(
+            objective_shift=stages[0].objective_shift,
+            policy_shift=stages[0].policy_shift,
+            accepted=accepted.view(shape),
+            in_trust_region=verdict.view(shape),
+            in_support=support.inside.view(shape),
+            stages=tuple(stages),
+        )
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Update the moments with the accepted gradients since the last call, over all data- and context-parallel ranks.
+
+        Call it once per optimizer step, on every rank. With no accepted token anywhere the moments stay as they are.
+        """
+        groups = (self.dp_group, self.cp_group)
+        if isinstance(self.model, AdamModel):
+            count = self._accepted_count
+            if count is None:
+                count = torch.zeros((), device=self.model.exp_avg.device, dtype=torch.int64)
+            if collectives.sum_(count, groups).item():
+                self.model.update(groups)
+            else:
+                self.model.discard()
+        self._accepted_count = None
+        self._retained.clear()
+
+    @torch.no_grad()
+    def batch_shifts(self) -> BatchShifts:
+        """m_H and m_F of all tokens since the last :meth:`step` as one batch, ``before`` and ``after`` filtering.
+
+        Call it before :meth:`step`, on every rank. It covers the first ``batch_shift_tokens`` tokens of each rank.
+
+        Raises:
+            RuntimeError: with ``batch_shift_tokens=0``.
+        """
+        return self._retained.shifts(self.model, self.tp_group, self.dp_group, self.cp_group)
+
+    def discard(self) -> None:
+        """Forget everything evaluated since the last :meth:`step`, as if it had not been."""
+        self.model.discard()
+        self._accepted_count = None
+        self._retained.clear()
+
+    def state_dict(self) -> dict[str, Any]:
+        """This rank's rows: ``{"exp_avg", "exp_avg_sq": [rows, H], "step": int}``; empty for ``sgd``."""
+        return self.model.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over the state of :meth:`state_dict`.
+
+        Raises:
+            ValueError: if keys, shapes or values are not those of this filter; it is unchanged then.
+        """
+        self.model.load_state_dict(state)
+
+    def _shifts(self, granularity: str, inputs: Inputs, support: Support, include: Tensor) -> Shifts:
+        if granularity == "token":
+            return token_shifts(
+                self.model, support, inputs.hidden, inputs.advantages, inputs.learning_rate, self.tp_group
+            )
+        whole_batch = granularity == "batch"
+        group = torch.zeros_like(inputs.sequence) if whole_batch else inputs.sequence
+        n_groups = 1 if whole_batch else inputs.num_sequences
+        per_token = set_shifts(
+            self.model, support, [inputs.hidden], inputs.advantages, include, group, n_groups,
+            inputs.learning_rate, self.tp_group,
+        )  # fmt: skip
+        sums, tokens = sequence_sums(per_token, include, inputs.sequence, inputs.num_sequences)
+        means = [x / tokens.clamp(min=1) for x in sums]
+        if whole_batch:
+            means = [(x.sum() / (tokens > 0).sum().clamp(min=1)).expand_as(x) for x in means]
+        zero = torch.zeros((), device=include.device, dtype=means[0].dtype)
+        return Shifts(*(torch.where(include, x[inputs.sequence], zero) for x in means))
+
+    def _accumulate(self, inputs: Inputs, support: Support, accepted: Tensor) -> None:
+        if not isinstance(self.model, AdamModel):
+            return
+        for pairs in support.pairs(accepted, max_pairs=1 << 18):
+            self.model.accumulate(inputs.hidden, inputs.advantages, pairs)
+        count = accepted.sum()
+        self._accepted_count = count if self._accepted_count is None else self._accepted_count + count

@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One clear error for bad input, before anything is updated."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from capo_verl.core.support import Support, VocabShard
+
+_SHOWN = 5
+
+
+class Inputs(NamedTuple):
+    """The arguments of ``CapoFilter.evaluate``, checked and flattened to N tokens."""
+
+    hidden: Tensor
+    """``[N, H]``"""
+    logits: Tensor
+    """``[N, rows]``"""
+    actions: Tensor
+    """``[N]`` int64"""
+    advantages: Tensor
+    """``[N]``"""
+    mask: Tensor
+    """``[N]`` bool"""
+    sequence: Tensor
+    """``[N]`` int64"""
+    num_sequences: int
+    learning_rate: float
+    shape: torch.Size
+    """Shape of ``actions``, to report positions."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """float64 if the model's tensors are, else float32."""
+        wide = torch.float64 in (self.hidden.dtype, self.logits.dtype)
+        return torch.float64 if wide else torch.float32
+
+
+def check_inputs(
+    hidden_states: Tensor,
+    logits: Tensor,
+    actions: Tensor,
+    advantages: Tensor,
+    response_mask: Tensor,
+    learning_rate: float,
+    *,
+    sequence_ids: Tensor | None,
+    num_sequences: int | None,
+    hidden_size: int,
+    shard: VocabShard,
+) -> Inputs:
+    """Check everything that needs no look at the values. See ``CapoFilter.evaluate`` for shapes.
+
+    Raises:
+        ValueError: naming the argument, what was found and what is expected.
+    """
+    shape = actions.shape
+    if actions.is_floating_point() or actions.dtype == torch.bool or not shape:
+        raise ValueError(f"actions: expected integer token ids with at least one dimension, got {_describe(actions)}")
+    for name, tensor, last in (("hidden_states", hidden_states, hidden_size), ("logits", logits, shard.rows)):
+        if tensor.shape != (*shape, last) or not tensor.is_floating_point():
+            raise ValueError(
+                f"{name}: expected a float tensor {[*shape, last]} (shape of actions, then "
+                f"{'H' if name == 'hidden_states' else 'the vocabulary rows of this rank'}), got {_describe(tensor)}"
+            )
+    if response_mask.shape != shape:
+        raise ValueError(f"response_mask: expected shape {list(shape)} like actions, got {_describe(response_mask)}")
+    if advantages.dim() not in (0, len(shape)) or any(
+        a not in (1, n) for a, n in zip(advantages.shape, shape, strict=False)
+    ):
+        raise ValueError(
+            f"advantages: expected shape {list(shape)} like actions, or 1 in place of a dimension "
+            f"(one per sequence: {[*shape[:-1], 1]}), got {_describe(advantages)}"
+        )
+    if isinstance(learning_rate, Tensor) or not (math.isfinite(learning_rate) and learning_rate >= 0):
+        raise ValueError(f"learning_rate: expected a finite float >= 0, got {learning_rate!r}")
+    if (sequence_ids is None) != (num_sequences is None):
+        raise ValueError("sequence_ids and num_sequences must be given together")
+    if sequence_ids is None:
+        num_sequences = math.prod(shape[:-1])
+        sequence_ids = torch.arange(num_sequences, device=actions.device).repeat_interleave(shape[-1])
+    elif sequence_ids.shape != shape or sequence_ids.is_floating_point():
+        raise ValueError(f"sequence_ids: expected integers of shape {list(shape)}, got {_describe(sequence_ids)}")
+    n = actions.numel()
+    assert num_sequences is not None
+    return Inputs(
+        hidden=hidden_states.detach().reshape(n, hidden_size),
+        logits=logits.detach().reshape(n, shard.rows),
+        actions=actions.reshape(n).long(),
+        advantages=advantages.detach().expand(shape).reshape(n),
+        mask=response_mask.reshape(n).bool(),
+        sequence=sequence_ids.reshape(n).long(),
+        num_sequences=num_sequences,
+        learning_rate=float(learning_rate),
+        shape=shape,
+    )
+
+
+def raise_if_unusable(inputs: Inputs, support: Support, shard: VocabShard) -> None:
+    """Look at the values inside the mask; one synchronisation with the device for all of them.
+
+    Raises:
+        ValueError: for non-finite values, token ids outside the vocabulary or sequence ids out of range: how many, where.
+    """
+    low, high = inputs.hidden.aminmax(dim=-1)
+    problems = {
+        "logits are not finite": ~support.finite,
+        "hidden_states are not finite": ~(low.isfinite() & high.isfinite()),
+        "advantages are not finite": ~inputs.advantages.isfinite(),
+        f"actions are not ids of the {shard.vocab_size} tokens": (inputs.actions < 0)
+        | (inputs.actions >= shard.vocab_size),
+        f"sequence_ids are not in 0..{inputs.num_sequences}": (inputs.sequence < 0)
+        | (inputs.sequence >= inputs.num_sequences),
+    }
+    flags = {what: bad & inputs.mask for what, bad in problems.items()}
+    if not torch.stack(list(flags.values())).any():
+        return
+    total = int(inputs.mask.sum())
+    found = []
+    for what, bad in flags.items():
+        at = bad.nonzero()[:, 0].tolist()
+        if at:
+            shown = ", ".join(str(_position(i, inputs.shape)) for i in at[:_SHOWN])
+            found.append(f"{what} at {len(at)} of {total} response tokens: position {shown}{', …' * (len(at) > _SHOWN)}")
+    raise ValueError("; ".join(found))
+
+
+def _position(index: int, shape: torch.Size) -> tuple[int, ...] | int:
+    at: list[int] = []
+    for n in reversed(shape):
+        index, rest = divmod(index, n)
+        at.append(rest)
+    return tuple(reversed(at)) if len(at) > 1 else at[0]
+
+
+def _describe(x: Tensor) -> str:
+    return f"{str(x.dtype).removeprefix('torch.')} {list(x.shape)}"

@@ -1,0 +1,20 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The embedded default: what verl and Megatron-Core need in order to train on a CPU over gloo.
+
+The method itself (``capo_verl.core``) and the engine (``capo_verl.megatron``) know nothing of this package; deleting it
+would not touch them. ``capo_verl.plugin`` switches it on when ``VERL_PLATFORM=cpu``:
+
+=====================  ==================================================================================
+``platform.py``        verl's device interface, for a CPU
+``process_group.py``   verl's process groups, for gloo alone
+``torch_view.py``      Megatron-Core's literal ``device="cuda"``, sent to the CPU
+``attention.py``       exact causal attention for padded and packed batches
+``rng.py``             Megatron-Core's random states, kept in the CPU generator
+``bridge.py``          mbridge's architectures, built from Megatron-Core's own (non-TE) layers
+``grad_clip.py``       Megatron-Core's gradient clipping, without its test for CUDA tensors
+``engine.py``          verl's Megatron engine, made of the pieces above
+``sampling.py``        batched sampling from a Hugging Face model
+``rollout.py``         the rollout backend ``actor_rollout_ref.rollout.name=hf``
+``replay_buffer.py``   verl's replay buffer, polling often
+=====================  ==================================================================================
+"""

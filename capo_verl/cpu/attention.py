@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Exact causal attention for verl's two batch layouts, in place of Megatron-Core's local core attention.
+
+Megatron-Core's ``DotProductAttention`` without Transformer Engine cannot be used under verl: it refuses packed batches
+(``megatron/core/transformer/dot_product_attention.py:155``), and it reads the padding mask the wrong way round. verl
+passes ``[batch, sequence]``, True where there is a token (``verl/models/mcore/util.py``, ``preprocess_bshd_engine``);
+Megatron-Core means ``[batch, heads, query, key]``, True where attention is forbidden, and then drops the causal mask
+(``megatron/core/fusions/fused_softmax.py:268``). verl pads on the right, so a causal mask alone is exact.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.nn.functional import scaled_dot_product_attention
+
+
+class _GatherRows(torch.autograd.Function):
+    """``[rows, ...]`` of every rank of a group, stacked to ``[ranks, rows, ...]``; the gradient is summed back."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+        ctx.group = group
+        parts = [torch.empty_like(rows) for _ in range(group.size())]
+        dist.all_gather(parts, rows.contiguous(), group=group)
+        return torch.stack(parts)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        grad = grad.contiguous()
+        dist.all_reduce(grad, group=ctx.group)
+        return grad[ctx.group.rank()], None
+
+
+def _zigzag_positions(length: int, ranks: int) -> torch.Tensor:
+    """Positions ``[ranks, length / ranks]`` of a sequence that each context-parallel rank holds.
+
+    A rank holds one chunk from the front of the sequence and its mirror image from the back
+    (``verl/models/mcore/util.py``, ``preprocess_thd_engine``), so that all ranks do the same work.
+    """
+    chunks = torch.arange(length).view(2 * ranks, -1)
+    return torch.stack([torch.cat([chunks[rank], chunks[2 * ranks - 1 - rank]]) for rank in range(ranks)])
+
+
+class CausalSdpaAttention(torch.nn.Module):
+    """Core attention of a decoder layer, with the constructor and the call of Megatron-Core's ``DotProductAttention``.
+
+    Context parallelism is supported for packed batches: keys and values are gathered, queries stay where they are.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        layer_number: int,
+        attn_mask_type: Any = None,
+        attention_type: Any = None,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        cp_comm_type: str | None = None,
+        pg_collection: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__()
+        dropout = config.attention_dropout if attention_dropout is None else attention_dropout
+        if dropout:
+            raise ValueError(f"attention_dropout={dropout} is not supported on the CPU; set it to 0 in the model's config")
+        self.softmax_scale = softmax_scale
+        self.cp_group = pg_collection.cp if config.context_parallel_size > 1 else None
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        attn_mask_type: Any = None,
+        attention_bias: torch.Tensor | None = None,
+        packed_seq_params: Any = None,
+    ) -> torch.Tensor:
+        """
+        Args:
+            query: ``[s, b, n, d]`` padded on the right, or ``[t, n, d]`` packed.
+            key, value: the same with the number of key-value heads.
+            attention_mask: not read, see the module's docstring.
+            packed_seq_params: boundaries of the packed sequences, or None for a padded batch.
+
+        Returns:
+            ``[s, b, n * d]`` or ``[t, n * d]``.
+        """
+        if attention_bias is not None:
+            raise ValueError("attention_bias is not supported on the CPU")
+        if packed_seq_params is not None:
+            return self._packed(query, key, value, packed_seq_params.cu_seqlens_q_padded.tolist())
+        if self.cp_group is not None:
+            raise ValueError(
+                "context parallelism on the CPU needs packed batches: set actor_rollout_ref.model.use_remove_padding=True"
+            )
+        q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # [b, n, s, d]
+        out = self._attend(q, k, v)
+        return out.permute(2, 0, 1, 3).flatten(2)
+
+    def _attend(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """``[..., n, s, d]``; causal unless a mask (True: may attend) says more."""
+        return scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.softmax_scale, enable_gqa=True
+        )
+
+    def _packed(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bounds: list[int]) -> torch.Tensor:
+        if self.cp_group is None:
+            outs = [
+                self._attend(*(x[start:stop].transpose(0, 1) for x in (query, key, value))).transpose(0, 1)
+                for start, stop in zip(bounds, bounds[1:], strict=False)
+            ]
+            return torch.cat(outs).flatten(1)
+
+        ranks, rank = self.cp_group.size(), self.cp_group.rank()
+        keys, values = _GatherRows.apply(key, self.cp_group), _GatherRows.apply(value, self.cp_group)
+        outs = []
+        for start, stop in zip(bounds, bounds[1:], strict=False):
+            mine = slice(start // ranks, stop // ranks)
+            positions = _zigzag_positions(stop - start, ranks)
+            order = positions.flatten().argsort()
+            q = query[mine].transpose(0, 1)
+            k, v = (x[:, mine].flatten(0, 1)[order].transpose(0, 1) for x in (keys, values))
+            may_attend = positions[rank][:, None] >= torch.arange(stop - start)
+            outs.append(self._attend(q, k, v, may_attend).transpose(0, 1))
+        return torch.cat(outs).flatten(1)

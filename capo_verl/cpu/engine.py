@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""verl's Megatron engine on a CPU. Importing this module registers it for the device "cpu".
+
+Tensor (with or without sequence), pipeline, data and context parallelism over gloo, in float32. A command line written
+for GPUs keeps its meaning: what only a GPU can do is switched off where the result is the same (fused kernels inside
+Megatron-Core, bfloat16, the distributed optimizer, offloading), and refused by name where it is not.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from typing import Any
+
+import torch
+import torch._dynamo
+import verl.utils.megatron.dist_checkpointing as dist_checkpointing
+import verl.workers.engine.megatron.transformer_impl as transformer_impl
+from verl.workers.engine.base import EngineRegistry
+
+from capo_verl import compat
+from capo_verl.cpu.bridge import ARCHITECTURES, TRANSFORMER_CONFIG, install_cpu_bridges
+from capo_verl.cpu.grad_clip import install_grad_clip
+from capo_verl.cpu.rng import seed_model_parallel
+from capo_verl.cpu.torch_view import redirect_cuda_to_cpu
+from verl.workers.engine.megatron.transformer_impl import MegatronEngineWithLMHead
+
+logger = logging.getLogger(__name__)
+
+ENGINE_CONFIG: dict[str, Any] = {
+    "dtype": "float32",  # bfloat16 needs CUDA tensor types in Megatron-Core's optimizer (optimizer.py:671)
+    "vanilla_mbridge": True,  # Megatron-Bridge builds Transformer Engine layers
+    "use_distributed_optimizer": False,  # needs CUDA tensor types (distrib_optimizer.py:401)
+}
+"""``actor_rollout_ref.actor.megatron`` on a CPU, whatever a GPU launcher asks for."""
+
+
+def check_cpu_settings(model_config: Any, engine_config: Any) -> None:
+    """Refuse what a CPU cannot do.
+
+    Raises:
+        ValueError: naming the key of the config and the value to give it.
+    """
+    megatron = "actor_rollout_ref.actor.megatron"
+    model_type = model_config.hf_config.model_type
+    refused = [
+        (model_type not in ARCHITECTURES, f"model_type={model_type}", f"use one of {', '.join(ARCHITECTURES)}"),
+        (engine_config.dynamic_context_parallel, f"{megatron}.dynamic_context_parallel=True", "set it to False"),
+        (engine_config.use_megatron_fsdp, f"{megatron}.use_megatron_fsdp=True", "set it to False"),
+        (engine_config.qat.enable, f"{megatron}.qat.enable=True", "set it to False"),
+        (engine_config.use_fused_kernels, "actor_rollout_ref.model.use_fused_kernels=True", "set it to False"),
+        (model_config.mtp.enable, "actor_rollout_ref.model.mtp.enable=True", "set it to False"),
+        (model_config.get("lora", {}).get("rank", 0) > 0, "actor_rollout_ref.model.lora.rank > 0", "set it to 0"),
+        (
+            engine_config.context_parallel_size > 1 and not engine_config.use_remove_padding,
+            f"{megatron}.context_parallel_size > 1 with padded batches",
+            "set actor_rollout_ref.model.use_remove_padding=True",
+        ),
+    ]
+    for condition, what, instead in refused:
+        if condition:
+            raise ValueError(f"{what} is not supported on the CPU: {instead}")
+
+
+def cpu_engine_config(engine_config: Any) -> Any:
+    """A copy of verl's ``McoreEngineConfig`` with what a CPU needs.
+
+    Written to ``__dict__`` because the dataclass is frozen and accepts bfloat16 and float16 only
+    (``verl/workers/config/engine.py:218``).
+    """
+    config = copy.copy(engine_config)
+    config.__dict__.update(ENGINE_CONFIG)
+    config.__dict__["override_transformer_config"] = {
+        **engine_config.override_transformer_config,
+        **TRANSFORMER_CONFIG,
+        "sequence_parallel": engine_config.sequence_parallel and engine_config.tensor_model_parallel_size > 1,
+    }
+    return config
+
+
+def _stay(*args: Any, **kwargs: Any) -> None:
+    """Moving between host and device; verl's functions assume buffers that only the distributed optimizer has."""
+
+
+def patch_verl() -> None:
+    """Names that verl's engine looks up in its own modules."""
+    for name in (
+        "load_megatron_model_to_gpu",  # verl/utils/megatron_utils.py:827
+        "load_megatron_optimizer",
+        "offload_megatron_model_to_cpu",
+        "offload_megatron_optimizer",
+    ):
+        setattr(transformer_impl, name, _stay)
+    # Loading with more than one data-parallel rank exchanges tensors after `.cuda()`
+    # (megatron/core/dist_checkpointing/exchange_utils.py:336); here every rank reads what it needs.
+    dist_checkpointing.FullyParallelLoadStrategyWrapper = lambda strategy, group: strategy
+
+
+class CpuMegatronMixin:
+    """Put before an engine class of verl's Megatron backend, runs it on a CPU."""
+
+    def __init__(self, model_config: Any, engine_config: Any, optimizer_config: Any, checkpoint_config: Any) -> None:
+        check_cpu_settings(model_config, engine_config)
+        # vocab_parallel_entropy and Megatron-Core's @jit_fuser compile: minutes of C++ for a tiny model.
+        torch._dynamo.config.disable = True
+        install_cpu_bridges()
+        compat.shim_mbridge()
+        compat.import_checkpoint_modules()
+        install_grad_clip()
+        redirect_cuda_to_cpu()
+        super().__init__(model_config, cpu_engine_config(engine_config), optimizer_config, checkpoint_config)
+
+    def _init_device_mesh(self) -> None:
+        super()._init_device_mesh()
+        seed_model_parallel(self.engine_config.seed)
+
+    def initialize(self) -> None:
+        super().initialize()
+        redirect_cuda_to_cpu()  # building the model imports further modules
+        if torch.distributed.get_rank() == 0:
+            settings = ", ".join(f"{key}={value}" for key, value in ENGINE_CONFIG.items())
+            logger.warning("Megatron runs on the CPU with %s", settings)
+
+
+patch_verl()
+
+
+@EngineRegistry.register(model_type="language_model", backend="megatron", device="cpu")
+class CpuMegatronEngine(CpuMegatronMixin, MegatronEngineWithLMHead):
+    """The language model engine of ``capo_verl`` on a CPU."""

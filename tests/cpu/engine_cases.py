@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One engine on one rank, and the batch that every layout gets: what ``test_megatron_cpu.py`` runs on gloo ranks."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+LENGTHS = (9, 12, 7, 12)
+PROMPT = 4
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Parallel sizes, sequence parallelism, and whether batches are packed (``use_remove_padding``)."""
+
+    tp: int = 1
+    pp: int = 1
+    dp: int = 1
+    cp: int = 1
+    sp: bool = False
+    packed: bool = True
+
+    @property
+    def world_size(self) -> int:
+        return self.tp * self.pp * self.dp * self.cp
+
+    def __str__(self) -> str:
+        sizes = "".join(f"{n}{s}" for n, s in (("tp", self.tp), ("pp", self.pp), ("dp", self.dp), ("cp", self.cp)) if s > 1)
+        return (sizes or "one") + ("+sp" if self.sp else "") + ("" if self.packed else "-padded")
+
+
+def sequences() -> list[torch.Tensor]:
+    """Token ids of four sequences of different lengths."""
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(4, 100, (length,), generator=generator) for length in LENGTHS]
+
+
+def next_token_mask(length: int) -> torch.Tensor:
+    """1 where a position predicts a token of the response: the engine's log-probs at ``t`` are those of token ``t + 1``."""
+    mask = torch.zeros(length)
+    mask[PROMPT - 1 : length - 1] = 1
+    return mask
+
+
+def make_batch(rank: int, dp: int) -> Any:
+    """This data-parallel rank's share of the sequences, as verl's trainer hands it to the engine."""
+    from verl.utils import tensordict_utils as tu
+    from verl.utils.dataset.dataset_utils import DatasetPadMode
+
+    def nested(rows: list[torch.Tensor]) -> torch.Tensor:
+        return torch.nested.as_nested_tensor(rows, layout=torch.jagged)
+
+    mine = sequences()[rank * len(LENGTHS) // dp : (rank + 1) * len(LENGTHS) // dp]
+    batch = tu.get_tensordict(
+        {
+            "input_ids": nested(mine),
+            "position_ids": nested([torch.arange(len(row)) for row in mine]),
+            "loss_mask": nested([next_token_mask(len(row)) for row in mine]),
+            "temperature": torch.ones(len(mine)),
+        },
+        {"use_dynamic_bsz": False, "micro_batch_size_per_gpu": 1, "calculate_entropy": True},
+    )
+    tu.assign_non_tensor(batch, pad_mode=DatasetPadMode.NO_PADDING)
+    return batch
+
+
+def nll(model_output: dict, data: Any, dp_group: Any = None) -> tuple[torch.Tensor, dict]:
+    """Mean negative log-likelihood of the response tokens of the whole batch, in verl's scaling over ranks."""
+    log_probs, mask = model_output["log_probs"].values(), data["loss_mask"].values()
+    return -(log_probs * mask).sum() / data["batch_num_tokens"] * data["dp_size"], {}
+
+
+def make_engine(layout: Layout, model_path: str, optimizer: str = "sgd", lr: float = 0.5, **megatron: Any) -> Any:
+    from verl.trainer.config import CheckpointConfig
+    from verl.workers.config import HFModelConfig, McoreEngineConfig, McoreOptimizerConfig
+    from verl.workers.engine import EngineRegistry
+
+    import capo_verl.cpu.engine  # noqa: F401  registers
+
+    model_config = HFModelConfig(path=model_path, use_remove_padding=layout.packed)
+    model_config.model_type = "language_model"
+    engine_config = McoreEngineConfig(
+        tensor_model_parallel_size=layout.tp,
+        pipeline_model_parallel_size=layout.pp,
+        context_parallel_size=layout.cp,
+        sequence_parallel=layout.sp,
+        use_remove_padding=layout.packed,
+        **megatron,
+    )
+    optimizer_config = McoreOptimizerConfig(
+        optimizer=optimizer, lr=lr, lr_decay_steps=100, lr_decay_style="constant", weight_decay=0.0, clip_grad=1.0
+    )
+    engine = EngineRegistry.new(
+        model_type="language_model",
+        backend="megatron",
+        model_config=model_config,
+        engine_config=engine_config,
+        optimizer_config=optimizer_config,
+        checkpoint_config=CheckpointConfig(),
+    )
+    engine.initialize()
+    return engine
+
+
+def export(engine: Any) -> dict[str, torch.Tensor]:
+    """The weights under their Hugging Face names. Collective: every rank must call it."""
+    return {name: tensor.detach().clone() for name, tensor in engine.get_per_tensor_param()[0]}
+
+
+def train_step(engine: Any) -> float:
+    from megatron.core import parallel_state as mpu
+
+    with engine.train_mode():
+        engine.forward_backward_batch(make_batch(mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size()), nll)
+        return float(engine.optimizer_step())
+
+
+@dataclass
+class Measured:
+    """What one rank saw. Log-probs and entropy (one tensor per sequence) only where verl reads them."""
+
+    exported: dict[str, torch.Tensor]
+    stepped: dict[str, torch.Tensor]
+    grad_norm: float
+    log_probs: list[torch.Tensor] = dataclasses.field(default_factory=list)
+    entropy: list[torch.Tensor] = dataclasses.field(default_factory=list)
+
+
+def measure(layout: Layout, model_path: str, **megatron: Any) -> Measured:
+    from megatron.core import parallel_state as mpu
+
+    engine = make_engine(layout, model_path, **megatron)
+    exported = export(engine)
+    with engine.eval_mode(), torch.no_grad():
+        batch = make_batch(mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size())
+        output = engine.forward_backward_batch(batch, None, forward_only=True)
+    grad_norm = train_step(engine)
+    measured = Measured(exported, export(engine), grad_norm)
+    if engine.is_mp_src_rank_with_outputs():
+        measured.log_probs = [row.clone() for row in output["model_output"]["log_probs"].unbind()]
+        measured.entropy = [row.clone() for row in output["model_output"]["entropy"].unbind()]
+    return measured
+
+
+def save_and_resume(layout: Layout, model_path: str, directory: str) -> list[dict[str, torch.Tensor]]:
+    """Weights when saved, one step later, after loading, and one step after loading."""
+    engine = make_engine(layout, model_path, optimizer="adam", lr=1e-2)
+    train_step(engine)
+    weights = [export(engine)]
+    engine.save_checkpoint(directory, global_step=1)
+    train_step(engine)
+    weights.append(export(engine))
+    engine.load_checkpoint(directory, del_local_after_load=False)
+    weights.append(export(engine))
+    train_step(engine)
+    weights.append(export(engine))
+    return weights

@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A tiny random language model with a character-level tokenizer, written to disk. No network, always the same bits."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+
+SPECIAL_TOKENS = ("<|pad|>", "<|im_start|>", "<|im_end|>", "<|unk|>")
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'][0] + '\n' + message['content'] + '<|im_end|>' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>a\n' }}{% endif %}"
+)
+
+
+def make_tokenizer(vocab_size: int = 128) -> Any:
+    """One token per printable ASCII character. A ``Qwen2Tokenizer``, whatever the model.
+
+    transformers >= 5 loads ``Qwen2Tokenizer`` for ``model_type=qwen2`` whatever was saved, hence its byte-level alphabet:
+    a space is written "Ġ", a newline "Ċ".
+    """
+    from transformers import Qwen2Tokenizer
+
+    characters = ["\u0120", *(chr(code) for code in range(33, 127)), "\u010a"]
+    vocab = {token: index for index, token in enumerate([*SPECIAL_TOKENS, *characters])}
+    if vocab_size < len(vocab):
+        raise ValueError(f"vocab_size must be at least {len(vocab)}, got {vocab_size}")
+    for index in range(len(vocab), vocab_size):
+        vocab[f"<|extra_{index}|>"] = index
+    tokenizer = Qwen2Tokenizer(
+        vocab=vocab,
+        merges=[],
+        unk_token="<|unk|>",
+        pad_token="<|pad|>",
+        eos_token="<|im_end|>",
+        bos_token=None,
+        additional_special_tokens=["<|im_start|>"],
+    )
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def make_tiny_model(
+    path: str | os.PathLike[str],
+    model_type: str = "qwen2",
+    vocab_size: int = 128,
+    hidden_size: int = 64,
+    layers: int = 2,
+    tie_word_embeddings: bool = False,
+    seed: int = 0,
+) -> str:
+    """Write a random model of an architecture that Hugging Face knows, four heads over two key-value heads, float32.
+
+    The weights are spread widely enough for the distributions over tokens to differ clearly from uniform, and every norm
+    and bias differs from its initial value, so that a weight that is lost or mixed up shows.
+
+    Returns:
+        `path` as a string.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    tokenizer = make_tokenizer(vocab_size)
+    config = AutoConfig.for_model(
+        model_type,
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        intermediate_size=2 * hidden_size,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        tie_word_embeddings=tie_word_embeddings,
+        attention_dropout=0.0,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        dtype="float32",
+        **({"head_dim": hidden_size // 4} if model_type == "qwen3" else {}),  # Qwen3's default is 128
+    )
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if name.endswith("norm.weight"):
+                parameter.copy_(1 + 0.05 * noise)
+            elif name.endswith("bias"):
+                parameter.copy_(0.05 * noise)
+            else:
+                parameter.copy_(0.08 * (64 / hidden_size) ** 0.5 * noise)
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return str(path)
+
+
+def make_tiny_qwen2(
+    path: str | os.PathLike[str],
+    vocab_size: int = 128,
+    hidden_size: int = 64,
+    layers: int = 2,
+    tie_word_embeddings: bool = False,
+) -> str:
+    """Write a tiny random Qwen2 and its tokenizer to `path`, and return it. See :func:`make_tiny_model`."""
+    return make_tiny_model(path, "qwen2", vocab_size, hidden_size, layers, tie_word_embeddings)

@@ -12,8 +12,8 @@ from types import SimpleNamespace
 
 
 def shim_mbridge() -> None:
-    """mbridge 0.15.1 compares with ``ModelType.encoder_and_decoder`` (``mbridge/core/util.py:83``), gone in mcore 0.17."""
-    import mbridge.core.util as util
+    """mbridge 0.15.1 reads ``ModelType.encoder_and_decoder`` (``mbridge/core/util.py:83``), gone in mcore 0.17."""
+    from mbridge.core import util
     from megatron.core.enums import ModelType
 
     if not hasattr(ModelType, "encoder_and_decoder"):

@@ -38,11 +38,17 @@ class RetainedTokens:
 
     def clear(self) -> None:
         self._kept: list[tuple[Inputs, Support, Tensor]] = []
-        self._tokens = 0
+        self._tokens = self._seen = 0
+
+    @property
+    def coverage(self) -> float:
+        """Share of this rank's tokens that is kept."""
+        return self._tokens / self._seen if self._seen else 1.0
 
     def add(self, inputs: Inputs, support: Support, verdict: Tensor) -> None:
         """Keep one micro-batch. ``verdict [N]`` bool: inside the trust region."""
         n = len(verdict)
+        self._seen += n
         if self.max_tokens == 0 or (self._kept and self.max_tokens is not None and self._tokens + n > self.max_tokens):
             return
         self._tokens += n

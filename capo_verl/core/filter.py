@@ -14,7 +14,7 @@ from capo_verl.core import collectives
 from capo_verl.core.batch_shifts import BatchShifts, RetainedTokens
 from capo_verl.core.curvature import Shifts, sequence_sums, set_shifts, token_shifts
 from capo_verl.core.optimizer_model import AdamModel, OptimizerModel, SgdModel
-from capo_verl.core.support import Support, VocabShard, find_support
+from capo_verl.core.support import LogitRows, Support, VocabShard, find_support
 from capo_verl.core.trust_region import judge
 from capo_verl.core.validation import Inputs, check_inputs, raise_if_unusable
 
@@ -40,7 +40,7 @@ class CapoOutput:
     objective_shift: Tensor
     """m_H in units of the advantage, from the first granularity of the config."""
     policy_shift: Tensor
-    """m_F in nats, likewise. Token granularity: defined at all positions, the response mask ignored."""
+    """m_F in nats, likewise. Token granularity: defined at all positions unless ``skip_masked``."""
     accepted: Tensor
     """bool, the tokens to train on, inside the response mask. With ``mode="track"`` it is the response mask."""
     in_trust_region: Tensor
@@ -128,6 +128,8 @@ class CapoFilter:
         response_mask: Tensor,
         learning_rate: float,
         *,
+        temperature: Tensor | None = None,
+        skip_masked: bool = False,
         sequence_ids: Tensor | None = None,
         num_sequences: int | None = None,
     ) -> CapoOutput:
@@ -140,6 +142,9 @@ class CapoFilter:
             advantages: ``[...]``, or of the same number of dimensions and broadcastable, or a scalar.
             response_mask: ``[...]`` bool or 0/1. Values outside it may be anything, also non-finite.
             learning_rate: alpha of the coming optimizer step.
+            temperature: ``[...]`` > 0; if given, ``logits`` are before temperature and divided by it in their own dtype.
+            skip_masked: evaluate only the tokens of the mask; the shifts of the others are reported as 0. Saves the work
+                for prompts and padding.
             sequence_ids: ``[...]`` integer in ``0..num_sequences``, for packed layouts. Default: the last dimension is
                 time, every row a sequence of its own.
             num_sequences: required with ``sequence_ids``.
@@ -153,12 +158,12 @@ class CapoFilter:
         """
         inputs = check_inputs(
             hidden_states, logits, actions, advantages, response_mask, learning_rate,
-            sequence_ids=sequence_ids, num_sequences=num_sequences, hidden_size=self.hidden_size, shard=self.shard,
+            temperature=temperature, skip_masked=skip_masked, sequence_ids=sequence_ids, num_sequences=num_sequences,
+            hidden_size=self.hidden_size, shard=self.shard,
         )  # fmt: skip
         self.model.promote(inputs.dtype)
-        support = find_support(
-            inputs.logits, inputs.actions, self.config.top_k, self.shard, self.model.dtype, self.tp_group
-        )
+        rows = LogitRows(inputs.logits, inputs.positions, inputs.temperature)
+        support = find_support(rows, inputs.actions, self.config.top_k, self.shard, self.model.dtype, self.tp_group)
         raise_if_unusable(inputs, support, self.shard)
         inputs = inputs._replace(advantages=inputs.advantages.to(self.model.dtype))
 
@@ -173,14 +178,13 @@ class CapoFilter:
 
         self._accumulate(inputs, support, accepted)
         self._retained.add(inputs, support, verdict)
-        shape = actions.shape
-        stages = [Stage(s.granularity, *(x.view(shape) for x in s[1:])) for s in stages]
+        stages = [Stage(s.granularity, *(inputs.restore(x) for x in s[1:])) for s in stages]
         return CapoOutput(
             objective_shift=stages[0].objective_shift,
             policy_shift=stages[0].policy_shift,
-            accepted=accepted.view(shape),
-            in_trust_region=verdict.view(shape),
-            in_support=support.inside.view(shape),
+            accepted=inputs.restore(accepted),
+            in_trust_region=inputs.restore(verdict),
+            in_support=inputs.restore(support.inside),
             stages=tuple(stages),
         )
 
@@ -212,6 +216,11 @@ class CapoFilter:
             RuntimeError: with ``batch_shift_tokens=0``.
         """
         return self._retained.shifts(self.model, self.tp_group, self.dp_group, self.cp_group)
+
+    @property
+    def batch_shift_coverage(self) -> float:
+        """Share of this rank's tokens since the last :meth:`step` which :meth:`batch_shifts` covers."""
+        return self._retained.coverage
 
     def discard(self) -> None:
         """Forget everything evaluated since the last :meth:`step`, as if it had not been."""

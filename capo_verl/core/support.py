@@ -39,6 +39,34 @@ class VocabShard:
         return min(max(self.vocab_size - self.start, 0), self.rows)
 
 
+class LogitRows:
+    """The logits of N tokens, read a run at a time: they are too large to copy whole.
+
+    Args:
+        logits: ``[M, rows]``; never written to.
+        positions: ``[N]`` int64, which of the M; None = all.
+        temperature: ``[N]``, divides the logits in their own dtype, as the trainer does; None = already done.
+    """
+
+    def __init__(self, logits: Tensor, positions: Tensor | None = None, temperature: Tensor | None = None):
+        self._logits, self._positions, self._temperature = logits, positions, temperature
+        self.device, self.dtype = logits.device, logits.dtype
+
+    def __len__(self) -> int:
+        return len(self._logits if self._positions is None else self._positions)
+
+    def read(self, tokens: slice | Tensor, rows: int) -> Tensor:
+        """``[n, rows]``: the first ``rows`` columns of the given tokens, after temperature."""
+        at = tokens if self._positions is None else self._positions[tokens]
+        logits = self._logits[at, :rows]
+        if self._temperature is not None:
+            logits = logits / self._temperature[tokens, None].to(logits.dtype)
+        return logits
+
+    def copy(self) -> LogitRows:
+        return LogitRows(self.read(slice(None), self._logits.shape[1]).clone())
+
+
 @dataclass(frozen=True)
 class Pairs:
     """Flat list of the (token, row) entries held by this rank, ordered by token."""
@@ -113,14 +141,14 @@ class FullSupport:
         inside: ``[N]`` bool, True.
     """
 
-    def __init__(self, logits: Tensor, log_normaliser: Tensor, finite: Tensor, actions: Tensor, shard: VocabShard):
+    def __init__(self, logits: LogitRows, log_normaliser: Tensor, finite: Tensor, actions: Tensor, shard: VocabShard):
         self.logits, self.log_normaliser, self.finite = logits, log_normaliser, finite
         self.actions, self.shard = actions, shard
         self.inside = torch.ones_like(finite)
 
     def pairs(self, include: Tensor | None = None, max_pairs: int | None = None) -> Iterator[Pairs]:
         """As :meth:`TopKSupport.pairs`."""
-        n, rows = self.logits.shape[0], self.shard.real_rows
+        n, rows = len(self.logits), self.shard.real_rows
         if rows == 0:
             return
         row_ids = torch.arange(rows, device=self.logits.device)
@@ -128,20 +156,21 @@ class FullSupport:
             at = torch.arange(tokens.start, tokens.stop, device=self.logits.device)
             if include is not None:
                 at = at[include[tokens]]
-            logits = self.logits[at, :rows].to(self.log_normaliser.dtype)
+            logits = self.logits.read(at, rows).to(self.log_normaliser.dtype)
             probs = (logits - self.log_normaliser[at, None]).exp_()
             taken = row_ids == (self.actions[at, None] - self.shard.start)
             yield Pairs(tokens, at.repeat_interleave(rows), row_ids.repeat(len(at)), probs.flatten(), taken.flatten())
 
     def snapshot(self) -> FullSupport:
         """A copy that stays valid after the caller has overwritten the logits in place."""
-        return FullSupport(self.logits.clone(), self.log_normaliser, self.finite, self.actions, self.shard)
+        return FullSupport(self.logits.copy(), self.log_normaliser, self.finite, self.actions, self.shard)
 
     @staticmethod
     def concatenate(parts: Sequence[FullSupport]) -> FullSupport:
         """The tokens of all parts, in order."""
         joined = copy(parts[0])
-        for name in ("logits", "log_normaliser", "finite", "actions", "inside"):
+        joined.logits = LogitRows(torch.cat([part.logits.read(slice(None), part.shard.rows) for part in parts]))
+        for name in ("log_normaliser", "finite", "actions", "inside"):
             setattr(joined, name, torch.cat([getattr(part, name) for part in parts]))
         return joined
 
@@ -150,7 +179,7 @@ Support = TopKSupport | FullSupport
 
 
 def find_support(
-    logits: Tensor,
+    logits: LogitRows,
     actions: Tensor,
     top_k: int | None,
     shard: VocabShard,
@@ -160,7 +189,7 @@ def find_support(
     """Support of every token.
 
     Args:
-        logits: ``[N, rows]``, this rank's rows of the vocabulary, after temperature; any float dtype.
+        logits: of N tokens, this rank's rows of the vocabulary; any float dtype.
         actions: ``[N]`` int64, global ids of the taken tokens.
         top_k: support size, None = whole vocabulary.
         shard: which rows these are.
@@ -172,11 +201,9 @@ def find_support(
     # 64-bit logits cannot share an int64 with their id; they come from tests and analyses, where a stable sort is fast enough.
     wide = logits.dtype == torch.float64
     local, merge = (_sorted_candidates, _merge_sorted) if wide else (_keyed_candidates, _merge_keyed)
-    parts = [
-        local(logits[tokens], min(top_k, shard.rows), shard)
-        for tokens in chunk_slices(logits.shape[0], max(1, scratch_elements(logits.device) // shard.rows))
-    ]
-    candidates = torch.cat(parts) if parts else local(logits, min(top_k, shard.rows), shard)
+    k, rows = min(top_k, shard.rows), shard.real_rows
+    chunks = list(chunk_slices(len(logits), max(1, scratch_elements(logits.device) // shard.rows))) or [slice(0, 0)]
+    candidates = torch.cat([local(logits.read(tokens, rows), k, shard) for tokens in chunks])
     values, ids, finite = merge(collectives.gather(candidates, tp_group), top_k)
     return TopKSupport(ids, values.to(dtype).softmax(-1), finite, actions, shard)
 
@@ -187,8 +214,8 @@ def _finite(logits: Tensor) -> Tensor:
 
 
 def _keyed_candidates(logits: Tensor, k: int, shard: VocabShard) -> Tensor:
-    """``[n, k]`` int64 keys: order-preserving bits of the logit above, complemented id below. All keys differ."""
-    bits = (logits[:, : shard.real_rows].float() + 0.0).view(torch.int32)  # + 0.0 makes -0.0 equal 0.0
+    """``[n, k]`` int64 keys of ``[n, real rows]``: order-preserving bits of the logit above, complemented id below. All keys differ."""
+    bits = (logits.float() + 0.0).view(torch.int32)  # + 0.0 makes -0.0 equal 0.0
     ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
     ids = torch.arange(shard.start, shard.start + shard.real_rows, device=logits.device)
     keys = (ordered.long() << 32) | (_ID_MASK - ids)
@@ -196,7 +223,7 @@ def _keyed_candidates(logits: Tensor, k: int, shard: VocabShard) -> Tensor:
         keys = torch.nn.functional.pad(keys, (0, k - shard.real_rows), value=_LOWEST_KEY)
     best = keys.topk(k, dim=-1).values
     if shard.real_rows:
-        best[:, 0].masked_fill_(~_finite(logits[:, : shard.real_rows]), _NON_FINITE_KEY)
+        best[:, 0].masked_fill_(~_finite(logits), _NON_FINITE_KEY)
     return best
 
 
@@ -209,14 +236,13 @@ def _merge_keyed(keys: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
 
 def _sorted_candidates(logits: Tensor, k: int, shard: VocabShard) -> Tensor:
     """``[n, 3k]``: per candidate its logit, its id and whether the row of logits is finite (ids are exact in float64)."""
-    real = logits[:, : shard.real_rows]
-    values, rows = real.sort(dim=-1, descending=True, stable=True)
+    values, rows = logits.sort(dim=-1, descending=True, stable=True)
     values, rows = values[:, :k], rows[:, :k]
     if shard.real_rows < k:
         short = (0, k - shard.real_rows)
         values = torch.nn.functional.pad(values, short, value=-torch.inf)
         rows = torch.nn.functional.pad(rows, short, value=0)
-    finite = _finite(real) if shard.real_rows else torch.ones_like(values[:, 0], dtype=torch.bool)
+    finite = _finite(logits) if shard.real_rows else torch.ones_like(values[:, 0], dtype=torch.bool)
     columns = (values, (rows + shard.start).to(values.dtype), finite[:, None].expand_as(values).to(values.dtype))
     return torch.stack(columns, dim=-1).flatten(1)
 
@@ -229,14 +255,14 @@ def _merge_sorted(candidates: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _full_support(
-    logits: Tensor, actions: Tensor, shard: VocabShard, dtype: torch.dtype, tp_group: collectives.Group
+    logits: LogitRows, actions: Tensor, shard: VocabShard, dtype: torch.dtype, tp_group: collectives.Group
 ) -> FullSupport:
-    n = logits.shape[0]
+    n = len(logits)
     log_normaliser = torch.full((n,), -torch.inf, device=logits.device, dtype=dtype)
     finite = torch.ones(n, device=logits.device, dtype=torch.bool)
     if shard.real_rows:
         for tokens in chunk_slices(n, max(1, scratch_elements(logits.device) // shard.rows)):
-            real = logits[tokens, : shard.real_rows]
+            real = logits.read(tokens, shard.real_rows)
             log_normaliser[tokens] = real.to(dtype).logsumexp(-1)
             finite[tokens] = _finite(real)
     gathered = collectives.gather(torch.stack((log_normaliser, finite.to(dtype)), dim=-1), tp_group)

@@ -15,12 +15,16 @@ _SHOWN = 5
 
 
 class Inputs(NamedTuple):
-    """The arguments of ``CapoFilter.evaluate``, checked and flattened to N tokens."""
+    """The arguments of ``CapoFilter.evaluate``, checked and flattened to the N tokens to evaluate."""
 
     hidden: Tensor
     """``[N, H]``"""
     logits: Tensor
-    """``[N, rows]``"""
+    """``[M, rows]``, all positions: they are too large to copy."""
+    positions: Tensor | None
+    """``[N]`` int64, position of each token among the M; None if N = M."""
+    temperature: Tensor | None
+    """``[N]``, by which the logits still have to be divided."""
     actions: Tensor
     """``[N]`` int64"""
     advantages: Tensor
@@ -32,13 +36,19 @@ class Inputs(NamedTuple):
     num_sequences: int
     learning_rate: float
     shape: torch.Size
-    """Shape of ``actions``, to report positions."""
+    """Shape of ``actions``, M elements."""
 
     @property
     def dtype(self) -> torch.dtype:
         """float64 if the model's tensors are, else float32."""
         wide = torch.float64 in (self.hidden.dtype, self.logits.dtype)
         return torch.float64 if wide else torch.float32
+
+    def restore(self, x: Tensor) -> Tensor:
+        """``[N]`` to the shape of ``actions``; zero at positions that were not evaluated."""
+        if self.positions is not None:
+            x = x.new_zeros(self.shape.numel()).index_copy_(0, self.positions, x)
+        return x.view(self.shape)
 
 
 def check_inputs(
@@ -49,6 +59,8 @@ def check_inputs(
     response_mask: Tensor,
     learning_rate: float,
     *,
+    temperature: Tensor | None,
+    skip_masked: bool,
     sequence_ids: Tensor | None,
     num_sequences: int | None,
     hidden_size: int,
@@ -86,15 +98,25 @@ def check_inputs(
         sequence_ids = torch.arange(num_sequences, device=actions.device).repeat_interleave(shape[-1])
     elif sequence_ids.shape != shape or sequence_ids.is_floating_point():
         raise ValueError(f"sequence_ids: expected integers of shape {list(shape)}, got {_describe(sequence_ids)}")
-    n = actions.numel()
+    if temperature is not None and temperature.shape != shape:
+        raise ValueError(f"temperature: expected shape {list(shape)} like actions, got {_describe(temperature)}")
     assert num_sequences is not None
+    m = actions.numel()
+    mask = response_mask.reshape(m).bool()
+    positions = mask.nonzero()[:, 0] if skip_masked else None
+
+    def tokens(x: Tensor) -> Tensor:
+        return x if positions is None else x[positions]
+
     return Inputs(
-        hidden=hidden_states.detach().reshape(n, hidden_size),
-        logits=logits.detach().reshape(n, shard.rows),
-        actions=actions.reshape(n).long(),
-        advantages=advantages.detach().expand(shape).reshape(n),
-        mask=response_mask.reshape(n).bool(),
-        sequence=sequence_ids.reshape(n).long(),
+        hidden=tokens(hidden_states.detach().reshape(m, hidden_size)),
+        logits=logits.detach().reshape(m, shard.rows),
+        positions=positions,
+        temperature=None if temperature is None else tokens(temperature.reshape(m)),
+        actions=tokens(actions.reshape(m)).long(),
+        advantages=tokens(advantages.detach().expand(shape).reshape(m)),
+        mask=tokens(mask),
+        sequence=tokens(sequence_ids.reshape(m)).long(),
         num_sequences=num_sequences,
         learning_rate=float(learning_rate),
         shape=shape,
@@ -107,6 +129,8 @@ def raise_if_unusable(inputs: Inputs, support: Support, shard: VocabShard) -> No
     Raises:
         ValueError: for non-finite values, token ids outside the vocabulary or sequence ids out of range: how many, where.
     """
+    if not len(inputs.mask):
+        return
     low, high = inputs.hidden.aminmax(dim=-1)
     problems = {
         "logits are not finite": ~support.finite,
@@ -123,7 +147,8 @@ def raise_if_unusable(inputs: Inputs, support: Support, shard: VocabShard) -> No
     total = int(inputs.mask.sum())
     found = []
     for what, bad in flags.items():
-        at = bad.nonzero()[:, 0].tolist()
+        index = bad.nonzero()[:, 0]
+        at = (index if inputs.positions is None else inputs.positions[index]).tolist()
         if at:
             shown = ", ".join(str(_position(i, inputs.shape)) for i in at[:_SHOWN])
             found.append(f"{what} at {len(at)} of {total} response tokens: position {shown}{', …' * (len(at) > _SHOWN)}")

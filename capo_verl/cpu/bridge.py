@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """mbridge's architectures on a CPU: the same Hugging Face weights, in Megatron-Core's own layers.
 
-mbridge builds its layers from Transformer Engine (``mbridge/core/llm_bridge.py:148``), which needs CUDA. Here they are
-built from Megatron-Core's local modules; the two layer norms that Transformer Engine fuses into the linear layers behind
-them are then modules of their own, which is all that changes in the names of the weights.
+mbridge builds its layers from Transformer Engine (``mbridge/core/llm_bridge.py:149``), which needs CUDA. Here they are
+built from Megatron-Core's local modules; the two layer norms that Transformer Engine fuses into the linear layers
+behind them are then modules of their own, which is all that changes in the names of the weights.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from megatron.core import parallel_state as mpu
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.transformer.identity_op import IdentityOp
 
@@ -18,12 +19,12 @@ from capo_verl.cpu.attention import CausalSdpaAttention
 from capo_verl.cpu.torch_view import cuda_method_stays
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
-"""``model_type`` of the Hugging Face configs that run on a CPU. Another dense decoder of mbridge: add its name, and test it."""
+"""``model_type`` of Hugging Face configs that run on a CPU. Another dense decoder of mbridge: add it and test it."""
 
 TRANSFORMER_CONFIG: dict[str, Any] = {
     "use_cpu_initialization": True,
     # Without initialization the tensor-parallel attributes of the weights stay unset, and the gradient norm of TP2 is
-    # silently wrong (megatron/core/tensor_parallel/layers.py:_initialize_affine_weight_cpu sets them).
+    # silently wrong (megatron/core/tensor_parallel/layers.py:245).
     "perform_initialization": True,
     # The kernels behind these exist for CUDA only.
     "apply_rope_fusion": False,
@@ -37,7 +38,7 @@ TRANSFORMER_CONFIG: dict[str, Any] = {
 
 
 class RMSNorm(torch.nn.RMSNorm):
-    """Torch's RMSNorm; Megatron-Core's wrapper refuses sequence parallelism (``transformer/torch_norm.py:38``)."""
+    """Torch's RMSNorm; Megatron-Core's wrapper refuses sequence parallelism (``transformer/torch_norm.py:32``)."""
 
     def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5, **kwargs: Any) -> None:
         super().__init__(hidden_size, eps=eps)
@@ -47,9 +48,7 @@ class RMSNorm(torch.nn.RMSNorm):
 
 def _local_layer_spec(config: Any, vp_stage: int | None) -> Any:
     """Megatron-Core's decoder block without Transformer Engine, with our core attention and norms."""
-    block = get_gpt_decoder_block_spec(
-        config, use_transformer_engine=False, normalization="RMSNorm", vp_stage=vp_stage
-    )
+    block = get_gpt_decoder_block_spec(config, use_transformer_engine=False, normalization="RMSNorm", vp_stage=vp_stage)
     block.layer_norm = RMSNorm
     for layer in block.layer_specs:
         attention = layer.submodules.self_attention.submodules
@@ -88,6 +87,8 @@ def make_cpu_bridge(bridge_cls: type) -> type:
             return _local_layer_spec(self.config, vp_stage)
 
         def get_model(self, *args: Any, **kwargs: Any) -> list[torch.nn.Module]:
+            # Megatron refuses a vocabulary that does not divide; mbridge pads it only when told so.
+            self.make_vocab_size_divisible_by = mpu.get_tensor_model_parallel_world_size()
             with cuda_method_stays():
                 return super().get_model(*args, **kwargs)
 
@@ -97,7 +98,7 @@ def make_cpu_bridge(bridge_cls: type) -> type:
 
 
 def install_cpu_bridges() -> None:
-    """Replace the architectures in mbridge's registry. Importing mbridge through verl applies verl's own patches to it."""
+    """Replace the architectures in mbridge's registry. Importing mbridge through verl applies verl's patches to it."""
     import verl.models.mcore.mbridge  # noqa: F401
     from mbridge.core.bridge import _MODEL_REGISTRY
 

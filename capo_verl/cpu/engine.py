@@ -2,8 +2,8 @@
 """verl's Megatron engine on a CPU. Importing this module registers it for the device "cpu".
 
 Tensor (with or without sequence), pipeline, data and context parallelism over gloo, in float32. A command line written
-for GPUs keeps its meaning: what only a GPU can do is switched off where the result is the same (fused kernels inside
-Megatron-Core, bfloat16, the distributed optimizer, offloading), and refused by name where it is not.
+for GPUs keeps its meaning: what only a GPU can do is switched off where nothing is lost by it (fusions inside
+Megatron-Core, bfloat16, the distributed optimizer, offloading), and refused by name where it would change the method.
 """
 
 from __future__ import annotations
@@ -13,24 +13,24 @@ import logging
 from typing import Any
 
 import torch
-import torch._dynamo
-import verl.utils.megatron.dist_checkpointing as dist_checkpointing
-import verl.workers.engine.megatron.transformer_impl as transformer_impl
+from verl.utils.megatron import dist_checkpointing
 from verl.workers.engine.base import EngineRegistry
+from verl.workers.engine.megatron import transformer_impl
 
 from capo_verl import compat
 from capo_verl.cpu.bridge import ARCHITECTURES, TRANSFORMER_CONFIG, install_cpu_bridges
 from capo_verl.cpu.grad_clip import install_grad_clip
 from capo_verl.cpu.rng import seed_model_parallel
 from capo_verl.cpu.torch_view import redirect_cuda_to_cpu
-from verl.workers.engine.megatron.transformer_impl import MegatronEngineWithLMHead
+from capo_verl.megatron.engine import CapoMegatronEngineWithLMHead
 
 logger = logging.getLogger(__name__)
 
 ENGINE_CONFIG: dict[str, Any] = {
-    "dtype": "float32",  # bfloat16 needs CUDA tensor types in Megatron-Core's optimizer (optimizer.py:671)
     "vanilla_mbridge": True,  # Megatron-Bridge builds Transformer Engine layers
-    "use_distributed_optimizer": False,  # needs CUDA tensor types (distrib_optimizer.py:401)
+    # Tests of tensor types tie both to CUDA (megatron/core/optimizer/optimizer.py:671, distrib_optimizer.py:420).
+    "dtype": "float32",
+    "use_distributed_optimizer": False,
 }
 """``actor_rollout_ref.actor.megatron`` on a CPU, whatever a GPU launcher asks for."""
 
@@ -42,9 +42,15 @@ def check_cpu_settings(model_config: Any, engine_config: Any) -> None:
         ValueError: naming the key of the config and the value to give it.
     """
     megatron = "actor_rollout_ref.actor.megatron"
-    model_type = model_config.hf_config.model_type
+    hf_config = model_config.hf_config
+    model_type = hf_config.model_type
+    rope = getattr(hf_config, "rope_parameters", None) or getattr(hf_config, "rope_scaling", None) or {}
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
     refused = [
         (model_type not in ARCHITECTURES, f"model_type={model_type}", f"use one of {', '.join(ARCHITECTURES)}"),
+        # mbridge would ignore both, and the log-probs would be wrong.
+        (rope_type != "default", f"rope_type={rope_type} of the model", "use a model without rope scaling"),
+        (getattr(hf_config, "use_sliding_window", False), "use_sliding_window=True of the model", "set it to False"),
         (engine_config.dynamic_context_parallel, f"{megatron}.dynamic_context_parallel=True", "set it to False"),
         (engine_config.use_megatron_fsdp, f"{megatron}.use_megatron_fsdp=True", "set it to False"),
         (engine_config.qat.enable, f"{megatron}.qat.enable=True", "set it to False"),
@@ -101,8 +107,6 @@ class CpuMegatronMixin:
 
     def __init__(self, model_config: Any, engine_config: Any, optimizer_config: Any, checkpoint_config: Any) -> None:
         check_cpu_settings(model_config, engine_config)
-        # vocab_parallel_entropy and Megatron-Core's @jit_fuser compile: minutes of C++ for a tiny model.
-        torch._dynamo.config.disable = True
         install_cpu_bridges()
         compat.shim_mbridge()
         compat.import_checkpoint_modules()
@@ -126,5 +130,5 @@ patch_verl()
 
 
 @EngineRegistry.register(model_type="language_model", backend="megatron", device="cpu")
-class CpuMegatronEngine(CpuMegatronMixin, MegatronEngineWithLMHead):
+class CpuMegatronEngine(CpuMegatronMixin, CapoMegatronEngineWithLMHead):
     """The language model engine of ``capo_verl`` on a CPU."""

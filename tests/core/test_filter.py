@@ -256,3 +256,23 @@ def test_no_tensor_grows_with_tokens_times_support_times_hidden(granularity):
         largest.append(seen.largest)
         scratch = chunks.scratch_elements(torch.device("cpu"))
         assert seen.largest <= max(scratch, tokens * h, tokens * k * 3) < tokens * k * h
+
+
+@pytest.mark.parametrize("top_k", [6, None])
+def test_skipping_masked_tokens_and_dividing_by_temperature_change_nothing(top_k):
+    rng = np.random.default_rng(9)
+    config = CapoConfig(top_k=top_k, granularity=("token", "sequence"), policy_shift_max=1e-3, objective_shift_max=0.5)
+    plain, skipping = (CapoFilter(config, 30, 8) for _ in range(2))
+    temperature = torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64)[:, None].expand(3, 9)
+    for _ in range(2):
+        hidden, logits, actions, advantages, mask, lr = Batch.random(rng, 3, 9, 8, 30).arguments(LR)
+        a = plain.evaluate(hidden, logits / temperature[..., None], actions, advantages, mask, lr)
+        b = skipping.evaluate(
+            hidden, logits, actions, advantages, mask, lr, temperature=temperature, skip_masked=True
+        )
+        assert torch.equal(a.accepted, b.accepted) and 0 < int(a.accepted.sum()) < int(mask.sum())
+        assert torch.equal(a.policy_shift[mask], b.policy_shift[mask]) and not b.policy_shift[~mask].any()
+        for x, y in zip(plain.batch_shifts(), skipping.batch_shifts(), strict=True):
+            torch.testing.assert_close(tuple(x), tuple(y), rtol=1e-12, atol=0)
+        plain.step(), skipping.step()
+        assert torch.equal(plain.state_dict()["exp_avg"], skipping.state_dict()["exp_avg"])

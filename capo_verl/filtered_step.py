@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One optimizer step under CAPO, as any engine of verl drives it: evaluate, mask the loss, report, update the moments."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from tensordict import TensorDict
+from torch import Tensor
+
+from capo_verl.config import CapoConfig
+from capo_verl.core import CapoFilter
+from capo_verl.core.metrics import StepMetrics
+from capo_verl.response import PackedResponse, accepted_response, mask_rejected
+from capo_verl.stopwatch import Stopwatch
+
+ACCEPTED = "capo_accepted"
+"""Key of the per-token result in the engine's model output."""
+
+LossFunction = Callable[..., tuple[Tensor, dict[str, Any]]]
+
+
+class FilteredStep:
+    """Holds the filter and what accumulates between two optimizer steps.
+
+    Args:
+        capo: the filter.
+        config: its knobs.
+        device: where the training runs, for the stopwatch.
+    """
+
+    def __init__(self, capo: CapoFilter, config: CapoConfig, device: torch.device):
+        self.capo, self.config = capo, config
+        self._stopwatch = Stopwatch(device)
+        self.discard()
+
+    def discard(self) -> None:
+        """Gradients were zeroed: forget what was evaluated since the last optimizer step."""
+        self.capo.discard()
+        self._metrics = StepMetrics(self.capo.dp_group, self.capo.cp_group)
+        self._stopwatch.reset()
+
+    @torch.no_grad()
+    def evaluate(
+        self,
+        hidden_states: Tensor,
+        logits: Tensor,
+        labels: Tensor,
+        temperature: Tensor,
+        response: PackedResponse,
+        learning_rate: float,
+    ) -> Tensor:
+        """Decide about one micro-batch.
+
+        Args:
+            hidden_states: ``[b, s, H]``; logits: ``[b, s, rows]`` before temperature; labels: ``[b, s]``; temperature:
+                ``[b, s]``; response: in the same layout.
+            learning_rate: of the coming optimizer step.
+
+        Returns:
+            ``[b, s]`` float32, 1 where the token stays in the loss.
+        """
+        with self._stopwatch.running():
+            out = self.capo.evaluate(
+                hidden_states, logits, labels, response.advantages, response.response_mask, learning_rate,
+                temperature=temperature, skip_masked=True,
+                sequence_ids=response.sequence_ids, num_sequences=response.num_sequences,
+            )  # fmt: skip
+            self._metrics.add(
+                out, response.advantages, response.response_mask, response.sequence_ids, response.num_sequences
+            )
+        return out.accepted.float()
+
+    def wrap_loss(self, loss_function: LossFunction) -> LossFunction:
+        """The chosen loss on the accepted tokens.
+
+        verl's own metrics keep describing all response tokens: they come from a second evaluation of the loss, on the
+        per-token log-probabilities, which is cheap. The loss itself is reported as it is optimised.
+        """
+
+        def filtered(model_output: dict[str, Tensor], data: TensorDict, **kwargs: Any) -> tuple[Tensor, dict[str, Any]]:
+            accepted = model_output.pop(ACCEPTED)
+            if self.config.mode == "track":
+                return loss_function(model_output=model_output, data=data, **kwargs)
+            kept = mask_rejected(data, accepted_response(accepted, data))
+            with torch.no_grad():
+                _, metrics = loss_function(model_output=model_output, data=data, **kwargs)
+            loss, of_accepted = loss_function(model_output=model_output, data=kept, **kwargs)
+            metrics["actor/pg_loss"] = of_accepted["actor/pg_loss"]
+            return loss, metrics
+
+        return filtered
+
+    @torch.no_grad()
+    def metrics(self) -> dict[str, float]:
+        """Of the micro-batches since the last optimizer step. Call it before that step, on every rank."""
+        metrics = self._metrics.compute()
+        if self.config.batch_shift_tokens != 0:
+            with self._stopwatch.running():
+                batch_shifts = self.capo.batch_shifts()
+            for when, shifts in zip(("before", "after"), batch_shifts, strict=True):
+                metrics[f"capo/batch_objective_shift_{when}"] = float(shifts.objective)
+                metrics[f"capo/batch_policy_shift_{when}"] = float(shifts.policy)
+            metrics["capo/batch_shift_coverage"] = self.capo.batch_shift_coverage
+        return metrics
+
+    def optimizer_step(self) -> float:
+        """Update the moments. Returns the seconds spent in the filter for this step, metrics included."""
+        with self._stopwatch.running():
+            self.capo.step()
+        return self._stopwatch.seconds()

@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Entry point of group ``verl.plugins``: verl imports this module in the driver and in every Ray worker.
+
+Nothing heavy happens here. Each registration waits for the verl module that owns the registry, so a process pays only for
+what it uses. verl swallows exceptions of plugins at DEBUG level; ours are logged as errors, ``capo-verl doctor`` reports
+them, and a run with CAPO switched on refuses to start.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+from collections.abc import Callable
+from types import ModuleType
+
+import wrapt
+
+logger = logging.getLogger(__name__)
+
+FAILURES: dict[str, Exception] = {}
+"""What could not be registered in this process, and why."""
+
+
+def on_cpu() -> bool:
+    """Whether the embedded CPU default is selected (``VERL_PLATFORM=cpu``)."""
+    return os.environ.get("VERL_PLATFORM", "").strip().lower() == "cpu"
+
+
+def raise_if_broken() -> None:
+    """Refuse to go on after a failed registration.
+
+    Raises:
+        RuntimeError: naming what failed and why.
+    """
+    if FAILURES:
+        reasons = "; ".join(f"{what}: {type(e).__name__}: {e}" for what, e in FAILURES.items())
+        raise RuntimeError(f"capo_verl could not register with verl ({reasons}); `capo-verl doctor` tells more")
+
+
+def _guarded(what: str, action: Callable[[], object]) -> None:
+    try:
+        action()
+    except Exception as e:
+        FAILURES[what] = e
+        logger.exception("capo_verl could not register its %s with verl", what)
+
+
+def _when_imported(module: str, what: str, action: Callable[[ModuleType], object]) -> None:
+    wrapt.register_post_import_hook(lambda imported: _guarded(what, lambda: action(imported)), module)
+
+
+def _import(name: str) -> Callable[[ModuleType], object]:
+    return lambda _: importlib.import_module(name)
+
+
+def _keep_metric_names(module: ModuleType) -> None:
+    """verl prefixes everything the actor reports with ``actor/``; ours arrive as ``capo/...``."""
+    rename_dict = module.rename_dict
+
+    def rename(data: dict, prefix: str = "") -> dict:
+        return {**rename_dict({k: v for k, v in data.items() if not k.startswith("capo/")}, prefix),
+                **{k: v for k, v in data.items() if k.startswith("capo/")}}  # fmt: skip
+
+    module.rename_dict = rename
+
+
+def _check_before_start(module: ModuleType) -> None:
+    """Let CAPO's own checks run where verl validates its config: in the driver, before Ray starts."""
+    validate_config = module.validate_config
+
+    def validate(config, *args, **kwargs):  # type: ignore[no-untyped-def]
+        from capo_verl.startup_checks import check_run
+
+        check_run(config)
+        return validate_config(config, *args, **kwargs)
+
+    module.validate_config = validate
+
+
+def register() -> None:
+    """Register everything, lazily. Called once, at import."""
+    _when_imported("verl.trainer.ppo.core_algos", "policy losses and advantage estimators", _import("capo_verl.algorithms"))
+    _when_imported("verl.utils.py_functional", "metric names", _keep_metric_names)
+    _when_imported("verl.utils.config", "start-up checks", _check_before_start)
+    megatron = "verl.workers.engine.megatron.transformer_impl"
+    _when_imported(megatron, "Megatron engine", _import("capo_verl.megatron.engine"))
+    if on_cpu():
+        from capo_verl.cpu import process_group
+
+        _guarded("CPU platform", lambda: importlib.import_module("capo_verl.cpu.platform"))
+        _when_imported("verl.utils.distributed", "process groups on a CPU", process_group.patch)
+        _when_imported(megatron, "Megatron engine on a CPU", _import("capo_verl.cpu.engine"))
+        for owner in ("verl.workers.rollout.base", "verl.workers.rollout.replica"):
+            _when_imported(owner, "rollout 'hf'", lambda _: importlib.import_module("capo_verl.cpu.rollout").register())
+
+
+register()

@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""verl's response-only fields on the tokens of whole sequences, and per-token results back on the responses."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from tensordict import TensorDict
+from torch import Tensor
+from verl.workers.utils.padding import no_padding_2_padding, response_from_nested
+
+
+class PackedResponse(NamedTuple):
+    """Per-token fields in the layout of the labels, ``[b, s]`` or ``[1, total]``; zeros outside the responses."""
+
+    advantages: Tensor
+    response_mask: Tensor
+    """bool"""
+    sequence_ids: Tensor
+    """int64, position of the sample in the micro-batch."""
+    num_sequences: int
+
+
+def response_fields(batch: TensorDict) -> Tensor:
+    """Advantage, response mask and index of the sample for every token of ``input_ids``: nested ``[b, j, 3]``, float32.
+
+    Args:
+        batch: micro-batch with nested ``input_ids``; ``advantages`` and ``response_mask`` nested, or padded to
+            ``[b, max_response]`` with ``prompts`` and ``attention_mask``.
+    """
+    offsets = batch["input_ids"].offsets()
+    b, total = len(offsets) - 1, batch["input_ids"].values().shape[0]
+    at, valid = _response_positions(batch, offsets)
+    fields = torch.zeros(total, 3, device=offsets.device, dtype=torch.float32)
+    for column, name in enumerate(("advantages", "response_mask")):
+        values = batch[name]
+        values = values.values() if values.is_nested else values[valid]
+        fields[:, column].index_copy_(0, at, values.to(fields.dtype))
+    # Sample indices are exact in float32 up to 16 million.
+    fields[:, 2] = torch.arange(b, device=offsets.device).repeat_interleave(offsets.diff(), output_size=total)
+    return torch.nested.nested_tensor_from_jagged(fields, offsets=offsets)
+
+
+def accepted_response(accepted: Tensor, data: TensorDict) -> Tensor:
+    """Per-token results of the whole sequences, cut to the responses in the format of ``data["response_mask"]``.
+
+    Args:
+        accepted: nested ``[b, prompt + response]``, as verl's engine returns per-token results.
+    """
+    response_mask = data["response_mask"]
+    if response_mask.is_nested:
+        return response_from_nested(accepted, response_mask)
+    return no_padding_2_padding(accepted, data)[:, : response_mask.shape[1]]
+
+
+def mask_rejected(data: TensorDict, accepted: Tensor) -> TensorDict:
+    """A copy of the micro-batch whose response mask holds the accepted tokens only; the original keeps its own."""
+    mask = data["response_mask"]
+    kept = data.select(*data.keys())
+    if mask.is_nested:
+        kept["response_mask"] = torch.zeros_like(mask)  # of the same lengths, which verl pads by
+        kept["response_mask"].values().copy_(mask.values() * (accepted.values() > 0.5))
+    else:
+        kept["response_mask"] = mask * (accepted > 0.5)
+    return kept
+
+
+def _response_positions(batch: TensorDict, offsets: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Where each response value belongs among the flat tokens ``[R]``; and, for padded fields, which of them are real."""
+    response_mask = batch["response_mask"]
+    if response_mask.is_nested:
+        starts, lengths, valid = response_mask.offsets()[:-1], response_mask.offsets().diff(), None
+        count = response_mask.values().shape[0]
+    else:
+        width = response_mask.shape[1]
+        max_prompt = batch["prompts"].shape[1]
+        valid = batch["attention_mask"][:, max_prompt : max_prompt + width].bool()
+        lengths = valid.sum(-1)
+        starts, count = lengths.cumsum(0) - lengths, int(lengths.sum())
+    # A sequence is prompt + response, so its response begins `length` before its end.
+    shift = (offsets[1:] - lengths - starts).repeat_interleave(lengths, output_size=count)
+    return torch.arange(count, device=offsets.device) + shift, valid

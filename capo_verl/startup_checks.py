@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Refuse, in one sentence and before anything starts, what CAPO cannot do in this run."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from capo_verl import plugin
+from capo_verl.config import PRESETS
+from capo_verl.policy_loss_config import parse_knobs
+
+logger = logging.getLogger(__name__)
+
+POLICY_LOSS = "actor_rollout_ref.actor.policy_loss"
+
+
+def check_run(config: DictConfig) -> None:
+    """Check verl's whole config. Does nothing if CAPO is not switched on.
+
+    Raises:
+        ValueError: for invalid knobs or a combination that is not supported, saying what to set.
+        RuntimeError: if the plugin is not registered properly.
+    """
+    knobs = OmegaConf.select(config, f"{POLICY_LOSS}.capo")
+    if knobs is None:
+        return
+    plugin.raise_if_broken()
+    capo = parse_knobs(knobs)
+    if OmegaConf.select(config, f"{POLICY_LOSS}._target_") != "capo_verl.config.CapoPolicyLossConfig":
+        raise ValueError(f"{POLICY_LOSS}.capo is set without the switch; add +capo={knobs.get('preset') or 'grpo'}")
+
+    def value(path: str) -> Any:
+        return OmegaConf.select(config, path)
+
+    actor, model = "actor_rollout_ref.actor", "actor_rollout_ref.model"
+    refused = [
+        (f"{actor}.strategy", lambda x: x != "megatron", "set model_engine=megatron"),
+        (f"{model}.use_fused_kernels", bool, "its fused cross-entropy never materialises the logits; set it to False"),
+        (f"{actor}.megatron.dynamic_context_parallel", bool, "set it to False"),
+        (f"{actor}.megatron.use_megatron_fsdp", bool, "set it to False"),
+        (f"{model}.mtp.enable_train", bool, "its extra heads share the output layer; set it to False"),
+        (f"{model}.lora.rank", bool, "adapters leave the LM head untrained; set it to 0"),
+        (f"{model}.lora_rank", bool, "adapters leave the LM head untrained; set it to 0"),
+        ("distillation.enabled", bool, "distillation replaces the policy loss; set it to False"),
+        ("trainer.use_v1", lambda x: x is False, "set it to True"),
+        ("trainer.v1.trainer_mode", lambda x: x not in (None, "sync"), "set it to sync"),
+        (f"{POLICY_LOSS}.loss_mode", lambda x: x == "bypass_mode", "choose its inner loss directly"),
+    ]
+    for path, is_refused, instead in refused:
+        found = value(path)
+        if is_refused(found):
+            raise ValueError(f"CAPO does not support {path}={found}: {instead}")
+    optimizer = value(f"{actor}.optim.optimizer")
+    if capo.optimizer_model == "adam" and str(optimizer).lower() not in ("adam", "adamw"):
+        raise ValueError(
+            f"{POLICY_LOSS}.capo.optimizer_model=adam models Adam, but {actor}.optim.optimizer={optimizer}; "
+            f"set capo.optimizer_model=sgd or use Adam"
+        )
+    if (value(f"{actor}.megatron.context_parallel_size") or 1) > 1 and capo.stages != ("token",):
+        raise ValueError(
+            f"{POLICY_LOSS}.capo.granularity={capo.granularity} needs whole sequences on a rank; with "
+            f"{actor}.megatron.context_parallel_size > 1 set it to token"
+        )
+    preset = knobs.get("preset")
+    if preset:
+        resolved = OmegaConf.create({"expected": PRESETS[preset].verl, "data": value("data")})
+        for path, expected in OmegaConf.to_container(resolved, resolve=True)["expected"].items():
+            if value(path) != expected:
+                logger.warning(
+                    "+capo=%s is defined with %s=%s, but the command line says %s, which wins: this is not the paper's "
+                    "variant any more", preset, path, expected, value(path),
+                )  # fmt: skip

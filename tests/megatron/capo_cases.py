@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A CAPO training step on one rank: what ``test_engine.py`` runs on gloo ranks, and the batch that every layout gets."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+
+from tests.cpu.engine_cases import Layout, export, make_engine
+
+PROMPTS, RESPONSES = (4, 3, 5, 4), (9, 7, 11, 3)
+ADVANTAGES = (1.2, -0.7, 0.4, -1.1)
+LR, CLIP, STEPS = 1e-2, 1.0, 3
+KNOBS: dict[str, Any] = {"top_k": 20, "policy_shift_max": 0.0915, "objective_shift_max": None}
+
+
+def rollout() -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Token ids of four sequences and the (stale) log-probs of their responses."""
+    generator = torch.Generator().manual_seed(3)
+    ids = [torch.randint(4, 100, (p + r,), generator=generator) for p, r in zip(PROMPTS, RESPONSES, strict=True)]
+    return ids, [-4.6 + 0.1 * torch.randn(r, generator=generator) for r in RESPONSES]
+
+
+def make_batch(rank: int, dp: int, temperature: float, micro_batch_size: int = 1) -> Any:
+    """This data-parallel rank's share, as verl's V1 trainer hands it to the engine."""
+    from verl.utils import tensordict_utils as tu
+    from verl.utils.dataset.dataset_utils import DatasetPadMode
+
+    ids, old_log_probs = rollout()
+    mine = range(rank * 4 // dp, (rank + 1) * 4 // dp)
+
+    def nested(rows: list[torch.Tensor]) -> torch.Tensor:
+        return torch.nested.as_nested_tensor(rows, layout=torch.jagged)
+
+    fields = {
+        "input_ids": nested([ids[i] for i in mine]),
+        "prompts": nested([ids[i][: PROMPTS[i]] for i in mine]),
+        "responses": nested([ids[i][PROMPTS[i] :] for i in mine]),
+        "position_ids": nested([torch.arange(len(ids[i])) for i in mine]),
+        "response_mask": nested([torch.ones(RESPONSES[i], dtype=torch.int64) for i in mine]),
+        "loss_mask": nested([torch.ones(RESPONSES[i], dtype=torch.int64) for i in mine]),
+        "old_log_probs": nested([old_log_probs[i] for i in mine]),
+        "advantages": nested([torch.full((RESPONSES[i],), ADVANTAGES[i]) for i in mine]),
+        "temperature": torch.full((len(mine),), temperature),
+    }
+    settings = {
+        "use_dynamic_bsz": False,
+        "micro_batch_size_per_gpu": micro_batch_size,
+        "calculate_entropy": True,
+        "global_batch_size": 4,
+    }
+    batch = tu.get_tensordict(fields, settings)
+    tu.assign_non_tensor(batch, pad_mode=DatasetPadMode.NO_PADDING)
+    return batch
+
+
+def make_loss(loss_mode: str, knobs: dict[str, Any] | None, loss_agg_mode: str = "seq-mean-token-mean") -> Any:
+    """verl's loss function as its worker binds it; ``knobs=None`` is a run without the switch."""
+    from verl.workers.config import McoreActorConfig
+    from verl.workers.config.actor import PolicyLossConfig
+    from verl.workers.utils.losses import ppo_loss
+
+    from capo_verl.policy_loss_config import CapoPolicyLossConfig
+
+    policy_loss = (
+        PolicyLossConfig(loss_mode=loss_mode)
+        if knobs is None
+        else CapoPolicyLossConfig(loss_mode=loss_mode, capo=dict(knobs))
+    )
+    config = McoreActorConfig(
+        rollout_n=1, ppo_micro_batch_size_per_gpu=1, policy_loss=policy_loss, loss_agg_mode=loss_agg_mode
+    )
+    return partial(ppo_loss, config=config)
+
+
+def train(
+    layout: Layout,
+    model_path: str,
+    loss_mode: str,
+    knobs: dict[str, Any] | None,
+    temperature: float = 1.0,
+    micro_batch_size: int = 1,
+    steps: int = STEPS,
+    own_engine: bool = True,
+) -> dict[str, Any]:
+    """A few optimizer steps; what this rank reports, and the weights after them."""
+    from megatron.core import parallel_state as mpu
+
+    if not own_engine:
+        use_verls_engine()
+    engine = make_engine(layout, model_path, optimizer="adam", lr=LR)
+    loss = make_loss(loss_mode, knobs)
+    reports = []
+    with engine.train_mode():
+        for _ in range(steps):
+            dp = mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size()
+            output = engine.train_batch(make_batch(*dp, temperature, micro_batch_size), loss)
+            if engine.is_mp_src_rank_with_outputs():
+                reports.append({"loss": sum(output["loss"]), **output["metrics"]})
+    state = engine._step.capo.state_dict() if getattr(engine, "_step", None) else None
+    return {"reports": reports, "weights": export(engine), "state": state}
+
+
+def use_verls_engine() -> None:
+    """Register verl's own engine class with what a CPU needs, in place of ours."""
+    from verl.workers.engine.base import EngineRegistry
+    from verl.workers.engine.megatron.transformer_impl import MegatronEngineWithLMHead
+
+    from capo_verl.cpu.engine import CpuMegatronMixin
+
+    registry = EngineRegistry._engines["language_model"]["megatron"]
+    registry["cpu"] = type("VerlOnCpu", (CpuMegatronMixin, MegatronEngineWithLMHead), {})
+
+
+def train_save_resume(layout: Layout, model_path: str, directory: str) -> dict[str, Any]:
+    """Two steps, a checkpoint, one more step; then from the checkpoint the same step on a fresh engine."""
+    from megatron.core import parallel_state as mpu
+
+    loss = make_loss("capo", KNOBS)
+
+    def step(engine: Any) -> dict[str, Any]:
+        dp = mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size()
+        with engine.train_mode():
+            output = engine.train_batch(make_batch(*dp, 1.0), loss)
+        metrics = output["metrics"] if engine.is_mp_src_rank_with_outputs() else {}
+        return {k: v for k, v in metrics.items() if "seconds" not in k}
+
+    engine = make_engine(layout, model_path, optimizer="adam", lr=LR)
+    for _ in range(2):
+        step(engine)
+    engine.save_checkpoint(directory, global_step=2)
+    uninterrupted = step(engine), export(engine), engine._step and _copy(engine._step.capo.state_dict())
+    resumed_engine = make_engine(layout, model_path, optimizer="adam", lr=LR)
+    resumed_engine.load_checkpoint(directory, del_local_after_load=False)
+    resumed = step(resumed_engine), export(resumed_engine), resumed_engine._step and _copy(resumed_engine._step.capo.state_dict())
+    return {"uninterrupted": uninterrupted, "resumed": resumed}
+
+
+def _copy(state: dict[str, Any]) -> dict[str, Any]:
+    return {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in state.items()}

@@ -1,0 +1,209 @@
+# SPDX-License-Identifier: Apache-2.0
+"""CAPO inside verl's Megatron engine on gloo ranks, against Hugging Face + the filter in float64 + torch's AdamW."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from capo_verl import CapoConfig, CapoFilter
+from tests.cpu.engine_cases import Layout
+from tests.helpers.spawn import run_on_ranks
+from tests.megatron.capo_cases import ADVANTAGES, CLIP, KNOBS, LR, PROMPTS, STEPS, rollout, train, train_save_resume
+
+PRELOAD = ("torch", "verl.workers.engine.megatron.transformer_impl", "capo_verl.cpu.bridge")
+LAYOUTS = [
+    Layout(),
+    Layout(packed=False),
+    Layout(tp=2),
+    Layout(tp=2, packed=False),
+    Layout(tp=2, sp=True),
+    Layout(pp=2, packed=False),
+    Layout(dp=2),
+    Layout(cp=2),
+]
+
+
+@dataclass
+class Step:
+    loss: float
+    grad_norm: float
+    accepted: int
+    tokens: int
+    policy_shift: torch.Tensor
+    batch_policy_shift: tuple[float, float]
+
+
+@dataclass
+class Reference:
+    steps: list[Step]
+    weights: dict[str, torch.Tensor]
+
+
+def make_reference(path: str, temperature: float) -> Reference:
+    """The same training with none of verl's or Megatron's code; the filter sees float64."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
+    capo = CapoFilter(CapoConfig(**KNOBS), model.config.vocab_size, model.config.hidden_size)
+    ids, old_log_probs = rollout()
+    steps = []
+    for _ in range(STEPS):
+        optimizer.zero_grad()
+        loss, shifts, accepted_count, tokens = torch.zeros(()), [], 0, 0
+        for i, row in enumerate(ids):
+            hidden = model.model(row[None]).last_hidden_state[0, PROMPTS[i] - 1 : -1]
+            logits = model.lm_head(hidden) / temperature
+            actions = row[PROMPTS[i] :]
+            out = capo.evaluate(
+                hidden[None].double(), logits[None].double(), actions[None], torch.tensor([[ADVANTAGES[i]]]),
+                torch.ones(1, len(actions)), LR,
+            )  # fmt: skip
+            accepted = out.accepted[0].float()
+            log_probs = logits.log_softmax(-1).gather(-1, actions[:, None])[:, 0]
+            per_token = -ADVANTAGES[i] * (log_probs - old_log_probs[i]).exp()
+            loss = loss + (per_token * accepted).sum() / (accepted.sum() + 1e-8) / len(ids)
+            shifts.append(out.policy_shift[0])
+            accepted_count, tokens = accepted_count + int(accepted.sum()), tokens + len(actions)
+        before, after = capo.batch_shifts()
+        loss.backward()
+        norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP))
+        optimizer.step()
+        capo.step()
+        steps.append(
+            Step(float(loss.detach()), norm, accepted_count, tokens, torch.cat(shifts), (float(before.policy), float(after.policy)))
+        )
+    return Reference(steps, {name: p.detach().clone() for name, p in model.named_parameters()})
+
+
+@pytest.fixture(scope="module")
+def references(tiny_qwen2) -> dict[float, Reference]:
+    results = {temperature: make_reference(tiny_qwen2, temperature) for temperature in (1.0, 0.7)}
+    for result in results.values():
+        for step in result.steps:  # the case means something: some tokens go, no decision hangs on rounding
+            assert 0 < step.accepted < step.tokens
+            assert float((step.policy_shift / KNOBS["policy_shift_max"] - 1).abs().min()) > 1e-3
+    return results
+
+
+@pytest.mark.parametrize(
+    ("layout", "temperature"),
+    [*((layout, 1.0) for layout in LAYOUTS), (Layout(), 0.7), (Layout(tp=2, packed=False), 0.7)],
+    ids=str,
+)
+def test_training_equals_hugging_face_with_the_float64_filter(layout, temperature, references, tiny_qwen2):
+    expected = references[temperature]
+    ranks = run_on_ranks(
+        train, layout.world_size, layout, tiny_qwen2, "capo", KNOBS, temperature, preload=PRELOAD, timeout=300
+    )
+    reports = [rank["reports"] for rank in ranks if rank["reports"]]
+    assert len(reports) == layout.dp
+    for at, step in enumerate(expected.steps):
+        mine = [report[at] for report in reports]
+        metrics = {name: value[0] for name, value in mine[0].items() if name.startswith("capo/")}
+        assert metrics["capo/accepted_tokens"] == step.accepted
+        assert metrics["capo/rejection_rate"] == pytest.approx(1 - step.accepted / step.tokens)
+        assert metrics["capo/policy_shift_mean"] == pytest.approx(float(step.policy_shift.mean()), rel=1e-3)
+        assert metrics["capo/policy_shift_max"] == pytest.approx(float(step.policy_shift.max()), rel=1e-3)
+        batch = [metrics[f"capo/batch_policy_shift_{when}"] for when in ("before", "after")]
+        assert batch == pytest.approx(step.batch_policy_shift, rel=2e-3)
+        assert float(mine[0]["grad_norm"]) == pytest.approx(step.grad_norm, rel=1e-3)
+        assert sum(report["loss"] for report in mine) / layout.dp == pytest.approx(step.loss, rel=1e-3, abs=1e-5)
+    for rank in ranks:
+        for name, weight in expected.weights.items():
+            # Adam turns the rounding of a gradient near zero into a share of its step, 1e-2; such elements are few.
+            difference = (rank["weights"][name] - weight).abs()
+            assert float(difference.max()) < 2e-3 and float(difference.mean()) < 2e-6
+
+
+def test_padding_of_the_vocabulary_is_never_in_the_support(odd_vocabulary):
+    """Megatron's own softmax counts the padded row, so only the first step's decisions can be compared."""
+    everything = {**KNOBS, "top_k": None}
+    one, two = (
+        run_on_ranks(train, layout.world_size, layout, odd_vocabulary, "capo", everything, steps=1, preload=PRELOAD)
+        for layout in (Layout(), Layout(tp=2))
+    )
+    a, b = one[0]["reports"][0], two[0]["reports"][0]
+    assert a["capo/accepted_tokens"] == b["capo/accepted_tokens"] and a["capo/outside_support"] == [0.0]
+    for name in ("policy_shift_mean", "policy_shift_max", "objective_shift_p50", "batch_policy_shift_before"):
+        assert a[f"capo/{name}"][0] == pytest.approx(b[f"capo/{name}"][0], rel=1e-4)
+    assert two[1]["state"]["exp_avg"].shape[0] == 63 and not two[1]["state"]["exp_avg"][-1].any()
+    assert two[1]["state"]["exp_avg"][-2].any()
+
+
+def test_micro_batches_change_nothing(tiny_qwen2):
+    one, four = (
+        run_on_ranks(train, 1, Layout(), tiny_qwen2, "capo", KNOBS, 1.0, size, preload=PRELOAD)[0] for size in (1, 4)
+    )
+    for a, b in zip(one["reports"], four["reports"], strict=True):
+        assert a["capo/accepted_tokens"] == b["capo/accepted_tokens"]
+        assert a["capo/policy_shift_p90"] == pytest.approx(b["capo/policy_shift_p90"], rel=1e-4)
+    torch.testing.assert_close(one["state"]["exp_avg"], four["state"]["exp_avg"], rtol=1e-3, atol=1e-7)
+
+
+@pytest.mark.parametrize("layout", [Layout(tp=2, packed=False)], ids=str)
+def test_without_the_switch_it_is_verls_engine_bit_for_bit(layout, tiny_qwen2):
+    ours, verls = (
+        run_on_ranks(train, layout.world_size, layout, tiny_qwen2, "vanilla", None, own_engine=own, preload=PRELOAD)
+        for own in (True, False)
+    )
+    for a, b in zip(ours, verls, strict=True):
+        assert a["weights"].keys() == b["weights"].keys()
+        assert all(torch.equal(a["weights"][name], b["weights"][name]) for name in a["weights"])
+        assert [r["loss"] for r in a["reports"]] == [r["loss"] for r in b["reports"]]
+        assert a["state"] is None and not any("capo/" in name for report in a["reports"] for name in report)
+
+
+def test_tracking_trains_bit_for_bit_like_no_switch_and_measures(tiny_qwen2):
+    layout = Layout(tp=2, packed=False)
+    tracked, plain = (
+        run_on_ranks(train, 2, layout, tiny_qwen2, "vanilla", knobs, preload=PRELOAD)
+        for knobs in ({**KNOBS, "mode": "track"}, None)
+    )
+    for a, b in zip(tracked, plain, strict=True):
+        assert all(torch.equal(a["weights"][name], b["weights"][name]) for name in a["weights"])
+    assert all(0 < report["capo/rejection_rate"][0] <= 1 for report in tracked[0]["reports"])
+
+
+def test_every_loss_of_verl_composes_with_the_filter(tiny_qwen2):
+    """One step with each registered loss: finite, and different from the unfiltered loss. Then a step with no token left."""
+    results = run_on_ranks(_every_loss, 1, tiny_qwen2, preload=PRELOAD, timeout=400)[0]
+    assert {"vanilla", "gspo", "cispo", "sapo", "gpg", "clip_cov", "kl_cov", "dppo_tv", "dppo_kl", "geo_mean", "capo"} <= set(results)
+    for name, (filtered, plain, emptied, norm_emptied) in results.items():
+        assert filtered == filtered and abs(filtered - plain) > 1e-6, name
+        assert emptied == 0.0 and norm_emptied == 0.0, name
+
+
+def _every_loss(path: str) -> dict[str, tuple[float, float, float, float]]:
+    from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY
+
+    nothing = {**KNOBS, "policy_shift_max": 1e-30}
+    results = {}
+    for name in sorted(set(POLICY_LOSS_REGISTRY) - {"bypass_mode", "dro"}):  # refused; needs a coefficient of its own
+        filtered, plain, emptied = (
+            train(Layout(), path, name, knobs, steps=1)["reports"][0] for knobs in (KNOBS, None, nothing)
+        )
+        assert emptied["capo/nothing_accepted"] == [1.0]
+        results[name] = (filtered["loss"], plain["loss"], emptied["loss"], float(emptied["grad_norm"]))
+    return results
+
+
+@pytest.mark.parametrize("layout", [Layout(), Layout(tp=2, packed=False), Layout(pp=2, packed=False), Layout(dp=2)], ids=str)
+def test_resuming_continues_bit_exactly(layout, tiny_qwen2, tmp_path):
+    ranks = run_on_ranks(
+        train_save_resume, layout.world_size, layout, tiny_qwen2, str(tmp_path / "checkpoint"), preload=PRELOAD, timeout=300
+    )
+    assert any(rank["uninterrupted"][2] for rank in ranks)
+    for rank in ranks:
+        (metrics, weights, state), (resumed_metrics, resumed_weights, resumed_state) = rank["uninterrupted"], rank["resumed"]
+        assert {k: v for k, v in metrics.items() if k.startswith("capo/")} == {
+            k: v for k, v in resumed_metrics.items() if k.startswith("capo/")
+        }
+        assert all(torch.equal(weights[name], resumed_weights[name]) for name in weights)
+        if state:
+            assert state["step"] == resumed_state["step"] == 3
+            assert torch.equal(state["exp_avg"], resumed_state["exp_avg"])
+            assert torch.equal(state["exp_avg_sq"], resumed_state["exp_avg_sq"])

@@ -69,7 +69,9 @@ class CapoConfig:
             _one_of("granularity", stage, GRANULARITIES)
         if len(set(stages)) != len(stages):
             raise ValueError(f"capo.granularity={self.granularity!r}: name each granularity once")
-        object.__setattr__(self, "granularity", self.granularity if isinstance(self.granularity, str) else tuple(stages))
+        object.__setattr__(
+            self, "granularity", self.granularity if isinstance(self.granularity, str) else tuple(stages)
+        )
         if isinstance(self.betas, str) or not isinstance(self.betas, Sequence) or len(self.betas) != 2:
             raise ValueError(f"capo.betas={self.betas!r}: expected two numbers in [0, 1)")
         for beta in self.betas:

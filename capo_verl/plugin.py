@@ -80,7 +80,9 @@ def _check_before_start(module: ModuleType) -> None:
 
 def register() -> None:
     """Register everything, lazily. Called once, at import."""
-    _when_imported("verl.trainer.ppo.core_algos", "policy losses and advantage estimators", _import("capo_verl.algorithms"))
+    _when_imported(
+        "verl.trainer.ppo.core_algos", "policy losses and advantage estimators", _import("capo_verl.algorithms")
+    )
     _when_imported("verl.utils.py_functional", "metric names", _keep_metric_names)
     _when_imported("verl.utils.config", "start-up checks", _check_before_start)
     megatron = "verl.workers.engine.megatron.transformer_impl"

@@ -18,12 +18,13 @@ POLICY_LOSS = "actor_rollout_ref.actor.policy_loss"
 
 
 def check_run(config: DictConfig) -> None:
-    """Check verl's whole config. Does nothing if CAPO is not switched on.
+    """Check verl's whole config. If CAPO is not switched on, only what Megatron answers with a bare assertion.
 
     Raises:
         ValueError: for invalid knobs or a combination that is not supported, saying what to set.
         RuntimeError: if the plugin is not registered properly.
     """
+    _check_warmup(config)
     knobs = OmegaConf.select(config, f"{POLICY_LOSS}.capo")
     if knobs is None:
         return
@@ -73,3 +74,14 @@ def check_run(config: DictConfig) -> None:
                     "+capo=%s is defined with %s=%s, but the command line says %s, which wins: this is not the paper's "
                     "variant any more", preset, path, expected, value(path),
                 )  # fmt: skip
+
+
+def _check_warmup(config: DictConfig) -> None:
+    """Megatron's scheduler asserts this only after all workers have started (``optimizer_param_scheduler.py:157``)."""
+    steps = OmegaConf.select(config, "trainer.total_training_steps")
+    warmup = OmegaConf.select(config, "actor_rollout_ref.actor.optim.lr_warmup_steps")
+    if OmegaConf.select(config, "actor_rollout_ref.actor.strategy") == "megatron" and steps and (warmup or 0) >= steps:
+        raise ValueError(
+            f"actor_rollout_ref.actor.optim.lr_warmup_steps={warmup} must be less than "
+            f"trainer.total_training_steps={steps}; lower it, or train longer"
+        )

@@ -161,7 +161,9 @@ def _squared_norms(hidden: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _add_sums(sums: Tensor, pairs: Pairs, u: Tensor) -> None:
     weighted = pairs.probs * u
-    sums.index_add_(0, pairs.token, torch.stack((torch.where(pairs.taken, u, torch.zeros_like(u)), weighted, weighted * u), 1))
+    sums.index_add_(
+        0, pairs.token, torch.stack((torch.where(pairs.taken, u, torch.zeros_like(u)), weighted, weighted * u), 1)
+    )
 
 
 def _shifts(sums: Tensor, advantages: Tensor, learning_rate: float, linear: Tensor | None) -> Shifts:

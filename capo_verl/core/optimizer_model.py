@@ -92,7 +92,9 @@ class AdamModel:
         if self.is_identity:
             return gradient
         (beta1, beta2), n = self.betas, self.step_count + 1
-        first = self.exp_avg[rows, columns].mul_(beta1 / (1 - beta1**n)).add_(gradient, alpha=(1 - beta1) / (1 - beta1**n))
+        first = (
+            self.exp_avg[rows, columns].mul_(beta1 / (1 - beta1**n)).add_(gradient, alpha=(1 - beta1) / (1 - beta1**n))
+        )
         second = self.exp_avg_sq[rows, columns].mul_(beta2 / (1 - beta2**n))
         second.addcmul_(gradient, gradient, value=(1 - beta2) / (1 - beta2**n))
         return first.div_(second.sqrt_().add_(self.eps))
@@ -104,7 +106,9 @@ class AdamModel:
             hidden: ``[N, H]``; advantages: ``[N]``; pairs: entries of accepted tokens only.
         """
         weight = advantages[pairs.token] * pairs.v
-        for rows, total in segment_sums(hidden[pairs.tokens].to(self.dtype), pairs.token - pairs.tokens.start, pairs.row, weight):
+        for rows, total in segment_sums(
+            hidden[pairs.tokens].to(self.dtype), pairs.token - pairs.tokens.start, pairs.row, weight
+        ):
             self._grad_sum[rows] += total
         self._grad_count += torch.bincount(pairs.row, minlength=self.shard.rows)
 

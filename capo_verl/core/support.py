@@ -214,7 +214,7 @@ def _finite(logits: Tensor) -> Tensor:
 
 
 def _keyed_candidates(logits: Tensor, k: int, shard: VocabShard) -> Tensor:
-    """``[n, k]`` int64 keys of ``[n, real rows]``: order-preserving bits of the logit above, complemented id below. All keys differ."""
+    """``[n, k]`` int64 keys of ``[n, real rows]``: order-preserving bits of the logit above, complemented id below."""
     bits = (logits.float() + 0.0).view(torch.int32)  # + 0.0 makes -0.0 equal 0.0
     ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
     ids = torch.arange(shard.start, shard.start + shard.real_rows, device=logits.device)

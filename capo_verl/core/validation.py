@@ -151,7 +151,9 @@ def raise_if_unusable(inputs: Inputs, support: Support, shard: VocabShard) -> No
         at = (index if inputs.positions is None else inputs.positions[index]).tolist()
         if at:
             shown = ", ".join(str(_position(i, inputs.shape)) for i in at[:_SHOWN])
-            found.append(f"{what} at {len(at)} of {total} response tokens: position {shown}{', …' * (len(at) > _SHOWN)}")
+            found.append(
+                f"{what} at {len(at)} of {total} response tokens: position {shown}{', …' * (len(at) > _SHOWN)}"
+            )
     raise ValueError("; ".join(found))
 
 

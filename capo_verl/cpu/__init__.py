@@ -4,7 +4,7 @@
 The method itself (``capo_verl.core``) and the engine (``capo_verl.megatron``) know nothing of this package; deleting it
 would not touch them. ``capo_verl.plugin`` switches it on when ``VERL_PLATFORM=cpu``:
 
-=====================  ==================================================================================
+====================== ==================================================================================
 ``platform.py``        verl's device interface, for a CPU
 ``process_group.py``   verl's process groups, for gloo alone
 ``torch_view.py``      Megatron-Core's literal ``device="cuda"``, sent to the CPU
@@ -14,7 +14,9 @@ would not touch them. ``capo_verl.plugin`` switches it on when ``VERL_PLATFORM=c
 ``grad_clip.py``       Megatron-Core's gradient clipping, without its test for CUDA tensors
 ``engine.py``          verl's Megatron engine, made of the pieces above
 ``sampling.py``        batched sampling from a Hugging Face model
-``rollout.py``         the rollout backend ``actor_rollout_ref.rollout.name=hf``
+``rollout.py``         the rollout backend ``actor_rollout_ref.rollout.name=hf``: what it is, how verl finds it
+``rollout_server.py``  its server
+``rollout_replica.py`` its start, and its supply of weights
 ``replay_buffer.py``   verl's replay buffer, polling often
-=====================  ==================================================================================
+====================== ==================================================================================
 """

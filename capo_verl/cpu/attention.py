@@ -2,14 +2,15 @@
 """Exact causal attention for verl's two batch layouts, in place of Megatron-Core's local core attention.
 
 Megatron-Core's ``DotProductAttention`` without Transformer Engine cannot be used under verl: it refuses packed batches
-(``megatron/core/transformer/dot_product_attention.py:155``), and it reads the padding mask the wrong way round. verl
+(``megatron/core/transformer/dot_product_attention.py:153``), and it reads the padding mask the wrong way round. verl
 passes ``[batch, sequence]``, True where there is a token (``verl/models/mcore/util.py``, ``preprocess_bshd_engine``);
 Megatron-Core means ``[batch, heads, query, key]``, True where attention is forbidden, and then drops the causal mask
-(``megatron/core/fusions/fused_softmax.py:268``). verl pads on the right, so a causal mask alone is exact.
+(``megatron/core/fusions/fused_softmax.py:323``). verl pads on the right, so a causal mask alone is exact.
 """
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -65,7 +66,9 @@ class CausalSdpaAttention(torch.nn.Module):
         super().__init__()
         dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         if dropout:
-            raise ValueError(f"attention_dropout={dropout} is not supported on the CPU; set it to 0 in the model's config")
+            raise ValueError(
+                f"attention_dropout={dropout} of the model's config is not supported on the CPU; set it to 0"
+            )
         self.softmax_scale = softmax_scale
         self.cp_group = pg_collection.cp if config.context_parallel_size > 1 else None
 
@@ -94,9 +97,7 @@ class CausalSdpaAttention(torch.nn.Module):
         if packed_seq_params is not None:
             return self._packed(query, key, value, packed_seq_params.cu_seqlens_q_padded.tolist())
         if self.cp_group is not None:
-            raise ValueError(
-                "context parallelism on the CPU needs packed batches: set actor_rollout_ref.model.use_remove_padding=True"
-            )
+            raise ValueError("context parallelism on the CPU needs actor_rollout_ref.model.use_remove_padding=True")
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # [b, n, s, d]
         out = self._attend(q, k, v)
         return out.permute(2, 0, 1, 3).flatten(2)
@@ -113,14 +114,14 @@ class CausalSdpaAttention(torch.nn.Module):
         if self.cp_group is None:
             outs = [
                 self._attend(*(x[start:stop].transpose(0, 1) for x in (query, key, value))).transpose(0, 1)
-                for start, stop in zip(bounds, bounds[1:], strict=False)
+                for start, stop in pairwise(bounds)
             ]
             return torch.cat(outs).flatten(1)
 
         ranks, rank = self.cp_group.size(), self.cp_group.rank()
-        keys, values = _GatherRows.apply(key, self.cp_group), _GatherRows.apply(value, self.cp_group)
+        keys, values = (_GatherRows.apply(key, self.cp_group), _GatherRows.apply(value, self.cp_group))
         outs = []
-        for start, stop in zip(bounds, bounds[1:], strict=False):
+        for start, stop in pairwise(bounds):
             mine = slice(start // ranks, stop // ranks)
             positions = _zigzag_positions(stop - start, ranks)
             order = positions.flatten().argsort()

@@ -2,13 +2,14 @@
 """A CPU for verl's ``PlatformRegistry``: importing this module registers it; ``VERL_PLATFORM=cpu`` selects it.
 
 verl asks its platform for everything that depends on the device, but ships accelerators only
-(``verl/plugin/platform/platform_manager.py:177``). A rank is one process, and takes one unit of Ray's resource ``GPU``:
+(``verl/plugin/platform/platform_manager.py:172``). A rank is one process, and takes one unit of Ray's resource ``GPU``:
 verl counts no other (``verl/single_controller/ray/base.py:230``). The units are made up, and the command line must say
 how many there are: ``+ray_kwargs.ray_init.num_gpus=<ranks>``.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType, SimpleNamespace
@@ -16,6 +17,11 @@ from typing import Any
 
 import torch
 from verl.plugin.platform import PlatformBase, PlatformRegistry
+
+# verl's entropy (verl/utils/megatron/tensor_parallel.py:112) and Megatron-Core's @jit_fuser (megatron/core/jit.py) call
+# torch.compile: half a minute of C++ in every process, for nothing at this size. torch reads this variable on every
+# such call; its config object is no substitute, because what is set there holds for one thread only.
+os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 
 
 class CpuDeviceId(str):
@@ -45,7 +51,7 @@ class CpuDeviceModule(ModuleType):
         return getattr(torch.cpu, name)
 
     def is_available(self) -> bool:
-        """False: there is no accelerator memory to watch or to empty (``verl/utils/memory_utils.py:44``)."""
+        """False: there is no accelerator memory to watch or to empty (``verl/utils/memory_utils.py:42``)."""
         return False
 
     def device_count(self) -> int:

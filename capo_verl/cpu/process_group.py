@@ -26,11 +26,9 @@ def patch(module: ModuleType) -> None:
 
     def initialize_global_process_group(timeout_second: int = 36000) -> tuple[int, int, int]:
         torch.distributed.init_process_group(
-            backend="gloo",
-            timeout=timedelta(seconds=timeout_second),
-            init_method=os.environ.get("DIST_INIT_METHOD"),
+            backend="gloo", timeout=timedelta(seconds=timeout_second), init_method=os.environ.get("DIST_INIT_METHOD")
         )
-        return int(os.environ["LOCAL_RANK"]), int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        return (int(os.environ["LOCAL_RANK"]), int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
 
     def initialize_global_process_group_ray(timeout_second: int | None = None, backend: str | None = None) -> None:
         upstream_ray(timeout_second=timeout_second, backend=backend or "gloo")

@@ -17,7 +17,10 @@ POLL_SECONDS = 0.05
 
 
 class FastReplayBuffer(ReplayBuffer):
-    """verl's synchronous replay buffer with a short poll interval. Dynamic filtering (DAPO) is not passed on by verl."""
+    """verl's synchronous replay buffer with a short poll interval.
+
+    verl does not pass its dynamic filtering (DAPO) to custom buffers (``verl/trainer/ppo/v1/trainer_base.py:165``).
+    """
 
     def __init__(self, *args: Any, poll_interval: float = POLL_SECONDS, **kwargs: Any) -> None:
         super().__init__(*args, poll_interval=poll_interval, **kwargs)

@@ -3,9 +3,10 @@
 
 Megatron-Core keeps one random state per kind of parallel region, forks it around initialization, dropout and
 recomputation, and stores it in checkpoints. On a CPU verl skips the seeding
-(``verl/workers/engine/megatron/utils.py:35``), and a tracker without states makes resuming fail with a bare ``KeyError``
-(``verl/utils/checkpoint/megatron_checkpoint_manager.py:855``). Two functions reach the CUDA generator; everything else
-in ``megatron.core.tensor_parallel.random`` goes through them or through ``torch.cuda`` (``torch_view.py``).
+(``verl/workers/engine/megatron/utils.py:35``), and a tracker without states makes resuming fail with a bare
+``KeyError`` (``verl/utils/checkpoint/megatron_checkpoint_manager.py:844``). Two functions reach the CUDA generator;
+everything else in ``megatron.core.tensor_parallel.random`` goes through them or through ``torch.cuda``
+(``torch_view.py``).
 """
 
 from __future__ import annotations

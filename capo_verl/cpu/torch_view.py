@@ -2,9 +2,9 @@
 """Megatron-Core's literal ``device="cuda"``, sent to the CPU.
 
 Megatron-Core and mbridge name the device in dozens of places (``torch.zeros(1, device="cuda")`` in
-``megatron/core/optimizer/clip_grads.py:122``, ``torch.cuda.current_device()`` in
-``megatron/core/tensor_parallel/mappings.py:141``). Inside their modules, and nowhere else, the *name* ``torch`` is bound
-to a view of torch for which "cuda" means the CPU. ``torch`` itself stays as it is for everyone.
+``megatron/core/optimizer/clip_grads.py:103``, ``torch.cuda.current_device()`` in
+``megatron/core/tensor_parallel/mappings.py:141``). Inside their modules, and nowhere else, the *name* ``torch`` is
+bound to a view of torch for which "cuda" means the CPU. ``torch`` itself stays as it is for everyone.
 """
 
 from __future__ import annotations

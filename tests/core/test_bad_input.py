@@ -76,7 +76,12 @@ def test_values_outside_the_mask_may_be_anything():
     kw, clean = arguments(), arguments()
     for x in (kw, clean):
         x["response_mask"][1, 2] = False
-    for name, value in (("logits", float("nan")), ("hidden_states", float("inf")), ("advantages", float("nan")), ("actions", -5)):
+    for name, value in (
+        ("logits", float("nan")),
+        ("hidden_states", float("inf")),
+        ("advantages", float("nan")),
+        ("actions", -5),
+    ):
         kw[name][1, 2] = value
     for _ in range(2):
         a, b = capo.evaluate(**kw), reference.evaluate(**clean)

@@ -23,7 +23,9 @@ def make(config: CapoConfig, v: int, h: int) -> tuple[CapoFilter, Oracle]:
 
 
 def kept_tokens(batch: Batch, accepted: np.ndarray, top_k: int | None):
-    return [t for row, keep in zip(batch.tokens(top_k), accepted, strict=True) for t, k in zip(row, keep, strict=True) if k]
+    return [
+        t for row, keep in zip(batch.tokens(top_k), accepted, strict=True) for t, k in zip(row, keep, strict=True) if k
+    ]
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
@@ -65,7 +67,8 @@ def test_equals_oracle(seed, shape, top_k, optimizer_model, granularity, tau_f, 
             before, after = capo.batch_shifts()
             for shifts, keep in ((before, batch.mask), (after, accepted)):
                 sequences = [
-                    [x for x, k in zip(row, ks, strict=True) if k] for row, ks in zip(batch.tokens(top_k), keep, strict=True)
+                    [x for x, k in zip(row, ks, strict=True) if k]
+                    for row, ks in zip(batch.tokens(top_k), keep, strict=True)
                 ]
                 expected = oracle.set_shifts(sequences, LR)
                 np.testing.assert_allclose([float(x) for x in shifts], expected, rtol=1e-9, atol=1e-16)
@@ -107,7 +110,9 @@ def test_thresholds_away_from_ties_give_the_same_decision_in_float32():
     middle = int(0.9 * len(shifts))
     tau = float(shifts[middle : middle + 2].mean())
     config = CapoConfig(top_k=10, policy_shift_max=tau, objective_shift_max=None)
-    masks = [CapoFilter(config, 100, 32).evaluate(*batch.arguments(LR, d)).accepted for d in (torch.float64, torch.float32)]
+    masks = [
+        CapoFilter(config, 100, 32).evaluate(*batch.arguments(LR, d)).accepted for d in (torch.float64, torch.float32)
+    ]
     assert 0 < int((~masks[0] & torch.from_numpy(batch.mask)).sum()) < batch.mask.sum() / 5
     assert torch.equal(*masks)
 
@@ -148,23 +153,31 @@ def test_packed_layout_equals_padded():
 
 def test_track_changes_nothing_and_still_measures():
     rng = np.random.default_rng(4)
-    knobs = dict(top_k=5, policy_shift_max=1e-4, objective_shift_max=None)
-    track, off = CapoFilter(CapoConfig(mode="track", **knobs), 20, 6), CapoFilter(CapoConfig(top_k=5, policy_shift_max=None, objective_shift_max=None), 20, 6)
+    knobs = {"top_k": 5, "policy_shift_max": 1e-4, "objective_shift_max": None}
+    track, off = (
+        CapoFilter(CapoConfig(mode="track", **knobs), 20, 6),
+        CapoFilter(CapoConfig(top_k=5, policy_shift_max=None, objective_shift_max=None), 20, 6),
+    )
     for _ in range(2):
         batch = Batch.random(rng, 4, 6, 6, 20)
-        out, reference = track.evaluate(*batch.arguments(LR)), off.evaluate(*batch.arguments(LR))
+        out = track.evaluate(*batch.arguments(LR))
+        off.evaluate(*batch.arguments(LR))
         mask = torch.from_numpy(batch.mask)
         assert torch.equal(out.accepted, mask)
         assert torch.equal(out.in_trust_region, mask & (out.policy_shift < 1e-4))
         assert 0 < int(out.in_trust_region.sum()) < int(mask.sum())
         track.step(), off.step()
-        assert torch.equal(track.state_dict()["exp_avg_sq"], off.state_dict()["exp_avg_sq"])  # nothing left the gradient
+        assert torch.equal(
+            track.state_dict()["exp_avg_sq"], off.state_dict()["exp_avg_sq"]
+        )  # nothing left the gradient
 
 
 @pytest.mark.parametrize("reject_all", [True, False])
 def test_all_masked_or_all_rejected_leaves_the_moments(reject_all):
     rng = np.random.default_rng(5)
-    capo = CapoFilter(CapoConfig(top_k=5, policy_shift_max=None, objective_shift_max=1e-30 if reject_all else None), 20, 6)
+    capo = CapoFilter(
+        CapoConfig(top_k=5, policy_shift_max=None, objective_shift_max=1e-30 if reject_all else None), 20, 6
+    )
     capo.config = CapoConfig(top_k=5, policy_shift_max=None, objective_shift_max=None)
     first = Batch.random(rng, 2, 4, 6, 20)
     capo.evaluate(*first.arguments(LR))
@@ -267,9 +280,7 @@ def test_skipping_masked_tokens_and_dividing_by_temperature_change_nothing(top_k
     for _ in range(2):
         hidden, logits, actions, advantages, mask, lr = Batch.random(rng, 3, 9, 8, 30).arguments(LR)
         a = plain.evaluate(hidden, logits / temperature[..., None], actions, advantages, mask, lr)
-        b = skipping.evaluate(
-            hidden, logits, actions, advantages, mask, lr, temperature=temperature, skip_masked=True
-        )
+        b = skipping.evaluate(hidden, logits, actions, advantages, mask, lr, temperature=temperature, skip_masked=True)
         assert torch.equal(a.accepted, b.accepted) and 0 < int(a.accepted.sum()) < int(mask.sum())
         assert torch.equal(a.policy_shift[mask], b.policy_shift[mask]) and not b.policy_shift[~mask].any()
         for x, y in zip(plain.batch_shifts(), skipping.batch_shifts(), strict=True):

@@ -101,19 +101,31 @@ def test_oracle_agrees_too(case):
     """The oracle that the other tests trust reproduces the same numbers."""
     meta = case.meta
     oracle = Oracle(
-        case.vocab_size, case.hidden_size, meta["optimizer_model"], meta["top_k"], (meta["beta1"], meta["beta2"]), meta["eps"]
+        case.vocab_size,
+        case.hidden_size,
+        meta["optimizer_model"],
+        meta["top_k"],
+        (meta["beta1"], meta["beta2"]),
+        meta["eps"],
     )
     for step in case.steps():
         tokens = [
             [make_token(h, z, a, adv, meta["top_k"]) for h, z, a in zip(hs, zs, acts, strict=True)]
-            for hs, zs, acts, adv in zip(step["hidden"], step["logits"], step["actions"], step["advantages"], strict=True)
+            for hs, zs, acts, adv in zip(
+                step["hidden"], step["logits"], step["actions"], step["advantages"], strict=True
+            )
         ]
         shifts = np.array([[oracle.token_shifts(t, meta["lr"]) for t in row] for row in tokens])
         assert_close(shifts[..., 0], step["m_h"], 1e-12)
         assert_close(shifts[..., 1], step["m_f"], 1e-12)
-        kept = [[t for t, m in zip(row, ms, strict=True) if m] for row, ms in zip(tokens, step["response_mask"], strict=True)]
+        kept = [
+            [t for t, m in zip(row, ms, strict=True) if m]
+            for row, ms in zip(tokens, step["response_mask"], strict=True)
+        ]
         assert_close([oracle.set_shifts([s], meta["lr"])[0] for s in kept], step["sequence_m_h"], 1e-12)
         assert_close(oracle.set_shifts(kept, meta["lr"])[1], step["global_m_f"], 1e-6)
-        oracle.update([t for row, ms in zip(tokens, step["accepted"], strict=True) for t, m in zip(row, ms, strict=True) if m])
+        oracle.update(
+            [t for row, ms in zip(tokens, step["accepted"], strict=True) for t, m in zip(row, ms, strict=True) if m]
+        )
         if meta["optimizer_model"] == "adam":
             np.testing.assert_allclose(oracle.exp_avg, step["exp_avg_after"], rtol=1e-12, atol=1e-16)

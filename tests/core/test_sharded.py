@@ -46,22 +46,28 @@ def run(config: CapoConfig, tp: int, dp: int, cp: int) -> dict:
         shifts = capo.batch_shifts()
         capo.step()
         seen.append(
-            dict(
-                m_h=out.objective_shift, m_f=out.policy_shift, accepted=out.accepted,
-                batch=[float(x) for pair in shifts for x in pair],
-            )
+            {
+                "m_h": out.objective_shift, "m_f": out.policy_shift, "accepted": out.accepted,
+                "batch": [float(x) for pair in shifts for x in pair],
+            }
         )  # fmt: skip
     return {"at": at, "steps": seen, "state": capo.state_dict()}
 
 
-@pytest.mark.parametrize("layout", [(2, 1, 1), (4, 1, 1), (1, 2, 1), (1, 1, 2), (2, 2, 1), (2, 1, 2), (1, 2, 2)], ids=str)
-@pytest.mark.parametrize("knobs", [{"top_k": 5}, {"top_k": 15}, {"top_k": None}, {"top_k": 5, "optimizer_model": "sgd"}], ids=str)
+@pytest.mark.parametrize(
+    "layout", [(2, 1, 1), (4, 1, 1), (1, 2, 1), (1, 1, 2), (2, 2, 1), (2, 1, 2), (1, 2, 2)], ids=str
+)
+@pytest.mark.parametrize(
+    "knobs", [{"top_k": 5}, {"top_k": 15}, {"top_k": None}, {"top_k": 5, "optimizer_model": "sgd"}], ids=str
+)
 def test_every_layout_decides_alike(layout, knobs):
     sgd = "optimizer_model" in knobs
     config = CapoConfig(policy_shift_max=3e-5 if sgd else 3e-4, objective_shift_max=0.01 if sgd else 0.05, **knobs)
     tp, dp, cp = layout
     one = run(config, 1, 1, 1)
-    rejected = [int((torch.from_numpy(b.mask) & ~s["accepted"]).sum()) for b, s in zip(batches(), one["steps"], strict=True)]
+    rejected = [
+        int((torch.from_numpy(b.mask) & ~s["accepted"]).sum()) for b, s in zip(batches(), one["steps"], strict=True)
+    ]
     assert min(rejected) > 0 and all(s["accepted"].any() for s in one["steps"])
     for result in run_on_ranks(run, tp * dp * cp, config, tp, dp, cp):
         at = result["at"]
@@ -87,7 +93,9 @@ def bad_logits_on_one_rank() -> str:
     if rank == 1:
         logits[0, 1, 2] = float("nan")
     with pytest.raises(ValueError) as error:
-        capo.evaluate(torch.ones(1, 2, 2), logits, torch.zeros(1, 2, dtype=torch.int64), torch.ones(1, 2), torch.ones(1, 2), 0.1)
+        capo.evaluate(
+            torch.ones(1, 2, 2), logits, torch.zeros(1, 2, dtype=torch.int64), torch.ones(1, 2), torch.ones(1, 2), 0.1
+        )
     return str(error.value)
 
 

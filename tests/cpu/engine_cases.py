@@ -29,7 +29,7 @@ class Layout:
         return self.tp * self.pp * self.dp * self.cp
 
     def __str__(self) -> str:
-        sizes = "".join(f"{n}{s}" for n, s in (("tp", self.tp), ("pp", self.pp), ("dp", self.dp), ("cp", self.cp)) if s > 1)
+        sizes = "".join(f"{name}{getattr(self, name)}" for name in ("tp", "pp", "dp", "cp") if getattr(self, name) > 1)
         return (sizes or "one") + ("+sp" if self.sp else "") + ("" if self.packed else "-padded")
 
 
@@ -40,7 +40,7 @@ def sequences() -> list[torch.Tensor]:
 
 
 def next_token_mask(length: int) -> torch.Tensor:
-    """1 where a position predicts a token of the response: the engine's log-probs at ``t`` are those of token ``t + 1``."""
+    """1 where a position predicts a token of the response: the engine's log-probs at ``t`` are of token ``t + 1``."""
     mask = torch.zeros(length)
     mask[PROMPT - 1 : length - 1] = 1
     return mask

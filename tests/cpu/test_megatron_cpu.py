@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -98,6 +100,14 @@ def test_recomputation_changes_nothing(tiny_qwen2: str, reference: Reference) ->
     check(ranks, layout, reference)
 
 
+def test_interleaved_pipeline(tmp_path) -> None:
+    from tests.helpers.tiny_model import make_tiny_qwen2
+
+    path, layout = make_tiny_qwen2(tmp_path, layers=4), Layout(pp=2)
+    ranks = run_on_ranks(measure, 2, layout, path, virtual_pipeline_model_parallel_size=2, preload=PRELOAD)
+    check(ranks, layout, make_reference(path))
+
+
 @pytest.mark.parametrize("model_type", ["llama", "qwen3", "qwen2-tied"])
 def test_other_architectures(model_type: str, tmp_path) -> None:
     from tests.helpers.tiny_model import make_tiny_model
@@ -131,3 +141,14 @@ def test_what_a_cpu_cannot_do_is_named(layout: Layout, megatron: dict, named: st
     with pytest.raises(RankError, match="ValueError") as error:
         run_on_ranks(make_engine, layout.world_size, layout, tiny_qwen2, preload=PRELOAD, **megatron)
     assert named in str(error.value)
+
+
+def test_rope_scaling_is_refused(tmp_path) -> None:
+    from tests.helpers.tiny_model import make_tiny_qwen2
+
+    path = Path(make_tiny_qwen2(tmp_path)) / "config.json"
+    config = json.loads(path.read_text())
+    config["rope_parameters"] = {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}
+    path.write_text(json.dumps(config))
+    with pytest.raises(RankError, match="rope_type=linear of the model is not supported on the CPU"):
+        run_on_ranks(make_engine, 1, Layout(), str(tmp_path), preload=PRELOAD)

@@ -37,7 +37,9 @@ class Batch:
 
     def arguments(self, lr: float, dtype: torch.dtype = torch.float64):
         """Positional arguments of ``CapoFilter.evaluate``."""
-        hidden, logits, advantages = (torch.from_numpy(x).to(dtype) for x in (self.hidden, self.logits, self.advantages))
+        hidden, logits, advantages = (
+            torch.from_numpy(x).to(dtype) for x in (self.hidden, self.logits, self.advantages)
+        )
         return hidden, logits, torch.from_numpy(self.actions), advantages, torch.from_numpy(self.mask), lr
 
     def tokens(self, top_k: int | None) -> list[list[Token]]:

@@ -27,8 +27,6 @@ def _rank_main(
 ) -> None:
     """One rank: the parent's environment, a gloo group, the call, its result or its traceback."""
     try:
-        # Linux's default again: Megatron-Core's checkpoint writer starts processes, and would import all afresh.
-        multiprocessing.set_start_method("fork", force=True)
         os.environ.clear()
         os.environ.update(environment)
         sys.path[:] = sys_path
@@ -37,11 +35,7 @@ def _rank_main(
         torch.set_num_threads(1)
         rank, world_size = int(environment["RANK"]), int(environment["WORLD_SIZE"])
         torch.distributed.init_process_group(
-            "gloo",
-            init_method=f"file://{store}",
-            rank=rank,
-            world_size=world_size,
-            timeout=timedelta(seconds=timeout),
+            "gloo", init_method=f"file://{store}", rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout)
         )
         fn, args, kwargs = pickle.loads(call)
         value = fn(*args, **kwargs)
@@ -56,7 +50,7 @@ def _rank_main(
 
 
 def _context(preload: Sequence[str]) -> Any:
-    """Processes forked from a server that has imported `preload` once; importing verl and Megatron takes ten seconds."""
+    """Processes forked from a server that has imported `preload` once; verl and Megatron take ten seconds."""
     server = multiprocessing.forkserver._forkserver
     if list(preload) != server._preload_modules:
         server._stop()

@@ -19,8 +19,8 @@ CHAT_TEMPLATE = (
 def make_tokenizer(vocab_size: int = 128) -> Any:
     """One token per printable ASCII character. A ``Qwen2Tokenizer``, whatever the model.
 
-    transformers >= 5 loads ``Qwen2Tokenizer`` for ``model_type=qwen2`` whatever was saved, hence its byte-level alphabet:
-    a space is written "Ġ", a newline "Ċ".
+    transformers >= 5 loads ``Qwen2Tokenizer`` for ``model_type=qwen2`` whatever was saved, hence its byte-level
+    alphabet: a space is written "Ġ", a newline "Ċ".
     """
     from transformers import Qwen2Tokenizer
 
@@ -54,8 +54,8 @@ def make_tiny_model(
 ) -> str:
     """Write a random model of an architecture that Hugging Face knows, four heads over two key-value heads, float32.
 
-    The weights are spread widely enough for the distributions over tokens to differ clearly from uniform, and every norm
-    and bias differs from its initial value, so that a weight that is lost or mixed up shows.
+    The weights are spread widely enough for the distributions over tokens to differ clearly from uniform, and every
+    norm and bias differs from its initial value, so that a weight that is lost or mixed up shows.
 
     Returns:
         `path` as a string.

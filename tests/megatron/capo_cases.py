@@ -134,7 +134,11 @@ def train_save_resume(layout: Layout, model_path: str, directory: str) -> dict[s
     uninterrupted = step(engine), export(engine), engine._step and _copy(engine._step.capo.state_dict())
     resumed_engine = make_engine(layout, model_path, optimizer="adam", lr=LR)
     resumed_engine.load_checkpoint(directory, del_local_after_load=False)
-    resumed = step(resumed_engine), export(resumed_engine), resumed_engine._step and _copy(resumed_engine._step.capo.state_dict())
+    resumed = (
+        step(resumed_engine),
+        export(resumed_engine),
+        resumed_engine._step and _copy(resumed_engine._step.capo.state_dict()),
+    )
     return {"uninterrupted": uninterrupted, "resumed": resumed}
 
 

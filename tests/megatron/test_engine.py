@@ -74,7 +74,14 @@ def make_reference(path: str, temperature: float) -> Reference:
         optimizer.step()
         capo.step()
         steps.append(
-            Step(float(loss.detach()), norm, accepted_count, tokens, torch.cat(shifts), (float(before.policy), float(after.policy)))
+            Step(
+                float(loss.detach()),
+                norm,
+                accepted_count,
+                tokens,
+                torch.cat(shifts),
+                (float(before.policy), float(after.policy)),
+            )
         )
     return Reference(steps, {name: p.detach().clone() for name, p in model.named_parameters()})
 
@@ -171,7 +178,19 @@ def test_tracking_trains_bit_for_bit_like_no_switch_and_measures(tiny_qwen2):
 def test_every_loss_of_verl_composes_with_the_filter(tiny_qwen2):
     """One step with each registered loss: finite, and different from the unfiltered loss. Then a step with no token left."""
     results = run_on_ranks(_every_loss, 1, tiny_qwen2, preload=PRELOAD, timeout=400)[0]
-    assert {"vanilla", "gspo", "cispo", "sapo", "gpg", "clip_cov", "kl_cov", "dppo_tv", "dppo_kl", "geo_mean", "capo"} <= set(results)
+    assert {
+        "vanilla",
+        "gspo",
+        "cispo",
+        "sapo",
+        "gpg",
+        "clip_cov",
+        "kl_cov",
+        "dppo_tv",
+        "dppo_kl",
+        "geo_mean",
+        "capo",
+    } <= set(results)
     for name, (filtered, plain, emptied, norm_emptied) in results.items():
         assert filtered == filtered and abs(filtered - plain) > 1e-6, name
         assert emptied == 0.0 and norm_emptied == 0.0, name
@@ -191,14 +210,25 @@ def _every_loss(path: str) -> dict[str, tuple[float, float, float, float]]:
     return results
 
 
-@pytest.mark.parametrize("layout", [Layout(), Layout(tp=2, packed=False), Layout(pp=2, packed=False), Layout(dp=2)], ids=str)
+@pytest.mark.parametrize(
+    "layout", [Layout(), Layout(tp=2, packed=False), Layout(pp=2, packed=False), Layout(dp=2)], ids=str
+)
 def test_resuming_continues_bit_exactly(layout, tiny_qwen2, tmp_path):
     ranks = run_on_ranks(
-        train_save_resume, layout.world_size, layout, tiny_qwen2, str(tmp_path / "checkpoint"), preload=PRELOAD, timeout=300
+        train_save_resume,
+        layout.world_size,
+        layout,
+        tiny_qwen2,
+        str(tmp_path / "checkpoint"),
+        preload=PRELOAD,
+        timeout=300,
     )
     assert any(rank["uninterrupted"][2] for rank in ranks)
     for rank in ranks:
-        (metrics, weights, state), (resumed_metrics, resumed_weights, resumed_state) = rank["uninterrupted"], rank["resumed"]
+        (metrics, weights, state), (resumed_metrics, resumed_weights, resumed_state) = (
+            rank["uninterrupted"],
+            rank["resumed"],
+        )
         assert {k: v for k, v in metrics.items() if k.startswith("capo/")} == {
             k: v for k, v in resumed_metrics.items() if k.startswith("capo/")
         }

@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``+capo=NAME`` on a verl command line: composition, overrides, and what is refused before anything starts."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+from hydra import compose, initialize_config_module
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+
+from capo_verl.config import PRESETS, CapoConfig
+from capo_verl.startup_checks import check_run
+
+CAPO = "actor_rollout_ref.actor.policy_loss.capo"
+BASE = (
+    "model_engine=megatron",
+    "algorithm.adv_estimator=grpo",
+    "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=1",
+)
+
+
+@pytest.fixture(scope="module")
+def command_line():
+    """Composes verl's config for the given overrides, as its ``main_ppo`` does."""
+    with initialize_config_module("verl.trainer.config", version_base=None):
+        yield lambda *overrides: compose("ppo_trainer", overrides=list(overrides))
+
+
+# The table of presets in the paper, written down a second time on purpose.
+PAPER = {
+    "grpo": (1e-4, 1e-2, "grpo", True, "seq-mean-token-mean"),
+    "dr_grpo": (1e-3, 5e-4, "grpo", False, "seq-mean-token-sum-norm"),
+    "reinforce": (1e-5, 1e-1, "reinforce", True, "seq-mean-token-mean"),
+}
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_presets_are_the_papers(command_line, name):
+    config = command_line("model_engine=megatron", f"+capo={name}", "data.max_response_length=77")
+    actor = config.actor_rollout_ref.actor
+    tau_f, tau_h, estimator, by_std, aggregation = PAPER[name]
+    policy_loss = instantiate(actor.policy_loss, _convert_="partial")
+    assert policy_loss.capo == CapoConfig(
+        optimizer_model="adam", top_k=50, policy_shift_max=tau_f, objective_shift_max=tau_h,
+        objective_shift_min="symmetric", granularity="token", mode="filter",
+    )  # fmt: skip
+    assert (config.algorithm.adv_estimator, config.algorithm.norm_adv_by_std_in_grpo) == (estimator, by_std)
+    assert actor.loss_agg_mode == aggregation
+    assert actor.loss_scale_factor == (77 if name == "dr_grpo" else None)
+    assert policy_loss.loss_mode == "vanilla"  # the filter decides the mask, the chosen loss does the rest
+
+
+def test_track_changes_nothing_else(command_line):
+    plain, tracked = (command_line("model_engine=megatron", *more) for more in ((), ("+capo=track",)))
+    block = tracked.actor_rollout_ref.actor.policy_loss
+    assert instantiate(block, _convert_="partial").capo.mode == "track"
+    OmegaConf.set_struct(tracked, False)
+    del block["capo"]
+    block["_target_"] = plain.actor_rollout_ref.actor.policy_loss._target_
+    assert OmegaConf.to_container(plain) == OmegaConf.to_container(tracked)
+
+
+def test_every_knob_can_be_overridden(command_line):
+    config = command_line(
+        *BASE,
+        "+capo=grpo",
+        f"{CAPO}.policy_shift_max=3e-4",
+        f"{CAPO}.granularity=[token,sequence]",
+        f"{CAPO}.top_k=null",
+    )
+    check_run(config)
+    capo = instantiate(config.actor_rollout_ref.actor.policy_loss, _convert_="partial").capo
+    assert (capo.policy_shift_max, capo.stages, capo.top_k) == (3e-4, ("token", "sequence"), None)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ([f"{CAPO}.policy_shift_mx=1"], "capo.policy_shift_mx is not a knob of CAPO. Did you mean 'policy_shift_max'.*Valid keys:"),
+        ([f"{CAPO}.policy_shift_max=-1"], "capo.policy_shift_max=-1: a threshold must be >= 0"),
+        ([f"{CAPO}.policy_shift_max=tiny"], "capo.policy_shift_max='tiny': expected a finite number"),
+        ([f"{CAPO}.top_k=0"], "capo.top_k=0: expected an integer >= 1"),
+        ([f"{CAPO}.betas=[0.9,0.95]"], "capo.betas is read from the actor's optimizer; set actor_rollout_ref.actor.optim"),
+        (["actor_rollout_ref.model.use_fused_kernels=True"], "use_fused_kernels=True: .* set it to False"),
+        (["model_engine=dp"], "actor_rollout_ref.actor.strategy=fsdp.*: set model_engine=megatron"),
+        (["actor_rollout_ref.model.lora.rank=8"], "lora.rank=8: .* set it to 0"),
+        (["trainer.v1.trainer_mode=separate_async"], "trainer.v1.trainer_mode=separate_async: set it to sync"),
+        (["trainer.use_v1=False"], "trainer.use_v1=False: set it to True"),
+        (["actor_rollout_ref.actor.optim.optimizer=sgd"], "optimizer_model=adam models Adam, but .*optimizer=sgd"),
+        (
+            ["actor_rollout_ref.actor.megatron.context_parallel_size=2", f"{CAPO}.granularity=sequence"],
+            "granularity=sequence needs whole sequences on a rank",
+        ),
+        (
+            ["trainer.total_training_steps=4", "actor_rollout_ref.actor.optim.lr_warmup_steps=5"],
+            "lr_warmup_steps=5 must be less than trainer.total_training_steps=4",
+        ),
+    ],
+)  # fmt: skip
+def test_what_cannot_work_is_refused_in_one_sentence(command_line, overrides, message):
+    engine = [o for o in overrides if o.startswith("model_engine")] or ["model_engine=megatron"]
+    rest = [o for o in overrides if not o.startswith("model_engine")]
+    with pytest.raises(ValueError, match=message):
+        check_run(command_line(*engine, "+capo=grpo", *rest))
+
+
+def test_a_preset_contradicted_on_the_command_line_is_pointed_out(command_line, caplog):
+    with caplog.at_level(logging.WARNING):
+        check_run(command_line(*BASE, "+capo=reinforce"))
+    assert (
+        "+capo=reinforce is defined with algorithm.adv_estimator=reinforce, but the command line says grpo"
+        in caplog.text
+    )
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        check_run(command_line(*BASE, "+capo=grpo"))
+        check_run(command_line("model_engine=megatron", "+capo=dr_grpo"))
+        check_run(command_line(*BASE))
+    assert not caplog.records
+
+
+def test_verl_runs_the_checks_when_it_validates_its_config(command_line):
+    from verl.utils.config import validate_config
+
+    with pytest.raises(ValueError, match="capo.top_k=0"):
+        validate_config(command_line(*BASE, "+capo=grpo", f"{CAPO}.top_k=0"), False, False)
+
+
+def test_all_presets_are_listed():
+    assert set(PRESETS) == {*PAPER, "track"}

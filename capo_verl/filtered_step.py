@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,11 @@ from capo_verl.core import CapoFilter
 from capo_verl.core.metrics import StepMetrics
 from capo_verl.response import PackedResponse, accepted_response, mask_rejected
 from capo_verl.stopwatch import Stopwatch
+
+logger = logging.getLogger(__name__)
+
+STEPS_WITHOUT_TOKENS = 3
+"""After so many optimizer steps without an accepted token a warning says so: the run does not get out of this by itself."""
 
 ACCEPTED = "capo_accepted"
 """Key of the per-token result in the engine's model output."""
@@ -34,6 +40,7 @@ class FilteredStep:
     def __init__(self, capo: CapoFilter, config: CapoConfig, device: torch.device):
         self.capo, self.config = capo, config
         self._stopwatch = Stopwatch(device)
+        self._steps_without_tokens = 0
         self.discard()
 
     def discard(self) -> None:
@@ -104,7 +111,17 @@ class FilteredStep:
                 metrics[f"capo/batch_objective_shift_{when}"] = float(shifts.objective)
                 metrics[f"capo/batch_policy_shift_{when}"] = float(shifts.policy)
             metrics["capo/batch_shift_coverage"] = self.capo.batch_shift_coverage
+        self._warn_if_stuck(metrics)
         return metrics
+
+    def _warn_if_stuck(self, metrics: dict[str, float]) -> None:
+        self._steps_without_tokens = self._steps_without_tokens + 1 if metrics["capo/nothing_accepted"] else 0
+        if self._steps_without_tokens == STEPS_WITHOUT_TOKENS:
+            logger.warning(
+                "CAPO accepted no token in %d optimizer steps in a row: neither the policy nor the moments move. Half of the "
+                "tokens have m_F < %.1e and m_H < %.1e; raise capo.policy_shift_max or capo.objective_shift_max",
+                STEPS_WITHOUT_TOKENS, metrics["capo/policy_shift_p50"], metrics["capo/objective_shift_p50"],
+            )  # fmt: skip
 
     def optimizer_step(self) -> float:
         """Update the moments. Returns the seconds spent in the filter for this step, metrics included."""

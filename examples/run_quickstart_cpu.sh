@@ -27,11 +27,11 @@ DATA_DIR=${DATA_DIR:?"set DATA_DIR and MODEL_PATH: 'capo-verl quickstart --prepa
 MODEL_PATH=${MODEL_PATH:?"set DATA_DIR and MODEL_PATH: 'capo-verl quickstart --prepare-only' prints them"}
 OUTPUT_DIR=${OUTPUT_DIR:-outputs/quickstart/standalone}
 
-train_batch_size=${TRAIN_BATCH_SIZE:-16}
+train_batch_size=${TRAIN_BATCH_SIZE:-8}
 rollout_n=${ROLLOUT_N:-8}
 max_prompt_length=${MAX_PROMPT_LENGTH:-32}
 max_response_length=${MAX_RESPONSE_LENGTH:-12}
-micro_batch_size=${MICRO_BATCH_SIZE:-128}
+micro_batch_size=${MICRO_BATCH_SIZE:-64}
 
 actor_lr=${ACTOR_LR:-2e-4}
 lr_warmup_steps=${LR_WARMUP_STEPS:-5}
@@ -40,7 +40,7 @@ actor_tp=${ACTOR_TP:-2}
 actor_pp=${ACTOR_PP:-1}
 nprocs=${NPROCS:-$((actor_tp * actor_pp))}
 
-total_training_steps=${TOTAL_TRAINING_STEPS:-80}
+total_training_steps=${TOTAL_TRAINING_STEPS:-60}
 test_freq=${TEST_FREQ:-10}
 
 project_name=${PROJECT_NAME:-capo_quickstart}

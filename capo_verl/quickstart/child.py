@@ -8,12 +8,12 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import final
 
-STOP_SIGNALS = ((signal.SIGINT, 20.0), (signal.SIGTERM, 10.0), (signal.SIGKILL, 5.0))
-"""What to send, and how many seconds to wait before the next. On SIGINT verl's driver shuts Ray down by itself."""
+PATIENCE = 15.0
+"""Seconds to wait for the command to end by itself, then for its session to do so, before killing what is left."""
 
 
 @final
@@ -55,17 +55,17 @@ class Child:
         return code if code >= 0 else 128 - code
 
     def stop(self) -> None:
-        """Interrupt, then terminate, then kill the command and all processes of its session."""
-        for number, patience in STOP_SIGNALS:
-            targets = [self._process.pid] if number == signal.SIGINT and self.running() else self._session()
-            for pid in targets:
-                with contextlib.suppress(ProcessLookupError, PermissionError):  # it has ended meanwhile
-                    os.kill(pid, number)
-            deadline = time.monotonic() + patience
-            while time.monotonic() < deadline:
-                if not self.running() and not self._session():
-                    return
-                time.sleep(0.1)
+        """Terminate the command, which lets Ray's driver shut its cluster down; then whatever is left of its session.
+
+        SIGTERM, not SIGINT: a process started in the background by a shell ignores the latter.
+        """
+        if self.running():
+            _send([self._process.pid], signal.SIGTERM)
+            _wait_until(lambda: not self.running(), PATIENCE)
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            _send(self._session(), number)
+            if _wait_until(lambda: not self.running() and not self._session(), PATIENCE):
+                return
 
     def _session(self) -> list[int]:
         """Processes of the child's session that are not zombies."""
@@ -80,3 +80,18 @@ class Child:
             if same and process.info["status"] != psutil.STATUS_ZOMBIE:
                 found.append(process.pid)
         return found
+
+
+def _send(pids: Iterable[int], number: signal.Signals) -> None:
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.kill(pid, number)
+
+
+def _wait_until(condition: Callable[[], bool], seconds: float) -> bool:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.1)
+    return True

@@ -4,12 +4,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
 
 from capo_verl.quickstart.records import Record
 
@@ -61,6 +62,13 @@ class Display:
             self._header_shown = True
             self._print(f"[bold]{HEADER}[/bold]")
         self.say(step_line(record, completions, total_steps))
+
+    def table(self, title: str, rows: Sequence[tuple[str, str]]) -> None:
+        """Two columns under a title."""
+        table = Table(title=escape(title), title_justify="left", show_header=False)
+        for what, value in rows:
+            table.add_row(escape(what), escape(value))
+        self.console.print(table)
 
     def _print(self, markup: str) -> None:
         self.console.print(markup, soft_wrap=True, highlight=False)

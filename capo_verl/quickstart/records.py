@@ -27,6 +27,8 @@ class Record:
     """Mean m_F of the response tokens before filtering."""
     seconds: float | None = None
     """Duration of the step without validation."""
+    filter_share: float | None = None
+    """Share of the actor's update that was spent in the filter."""
 
     @classmethod
     def from_json(cls, line: str | bytes) -> Record:
@@ -37,6 +39,7 @@ class Record:
         try:
             entry = json.loads(line)
             step, data = int(entry["step"]), entry["data"]
+            in_filter, update = _number(data, "capo/filter_seconds"), _number(data, "timing_s/update_actor")
             return cls(
                 step=step,
                 train_accuracy=_number(data, "critic/score/mean"),
@@ -44,6 +47,7 @@ class Record:
                 rejection_rate=_number(data, "capo/rejection_rate"),
                 policy_shift=_number(data, "capo/policy_shift_mean"),
                 seconds=_number(data, "perf/time_per_step"),
+                filter_share=in_filter / update if in_filter is not None and update else None,
             )
         except (ValueError, KeyError, TypeError, AttributeError) as e:
             raise ValueError(f"not a line of verl's file logger ({type(e).__name__}: {e}): {line[:80]!r}") from e

@@ -13,7 +13,7 @@ from capo_verl.core.metrics import StepMetrics
 from tests.helpers.batches import Batch
 from tests.helpers.spawn import run_on_ranks
 
-CONFIG = CapoConfig(top_k=6, policy_shift_max=3e-4, objective_shift_max=2e-2, granularity=("token", "sequence"))
+CONFIG = CapoConfig(top_k=6, policy_shift_max=3e-5, objective_shift_max=6e-3, granularity=("token", "sequence"))
 
 
 def compute(parts: int, dp_group: object = None) -> dict[str, float]:
@@ -54,7 +54,7 @@ def test_against_counting():
         "objective_shift_p50": np.sort(m_h)[round(0.5 * (len(m_h) - 1))],
     }  # fmt: skip
     assert 0 < expected["rejection_rate"] < 1
-    assert expected["sequences_emptied"] > 0
+    assert expected["sequences_emptied"] == 1
     for parts in (1, 3):
         found = compute(parts)
         for name, value in expected.items():

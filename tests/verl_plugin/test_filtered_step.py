@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The pieces between verl's batch and the filter."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+import verl  # noqa: F401  plugins first
+from tensordict import TensorDict
+
+from capo_verl import CapoConfig, CapoFilter
+from capo_verl.filtered_step import ACCEPTED, FilteredStep
+from capo_verl.response import PackedResponse, accepted_response, mask_rejected, response_fields
+
+PROMPTS, RESPONSES = (2, 3), (3, 1)
+
+
+def nested(*rows):
+    return torch.nested.as_nested_tensor([torch.tensor(row) for row in rows], layout=torch.jagged)
+
+
+@pytest.fixture(params=["nested", "padded"])
+def batch(request) -> TensorDict:
+    """Two samples; the responses 1.5 1.5 1.5 with its middle token masked (a tool's output, say), and -2."""
+    fields = {"input_ids": nested([5, 6, 7, 8, 9], [4, 5, 6, 7])}
+    if request.param == "nested":
+        fields |= {
+            "advantages": nested([1.5, 1.5, 1.5], [-2.0]),
+            "response_mask": nested([1, 0, 1], [1]),
+            "prompts": nested([5, 6], [4, 5, 6]),
+            "responses": nested([7, 8, 9], [7]),
+        }
+    else:
+        fields |= {
+            "advantages": torch.tensor([[1.5, 1.5, 1.5, 9.0], [-2.0, 9.0, 9.0, 9.0]]),  # 9: padding, never read
+            "response_mask": torch.tensor([[1, 0, 1, 0], [1, 0, 0, 0]]),
+            "prompts": torch.tensor([[0, 5, 6], [4, 5, 6]]),
+            "responses": torch.tensor([[7, 8, 9, 0], [7, 0, 0, 0]]),
+            "attention_mask": torch.tensor([[0, 1, 1, 1, 1, 1, 0], [1, 1, 1, 1, 0, 0, 0]]),
+        }
+    return TensorDict(fields, batch_size=[2])
+
+
+def test_response_fields_land_on_their_tokens(batch):
+    values = response_fields(batch).values()
+    assert values[:, 0].tolist() == [0, 0, 1.5, 1.5, 1.5, 0, 0, 0, -2.0]
+    assert values[:, 1].tolist() == [0, 0, 1, 0, 1, 0, 0, 0, 1]
+    assert values[:, 2].tolist() == [0, 0, 0, 0, 0, 1, 1, 1, 1]
+
+
+def test_decisions_come_back_to_the_responses(batch):
+    # Position t of the engine's output belongs to token t + 1: the responses' decisions start one before them.
+    per_position = nested([0.0, 1.0, 1.0, 0.0, 0.0], [0.0, 0.0, 0.0, 1.0])
+    kept = mask_rejected(batch, accepted_response(per_position, batch))
+    mask = kept["response_mask"]
+    rows = [row.tolist() for row in mask.unbind()] if mask.is_nested else mask.tolist()
+    assert [row[:n] for row, n in zip(rows, RESPONSES, strict=True)] == [[1, 0, 0], [0]]
+    original = batch["response_mask"]
+    assert int(original.values().sum() if original.is_nested else original.sum()) == 3  # untouched
+
+
+def test_verls_metrics_describe_all_tokens_and_the_loss_the_accepted_ones(batch):
+    step = make_step(policy_shift_max=1.0)
+
+    def loss_function(model_output, data):
+        mask = data["response_mask"]
+        total = mask.values().sum() if mask.is_nested else mask.sum()
+        return total * model_output["scale"], {"actor/pg_loss": total, "actor/tokens": total}
+
+    output = {ACCEPTED: nested([0.0, 1.0, 1.0, 0.0, 0.0], [0.0, 0.0, 0.0, 1.0]), "scale": torch.tensor(2.0)}
+    loss, metrics = step.wrap_loss(loss_function)(output, batch)
+    assert float(loss) == 2.0
+    assert int(metrics["actor/pg_loss"]) == 1
+    assert int(metrics["actor/tokens"]) == 3
+    assert ACCEPTED not in output  # dropped before Megatron stores the output
+
+
+def make_step(**knobs) -> FilteredStep:
+    config = CapoConfig(top_k=4, objective_shift_max=None, **knobs)
+    return FilteredStep(CapoFilter(config, 8, 3), config, torch.device("cpu"))
+
+
+def test_a_run_that_accepts_nothing_is_told_so_once(caplog):
+    step = make_step(policy_shift_max=1e-30)
+    torch.manual_seed(0)
+    response = PackedResponse(
+        torch.ones(1, 5), torch.ones(1, 5, dtype=torch.bool), torch.zeros(1, 5, dtype=torch.int64), 1
+    )
+    with caplog.at_level(logging.WARNING):
+        for at in range(5):
+            accepted = step.evaluate(
+                torch.randn(1, 5, 3), torch.randn(1, 5, 8), torch.zeros(1, 5, dtype=torch.int64), torch.ones(1, 5), response, 0.1
+            )  # fmt: skip
+            assert not accepted.any()
+            metrics = step.metrics()
+            assert metrics["capo/nothing_accepted"] == 1.0
+            assert step.optimizer_step() > 0
+            step.discard()
+            assert len(caplog.records) == (at >= 2)
+    assert "raise capo.policy_shift_max or capo.objective_shift_max" in caplog.text

@@ -39,6 +39,8 @@ lr_warmup_steps=${LR_WARMUP_STEPS:-5}
 actor_tp=${ACTOR_TP:-2}
 actor_pp=${ACTOR_PP:-1}
 nprocs=${NPROCS:-$((actor_tp * actor_pp))}
+# One micro-batch per update: the whole batch is a few hundred kilobytes.
+micro_batch_size=${MICRO_BATCH_SIZE:-$((train_batch_size * rollout_n * actor_tp * actor_pp / nprocs))}
 
 total_training_steps=${TOTAL_TRAINING_STEPS:-60}
 test_freq=${TEST_FREQ:-10}

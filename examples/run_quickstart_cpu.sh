@@ -4,9 +4,8 @@
 #
 #   capo-verl quickstart --prepare-only        # makes the data and the model, prints the two paths to export
 #   bash examples/run_quickstart_cpu.sh                                          # GRPO
-#   bash examples/run_quickstart_cpu.sh +capo=grpo                               # CAPO, the paper's thresholds
 #   CAPO=actor_rollout_ref.actor.policy_loss.capo
-#   bash examples/run_quickstart_cpu.sh +capo=grpo $CAPO.policy_shift_max=6e-4   # CAPO, a threshold of its own
+#   bash examples/run_quickstart_cpu.sh +capo=grpo $CAPO.policy_shift_max=5e-4 $CAPO.objective_shift_max=6e-2   # CAPO
 
 set -euo pipefail
 
@@ -31,7 +30,6 @@ train_batch_size=${TRAIN_BATCH_SIZE:-8}
 rollout_n=${ROLLOUT_N:-8}
 max_prompt_length=${MAX_PROMPT_LENGTH:-32}
 max_response_length=${MAX_RESPONSE_LENGTH:-12}
-micro_batch_size=${MICRO_BATCH_SIZE:-64}
 
 actor_lr=${ACTOR_LR:-2e-4}
 lr_warmup_steps=${LR_WARMUP_STEPS:-5}

@@ -49,7 +49,7 @@ def draw(records: Sequence[Record], completions_per_step: int, title: str) -> Fi
     rejection.set(ylabel="rejected tokens (%)")
 
     if _plot(shift, records, "policy_shift", completions_per_step, color=GREEN, lw=1.6):
-        shift.set_yscale("log")
+        shift.set_yscale("log", nonpositive="mask")  # the first step of a warm-up has learning rate 0
         _whole_decades(shift)
     shift.set(ylabel="policy shift $m_F$\n(mean, nats)", xlabel="completions")
 

@@ -64,7 +64,7 @@ def test_successful_run(launch, tmp_path):
     assert [row[0] for row in rows] == [f"{step}/6" for step in range(7)]
     assert [row[1] for row in rows] == [f"{128 * step:,}" for step in range(7)]
     assert rows[2][4] == "1.25%"
-    assert "Held-out accuracy: 0.355 before, 0.418 after 6 steps" in text
+    assert "0.355 -> 0.418" in text
     assert (folder / "curves.png").exists()
 
 

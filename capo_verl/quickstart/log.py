@@ -6,6 +6,7 @@ from __future__ import annotations
 import re
 
 MAX_LINES = 40
+MAX_WIDTH = 240
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 _RAY_PREFIX = re.compile(r"^\([^()]*pid=\d+[^()]*\) ?")
 _RAY_WRAPPER = "ray.exceptions.RayTaskError"
@@ -38,6 +39,7 @@ def failure_report(log: str) -> list[str]:
     The first, because verl answers a failure in one process with a chain of unrelated errors in the others.
     """
     lines = [_ANSI.sub("", line).rstrip() for line in log.splitlines()]
+    lines = [line if len(line) <= MAX_WIDTH else line[: MAX_WIDTH - 4] + " ..." for line in lines]
     blocks = [block for block in _tracebacks(lines) if not _is_noise(block)]
     if blocks:
         first = _innermost(blocks[0])

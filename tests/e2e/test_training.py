@@ -104,5 +104,6 @@ def test_capo_trains_saves_and_resumes(inputs, tmp_path):
     (forgetful / "checkpoints/latest_checkpointed_iteration.txt").write_text("2")
     (again,), printed = train(inputs, forgetful, 3, *overrides)
     assert "was written without CAPO: its moments start empty" in printed
-    assert again["critic/score/mean"] == resumed[0]["critic/score/mean"]  # the same rollouts
+    # The same rollouts, whose scores arrive in any order; other decisions about their tokens.
+    assert again["critic/score/mean"] == pytest.approx(resumed[0]["critic/score/mean"], rel=1e-6)
     assert again["capo/policy_shift_mean"] != resumed[0]["capo/policy_shift_mean"]

@@ -179,6 +179,11 @@ Set the environment variable HYDRA_FULL_ERROR=1 for a complete stack trace.
     assert len(log.failure_report(text)) == 3
 
 
+def test_long_lines_are_cut():
+    *_, last = log.failure_report("Error executing job with overrides: [" + "x" * 5000)
+    assert len(last) == log.MAX_WIDTH and last.endswith(" ...")
+
+
 def test_startup_milestones():
     fractions = [log.startup_fraction("\n".join(marker for marker, *_ in log.MILESTONES[:n]))[0] for n in range(8)]
     assert fractions == sorted(set(fractions)) and fractions[0] > 0 and fractions[-1] < 1

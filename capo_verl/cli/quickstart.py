@@ -43,7 +43,8 @@ def run(args: argparse.Namespace) -> int:
         print(f"capo-verl quickstart: {problem}")
         return 2
 
-    for number in (signal.SIGTERM, signal.SIGHUP):  # whatever ends us ends the run we started, as Ctrl-C does
+    # Whatever ends us ends the run we started. SIGINT too: a shell's background jobs start with it ignored.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.default_int_handler)
     display = Display()
     try:

@@ -128,9 +128,11 @@ def test_ctrl_c_stops_the_whole_session(tmp_path):
         f"(trap '' TERM; echo $BASHPID >{tmp_path}/pid; while true; do sleep 0.2; done) &\nexec sleep 600\n"
     )
     script = textwrap.dedent(f"""
+        import signal
         from pathlib import Path
         from capo_verl.quickstart import child, runner
         from capo_verl.quickstart.display import Display
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # as the command does; ignored in background jobs
         child.PATIENCE = 2.0
         runner.LAUNCHER = Path({str(launcher)!r})
         runner.prepare = lambda display: runner.Prepared(Path("d"), Path("m"))

@@ -124,7 +124,7 @@ class FilteredStep:
             )  # fmt: skip
 
     def optimizer_step(self) -> float:
-        """Update the moments. Returns the seconds spent in the filter for this step, metrics included."""
+        """Update the moments. Returns the seconds spent in the filter for this step, without the reduction of the metrics."""
         with self._stopwatch.running():
             self.capo.step()
         return self._stopwatch.seconds()

@@ -24,7 +24,8 @@ from capo_verl.core.optimizer_model import OptimizerModel
 from capo_verl.core.segments import segment_sums
 from capo_verl.core.support import Pairs, Support
 
-_MAX_PAIRS = 1 << 20
+MAX_PAIRS = 1 << 18
+"""Support entries looked at in one run: what is kept per entry, and the hidden states of the run, stay small."""
 
 
 class Shifts(NamedTuple):
@@ -52,7 +53,7 @@ def token_shifts(
     """
     sums = torch.zeros(len(advantages), 3, device=hidden.device, dtype=advantages.dtype)
     squared_norm = _squared_norms(hidden, advantages.dtype) if model.is_identity else None
-    for pairs in support.pairs(max_pairs=_MAX_PAIRS):
+    for pairs in support.pairs(max_pairs=MAX_PAIRS):
         coefficient = advantages[pairs.token] * pairs.v
         if squared_norm is not None:
             u = coefficient * squared_norm[pairs.token]  # P(g) = g: u = A |h|^2 v

@@ -12,7 +12,7 @@ from torch import Tensor
 from capo_verl.config import CapoConfig
 from capo_verl.core import collectives
 from capo_verl.core.batch_shifts import BatchShifts, RetainedTokens
-from capo_verl.core.curvature import Shifts, sequence_sums, set_shifts, token_shifts
+from capo_verl.core.curvature import MAX_PAIRS, Shifts, sequence_sums, set_shifts, token_shifts
 from capo_verl.core.optimizer_model import AdamModel, OptimizerModel, SgdModel
 from capo_verl.core.support import LogitRows, Support, VocabShard, find_support
 from capo_verl.core.trust_region import judge
@@ -161,11 +161,12 @@ class CapoFilter:
             temperature=temperature, skip_masked=skip_masked, sequence_ids=sequence_ids, num_sequences=num_sequences,
             hidden_size=self.hidden_size, shard=self.shard,
         )  # fmt: skip
-        self.model.promote(inputs.dtype)
+        dtype = torch.promote_types(self.model.dtype, inputs.dtype)
         rows = LogitRows(inputs.logits, inputs.positions, inputs.temperature)
-        support = find_support(rows, inputs.actions, self.config.top_k, self.shard, self.model.dtype, self.tp_group)
+        support = find_support(rows, inputs.actions, self.config.top_k, self.shard, dtype, self.tp_group)
         raise_if_unusable(inputs, support, self.shard)
-        inputs = inputs._replace(advantages=inputs.advantages.to(self.model.dtype))
+        self.model.promote(dtype)
+        inputs = inputs._replace(advantages=inputs.advantages.to(dtype))
 
         stages: list[Stage] = []
         verdict = inputs.mask
@@ -262,7 +263,7 @@ class CapoFilter:
     def _accumulate(self, inputs: Inputs, support: Support, accepted: Tensor) -> None:
         if not isinstance(self.model, AdamModel):
             return
-        for pairs in support.pairs(accepted, max_pairs=1 << 18):
+        for pairs in support.pairs(accepted, max_pairs=MAX_PAIRS):
             self.model.accumulate(inputs.hidden, inputs.advantages, pairs)
         count = accepted.sum()
         self._accepted_count = count if self._accepted_count is None else self._accepted_count + count

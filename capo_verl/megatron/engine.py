@@ -45,6 +45,7 @@ class CapoMegatronEngineWithLMHead(MegatronEngineWithLMHead):
     _step: FilteredStep | None = None
     """On the last pipeline stage only."""
     _tap: HiddenStatesTap | None = None
+    _filter_seconds = 0.0
     _loaded_from: str | None = None
     _loaded_state: checkpoint.State | None = None
 

@@ -36,17 +36,22 @@ class ModelConfig:
         return {"architecture": "qwen2", "chat_template": CHAT_TEMPLATE, "vocab_size": VOCAB_SIZE, **asdict(self)}
 
 
-def build_tokenizer() -> Qwen2Tokenizer:
+def build_tokenizer(vocab_size: int = VOCAB_SIZE) -> Qwen2Tokenizer:
     """Byte-level BPE without merges: one token per printable ASCII character or newline.
 
     transformers 5 loads ``Qwen2Tokenizer`` for every model of type qwen2, whatever class was saved, so the character
     tokenizer has to be one. It writes a space as U+0120 and a newline as U+010A.
+
+    Raises:
+        ValueError: if the characters do not fit into ``vocab_size``.
     """
     from transformers import Qwen2Tokenizer
 
     characters = ["\u0120", *(chr(code) for code in range(33, 127)), "\u010a"]
     vocab = {token: index for index, token in enumerate((*SPECIAL_TOKENS, *characters))}
-    while len(vocab) < VOCAB_SIZE:
+    if vocab_size < len(vocab):
+        raise ValueError(f"vocab_size must be at least {len(vocab)}, got {vocab_size}")
+    while len(vocab) < vocab_size:
         vocab[f"<|unused_{len(vocab)}|>"] = len(vocab)
     tokenizer = Qwen2Tokenizer(
         vocab=vocab,

@@ -56,7 +56,8 @@ def test_equals_oracle(seed, shape, top_k, optimizer_model, granularity, tau_f, 
         if tiny_scratch:  # many chunks even at these sizes
             for module in ("curvature", "segments", "support", "optimizer_model"):
                 patch.setattr(f"capo_verl.core.{module}.scratch_elements", lambda device: 7)
-            patch.setattr("capo_verl.core.curvature._MAX_PAIRS", 5)
+            patch.setattr("capo_verl.core.curvature.MAX_PAIRS", 5)
+            patch.setattr("capo_verl.core.filter.MAX_PAIRS", 5)
         for _ in range(3):
             batch = Batch.random(rng, b, t, h, v, ties)
             out = capo.evaluate(*batch.arguments(LR))
@@ -287,3 +288,16 @@ def test_skipping_masked_tokens_and_dividing_by_temperature_change_nothing(top_k
             torch.testing.assert_close(tuple(x), tuple(y), rtol=1e-12, atol=0)
         plain.step(), skipping.step()
         assert torch.equal(plain.state_dict()["exp_avg"], skipping.state_dict()["exp_avg"])
+
+
+@pytest.mark.parametrize("top_k", [6, None])
+def test_a_micro_batch_without_response_tokens_is_legal_when_masked_tokens_are_skipped(top_k):
+    capo = CapoFilter(CapoConfig(top_k=top_k, granularity=("token", "sequence")), 30, 8)
+    for _ in range(2):
+        *tensors, lr = Batch.random(np.random.default_rng(10), 2, 4, 8, 30).arguments(LR)
+        tensors[-1] = torch.zeros_like(tensors[-1])
+        out = capo.evaluate(*tensors, lr, skip_masked=True)
+        assert out.accepted.shape == (2, 4) and not out.accepted.any() and not out.policy_shift.any()
+        assert [float(x) for shifts in capo.batch_shifts() for x in shifts] == [0.0] * 4
+        capo.step()
+    assert capo.state_dict()["step"] == 0

@@ -77,7 +77,8 @@ def test_capo_trains_saves_and_resumes(inputs, tmp_path):
         "actor_rollout_ref.actor.optim.lr=3e-3",
         "actor_rollout_ref.actor.policy_loss.capo.policy_shift_max=1.2e-2",
         "actor_rollout_ref.actor.policy_loss.capo.objective_shift_max=null",
-        "actor_rollout_ref.actor.ppo_mini_batch_size=2",  # two optimizer steps per rollout
+        "actor_rollout_ref.actor.ppo_mini_batch_size=2",
+        "actor_rollout_ref.actor.ppo_epochs=2",  # with the mini-batches: four optimizer steps per rollout
         "trainer.save_freq=1",
         "trainer.resume_mode=auto",
     )

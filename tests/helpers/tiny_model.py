@@ -4,43 +4,10 @@
 from __future__ import annotations
 
 import os
-from typing import Any
 
 import torch
 
-SPECIAL_TOKENS = ("<|pad|>", "<|im_start|>", "<|im_end|>", "<|unk|>")
-CHAT_TEMPLATE = (
-    "{% for message in messages %}"
-    "{{ '<|im_start|>' + message['role'][0] + '\n' + message['content'] + '<|im_end|>' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>a\n' }}{% endif %}"
-)
-
-
-def make_tokenizer(vocab_size: int = 128) -> Any:
-    """One token per printable ASCII character. A ``Qwen2Tokenizer``, whatever the model.
-
-    transformers >= 5 loads ``Qwen2Tokenizer`` for ``model_type=qwen2`` whatever was saved, hence its byte-level
-    alphabet: a space is written "Ġ", a newline "Ċ".
-    """
-    from transformers import Qwen2Tokenizer
-
-    characters = ["\u0120", *(chr(code) for code in range(33, 127)), "\u010a"]
-    vocab = {token: index for index, token in enumerate([*SPECIAL_TOKENS, *characters])}
-    if vocab_size < len(vocab):
-        raise ValueError(f"vocab_size must be at least {len(vocab)}, got {vocab_size}")
-    for index in range(len(vocab), vocab_size):
-        vocab[f"<|extra_{index}|>"] = index
-    tokenizer = Qwen2Tokenizer(
-        vocab=vocab,
-        merges=[],
-        unk_token="<|unk|>",
-        pad_token="<|pad|>",
-        eos_token="<|im_end|>",
-        bos_token=None,
-        additional_special_tokens=["<|im_start|>"],
-    )
-    tokenizer.chat_template = CHAT_TEMPLATE
-    return tokenizer
+from capo_verl.quickstart.model import build_tokenizer
 
 
 def make_tiny_model(
@@ -62,7 +29,7 @@ def make_tiny_model(
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    tokenizer = make_tokenizer(vocab_size)
+    tokenizer = build_tokenizer(vocab_size)
     config = AutoConfig.for_model(
         model_type,
         vocab_size=vocab_size,

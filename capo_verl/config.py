@@ -89,13 +89,16 @@ class CapoConfig:
         return (self.granularity,) if isinstance(self.granularity, str) else self.granularity
 
     @classmethod
-    def from_mapping(cls, knobs: Mapping[str, Any]) -> CapoConfig:
+    def from_mapping(cls, knobs: Mapping[str, Any], exclude: Sequence[str] = ()) -> CapoConfig:
         """Build from plain data (YAML, Hydra).
+
+        Args:
+            exclude: knobs that are no keys there.
 
         Raises:
             ValueError: for an unknown key (lists the valid ones) or an invalid value.
         """
-        valid = [f.name for f in fields(cls)]
+        valid = [f.name for f in fields(cls) if f.name not in exclude]
         for key in knobs:
             if key not in valid:
                 close = get_close_matches(str(key), valid, n=1)

@@ -28,7 +28,7 @@ def parse_knobs(knobs: Mapping[str, Any]) -> CapoConfig:
             raise ValueError(
                 f"capo.{name} is read from the actor's optimizer; set actor_rollout_ref.actor.optim.* instead"
             )
-    return CapoConfig.from_mapping(knobs)
+    return CapoConfig.from_mapping(knobs, exclude=FROM_OPTIMIZER)
 
 
 @dataclass

@@ -16,6 +16,8 @@ from typing import Any
 OPTIMIZER_MODELS = ("adam", "sgd")
 GRANULARITIES = ("token", "sequence", "batch")
 MODES = ("filter", "track")
+MOMENTS_DTYPES = ("float32", "bfloat16")
+ON_NONFINITE = ("error", "skip_batch")
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,11 @@ class CapoConfig:
     """Adam's decay rates. Inside verl they come from the actor's optimizer instead."""
     eps: float = 1e-8
     """Adam's epsilon. Inside verl it comes from the actor's optimizer instead."""
+    moments_dtype: str = "float32"
+    """How the moments are stored: ``float32``, or ``bfloat16`` for half the memory (rounded stochastically)."""
+    on_nonfinite: str = "error"
+    """When hidden states, logits, advantages, the loss or gradients are NaN or infinite: ``error`` stops the run on every
+    rank, ``skip_batch`` leaves out the optimizer step and goes on. Used by the engines; ``CapoFilter`` alone always raises."""
     batch_shift_tokens: int | None = 65536
     """How many tokens per rank are kept between optimizer steps for ``batch_shifts()`` (each costs one hidden state of
     memory). 0 switches the batch-level diagnostics off, None keeps all."""
@@ -51,6 +58,8 @@ class CapoConfig:
     def __post_init__(self) -> None:
         _one_of("optimizer_model", self.optimizer_model, OPTIMIZER_MODELS)
         _one_of("mode", self.mode, MODES)
+        _one_of("moments_dtype", self.moments_dtype, MOMENTS_DTYPES)
+        _one_of("on_nonfinite", self.on_nonfinite, ON_NONFINITE)
         _integer("top_k", self.top_k, minimum=1, none="the whole vocabulary")
         _integer("batch_shift_tokens", self.batch_shift_tokens, minimum=0, none="all tokens")
         _threshold("policy_shift_max", self.policy_shift_max)

@@ -16,7 +16,7 @@ from capo_verl.core.curvature import MAX_PAIRS, Shifts, sequence_sums, set_shift
 from capo_verl.core.optimizer_model import AdamModel, OptimizerModel, SgdModel
 from capo_verl.core.support import LogitRows, Support, VocabShard, find_support
 from capo_verl.core.trust_region import judge
-from capo_verl.core.validation import Inputs, check_inputs, raise_if_unusable
+from capo_verl.core.validation import Inputs, check_inputs, find_problems, raise_for
 
 
 class Stage(NamedTuple):
@@ -47,6 +47,8 @@ class CapoOutput:
     """bool, the verdict of all stages, inside the response mask. Equal to ``accepted`` with ``mode="filter"``."""
     in_support: Tensor
     """bool, whether the taken token is among the top k."""
+    problems: dict[str, Tensor] = field(repr=False)
+    """What is wrong with the inputs -> bool, where inside the response mask. All False unless ``check_values=False``."""
     stages: tuple[Stage, ...] = field(repr=False)
     """One entry per granularity, in the order in which they were applied."""
 
@@ -106,11 +108,13 @@ class CapoFilter:
         self.shard = VocabShard(vocab_size, rows, collectives.rank(tp_group) * rows)
         self.tp_group, self.dp_group, self.cp_group = tp_group, dp_group, cp_group
         self.model: OptimizerModel = (
-            AdamModel(self.shard, hidden_size, config.betas, config.eps, torch.device(device or "cpu"))
+            AdamModel(
+                self.shard, hidden_size, config.betas, config.eps, torch.device(device or "cpu"),
+                getattr(torch, config.moments_dtype),
+            )
             if config.optimizer_model == "adam"
             else SgdModel()
-        )
-        self._accepted_count: Tensor | None = None
+        )  # fmt: skip
         self._retained = RetainedTokens(config.batch_shift_tokens)
 
     def set_optimizer(self, betas: tuple[float, float], eps: float) -> None:
@@ -132,6 +136,7 @@ class CapoFilter:
         skip_masked: bool = False,
         sequence_ids: Tensor | None = None,
         num_sequences: int | None = None,
+        check_values: bool = True,
     ) -> CapoOutput:
         """Predict the shifts of every token, decide, and remember the accepted gradients for :meth:`step`.
 
@@ -148,6 +153,8 @@ class CapoFilter:
             sequence_ids: ``[...]`` integer in ``0..num_sequences``, for packed layouts. Default: the last dimension is
                 time, every row a sequence of its own.
             num_sequences: required with ``sequence_ids``.
+            check_values: raise for unusable values, which waits for the device. If False they are only marked in the result,
+                and the caller has to :meth:`discard` the mini-batch.
 
         Returns:
             :class:`CapoOutput`. float64 inputs are evaluated in float64, all others in float32.
@@ -164,7 +171,9 @@ class CapoFilter:
         dtype = torch.promote_types(self.model.dtype, inputs.dtype)
         rows = LogitRows(inputs.logits, inputs.positions, inputs.temperature)
         support = find_support(rows, inputs.actions, self.config.top_k, self.shard, dtype, self.tp_group)
-        raise_if_unusable(inputs, support, self.shard)
+        problems = find_problems(inputs, support, self.shard)
+        if check_values:
+            raise_for(problems, inputs)
         self.model.promote(dtype)
         inputs = inputs._replace(advantages=inputs.advantages.to(dtype))
 
@@ -186,6 +195,7 @@ class CapoFilter:
             accepted=inputs.restore(accepted),
             in_trust_region=inputs.restore(verdict),
             in_support=inputs.restore(support.inside),
+            problems={what: inputs.restore(bad) for what, bad in problems.items()},
             stages=tuple(stages),
         )
 
@@ -195,16 +205,7 @@ class CapoFilter:
 
         Call it once per optimizer step, on every rank. With no accepted token anywhere the moments stay as they are.
         """
-        groups = (self.dp_group, self.cp_group)
-        if isinstance(self.model, AdamModel):
-            count = self._accepted_count
-            if count is None:
-                count = torch.zeros((), device=self.model.exp_avg.device, dtype=torch.int64)
-            if collectives.sum_(count, groups).item():
-                self.model.update(groups)
-            else:
-                self.model.discard()
-        self._accepted_count = None
+        self.model.update((self.dp_group, self.cp_group))
         self._retained.clear()
 
     @torch.no_grad()
@@ -226,8 +227,11 @@ class CapoFilter:
     def discard(self) -> None:
         """Forget everything evaluated since the last :meth:`step`, as if it had not been."""
         self.model.discard()
-        self._accepted_count = None
         self._retained.clear()
+
+    def to(self, device: torch.device | str) -> None:
+        """Move the moments to ``device``, to give its memory to others between training steps, and back."""
+        self.model.move(torch.device(device))
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's rows: ``{"exp_avg", "exp_avg_sq": [rows, H], "step": int}``; empty for ``sgd``."""
@@ -261,9 +265,8 @@ class CapoFilter:
         return Shifts(*(torch.where(include, x[inputs.sequence], zero) for x in means))
 
     def _accumulate(self, inputs: Inputs, support: Support, accepted: Tensor) -> None:
-        if not isinstance(self.model, AdamModel):
+        if isinstance(self.model, SgdModel):
             return
+        self.model.count_tokens(accepted.sum())
         for pairs in support.pairs(accepted, max_pairs=MAX_PAIRS):
             self.model.accumulate(inputs.hidden, inputs.advantages, pairs)
-        count = accepted.sum()
-        self._accepted_count = count if self._accepted_count is None else self._accepted_count + count

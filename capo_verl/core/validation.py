@@ -123,30 +123,36 @@ def check_inputs(
     )
 
 
-def raise_if_unusable(inputs: Inputs, support: Support, shard: VocabShard) -> None:
-    """Look at the values inside the mask; one synchronisation with the device for all of them.
-
-    Raises:
-        ValueError: for non-finite values, token ids outside the vocabulary or sequence ids out of range: how many, where.
-    """
-    if not len(inputs.mask):
-        return
-    low, high = inputs.hidden.aminmax(dim=-1)
+def find_problems(inputs: Inputs, support: Support, shard: VocabShard) -> dict[str, Tensor]:
+    """What is wrong with the values inside the mask: description -> ``[N]`` bool. Does not wait for the device."""
+    if len(inputs.mask):
+        low, high = inputs.hidden.aminmax(dim=-1)
+        finite = low.isfinite() & high.isfinite()
+    else:
+        finite = torch.ones_like(inputs.mask)
     problems = {
         "logits are not finite": ~support.finite,
-        "hidden_states are not finite": ~(low.isfinite() & high.isfinite()),
+        "hidden_states are not finite": ~finite,
         "advantages are not finite": ~inputs.advantages.isfinite(),
         f"actions are not ids of the {shard.vocab_size} tokens": (inputs.actions < 0)
         | (inputs.actions >= shard.vocab_size),
         f"sequence_ids are not in 0..{inputs.num_sequences}": (inputs.sequence < 0)
         | (inputs.sequence >= inputs.num_sequences),
     }
-    flags = {what: bad & inputs.mask for what, bad in problems.items()}
-    if not torch.stack(list(flags.values())).any():
+    return {what: bad & inputs.mask for what, bad in problems.items()}
+
+
+def raise_for(problems: dict[str, Tensor], inputs: Inputs) -> None:
+    """One synchronisation with the device for all problems.
+
+    Raises:
+        ValueError: if there is any: what, how many, where.
+    """
+    if not torch.stack(list(problems.values())).any():
         return
     total = int(inputs.mask.sum())
     found = []
-    for what, bad in flags.items():
+    for what, bad in problems.items():
         index = bad.nonzero()[:, 0]
         at = (index if inputs.positions is None else inputs.positions[index]).tolist()
         if at:

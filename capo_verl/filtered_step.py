@@ -14,7 +14,8 @@ from torch import Tensor
 from capo_verl.config import CapoConfig
 from capo_verl.core import CapoFilter
 from capo_verl.core.metrics import StepMetrics
-from capo_verl.response import PackedResponse, accepted_response, mask_rejected
+from capo_verl.health import Health
+from capo_verl.response import SAMPLE, PackedResponse, accepted_response, mask_rejected
 from capo_verl.stopwatch import Stopwatch
 
 logger = logging.getLogger(__name__)
@@ -35,10 +36,11 @@ class FilteredStep:
         capo: the filter.
         config: its knobs.
         device: where the training runs, for the stopwatch.
+        health: where NaN and infinity are noted.
     """
 
-    def __init__(self, capo: CapoFilter, config: CapoConfig, device: torch.device):
-        self.capo, self.config = capo, config
+    def __init__(self, capo: CapoFilter, config: CapoConfig, device: torch.device, health: Health):
+        self.capo, self.config, self._health = capo, config, health
         self._stopwatch = Stopwatch(device)
         self._steps_without_tokens = 0
         self.discard()
@@ -74,7 +76,11 @@ class FilteredStep:
                 hidden_states, logits, labels, response.advantages, response.response_mask, learning_rate,
                 temperature=temperature, skip_masked=True,
                 sequence_ids=response.sequence_ids, num_sequences=response.num_sequences,
+                check_values=False,
             )  # fmt: skip
+            samples = response.samples[response.sequence_ids]
+            for what, bad in out.problems.items():
+                self._health.note(what, bad, samples)
             self._metrics.add(
                 out, response.advantages, response.response_mask, response.sequence_ids, response.num_sequences
             )
@@ -90,12 +96,15 @@ class FilteredStep:
         def filtered(model_output: dict[str, Tensor], data: TensorDict, **kwargs: Any) -> tuple[Tensor, dict[str, Any]]:
             accepted = model_output.pop(ACCEPTED)
             if self.config.mode == "track":
-                return loss_function(model_output=model_output, data=data, **kwargs)
+                loss, metrics = loss_function(model_output=model_output, data=data, **kwargs)
+                self._health.note_loss(loss, data, data[SAMPLE])
+                return loss, metrics
             kept = mask_rejected(data, accepted_response(accepted, data))
             with torch.no_grad():
                 _, metrics = loss_function(model_output=model_output, data=data, **kwargs)
             loss, of_accepted = loss_function(model_output=model_output, data=kept, **kwargs)
             metrics["actor/pg_loss"] = of_accepted["actor/pg_loss"]
+            self._health.note_loss(loss, data, data[SAMPLE])
             return loss, metrics
 
         return filtered

@@ -10,6 +10,9 @@ from tensordict import TensorDict
 from torch import Tensor
 from verl.workers.utils.padding import no_padding_2_padding, response_from_nested
 
+SAMPLE = "capo_sample"
+"""Key of the index of each sample in this rank's share of the mini-batch, ``[b]`` int64."""
+
 
 class PackedResponse(NamedTuple):
     """Per-token fields in the layout of the labels, ``[b, s]`` or ``[1, total]``; zeros outside the responses."""
@@ -19,7 +22,30 @@ class PackedResponse(NamedTuple):
     """bool"""
     sequence_ids: Tensor
     """int64, position of the sample in the micro-batch."""
-    num_sequences: int
+    samples: Tensor
+    """``[num_sequences]`` int64, index of each sample in this rank's share of the mini-batch."""
+
+    @property
+    def num_sequences(self) -> int:
+        return len(self.samples)
+
+
+def masked_values(data: TensorDict, name: str) -> tuple[Tensor, Tensor]:
+    """Values ``[R]`` of a response field at the tokens of the response mask (0 elsewhere), and the position in the
+    micro-batch of the sample that each belongs to, ``[R]`` int64.
+
+    Args:
+        data: micro-batch; the field and ``response_mask`` nested, or padded to ``[b, max_response]``.
+    """
+    values, mask = data[name], data["response_mask"]
+    if mask.is_nested:
+        lengths, mask = mask.offsets().diff(), mask.values()
+        values = values.values() if values.is_nested else values
+        sample = torch.arange(len(lengths), device=values.device)
+        sample = sample.repeat_interleave(lengths, output_size=values.shape[0])
+    else:
+        sample = torch.arange(len(mask), device=mask.device)[:, None].expand_as(mask)
+    return torch.where(mask.bool(), values, 0.0).flatten(), sample.flatten()
 
 
 def response_fields(batch: TensorDict) -> Tensor:

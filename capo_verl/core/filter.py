@@ -173,7 +173,7 @@ class CapoFilter:
         support = find_support(rows, inputs.actions, self.config.top_k, self.shard, dtype, self.tp_group)
         problems = find_problems(inputs, support, self.shard)
         if check_values:
-            raise_for(problems, inputs)
+            raise_for(problems, inputs, self.shard)
         self.model.promote(dtype)
         inputs = inputs._replace(advantages=inputs.advantages.to(dtype))
 

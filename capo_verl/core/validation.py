@@ -11,6 +11,15 @@ from torch import Tensor
 
 from capo_verl.core.support import Support, VocabShard
 
+TOKEN_PROBLEMS = (
+    "logits are not finite",
+    "hidden_states are not finite",
+    "advantages are not finite",
+    "actions are not token ids",
+    "sequence_ids are out of range",
+)
+"""What can be wrong with the values of a token."""
+
 _SHOWN = 5
 
 
@@ -124,25 +133,23 @@ def check_inputs(
 
 
 def find_problems(inputs: Inputs, support: Support, shard: VocabShard) -> dict[str, Tensor]:
-    """What is wrong with the values inside the mask: description -> ``[N]`` bool. Does not wait for the device."""
+    """What is wrong with the values inside the mask: one of ``TOKEN_PROBLEMS`` -> ``[N]`` bool. Does not wait for the device."""
     if len(inputs.mask):
         low, high = inputs.hidden.aminmax(dim=-1)
         finite = low.isfinite() & high.isfinite()
     else:
         finite = torch.ones_like(inputs.mask)
-    problems = {
-        "logits are not finite": ~support.finite,
-        "hidden_states are not finite": ~finite,
-        "advantages are not finite": ~inputs.advantages.isfinite(),
-        f"actions are not ids of the {shard.vocab_size} tokens": (inputs.actions < 0)
-        | (inputs.actions >= shard.vocab_size),
-        f"sequence_ids are not in 0..{inputs.num_sequences}": (inputs.sequence < 0)
-        | (inputs.sequence >= inputs.num_sequences),
-    }
-    return {what: bad & inputs.mask for what, bad in problems.items()}
+    bad = (
+        ~support.finite,
+        ~finite,
+        ~inputs.advantages.isfinite(),
+        (inputs.actions < 0) | (inputs.actions >= shard.vocab_size),
+        (inputs.sequence < 0) | (inputs.sequence >= inputs.num_sequences),
+    )
+    return {what: of_tokens & inputs.mask for what, of_tokens in zip(TOKEN_PROBLEMS, bad, strict=True)}
 
 
-def raise_for(problems: dict[str, Tensor], inputs: Inputs) -> None:
+def raise_for(problems: dict[str, Tensor], inputs: Inputs, shard: VocabShard) -> None:
     """One synchronisation with the device for all problems.
 
     Raises:
@@ -151,15 +158,19 @@ def raise_for(problems: dict[str, Tensor], inputs: Inputs) -> None:
     if not torch.stack(list(problems.values())).any():
         return
     total = int(inputs.mask.sum())
+    allowed = {
+        "actions are not token ids": f" (0..{shard.vocab_size - 1})",
+        "sequence_ids are out of range": f" (0..{inputs.num_sequences - 1})",
+    }
     found = []
     for what, bad in problems.items():
         index = bad.nonzero()[:, 0]
         at = (index if inputs.positions is None else inputs.positions[index]).tolist()
         if at:
             shown = ", ".join(str(_position(i, inputs.shape)) for i in at[:_SHOWN])
-            found.append(
-                f"{what} at {len(at)} of {total} response tokens: position {shown}{', …' * (len(at) > _SHOWN)}"
-            )
+            more = ", …" if len(at) > _SHOWN else ""
+            values = allowed.get(what, "")
+            found.append(f"{what}{values} at {len(at)} of {total} response tokens: position {shown}{more}")
     raise ValueError("; ".join(found))
 
 

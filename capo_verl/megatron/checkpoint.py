@@ -2,29 +2,33 @@
 """CAPO's moments in Megatron's distributed checkpoint, under ``<checkpoint>/capo/dist_ckpt``.
 
 Every row is stored once, by the last pipeline stage, with its global position, so a run can be resumed under another
-layout. Nothing is pickled: the state is tensors only.
+layout. A checksum that does not depend on the layout tells whether the moments arrived as they were written.
 """
 
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core import parallel_state as mpu
 from megatron.core.dist_checkpointing import ShardedTensor
-from torch import Tensor
+from verl.utils.device import get_device_id
 from verl.utils.megatron.dist_checkpointing import load_dist_checkpointing, save_dist_checkpointing
 
-State = dict[str, Any]
-"""``CapoFilter.state_dict()``; empty on ranks that hold no LM head."""
+from capo_verl.core.checksum import checksum
+from capo_verl.engine_mixin import State
+from capo_verl.megatron.safe_metadata import check_metadata
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def directory(checkpoint: str) -> str:
     return os.path.join(checkpoint, "capo", "dist_ckpt")
 
 
-def save(checkpoint: str, state: State) -> None:
+def save(checkpoint: str, state: State, vocab_size: int) -> None:
     """Write the moments. Collective over all ranks.
 
     Args:
@@ -33,38 +37,73 @@ def save(checkpoint: str, state: State) -> None:
     path = directory(checkpoint)
     os.makedirs(path, exist_ok=True)
     torch.distributed.barrier()
+    if state:
+        device = torch.device(get_device_id())  # of the collectives; offloaded moments are elsewhere
+        state = {**state, **{name: state[name].to(device) for name in MOMENTS}}
+        header = [state["step"], vocab_size, state["exp_avg"].shape[1]]
+        state = {**state, "header": torch.tensor(header, device=device), "checksum": _checksum(state)}
     save_dist_checkpointing(_sharded(state), path)
     torch.distributed.barrier()
 
 
-def load(checkpoint: str, rows: int, hidden_size: int) -> State | None:
+def load(checkpoint: str, rows: int, hidden_size: int, vocab_size: int) -> State | None:
     """Read this rank's rows. Collective over all ranks.
 
     Args:
         rows, hidden_size: shape of this rank's shard of the LM head; ``rows = 0`` on ranks without.
+        vocab_size: V.
 
     Returns:
         The state (empty with ``rows = 0``), or None if the checkpoint holds none: it was written without CAPO.
 
     Raises:
-        RuntimeError: if it holds one that cannot be read.
+        RuntimeError: on every rank, if it holds one that cannot be read, belongs to another model or is corrupt.
     """
     path = directory(checkpoint)
     if not os.path.isdir(path):
         return None
-    shape = (rows, hidden_size)
-    template: State = {"exp_avg": torch.zeros(shape), "exp_avg_sq": torch.zeros(shape), "step": 0} if rows else {}
+    state, problem = {}, ""
     try:
-        loaded = load_dist_checkpointing(_sharded(template), path)
-    except Exception as e:
+        check_metadata(Path(path, ".metadata"))
+        state = _load(path, rows, hidden_size, vocab_size)
+    except Exception as e:  # whatever the reason: all ranks have to learn of it before any of them stops
+        problem = f"{type(e).__name__}: {e}"
+    problems: list[str] = [""] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(problems, problem)
+    if any(problems):
         raise RuntimeError(
-            f"the CAPO state in {path} cannot be read ({type(e).__name__}: {e}); resume from another checkpoint, or remove "
-            f"the directory {os.path.dirname(path)} to start with empty moments"
-        ) from e
+            f"the CAPO state in {path} cannot be used ({next(p for p in problems if p)}); resume from another checkpoint, or "
+            f"remove the directory {os.path.dirname(path)} to start with empty moments"
+        )
+    return state
+
+
+def _load(path: str, rows: int, hidden_size: int, vocab_size: int) -> State:
+    template: State = {}
+    if rows:
+        device = torch.device(get_device_id())
+        template = {name: torch.zeros(rows, hidden_size, device=device) for name in MOMENTS}
+        template |= {"header": torch.zeros(3, dtype=torch.int64, device=device)}
+        template |= {"checksum": torch.zeros(2, dtype=torch.int64, device=device)}
+    loaded = load_dist_checkpointing(_sharded(template), path)
     if not rows:
         return {}
     state = loaded["capo"]
-    return {**state, "step": int(state["step"])}
+    step, saved_vocabulary, saved_hidden = state.pop("header").tolist()
+    if (saved_vocabulary, saved_hidden) != (vocab_size, hidden_size):
+        raise ValueError(
+            f"it was saved for a vocabulary of {saved_vocabulary} and hidden size {saved_hidden}, "
+            f"this model has {vocab_size} and {hidden_size}"
+        )
+    saved = state.pop("checksum")
+    if not torch.equal(_checksum(state), saved):
+        raise ValueError("its checksum does not fit: the files were damaged after they were written")
+    return {**state, "step": step}
+
+
+def _checksum(state: State) -> torch.Tensor:
+    group, rank = mpu.get_tensor_model_parallel_group(), mpu.get_tensor_model_parallel_rank()
+    return torch.stack([checksum(state[name], rank * len(state[name]), group) for name in MOMENTS])
 
 
 def _sharded(state: State) -> dict[str, Any]:
@@ -79,11 +118,8 @@ def _sharded(state: State) -> dict[str, Any]:
             f"capo.{name}", state[name], (0, tp, tp_size), replica_id=replica, allow_shape_mismatch=True
         )
 
-    step: Tensor = torch.tensor([state["step"]], dtype=torch.int64, device=state["exp_avg"].device)
-    return {
-        "capo": {
-            "exp_avg": rows("exp_avg"),
-            "exp_avg_sq": rows("exp_avg_sq"),
-            "step": ShardedTensor.from_rank_offsets("capo.step", step, replica_id=(tp, replica)),
-        }
-    }
+    def same_everywhere(name: str) -> ShardedTensor:
+        return ShardedTensor.from_rank_offsets(f"capo.{name}", state[name], replica_id=(tp, replica))
+
+    moments = {name: rows(name) for name in MOMENTS}
+    return {"capo": {**moments, "header": same_everywhere("header"), "checksum": same_everywhere("checksum")}}

@@ -12,9 +12,11 @@ from tensordict import TensorDict
 
 from capo_verl import CapoConfig, CapoFilter
 from capo_verl.filtered_step import ACCEPTED, FilteredStep
-from capo_verl.response import PackedResponse, accepted_response, mask_rejected, response_fields
+from capo_verl.health import Health, describe
+from capo_verl.response import SAMPLE, PackedResponse, accepted_response, mask_rejected, response_fields
 
 PROMPTS, RESPONSES = (2, 3), (3, 1)
+NAN = float("nan")
 
 
 def nested(*rows):
@@ -24,11 +26,12 @@ def nested(*rows):
 @pytest.fixture(params=["nested", "padded"])
 def batch(request) -> TensorDict:
     """Two samples; the responses 1.5 1.5 1.5 with its middle token masked (a tool's output, say), and -2."""
-    fields = {"input_ids": nested([5, 6, 7, 8, 9], [4, 5, 6, 7])}
+    fields = {"input_ids": nested([5, 6, 7, 8, 9], [4, 5, 6, 7]), SAMPLE: torch.tensor([3, 1])}
     if request.param == "nested":
         fields |= {
             "advantages": nested([1.5, 1.5, 1.5], [-2.0]),
             "response_mask": nested([1, 0, 1], [1]),
+            "old_log_probs": nested([-1.0, NAN, -1.0], [-1.0]),
             "prompts": nested([5, 6], [4, 5, 6]),
             "responses": nested([7, 8, 9], [7]),
         }
@@ -36,6 +39,7 @@ def batch(request) -> TensorDict:
         fields |= {
             "advantages": torch.tensor([[1.5, 1.5, 1.5, 9.0], [-2.0, 9.0, 9.0, 9.0]]),  # 9: padding, never read
             "response_mask": torch.tensor([[1, 0, 1, 0], [1, 0, 0, 0]]),
+            "old_log_probs": torch.tensor([[-1.0, NAN, -1.0, NAN], [-1.0, NAN, NAN, NAN]]),
             "prompts": torch.tensor([[0, 5, 6], [4, 5, 6]]),
             "responses": torch.tensor([[7, 8, 9, 0], [7, 0, 0, 0]]),
             "attention_mask": torch.tensor([[0, 1, 1, 1, 1, 1, 0], [1, 1, 1, 1, 0, 0, 0]]),
@@ -77,16 +81,46 @@ def test_verls_metrics_describe_all_tokens_and_the_loss_the_accepted_ones(batch)
     assert ACCEPTED not in output  # dropped before Megatron stores the output
 
 
+def test_what_the_loss_reads_is_looked_at_inside_the_mask_only(batch):
+    health = Health(torch.device("cpu"))
+    health.note_loss(torch.tensor(1.0), batch, batch[SAMPLE])
+    assert health.agree(None) == []
+    old = batch["old_log_probs"]
+    (old.values()[3:] if old.is_nested else old[1]).fill_(-torch.inf)  # the second sample's only token
+    health.note_loss(torch.tensor(NAN), batch, batch[SAMPLE])
+    health.note_gradients([torch.ones(3), torch.tensor([1.0, NAN])])
+    found = health.agree(None)
+    assert [(f.what, f.count, f.sample) for f in found] == [
+        ("old_log_probs are not finite", 1, 1),
+        ("the loss is not finite", 2, 1),
+        ("gradients are not finite", 1, None),
+    ]
+    assert describe(found[:1], 7) == (
+        "optimizer step 7 is not usable: rank 0: old_log_probs are not finite (count 1, first in sample 1 of its mini-batch)"
+    )
+    health.clear()
+    assert health.agree(None) == []
+
+
+def test_a_gradient_norm_that_overflows_counts():
+    health = Health(torch.device("cpu"))
+    health.note_gradients([torch.full((4,), 3e38)])
+    assert [f.what for f in health.agree(None)] == ["gradients are not finite"]
+
+
 def make_step(**knobs) -> FilteredStep:
     config = CapoConfig(top_k=4, objective_shift_max=None, **knobs)
-    return FilteredStep(CapoFilter(config, 8, 3), config, torch.device("cpu"))
+    return FilteredStep(CapoFilter(config, 8, 3), config, torch.device("cpu"), Health(torch.device("cpu")))
 
 
 def test_a_run_that_accepts_nothing_is_told_so_once(caplog):
     step = make_step(policy_shift_max=1e-30)
     torch.manual_seed(0)
     response = PackedResponse(
-        torch.ones(1, 5), torch.ones(1, 5, dtype=torch.bool), torch.zeros(1, 5, dtype=torch.int64), 1
+        torch.ones(1, 5),
+        torch.ones(1, 5, dtype=torch.bool),
+        torch.zeros(1, 5, dtype=torch.int64),
+        torch.zeros(1, dtype=torch.int64),
     )
     with caplog.at_level(logging.WARNING):
         for at in range(5):

@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where an engine of verl meets the filter: everything that does not depend on which engine it is."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from tensordict import TensorDict
+from torch import Tensor
+from verl.utils.device import get_device_id
+
+from capo_verl.config import CapoConfig
+from capo_verl.core import CapoFilter
+from capo_verl.filtered_step import FilteredStep
+from capo_verl.health import Health, describe
+from capo_verl.hidden_states import HiddenStatesTap
+from capo_verl.response import SAMPLE
+
+logger = logging.getLogger(__name__)
+
+State = dict[str, Any]
+"""``CapoFilter.state_dict()``; empty on ranks that hold no LM head."""
+
+
+def capo_config_of(loss_function: Any) -> CapoConfig | None:
+    """The knobs which verl's worker bound to its loss function, if the run was started with ``+capo``."""
+    config = getattr(loss_function, "keywords", {}).get("config")
+    knobs = getattr(getattr(config, "policy_loss", None), "capo", None)
+    return knobs if isinstance(knobs, CapoConfig) else None
+
+
+class CapoEngineMixin:
+    """Put before a language-model engine of verl, it filters tokens while the engine trains.
+
+    Without ``+capo`` on the command line every method hands over to verl's at once. The engine class supplies the methods
+    marked *engine*, and calls ``self._step.evaluate`` where it has hidden states and logits of a micro-batch.
+    """
+
+    _capo: CapoConfig | None = None
+    """The knobs, once a training step has come with them; known on every rank."""
+    _step: FilteredStep | None = None
+    """Only on ranks that hold the LM head."""
+    _tap: HiddenStatesTap | None = None
+    """Likewise."""
+    _health: Health
+    _skip_batch = False
+    _filter_seconds = 0.0
+    _loaded_from: str | None = None
+    _loaded_state: State | None = None
+
+    # ---- engine: what each one supplies ----
+
+    def _make_filter(self, config: CapoConfig, device: torch.device) -> tuple[CapoFilter, HiddenStatesTap] | None:
+        """The filter for this rank's part of the LM head and the tap on that; None if the rank holds none."""
+        raise NotImplementedError
+
+    def _learning_rate(self) -> float:
+        """Of the coming optimizer step."""
+        raise NotImplementedError
+
+    def _optimizer_steps(self) -> int:
+        """Steps of the learning-rate scheduler so far, including those before a resume; for messages."""
+        raise NotImplementedError
+
+    def _gradients(self) -> Iterable[Tensor]:
+        """This rank's gradients after the last micro-batch."""
+        raise NotImplementedError
+
+    def _save_state(self, checkpoint: str, state: State) -> None:
+        """Write the moments below the folder ``checkpoint``. Collective over all ranks."""
+        raise NotImplementedError
+
+    def _load_state(self, checkpoint: str) -> State | None:
+        """This rank's moments, on any device; None if the checkpoint was written without CAPO. Collective."""
+        raise NotImplementedError
+
+    # ---- one training step ----
+
+    def train_batch(self, data: TensorDict, loss_function: Any) -> Any:
+        output = super().train_batch(data, loss_function)
+        if self._step is not None and self.is_mp_src_rank_with_outputs():
+            output["metrics"]["capo/filter_seconds"] = [self._filter_seconds]
+        return output
+
+    def forward_backward_batch(self, data: TensorDict, loss_function: Any, forward_only: bool = False) -> Any:
+        config = None if forward_only else capo_config_of(loss_function)
+        if config is None:
+            return super().forward_backward_batch(data, loss_function, forward_only)
+        if self._capo is None:
+            self._switch_on(config)
+        self._health.clear()
+        step = self._step
+        if step is None or self._tap is None:
+            output = super().forward_backward_batch(data, loss_function, forward_only)
+        else:
+            if config.optimizer_model == "adam":
+                group = self.optimizer.param_groups[0]
+                step.capo.set_optimizer(group["betas"], group["eps"])
+            data[SAMPLE] = torch.arange(len(data), device=data.device)
+            self._tap.active = True
+            try:
+                output = super().forward_backward_batch(data, step.wrap_loss(loss_function), forward_only)
+            finally:
+                self._tap.active = False
+                del data[SAMPLE]
+        self._agree_to_step(config)
+        if step is not None:
+            metrics = {"capo/batch_skipped": float(self._skip_batch)}
+            if not self._skip_batch:
+                metrics |= step.metrics()
+            # Lists, because verl's reduction expects one value per micro-batch.
+            output["metrics"].update({name: [value] for name, value in metrics.items()})
+        return output
+
+    def optimizer_zero_grad(self) -> None:
+        super().optimizer_zero_grad()
+        if self._step is not None:
+            self._step.discard()
+
+    def optimizer_step(self) -> Any:
+        if self._skip_batch:
+            self._skip_batch = False
+            self.optimizer_zero_grad()
+            return 0.0
+        grad_norm = super().optimizer_step()
+        if self._step is not None:
+            self._filter_seconds = self._step.optimizer_step()
+        return grad_norm
+
+    def to(self, device: str, model: bool = True, optimizer: bool = True, grad: bool = True) -> None:
+        super().to(device=device, model=model, optimizer=optimizer, grad=grad)
+        if optimizer and self._step is not None:
+            self._step.capo.to("cpu" if device == "cpu" else torch.device(get_device_id()))
+
+    def _agree_to_step(self, config: CapoConfig) -> None:
+        """All ranks learn whether any of them met NaN or infinity; then all stop, or all skip the optimizer step.
+
+        Raises:
+            RuntimeError: on every rank, naming rank and sample, with ``on_nonfinite=error``.
+        """
+        self._health.note_gradients(self._gradients())
+        findings = self._health.agree(dist.group.WORLD)
+        self._skip_batch = bool(findings)
+        if not findings:
+            return
+        what = describe(findings, self._optimizer_steps() + 1)
+        if config.on_nonfinite == "error":
+            raise RuntimeError(
+                f"{what}. Nothing was updated. Resume from the last checkpoint; "
+                "actor_rollout_ref.actor.policy_loss.capo.on_nonfinite=skip_batch would leave such batches out"
+            )
+        if dist.get_rank() == findings[0].rank:
+            logger.warning("%s. Skipped: neither weights nor moments move (capo.on_nonfinite=skip_batch)", what)
+
+    def _switch_on(self, config: CapoConfig) -> None:
+        """The first training step says that this run is a CAPO run. Called on every rank."""
+        self._capo = config
+        device = torch.device(get_device_id())
+        self._health = Health(device)
+        made = self._make_filter(config, device)
+        if made is not None:
+            capo, self._tap = made
+            self._step = FilteredStep(capo, config, device, self._health)
+        if self._loaded_from is not None:
+            self._take_over_loaded_state(config)
+
+    # ---- checkpoints ----
+
+    def save_checkpoint(self, local_path: str, *args: Any, **kwargs: Any) -> None:
+        # First, because verl marks a checkpoint as complete at the end of its own save.
+        if self._capo is not None and self._capo.optimizer_model == "adam":
+            self._save_state(local_path, {} if self._step is None else self._step.capo.state_dict())
+        elif self._loaded_state is not None:  # not yet taken over by a training step
+            self._save_state(local_path, self._loaded_state)
+        super().save_checkpoint(local_path, *args, **kwargs)
+
+    def load_checkpoint(self, local_path: str, *args: Any, **kwargs: Any) -> None:
+        super().load_checkpoint(local_path, *args, **kwargs)
+        self._loaded_from, self._loaded_state = local_path, self._load_state(local_path)
+        if self._capo is not None:
+            self._take_over_loaded_state(self._capo)
+
+    def _take_over_loaded_state(self, config: CapoConfig) -> None:
+        state, self._loaded_state = self._loaded_state, None
+        if self._step is None or config.optimizer_model != "adam":
+            return
+        if state is None:
+            logger.warning("the checkpoint %s was written without CAPO: its moments start empty", self._loaded_from)
+            return
+        self._step.capo.load_state_dict(state)

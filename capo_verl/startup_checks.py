@@ -15,6 +15,8 @@ from capo_verl.policy_loss_config import parse_knobs
 logger = logging.getLogger(__name__)
 
 POLICY_LOSS = "actor_rollout_ref.actor.policy_loss"
+ENGINES = ("megatron", "fsdp", "fsdp2")
+"""Values of ``actor.strategy`` whose engines have the filter."""
 
 
 def check_run(config: DictConfig) -> None:
@@ -38,13 +40,11 @@ def check_run(config: DictConfig) -> None:
 
     actor, model = "actor_rollout_ref.actor", "actor_rollout_ref.model"
     refused = [
-        (f"{actor}.strategy", lambda x: x != "megatron", "set model_engine=megatron"),
+        (f"{actor}.strategy", lambda x: x not in ENGINES, "set model_engine=megatron or model_engine=dp"),
         (f"{model}.use_fused_kernels", bool, "its fused cross-entropy never materialises the logits; set it to False"),
         (f"{actor}.megatron.dynamic_context_parallel", bool, "set it to False"),
         (f"{actor}.megatron.use_megatron_fsdp", bool, "set it to False"),
         (f"{model}.mtp.enable_train", bool, "its extra heads share the output layer; set it to False"),
-        (f"{model}.lora.rank", bool, "adapters leave the LM head untrained; set it to 0"),
-        (f"{model}.lora_rank", bool, "adapters leave the LM head untrained; set it to 0"),
         ("distillation.enabled", bool, "distillation replaces the policy loss; set it to False"),
         ("trainer.use_v1", lambda x: x is False, "set it to True"),
         ("trainer.v1.trainer_mode", lambda x: x not in (None, "sync"), "set it to sync"),
@@ -54,8 +54,13 @@ def check_run(config: DictConfig) -> None:
         found = value(path)
         if is_refused(found):
             raise ValueError(f"CAPO does not support {path}={found}: {instead}")
+    if value(f"{model}.lora.rank") or value(f"{model}.lora_rank"):
+        logger.warning(
+            "with LoRA the LM head is not trained; CAPO's m_H and m_F describe the step as if it were, so the paper's "
+            "thresholds need not fit: measure with +capo=track first"
+        )
     optimizer = value(f"{actor}.optim.optimizer")
-    if capo.optimizer_model == "adam" and str(optimizer).lower() not in ("adam", "adamw"):
+    if capo.optimizer_model == "adam" and "adam" not in str(optimizer).lower():
         raise ValueError(
             f"{POLICY_LOSS}.capo.optimizer_model=adam models Adam, but {actor}.optim.optimizer={optimizer}; "
             f"set capo.optimizer_model=sgd or use Adam"

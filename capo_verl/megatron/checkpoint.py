@@ -8,12 +8,14 @@ layout. A checksum that does not depend on the layout tells whether the moments 
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core import parallel_state as mpu
 from megatron.core.dist_checkpointing import ShardedTensor
+from torch.distributed.checkpoint.api import CheckpointException
 from verl.utils.device import get_device_id
 from verl.utils.megatron.dist_checkpointing import load_dist_checkpointing, save_dist_checkpointing
 
@@ -26,6 +28,17 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 def directory(checkpoint: str) -> str:
     return os.path.join(checkpoint, "capo", "dist_ckpt")
+
+
+def layout_of_random_states(checkpoint: str) -> tuple[int, int] | None:
+    """``(pipeline, tensor)`` sizes under which verl saved Megatron's random states; None if it saved none.
+
+    Read from their names in the index, ``rng_state/shard_<pp>.<tp>_<sizes>`` (``megatron_checkpoint_manager.py``,
+    ``get_rng_state``), without unpickling it.
+    """
+    index = Path(checkpoint, "extra", "dist_ckpt", ".metadata")
+    found = re.search(rb"rng_state/shard_\d+\.\d+_(\d+)\.(\d+)", index.read_bytes()) if index.exists() else None
+    return (int(found[1]), int(found[2])) if found else None
 
 
 def save(checkpoint: str, state: State, vocab_size: int) -> None:
@@ -66,8 +79,8 @@ def load(checkpoint: str, rows: int, hidden_size: int, vocab_size: int) -> State
     try:
         check_metadata(Path(path, ".metadata"))
         state = _load(path, rows, hidden_size, vocab_size)
-    except Exception as e:  # whatever the reason: all ranks have to learn of it before any of them stops
-        problem = f"{type(e).__name__}: {e}"
+    except (Exception, CheckpointException) as e:  # whatever the reason: all ranks have to learn of it before one stops
+        problem = _reason(e)
     problems: list[str] = [""] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(problems, problem)
     if any(problems):
@@ -76,6 +89,13 @@ def load(checkpoint: str, rows: int, hidden_size: int, vocab_size: int) -> State
             f"remove the directory {os.path.dirname(path)} to start with empty moments"
         )
     return state
+
+
+def _reason(e: BaseException) -> str:
+    """One line. torch wraps what happened on each rank, with its traceback, into an exception of its own."""
+    if isinstance(e, CheckpointException) and e.failures:
+        e = next(iter(e.failures.values()))[0]
+    return f"{type(e).__name__}: {' '.join(str(e).split())}"
 
 
 def _load(path: str, rows: int, hidden_size: int, vocab_size: int) -> State:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from typing import Any
 
@@ -22,6 +23,8 @@ from capo_verl.filtered_step import ACCEPTED
 from capo_verl.hidden_states import HiddenStatesTap
 from capo_verl.megatron import checkpoint
 from capo_verl.megatron.packing import label_layout, pack_response
+
+logger = logging.getLogger(__name__)
 
 
 def output_layer_of(model: nn.Module) -> nn.Module:
@@ -95,6 +98,22 @@ class CapoMegatronEngineWithLMHead(CapoEngineMixin, MegatronEngineWithLMHead):
                 gradient = getattr(parameter, "main_grad", parameter.grad)
                 if gradient is not None:
                     yield gradient
+
+    def load_checkpoint(self, local_path: str, *args: Any, **kwargs: Any) -> None:
+        contents = self.checkpoint_mananager.checkpoint_load_contents
+        saved = checkpoint.layout_of_random_states(local_path)
+        current = mpu.get_pipeline_model_parallel_world_size(), mpu.get_tensor_model_parallel_world_size()
+        if saved not in (None, current) and "extra" in contents:
+            # verl would fail with a missing key: these states exist once per pipeline and tensor rank of the saved layout.
+            logger.warning(
+                "%s was saved with (pipeline, tensor) parallel sizes %s and is loaded with %s: Megatron's random states "
+                "(dropout) are not restored", local_path, saved, current,
+            )  # fmt: skip
+            self.checkpoint_mananager.checkpoint_load_contents = [name for name in contents if name != "extra"]
+        try:
+            super().load_checkpoint(local_path, *args, **kwargs)
+        finally:
+            self.checkpoint_mananager.checkpoint_load_contents = contents
 
     def _save_state(self, checkpoint_path: str, state: State) -> None:
         checkpoint.save(checkpoint_path, state, self._vocab_size())

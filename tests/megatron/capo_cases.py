@@ -112,35 +112,3 @@ def use_verls_engine() -> None:
 
     registry = EngineRegistry._engines["language_model"]["megatron"]
     registry["cpu"] = type("VerlOnCpu", (CpuMegatronMixin, MegatronEngineWithLMHead), {})
-
-
-def train_save_resume(layout: Layout, model_path: str, directory: str) -> dict[str, Any]:
-    """Two steps, a checkpoint, one more step; then from the checkpoint the same step on a fresh engine."""
-    from megatron.core import parallel_state as mpu
-
-    loss = make_loss("capo", KNOBS)
-
-    def step(engine: Any) -> dict[str, Any]:
-        dp = mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size()
-        with engine.train_mode():
-            output = engine.train_batch(make_batch(*dp, 1.0), loss)
-        metrics = output["metrics"] if engine.is_mp_src_rank_with_outputs() else {}
-        return {k: v for k, v in metrics.items() if "seconds" not in k}
-
-    engine = make_engine(layout, model_path, optimizer="adam", lr=LR)
-    for _ in range(2):
-        step(engine)
-    engine.save_checkpoint(directory, global_step=2)
-    uninterrupted = step(engine), export(engine), engine._step and _copy(engine._step.capo.state_dict())
-    resumed_engine = make_engine(layout, model_path, optimizer="adam", lr=LR)
-    resumed_engine.load_checkpoint(directory, del_local_after_load=False)
-    resumed = (
-        step(resumed_engine),
-        export(resumed_engine),
-        resumed_engine._step and _copy(resumed_engine._step.capo.state_dict()),
-    )
-    return {"uninterrupted": uninterrupted, "resumed": resumed}
-
-
-def _copy(state: dict[str, Any]) -> dict[str, Any]:
-    return {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in state.items()}

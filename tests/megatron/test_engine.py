@@ -11,7 +11,7 @@ import torch
 from capo_verl import CapoConfig, CapoFilter
 from tests.cpu.engine_cases import Layout
 from tests.helpers.spawn import run_on_ranks
-from tests.megatron.capo_cases import ADVANTAGES, CLIP, KNOBS, LR, PROMPTS, STEPS, rollout, train, train_save_resume
+from tests.megatron.capo_cases import ADVANTAGES, CLIP, KNOBS, LR, PROMPTS, STEPS, rollout, train
 
 PRELOAD = ("torch", "verl.workers.engine.megatron.transformer_impl", "capo_verl.cpu.bridge")
 LAYOUTS = [
@@ -208,32 +208,3 @@ def _every_loss(path: str) -> dict[str, tuple[float, float, float, float]]:
         assert emptied["capo/nothing_accepted"] == [1.0]
         results[name] = (filtered["loss"], plain["loss"], emptied["loss"], float(emptied["grad_norm"]))
     return results
-
-
-@pytest.mark.parametrize(
-    "layout", [Layout(), Layout(tp=2, packed=False), Layout(pp=2, packed=False), Layout(dp=2)], ids=str
-)
-def test_resuming_continues_bit_exactly(layout, tiny_qwen2, tmp_path):
-    ranks = run_on_ranks(
-        train_save_resume,
-        layout.world_size,
-        layout,
-        tiny_qwen2,
-        str(tmp_path / "checkpoint"),
-        preload=PRELOAD,
-        timeout=300,
-    )
-    assert any(rank["uninterrupted"][2] for rank in ranks)
-    for rank in ranks:
-        (metrics, weights, state), (resumed_metrics, resumed_weights, resumed_state) = (
-            rank["uninterrupted"],
-            rank["resumed"],
-        )
-        assert {k: v for k, v in metrics.items() if k.startswith("capo/")} == {
-            k: v for k, v in resumed_metrics.items() if k.startswith("capo/")
-        }
-        assert all(torch.equal(weights[name], resumed_weights[name]) for name in weights)
-        if state:
-            assert state["step"] == resumed_state["step"] == 3
-            assert torch.equal(state["exp_avg"], resumed_state["exp_avg"])
-            assert torch.equal(state["exp_avg_sq"], resumed_state["exp_avg_sq"])

@@ -88,8 +88,10 @@ def test_every_knob_can_be_overridden(command_line):
         ([f"{CAPO}.top_k=0"], "capo.top_k=0: expected an integer >= 1"),
         ([f"{CAPO}.betas=[0.9,0.95]"], "capo.betas is read from the actor's optimizer; set actor_rollout_ref.actor.optim"),
         (["actor_rollout_ref.model.use_fused_kernels=True"], "use_fused_kernels=True: .* set it to False"),
-        (["model_engine=dp"], "actor_rollout_ref.actor.strategy=fsdp.*: set model_engine=megatron"),
-        (["actor_rollout_ref.model.lora.rank=8"], "lora.rank=8: .* set it to 0"),
+        (["model_engine=torchtitan"], "actor_rollout_ref.actor.strategy=torchtitan: set model_engine=megatron or model_engine=dp"),
+        ([f"{CAPO}.moments_dtype=float16"], "capo.moments_dtype='float16': expected one of float32, bfloat16"),
+        ([f"{CAPO}.on_nonfinite=ignore"], "capo.on_nonfinite='ignore': expected one of error, skip_batch"),
+        (["trainer.v1.trainer_mode=colocate_async"], "trainer.v1.trainer_mode=colocate_async: set it to sync"),
         (["trainer.v1.trainer_mode=separate_async"], "trainer.v1.trainer_mode=separate_async: set it to sync"),
         (["trainer.use_v1=False"], "trainer.use_v1=False: set it to True"),
         (["actor_rollout_ref.actor.optim.optimizer=sgd"], "optimizer_model=adam models Adam, but .*optimizer=sgd"),
@@ -123,6 +125,14 @@ def test_a_preset_contradicted_on_the_command_line_is_pointed_out(command_line, 
         check_run(command_line("model_engine=megatron", "+capo=dr_grpo"))
         check_run(command_line(*BASE))
     assert not caplog.records
+
+
+@pytest.mark.parametrize("engine", ["megatron", "dp"])
+def test_lora_is_allowed_and_commented_on(command_line, caplog, engine):
+    rank = "lora.rank" if engine == "megatron" else "lora_rank"
+    with caplog.at_level(logging.WARNING):
+        check_run(command_line(f"model_engine={engine}", "+capo=grpo", f"actor_rollout_ref.model.{rank}=8"))
+    assert "with LoRA the LM head is not trained" in caplog.text
 
 
 def test_verl_runs_the_checks_when_it_validates_its_config(command_line):

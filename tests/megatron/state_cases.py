@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints of a CAPO run on one rank: what ``test_state.py`` runs on gloo ranks."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tests.cpu.engine_cases import Layout, export, make_engine
+from tests.megatron.capo_cases import KNOBS, LR, make_batch, make_loss
+
+
+def step(engine: Any, knobs: dict[str, Any] | None = KNOBS) -> dict[str, Any]:
+    """One optimizer step; CAPO's metrics, where this rank reports any."""
+    from megatron.core import parallel_state as mpu
+
+    batch = make_batch(mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size(), 1.0)
+    with engine.train_mode():
+        output = engine.train_batch(batch, make_loss("capo", knobs))
+    metrics = output["metrics"] if engine.is_mp_src_rank_with_outputs() else {}
+    return {k: v for k, v in metrics.items() if k.startswith("capo/") and "seconds" not in k}
+
+
+def new_engine(layout: Layout, model_path: str) -> Any:
+    return make_engine(layout, model_path, optimizer="adam", lr=LR)
+
+
+def moments(engine: Any) -> dict[str, Any] | None:
+    """A copy of this rank's rows."""
+    if engine._step is None:
+        return None
+    return {k: v.clone() if torch.is_tensor(v) else v for k, v in engine._step.capo.state_dict().items()}
+
+
+def save_and_go_on(
+    layout: Layout, model_path: str, checkpoint: str, knobs: dict[str, Any] | None = KNOBS
+) -> dict[str, Any]:
+    """Two steps and a checkpoint, then one more step without interruption."""
+    engine = new_engine(layout, model_path)
+    for _ in range(2):
+        step(engine, knobs)
+    engine.save_checkpoint(checkpoint, global_step=2)
+    saved = moments(engine)
+    return {"saved": saved, "metrics": step(engine, knobs), "moments": moments(engine), "weights": export(engine)}
+
+
+def resume(layout: Layout, model_path: str, checkpoint: str, knobs: dict[str, Any] | None = KNOBS) -> dict[str, Any]:
+    """A fresh engine, the checkpoint, and the step after it."""
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())
+    logging.getLogger("capo_verl").addHandler(handler)
+    engine = new_engine(layout, model_path)
+    engine.load_checkpoint(checkpoint, del_local_after_load=False)
+    metrics = step(engine, knobs)
+    return {"metrics": metrics, "moments": moments(engine), "weights": export(engine), "said": " ".join(said)}
+
+
+def load_only(layout: Layout, model_path: str, checkpoint: str) -> dict[str, Any]:
+    return {"moments": new_engine(layout, model_path)._load_state(checkpoint)}
+
+
+def refusals(layout: Layout, model_path: str, checkpoints: list[str]) -> list[str]:
+    """What loading each checkpoint's CAPO state says; one engine serves for all."""
+    engine = new_engine(layout, model_path)
+    said = []
+    for path in checkpoints:
+        try:
+            engine._load_state(path)
+            said.append("loaded")
+        except RuntimeError as e:
+            said.append(str(e))
+    return said
+
+
+def damaged(checkpoint: Path, copies: Path) -> dict[str, Path]:
+    """Copies of a checkpoint's CAPO state, each damaged in another way."""
+    import pickle
+    import shutil
+
+    def overwrite_index(data: bytes) -> Callable[[Path], None]:
+        return lambda folder: folder.joinpath(".metadata").write_bytes(data) and None
+
+    def flip(folder: Path) -> None:
+        """The bits of one moment, deep inside the largest file: torch's reader does not notice."""
+        file = max(folder.glob("*.distcp"), key=lambda p: p.stat().st_size)
+        data = bytearray(file.read_bytes())
+        at = len(data) // 2
+        data[at : at + 4] = bytes(b ^ 0x15 for b in data[at : at + 4])
+        file.write_bytes(data)
+
+    def truncate(folder: Path) -> None:
+        file = max(folder.glob("*.distcp"), key=lambda p: p.stat().st_size)
+        file.write_bytes(file.read_bytes()[:200])
+
+    class Code:
+        def __reduce__(self) -> tuple:
+            return (Path.touch, (copies / "executed",))
+
+    ways: dict[str, Callable[[Path], None]] = {
+        "code": overwrite_index(pickle.dumps(Code())),
+        "no pickle": overwrite_index(b"not a pickle"),
+        "half an index": lambda folder: overwrite_index((folder / ".metadata").read_bytes()[:300])(folder),
+        "no index": lambda folder: (folder / ".metadata").unlink(),
+        "flipped": flip,
+        "truncated": truncate,
+    }
+    result = {}
+    for name, damage in ways.items():
+        result[name] = copies / name.replace(" ", "-")
+        shutil.copytree(checkpoint / "capo", result[name] / "capo")
+        damage(result[name] / "capo/dist_ckpt")
+    return result

@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""NaN on one rank: every rank learns where it is before the optimizer steps; the run stops, or leaves the batch out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from tests.cpu.engine_cases import Layout, export
+from tests.helpers.spawn import run_on_ranks
+from tests.megatron.capo_cases import KNOBS, make_batch, make_loss
+from tests.megatron.state_cases import moments, new_engine, step
+
+PRELOAD = ("torch", "verl.workers.engine.megatron.transformer_impl", "capo_verl.cpu.bridge")
+NAN = float("nan")
+
+
+def poisoned_step(engine: Any, knobs: dict[str, Any], where: str) -> dict[str, Any]:
+    """A step in which one value on the last rank is NaN."""
+    from megatron.core import parallel_state as mpu
+
+    last = torch.distributed.get_rank() == torch.distributed.get_world_size() - 1
+    batch = make_batch(mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size(), 1.0)
+    handle = None
+    if last and where in ("advantages", "old_log_probs"):
+        batch[where].values()[-2] = NAN  # of the rank's last sample
+    if where == "gradient" and torch.distributed.get_rank() == 0:
+        weight = next(p for p in engine.module[0].parameters() if p.requires_grad)
+        handle = weight.register_hook(lambda gradient: gradient * NAN)
+    if where == "weight" and last:
+        tap = engine._tap._hidden_states
+        assert tap is None
+        handle = next(
+            m for m in engine.module[-1].modules() if m.__class__.__name__ == "RMSNorm"
+        ).register_forward_hook(lambda module, args, output: output * NAN)
+    try:
+        with engine.train_mode():
+            return engine.train_batch(batch, make_loss("capo", knobs))["metrics"]
+    finally:
+        if handle is not None:
+            handle.remove()
+
+
+def stop(layout: Layout, model: str, where: str) -> dict[str, Any]:
+    engine = new_engine(layout, model)
+    step(engine)
+    before, kept = export(engine), moments(engine)
+    message = "no error"
+    try:
+        poisoned_step(engine, KNOBS, where)
+    except RuntimeError as e:
+        message = str(e)
+    after = export(engine)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    if kept:
+        assert all(torch.equal(kept[name], moments(engine)[name]) for name in ("exp_avg", "exp_avg_sq"))
+    return {"message": message}
+
+
+@pytest.mark.parametrize(
+    ("layout", "where", "expected"),
+    [
+        (Layout(dp=2), "advantages", "rank 1: advantages are not finite (count 1, first in sample 1 of its mini-batch)"),
+        (Layout(dp=2), "old_log_probs", "rank 1: old_log_probs are not finite (count 1, first in sample 1 of its mini-batch)"),
+        (Layout(pp=2), "gradient", "rank 0: gradients are not finite (count 1)"),
+        (Layout(tp=2), "weight", "hidden_states are not finite"),
+    ],
+    ids=lambda x: x if isinstance(x, str) and " " not in x else None,
+)  # fmt: skip
+def test_all_ranks_stop_with_the_place_in_the_message(layout, where, expected, tiny_qwen2):
+    ranks = run_on_ranks(stop, 2, layout, tiny_qwen2, where, preload=PRELOAD)
+    messages = {rank["message"] for rank in ranks}
+    assert len(messages) == 1  # the same on every rank
+    (message,) = messages
+    assert message.startswith("optimizer step ") and expected in message
+    assert "Nothing was updated." in message and "on_nonfinite=skip_batch" in message
+
+
+def skip(layout: Layout, model: str, poisoned: bool) -> dict[str, Any]:
+    knobs = {**KNOBS, "on_nonfinite": "skip_batch"}
+    engine = new_engine(layout, model)
+    reports = [step(engine, knobs)]
+    if poisoned:
+        metrics = poisoned_step(engine, knobs, "advantages")
+        reports.append({"skipped": metrics.get("capo/batch_skipped"), "grad_norm": metrics.get("grad_norm")})
+    reports.append(step(engine, knobs))
+    return {"reports": reports, "weights": export(engine), "moments": moments(engine)}
+
+
+def test_a_skipped_batch_leaves_no_trace(tiny_qwen2):
+    """The step after it is, bit for bit, the one that would have come without it."""
+    layout = Layout(dp=2)
+    clean, poisoned = (run_on_ranks(skip, 2, layout, tiny_qwen2, p, preload=PRELOAD) for p in (False, True))
+    for a, b in zip(clean, poisoned, strict=True):
+        assert b["reports"][1] == {"skipped": [1.0], "grad_norm": 0.0}
+        assert a["reports"] == [b["reports"][0], b["reports"][2]]
+        assert a["reports"][0]["capo/batch_skipped"] == [0.0]
+        assert all(torch.equal(a["weights"][name], b["weights"][name]) for name in a["weights"])
+        assert a["moments"]["step"] == b["moments"]["step"] == 2
+        assert all(torch.equal(a["moments"][name], b["moments"][name]) for name in ("exp_avg", "exp_avg_sq"))

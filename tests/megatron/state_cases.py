@@ -60,6 +60,14 @@ def resume(layout: Layout, model_path: str, checkpoint: str, knobs: dict[str, An
     return {"metrics": metrics, "moments": moments(engine), "weights": export(engine), "said": " ".join(said)}
 
 
+def in_turn(layout: Layout, model_path: str, own: str, other: str | None) -> dict[str, Any]:
+    """Saved and resumed under the same layout; then resumed from another layout's checkpoint, if there is one."""
+    result = {"uninterrupted": save_and_go_on(layout, model_path, own), "resumed": resume(layout, model_path, own)}
+    if other is not None:
+        result["other"] = resume(layout, model_path, other)
+    return result
+
+
 def load_only(layout: Layout, model_path: str, checkpoint: str) -> dict[str, Any]:
     return {"moments": new_engine(layout, model_path)._load_state(checkpoint)}
 

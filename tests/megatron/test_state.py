@@ -11,7 +11,7 @@ import torch
 from tests.cpu.engine_cases import Layout
 from tests.helpers.spawn import run_on_ranks
 from tests.megatron.capo_cases import KNOBS
-from tests.megatron.state_cases import damaged, load_only, refusals, resume, save_and_go_on
+from tests.megatron.state_cases import damaged, in_turn, load_only, refusals, resume, save_and_go_on
 
 PRELOAD = ("torch", "verl.workers.engine.megatron.transformer_impl", "capo_verl.cpu.bridge")
 SAVED = Layout(tp=2)
@@ -29,20 +29,14 @@ def rows_of(ranks: list[dict], tp: int, vocab_size: int, which: str = "moments")
 
 @pytest.fixture(scope="module")
 def checkpoint(tiny_qwen2, tmp_path_factory) -> tuple[Path, list[dict]]:
-    """Two steps on two tensor-parallel ranks, a checkpoint, and the third step."""
+    """Two steps on two tensor-parallel ranks, a checkpoint, the third step; and the third step resumed."""
     path = tmp_path_factory.mktemp("saved") / "checkpoint"
-    return path, on_ranks(save_and_go_on, SAVED, tiny_qwen2, str(path))
+    return path, on_ranks(in_turn, SAVED, tiny_qwen2, str(path), None)
 
 
-@pytest.mark.parametrize("layout", [SAVED, Layout(), Layout(pp=2, packed=False), Layout(dp=2)], ids=str)
-def test_resuming_continues_bit_exactly(layout, checkpoint, tiny_qwen2, tmp_path):
-    path, ranks = checkpoint
-    if layout != SAVED:
-        path = tmp_path / "checkpoint"
-        ranks = on_ranks(save_and_go_on, layout, tiny_qwen2, str(path))
-    resumed = on_ranks(resume, layout, tiny_qwen2, str(path))
-    assert any(rank["moments"] for rank in ranks)
-    for a, b in zip(ranks, resumed, strict=True):
+def check_bit_exact(ranks: list[dict]) -> None:
+    assert any(rank["uninterrupted"]["moments"] for rank in ranks)
+    for a, b in ((rank["uninterrupted"], rank["resumed"]) for rank in ranks):
         assert a["metrics"] == b["metrics"]
         assert all(torch.equal(a["weights"][name], b["weights"][name]) for name in a["weights"])
         if a["moments"]:
@@ -53,20 +47,26 @@ def test_resuming_continues_bit_exactly(layout, checkpoint, tiny_qwen2, tmp_path
         assert "random states" not in b["said"]
 
 
-@pytest.mark.parametrize("layout", [Layout(), Layout(pp=2), Layout(dp=2)], ids=str)
-def test_resuming_under_another_layout(layout, checkpoint, tiny_qwen2):
-    path, ranks = checkpoint
-    resumed = on_ranks(resume, layout, tiny_qwen2, str(path))
-    expected, found = rows_of(ranks, 2, 128), rows_of(resumed, 1, 128)
-    for name, moment in expected.items():
-        torch.testing.assert_close(found[name], moment, rtol=1e-3, atol=float(moment.abs().max()) * 1e-5)
-    before, after = ([rank["metrics"] for rank in r if rank["metrics"]][0] for r in (ranks, resumed))
+def test_resuming_continues_bit_exactly(checkpoint):
+    check_bit_exact(checkpoint[1])
+
+
+@pytest.mark.parametrize("layout", [Layout(), Layout(pp=2, packed=False), Layout(dp=2)], ids=str)
+def test_resuming_continues_bit_exactly_and_under_another_layout(layout, checkpoint, tiny_qwen2, tmp_path):
+    path, tp2 = checkpoint
+    ranks = on_ranks(in_turn, layout, tiny_qwen2, str(tmp_path / "checkpoint"), str(path))
+    check_bit_exact(ranks)
+    # Saved on two tensor-parallel ranks, resumed here.
+    expected = rows_of([rank["uninterrupted"] for rank in tp2], 2, 128)
+    resumed = [rank["other"] for rank in ranks]
+    for name, moment in rows_of(resumed, 1, 128).items():
+        torch.testing.assert_close(moment, expected[name], rtol=1e-3, atol=float(expected[name].abs().max()) * 1e-5)
+    before = tp2[0]["uninterrupted"]["metrics"]
+    after = next(rank["metrics"] for rank in resumed if rank["metrics"])
     assert after["capo/accepted_tokens"] == before["capo/accepted_tokens"]
     assert after["capo/policy_shift_max"][0] == pytest.approx(before["capo/policy_shift_max"][0], rel=1e-3)
-    assert (
-        f"was saved with (pipeline, tensor) parallel sizes (1, 2) and is loaded with ({layout.pp}, 1)"
-        in resumed[0]["said"]
-    )
+    sizes = f"was saved with (pipeline, tensor) parallel sizes (1, 2) and is loaded with ({layout.pp}, 1)"
+    assert sizes in resumed[0]["said"]
 
 
 @pytest.mark.parametrize("layout", [Layout(), Layout(tp=4)], ids=str)
@@ -94,7 +94,7 @@ def test_a_run_that_leaves_capo_and_comes_back_keeps_the_moments(checkpoint, tin
     path, ranks = checkpoint
     again = str(tmp_path / "again")
     for rank, kept in zip(ranks, on_ranks(_load_save_load, SAVED, tiny_qwen2, str(path), again), strict=True):
-        assert torch.equal(rank["saved"]["exp_avg"], kept["exp_avg"]) and kept["step"] == 2
+        assert torch.equal(rank["uninterrupted"]["saved"]["exp_avg"], kept["exp_avg"]) and kept["step"] == 2
 
 
 def _load_save_load(layout: Layout, model: str, checkpoint: str, again: str) -> dict:

@@ -62,6 +62,8 @@ def test_complete_stack():
         ("megatron_bridge", None, "missing"),
         ("tensordict", "0.9.0", "wrong"),
         ("tensordict", "0.8.3", "ok"),
+        ("ray", "2.61.0rc1", "ok"),  # a release candidate of something newer
+        ("triton", "3.6.0a0", "ok"),
         ("mbridge", "git-main", "wrong"),  # not a version
         ("verl", "0.9.0", "wrong"),
     ],

@@ -40,7 +40,8 @@ make_environment() {
         local index=()
         if [ -n "$TORCH_INDEX_URL" ] && reachable "$TORCH_INDEX_URL"; then index=(--extra-index-url "$TORCH_INDEX_URL"); fi
         # torch is named in the same command, so that no dependency can pull the CUDA build first.
-        "$VENV/bin/python" -m pip install --quiet ${index[@]+"${index[@]}"} torch==2.13.0 -e "$1"
+        local torch; torch=$(sed -n 's/^ *"\(torch==[^"]*\)".*/\1/p' pyproject.toml)
+        "$VENV/bin/python" -m pip install --quiet ${index[@]+"${index[@]}"} "$torch" -e "$1"
         stamp "$1" >"$installed"
     fi
 }

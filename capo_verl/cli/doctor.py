@@ -9,17 +9,7 @@ import importlib.metadata
 import os
 from collections.abc import Callable
 
-PACKAGES = (
-    "torch",
-    "verl",
-    "megatron-core",
-    "mbridge",
-    "megatron-bridge",
-    "transformers",
-    "ray",
-    "TransferQueue",
-    "vllm",
-)
+from capo_verl import stack
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -29,14 +19,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print one line per check; 0 if all passed."""
-    for package in PACKAGES:
-        try:
-            print(f"  {package:<16} {importlib.metadata.version(package)}")
-        except importlib.metadata.PackageNotFoundError:
-            print(f"  {package:<16} not installed")
-    print(
-        f"  platform         {os.environ.get('VERL_PLATFORM') or 'detected by verl (VERL_PLATFORM=cpu for the CPU)'}\n"
-    )
+    print(f"Platform: {os.environ.get('VERL_PLATFORM') or 'detected by verl (VERL_PLATFORM=cpu for the CPU)'}")
     failed = 0
     for what, check in CHECKS.items():
         try:
@@ -48,6 +31,17 @@ def run(args: argparse.Namespace) -> int:
             print(f"ok    {what}: {outcome}")
     print(f"\n{failed} of {len(CHECKS)} checks failed" if failed else f"\nall {len(CHECKS)} checks passed")
     return 1 if failed else 0
+
+
+def _software_stack() -> str:
+    reports = stack.check_all()
+    print(stack.render(reports) + "\n")
+    complete = [report.stack for report in reports if report.complete]
+    if not complete:
+        nearest = min(reports, key=lambda report: len(report.problems))
+        wrong = ", ".join(f"{f.name}{f.wanted} ({f.found or 'missing'})" for f in nearest.problems)
+        raise RuntimeError(f"no supported stack is complete; the nearest, {nearest.stack}, lacks {wrong}")
+    return " and ".join(complete)
 
 
 def _entry_point() -> str:
@@ -97,6 +91,7 @@ def _switch() -> str:
 
 
 CHECKS: dict[str, Callable[[], str]] = {
+    "software stack": _software_stack,
     "plugin installed": _entry_point,
     "registered with verl": _registered,
     "Megatron engine": _engine,

@@ -15,6 +15,7 @@ from megatron.core import parallel_state as mpu
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.transformer.identity_op import IdentityOp
 
+from capo_verl import compat
 from capo_verl.cpu.attention import CausalSdpaAttention
 from capo_verl.cpu.torch_view import cuda_method_stays
 
@@ -76,10 +77,7 @@ def make_cpu_bridge(bridge_cls: type) -> type:
         _OTHER_MAPPING = {"input_layernorm.weight": ["model.layers.{layer_number}.input_layernorm.weight"]}
 
         def _get_gptmodel_args(self) -> dict:
-            if not hasattr(self.hf_config, "rope_theta"):  # transformers >= 5 keeps it in rope_parameters
-                from verl.utils.megatron_utils import get_hf_rope_theta
-
-                self.hf_config.rope_theta = get_hf_rope_theta(self.hf_config)
+            compat.shim_rope_theta(self.hf_config)
             return super()._get_gptmodel_args()
 
         def _get_transformer_layer_spec(self, vp_stage: int | None = None) -> Any:

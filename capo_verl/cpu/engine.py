@@ -44,8 +44,7 @@ def check_cpu_settings(model_config: Any, engine_config: Any) -> None:
     megatron = "actor_rollout_ref.actor.megatron"
     hf_config = model_config.hf_config
     model_type = hf_config.model_type
-    rope = getattr(hf_config, "rope_parameters", None) or getattr(hf_config, "rope_scaling", None) or {}
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    rope_type = compat.rope_type(hf_config)
     refused = [
         (model_type not in ARCHITECTURES, f"model_type={model_type}", f"use one of {', '.join(ARCHITECTURES)}"),
         # mbridge would ignore both, and the log-probs would be wrong.

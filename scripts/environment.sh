@@ -12,10 +12,11 @@ TORCH_INDEX_URL=${TORCH_INDEX_URL-https://download.pytorch.org/whl/cpu}
 
 fits() { "$1" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 13))' 2>/dev/null; }
 reachable() { "$VENV/bin/python" -c 'import sys, urllib.request as r; r.urlopen(sys.argv[1] + "/", timeout=10)' "$1" 2>/dev/null; }
-# The environment is up to date if it was installed from this pyproject.toml into this place, with these extras.
-stamp() { { cat pyproject.toml; pwd; echo "$1"; } | cksum; }
+# The environment is up to date if it was installed from these files into this place, with these extras.
+stamp() { { cat pyproject.toml "${@:2}"; pwd; echo "$1"; } | cksum; }
 
-# make_environment '.[cpu]': afterwards "$VENV/bin/python" runs the project with those extras. Call it in the repository's root.
+# make_environment '.[cpu]' [FILE]: afterwards "$VENV/bin/python" runs the project with those extras, and with the packages of
+# the requirements file, which are installed without their dependencies. Call it in the repository's root.
 make_environment() {
     if [ ! -x "$VENV/bin/python" ]; then
         local python
@@ -35,13 +36,14 @@ make_environment() {
         fi
     fi
     local installed="$VENV/.capo-verl-$(tr -dc 'a-z' <<<"$1")"
-    if [ "${CAPO_SKIP_INSTALL:-0}" != 1 ] && [ "$(cat "$installed" 2>/dev/null)" != "$(stamp "$1")" ]; then
+    if [ "${CAPO_SKIP_INSTALL:-0}" != 1 ] && [ "$(cat "$installed" 2>/dev/null)" != "$(stamp "$@")" ]; then
         echo "Installing $1 into $VENV (about 2 GB, once)"
         local index=()
         if [ -n "$TORCH_INDEX_URL" ] && reachable "$TORCH_INDEX_URL"; then index=(--extra-index-url "$TORCH_INDEX_URL"); fi
         # torch is named in the same command, so that no dependency can pull the CUDA build first.
         local torch; torch=$(sed -n 's/^ *"\(torch==[^"]*\)".*/\1/p' pyproject.toml)
         "$VENV/bin/python" -m pip install --quiet ${index[@]+"${index[@]}"} "$torch" -e "$1"
-        stamp "$1" >"$installed"
+        if [ -n "${2:-}" ]; then "$VENV/bin/python" -m pip install --quiet --no-deps -r "$2"; fi
+        stamp "$@" >"$installed"
     fi
 }

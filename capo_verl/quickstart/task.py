@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The task: reasoning-gym's ``spell_backward`` as verl parquet files, rewarded by reasoning-gym's own scorer."""
+"""The task: reasoning-gym's ``spell_backward`` as verl parquet files, rewarded by reasoning-gym's own scorer.
+
+:func:`distinct_splits`, :func:`cached_data` and :func:`compute_score` serve any of reasoning-gym's generators.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from importlib.metadata import version
@@ -17,6 +20,10 @@ SOURCE_PREFIX = "reasoning_gym/"
 GENERATOR = "spell_backward"
 DATA_SOURCE = SOURCE_PREFIX + GENERATOR
 SPLITS = ("test", "train", "sft")
+
+Entry = Mapping[str, Any]
+"""A problem of reasoning-gym: ``question``, ``answer``, ``metadata``."""
+Messages = list[dict[str, str]]
 
 
 @dataclass(frozen=True)
@@ -38,7 +45,7 @@ class TaskConfig:
         return {"generator": GENERATOR, "reasoning_gym": version("reasoning-gym"), "format": 1, **asdict(self)}
 
 
-def chat_prompt(entry: Mapping[str, Any]) -> list[dict[str, str]]:
+def chat_prompt(entry: Entry) -> Messages:
     """Chat messages for one reasoning-gym entry.
 
     reasoning-gym's instruction ("Spell this word backward (example: sun -> nus): ...") is shortened, because every
@@ -47,7 +54,38 @@ def chat_prompt(entry: Mapping[str, Any]) -> list[dict[str, str]]:
     return [{"role": "user", "content": f"Backward: {entry['metadata']['word']}"}]
 
 
-def generate(config: TaskConfig) -> dict[str, list[dict[str, Any]]]:
+def distinct_splits(
+    entries: Iterable[Entry], sizes: Mapping[str, int], problem: Callable[[Entry], str], widen: str
+) -> dict[str, list[Entry]]:
+    """Entries by split, which are filled one after the other and share no problem.
+
+    Args:
+        entries: as reasoning-gym generates them, with repetitions.
+        sizes: of the splits. A split does not depend on the sizes of those behind it.
+        problem: what makes two entries the same.
+        widen: what to change if the entries are too few, for the error.
+
+    Raises:
+        ValueError: if there are fewer distinct entries than asked for.
+    """
+    pending = [split for split, size in sizes.items() for _ in range(size)]
+    splits: dict[str, list[Entry]] = {split: [] for split in sizes}
+    seen: set[str] = set()
+    for entry in entries:
+        if len(seen) == len(pending):
+            break
+        if problem(entry) not in seen:
+            splits[pending[len(seen)]].append(entry)
+            seen.add(problem(entry))
+    if len(seen) < len(pending):
+        raise ValueError(
+            f"reasoning-gym has only {len(seen)} distinct problems for the {len(pending)} asked for: "
+            f"lower the split sizes or widen {widen}"
+        )
+    return splits
+
+
+def generate(config: TaskConfig) -> dict[str, list[Entry]]:
     """reasoning-gym entries by split: ``{"test": [...], "train": [...], "sft": [...]}``.
 
     Raises:
@@ -56,55 +94,65 @@ def generate(config: TaskConfig) -> dict[str, list[dict[str, Any]]]:
     import reasoning_gym
 
     sizes = {split: getattr(config, f"{split}_size") for split in SPLITS}
-    draws = 4 * sum(sizes.values())
     dataset = reasoning_gym.create_dataset(
-        GENERATOR, seed=config.seed, size=draws, min_word_len=config.min_word_len, max_word_len=config.max_word_len
+        GENERATOR,
+        seed=config.seed,
+        size=4 * sum(sizes.values()),
+        min_word_len=config.min_word_len,
+        max_word_len=config.max_word_len,
     )
-    splits: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}
-    pending = [split for split in SPLITS for _ in range(sizes[split])]
-    seen: set[str] = set()
-    for entry in dataset:
-        if len(seen) == len(pending):
-            break
-        word = entry["metadata"]["word"].lower()  # the scorer ignores case, so must the split
-        if word not in seen:
-            splits[pending[len(seen)]].append(entry)
-            seen.add(word)
-    if len(seen) < len(pending):
-        raise ValueError(
-            f"reasoning-gym has only {len(seen)} distinct words for {len(pending)} problems: "
-            "lower the split sizes or widen min_word_len..max_word_len"
-        )
-    return splits
+    # The scorer ignores case, so must the split.
+    return distinct_splits(
+        dataset, sizes, lambda entry: entry["metadata"]["word"].lower(), "min_word_len..max_word_len"
+    )
 
 
-def to_row(entry: Mapping[str, Any], index: int, split: str) -> dict[str, Any]:
+def to_row(entry: Entry, index: int, split: str, prompt: Messages, ability: str) -> dict[str, Any]:
     """One row in verl's parquet schema. ``extra_info.entry`` is what the scorer needs, as JSON."""
     return {
-        "data_source": DATA_SOURCE,
-        "prompt": chat_prompt(entry),
-        "ability": "algorithmic",
+        "data_source": SOURCE_PREFIX + entry["metadata"]["source_dataset"],
+        "prompt": prompt,
+        "ability": ability,
         "reward_model": {"style": "rule", "ground_truth": entry["answer"]},
         "extra_info": {"index": index, "split": split, "entry": json.dumps(entry)},
     }
 
 
-def write_parquet(entries: list[dict[str, Any]], split: str, path: Path) -> None:
-    """Write the entries of one split to ``path``."""
-    import pandas as pd
+def cached_data(
+    recipe: Mapping[str, Any],
+    problems: Callable[[], Mapping[str, list[tuple[Entry, Messages]]]],
+    ability: str = "algorithmic",
+    root: Path | None = None,
+) -> tuple[Path, bool]:
+    """Folder with ``train.parquet`` and ``test.parquet``, and whether it was cached.
 
-    pd.DataFrame([to_row(entry, index, split) for index, entry in enumerate(entries)]).to_parquet(path)
+    Args:
+        recipe: everything the data depend on.
+        problems: makes the entries and their prompts, for the splits "train" and "test".
+        ability: for verl's column of that name.
+        root: parent of the folder; :func:`capo_verl.quickstart.cache.cache_root` by default.
+    """
+
+    def build(folder: Path) -> None:
+        import pandas as pd
+
+        splits = problems()
+        for split in ("train", "test"):
+            rows = [to_row(entry, i, split, prompt, ability) for i, (entry, prompt) in enumerate(splits[split])]
+            pd.DataFrame(rows).to_parquet(folder / f"{split}.parquet")
+
+    return cached_folder("data", recipe, build, root)
 
 
 def prepare_data(config: TaskConfig, root: Path | None = None) -> tuple[Path, bool]:
-    """Folder with ``train.parquet`` and ``test.parquet``, and whether it was cached."""
+    """:func:`cached_data` of this task."""
 
-    def build(folder: Path) -> None:
-        splits = generate(config)
-        for split in ("train", "test"):
-            write_parquet(splits[split], split, folder / f"{split}.parquet")
+    def problems() -> dict[str, list[tuple[Entry, Messages]]]:
+        return {
+            split: [(entry, chat_prompt(entry)) for entry in entries] for split, entries in generate(config).items()
+        }
 
-    return cached_folder("data", config.recipe(), build, root)
+    return cached_data(config.recipe(), problems, root=root)
 
 
 def compute_score(
@@ -133,7 +181,7 @@ def compute_score(
     if not data_source.startswith(SOURCE_PREFIX):
         raise ValueError(f"data_source={data_source!r}: expected {SOURCE_PREFIX}<generator>")
     if not extra_info or "entry" not in extra_info:
-        raise ValueError("extra_info.entry is missing: write the data with capo_verl.quickstart.task.prepare_data")
+        raise ValueError("extra_info.entry is missing: write the data with capo_verl.quickstart.task.cached_data")
     score = float(_scorer(data_source[len(SOURCE_PREFIX) :])(solution_str, json.loads(extra_info["entry"])))
     acc = float(score >= 1.0)
     return {"score": score if partial_credit else acc, "acc": acc}

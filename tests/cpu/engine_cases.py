@@ -46,15 +46,16 @@ def next_token_mask(length: int) -> torch.Tensor:
     return mask
 
 
-def make_batch(rank: int, dp: int) -> Any:
-    """This data-parallel rank's share of the sequences, as verl's trainer hands it to the engine."""
+def make_batch(rank: int, dp: int, rows: list[torch.Tensor] | None = None) -> Any:
+    """This data-parallel rank's share of the sequences (or `rows`), as verl's trainer hands it to the engine."""
     from verl.utils import tensordict_utils as tu
     from verl.utils.dataset.dataset_utils import DatasetPadMode
 
     def nested(rows: list[torch.Tensor]) -> torch.Tensor:
         return torch.nested.as_nested_tensor(rows, layout=torch.jagged)
 
-    mine = sequences()[rank * len(LENGTHS) // dp : (rank + 1) * len(LENGTHS) // dp]
+    rows = sequences() if rows is None else rows
+    mine = rows[rank * len(rows) // dp : (rank + 1) * len(rows) // dp]
     batch = tu.get_tensordict(
         {
             "input_ids": nested(mine),

@@ -1,0 +1,29 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``python -m capo_verl.smollm2``: data and model, from the cache where possible. Prints their two folders, one a line."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from capo_verl.smollm2 import pretrained, task
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m capo_verl.smollm2", description=__doc__)
+    parser.add_argument(
+        "--tensor-parallel-size", type=int, default=2, help="the model's attention heads will divide by it (default: 2)"
+    )
+    args = parser.parse_args()
+    try:
+        model_path, _ = pretrained.prepare_model(args.tensor_parallel_size)
+    except (RuntimeError, ValueError) as error:
+        print(f"capo_verl.smollm2: {error}", file=sys.stderr)
+        return 2
+    data_dir, _ = task.prepare_data(task.TaskConfig())
+    print(data_dir, model_path, sep="\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

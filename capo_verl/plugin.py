@@ -88,6 +88,7 @@ def register() -> None:
     megatron = "verl.workers.engine.megatron.transformer_impl"
     _when_imported(megatron, "Megatron engine", _import("capo_verl.megatron.engine"))
     fsdp = "verl.workers.engine.fsdp.transformer_impl"
+    _when_imported(fsdp, "FSDP engine", _import("capo_verl.fsdp.engine"))
     if on_cpu():
         from capo_verl.cpu import process_group
 

@@ -23,7 +23,8 @@ from torch.distributed.tensor import DTensor
 from verl.utils.fsdp_utils import merged_lora_context, normalize_peft_param_name
 from verl.utils.model import convert_weight_keys
 from verl.workers.engine.base import EngineRegistry
-from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
+
+from capo_verl.fsdp.engine import CapoFSDPEngineWithLMHead
 
 logger = logging.getLogger(__name__)
 
@@ -135,5 +136,5 @@ class CpuFsdpMixin:
 
 
 @EngineRegistry.register(model_type="language_model", backend=["fsdp", "fsdp2"], device="cpu")
-class CpuFsdpEngine(CpuFsdpMixin, FSDPEngineWithLMHead):
-    """verl's language model engine on a CPU."""
+class CpuFsdpEngine(CpuFsdpMixin, CapoFSDPEngineWithLMHead):
+    """The language model engine of ``capo_verl`` on a CPU."""

@@ -29,14 +29,8 @@ def make_reference(path: str, adapter: str | None = None) -> Reference:
     Args:
         adapter: directory of a LoRA adapter, which is trained in place of the model; the weights are the merged ones.
     """
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager")
-    if adapter is not None:
-        from peft import PeftModel
-
-        model = PeftModel.from_pretrained(model, adapter, is_trainable=True)
-    weights = _weights(model)
+    model = load_model(path, adapter)
+    weights = merged_weights(model)
     log_probs, entropy, total = [], [], 0.0
     for row in sequences():
         log_p = model(row[None]).logits[0].log_softmax(-1)
@@ -49,10 +43,24 @@ def make_reference(path: str, adapter: str | None = None) -> Reference:
     with torch.no_grad():
         for p in parameters:
             p -= LR * min(1.0, CLIP / (norm + 1e-6)) * p.grad
-    return Reference([x.detach() for x in log_probs], [x.detach() for x in entropy], weights, _weights(model), norm)
+    return Reference(
+        [x.detach() for x in log_probs], [x.detach() for x in entropy], weights, merged_weights(model), norm
+    )
 
 
-def _weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+def load_model(path: str, adapter: str | None) -> torch.nn.Module:
+    """Hugging Face's model in float32, trainable; with the LoRA adapter in that directory only the adapter is."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager")
+    if adapter is None:
+        return model
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(model, adapter, is_trainable=True)
+
+
+def merged_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """A copy under Hugging Face's names, adapters merged."""
     if hasattr(model, "merge_and_unload"):
         model = copy.deepcopy(model).merge_and_unload()

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """verl's FSDP engine on a CPU. Importing this module registers it for the device "cpu", for ``fsdp`` and ``fsdp2``.
 
-Sharded data parallelism over gloo in float32, with and without LoRA. torch and verl need little help here; what a launcher
-for GPUs asks for and a CPU cannot do is switched off where nothing is lost by it (bfloat16, offloading, compilation), and
-refused by name where it would change the method.
+Sharded data parallelism over gloo in float32, with Ulysses sequence parallelism and LoRA. torch and verl need little help
+here; what a launcher for GPUs asks for and a CPU cannot do is switched off where nothing is lost by it (bfloat16, offloading,
+compilation), and refused by name where it would change the method.
 
 Packed batches need no flash attention: without an attention mask, transformers finds the borders of the sequences in the
 position ids (``transformers/masking_utils.py``, ``find_packed_sequence_indices``) and gives SDPA a block-diagonal causal
-mask. It is dense, ``[tokens, tokens]``, which a GPU run could not afford and a CPU run does.
+mask. It is dense, ``[tokens, tokens]``, which a GPU run could not afford and a CPU run does. With Ulysses see ``ulysses.py``.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from verl.utils.fsdp_utils import merged_lora_context, normalize_peft_param_name
 from verl.utils.model import convert_weight_keys
 from verl.workers.engine.base import EngineRegistry
 
+from capo_verl.cpu import ulysses
 from capo_verl.fsdp.engine import CapoFSDPEngineWithLMHead
 
 logger = logging.getLogger(__name__)
@@ -48,23 +49,17 @@ def check_cpu_settings(model_config: Any, engine_config: Any) -> None:
     Raises:
         ValueError: naming the key of the config and the value to give it.
     """
-    actor, model = "actor_rollout_ref.actor", "actor_rollout_ref.model"
+    model = "actor_rollout_ref.model"
     hf_config = model_config.hf_config
     other_layers = set(getattr(hf_config.get_text_config(), "layer_types", None) or ()) - BLOCK_MASKED
     refused = [
-        # verl's all-to-all sits inside flash attention; without it a rank would attend to its own slice only.
-        (
-            engine_config.ulysses_sequence_parallel_size > 1,
-            f"{actor}.ulysses_sequence_parallel_size={engine_config.ulysses_sequence_parallel_size}",
-            "set it to 1",
-        ),
         (
             bool(other_layers) and model_config.use_remove_padding,
             f"a model with layers of type {', '.join(sorted(other_layers))} in packed batches",
             f"set {model}.use_remove_padding=False",
         ),
         (hasattr(hf_config, "vision_config"), f"the multi-modal model_type={hf_config.model_type}", "use a text model"),
-        (engine_config.qat.enable, f"{actor}.fsdp_config.qat.enable=True", "set it to False"),
+        (engine_config.qat.enable, "actor_rollout_ref.actor.fsdp_config.qat.enable=True", "set it to False"),
         (model_config.use_fused_kernels, f"{model}.use_fused_kernels=True", "set it to False"),
         (model_config.use_liger, f"{model}.use_liger=True", "set it to False"),
     ]
@@ -80,14 +75,17 @@ def cpu_engine_config(engine_config: Any) -> Any:
     return config
 
 
-def cpu_model_config(model_config: Any) -> Any:
+def cpu_model_config(model_config: Any, ulysses_size: int) -> Any:
     """A copy of verl's ``HFModelConfig``: attention without flash attention, LoRA merged on its way to the rollout.
 
     The rollout server on a CPU takes full weights; merging into float32 loses nothing.
     """
     config = copy.copy(model_config)
     hf_config = copy.deepcopy(model_config.hf_config)
-    if "flash" in (hf_config._attn_implementation or "flash"):
+    if ulysses_size > 1:
+        ulysses.install()
+        hf_config._attn_implementation = ulysses.ATTENTION
+    elif "flash" in (hf_config._attn_implementation or "flash"):
         hf_config._attn_implementation = "sdpa"
     config.__dict__.update(
         hf_config=hf_config, enable_activation_offload=False, lora={**(model_config.lora or {}), "merge": True}
@@ -107,7 +105,10 @@ class CpuFsdpMixin:
         check_cpu_settings(model_config, engine_config)
         patch_torch()
         super().__init__(
-            cpu_model_config(model_config), cpu_engine_config(engine_config), optimizer_config, checkpoint_config
+            cpu_model_config(model_config, engine_config.ulysses_sequence_parallel_size),
+            cpu_engine_config(engine_config),
+            optimizer_config,
+            checkpoint_config,
         )
 
     def _build_fsdp_module(self, module: torch.nn.Module) -> torch.nn.Module:

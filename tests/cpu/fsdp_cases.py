@@ -16,20 +16,22 @@ MICRO_BATCH_SIZE = 2
 
 @dataclass(frozen=True)
 class FsdpLayout:
-    """Generation of FSDP, number of ranks, ranks of a shard group (-1: all), packed or padded batches."""
+    """Generation of FSDP, data-parallel ranks, packed or padded batches, ranks of a shard group (-1: all), Ulysses ranks."""
 
     strategy: str = "fsdp2"
     dp: int = 1
     packed: bool = True
     fsdp_size: int = -1
+    sp: int = 1
 
     @property
     def world_size(self) -> int:
-        return self.dp
+        return self.dp * self.sp
 
     def __str__(self) -> str:
         hybrid = f"-of{self.fsdp_size}" if self.fsdp_size > 0 else ""
-        return f"{self.strategy}-dp{self.dp}{hybrid}" + ("" if self.packed else "-padded")
+        ulysses = f"-sp{self.sp}" if self.sp > 1 else ""
+        return f"{self.strategy}-dp{self.dp}{ulysses}{hybrid}" + ("" if self.packed else "-padded")
 
 
 def make_fsdp_engine(
@@ -55,7 +57,9 @@ def make_fsdp_engine(
         model_type="language_model",
         backend=layout.strategy,
         model_config=HFModelConfig(path=model_path, use_remove_padding=layout.packed, **(model or {})),
-        engine_config=FSDPEngineConfig(strategy=layout.strategy, fsdp_size=layout.fsdp_size, **fsdp),
+        engine_config=FSDPEngineConfig(
+            strategy=layout.strategy, fsdp_size=layout.fsdp_size, ulysses_sequence_parallel_size=layout.sp, **fsdp
+        ),
         optimizer_config=FSDPOptimizerConfig(
             optimizer=optimizer, lr=lr, weight_decay=0.0, clip_grad=1.0, total_training_steps=100,
             betas=(0.9, 0.999), override_optimizer_config={},

@@ -19,7 +19,9 @@ from tests.helpers.spawn import RankError, run_on_ranks
 
 PRELOAD = ("torch", "verl.workers.engine.fsdp.transformer_impl")
 LAYOUTS = [
-    FsdpLayout(strategy, dp, packed) for strategy in ("fsdp2", "fsdp") for dp in (1, 2) for packed in (True, False)
+    *(FsdpLayout(strategy, dp, packed) for strategy in ("fsdp2", "fsdp") for dp in (1, 2) for packed in (True, False)),
+    *(FsdpLayout(strategy, sp=2) for strategy in ("fsdp2", "fsdp")),
+    FsdpLayout("fsdp2", 2, fsdp_size=1),
 ]
 
 
@@ -28,7 +30,9 @@ def reference(tiny_qwen2: str) -> Reference:
     return make_reference(tiny_qwen2)
 
 
-@pytest.mark.parametrize("layout", [*LAYOUTS, FsdpLayout("fsdp2", 2, fsdp_size=1)], ids=str)
+@pytest.mark.parametrize(
+    "layout", [*LAYOUTS, FsdpLayout("fsdp2", 2, fsdp_size=1), FsdpLayout(sp=2), FsdpLayout("fsdp", sp=2)], ids=str
+)
 def test_matches_hugging_face(layout: FsdpLayout, tiny_qwen2: str, reference: Reference) -> None:
     check(run_on_ranks(measure_fsdp, layout.world_size, layout, tiny_qwen2, preload=PRELOAD), layout.dp, reference)
 
@@ -95,11 +99,10 @@ def test_checkpoint(layout: FsdpLayout, lora_rank: int, tiny_qwen2: str, tmp_pat
 @pytest.mark.parametrize(
     ("model", "fsdp", "named"),
     [
-        ({}, {"ulysses_sequence_parallel_size": 2}, "actor_rollout_ref.actor.ulysses_sequence_parallel_size=2"),
         ({"use_fused_kernels": True}, {}, "actor_rollout_ref.model.use_fused_kernels=True"),
         ({"use_liger": True}, {}, "actor_rollout_ref.model.use_liger=True"),
     ],
-    ids=["ulysses", "fused-kernels", "liger"],
+    ids=["fused-kernels", "liger"],
 )
 def test_what_a_cpu_cannot_do_is_named(model: dict, fsdp: dict, named: str, tiny_qwen2: str) -> None:
     with pytest.raises(RankError, match="ValueError") as error:

@@ -19,7 +19,8 @@ from tests.megatron.capo_reference import Reference, check_meaningful, check_res
 
 PRELOAD = ("torch", "verl.workers.engine.fsdp.transformer_impl")
 LAYOUTS = [
-    FsdpLayout(strategy, dp, packed) for strategy in ("fsdp2", "fsdp") for dp in (1, 2) for packed in (True, False)
+    *(FsdpLayout(strategy, dp, packed) for strategy in ("fsdp2", "fsdp") for dp in (1, 2) for packed in (True, False)),
+    *(FsdpLayout(strategy, sp=2) for strategy in ("fsdp2", "fsdp")),
 ]
 
 

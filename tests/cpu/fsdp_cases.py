@@ -16,13 +16,15 @@ MICRO_BATCH_SIZE = 2
 
 @dataclass(frozen=True)
 class FsdpLayout:
-    """Generation of FSDP, data-parallel ranks, packed or padded batches, ranks of a shard group (-1: all), Ulysses ranks."""
+    """Generation of FSDP, data-parallel ranks, packed or padded batches, ranks of a shard group (-1: all), Ulysses ranks,
+    rank of a fresh LoRA adapter (0: none)."""
 
     strategy: str = "fsdp2"
     dp: int = 1
     packed: bool = True
     fsdp_size: int = -1
     sp: int = 1
+    lora_rank: int = 0
 
     @property
     def world_size(self) -> int:
@@ -31,7 +33,8 @@ class FsdpLayout:
     def __str__(self) -> str:
         hybrid = f"-of{self.fsdp_size}" if self.fsdp_size > 0 else ""
         ulysses = f"-sp{self.sp}" if self.sp > 1 else ""
-        return f"{self.strategy}-dp{self.dp}{ulysses}{hybrid}" + ("" if self.packed else "-padded")
+        lora = "-lora" if self.lora_rank else ""
+        return f"{self.strategy}-dp{self.dp}{ulysses}{hybrid}{lora}" + ("" if self.packed else "-padded")
 
 
 def make_fsdp_engine(
@@ -56,7 +59,9 @@ def make_fsdp_engine(
     engine = EngineRegistry.new(
         model_type="language_model",
         backend=layout.strategy,
-        model_config=HFModelConfig(path=model_path, use_remove_padding=layout.packed, **(model or {})),
+        model_config=HFModelConfig(
+            path=model_path, use_remove_padding=layout.packed, **{"lora_rank": layout.lora_rank, **(model or {})}
+        ),
         engine_config=FSDPEngineConfig(
             strategy=layout.strategy, fsdp_size=layout.fsdp_size, ulysses_sequence_parallel_size=layout.sp, **fsdp
         ),

@@ -3,12 +3,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from tests.cpu.engine_cases import export
 from tests.cpu.fsdp_cases import MICRO_BATCH_SIZE, FsdpLayout, make_fsdp_engine
 from tests.megatron.capo_cases import (
     KNOBS,
@@ -16,9 +14,7 @@ from tests.megatron.capo_cases import (
     STEPS,
     make_batch,
     make_loss,
-    moments,
     train_engine,
-    train_save_resume_engine,
 )
 
 
@@ -51,3 +47,29 @@ def use_verls_engine(strategy: str) -> None:
 
     registry = EngineRegistry._engines["language_model"][strategy]
     registry["cpu"] = type("VerlOnCpu", (CpuFsdpMixin, FSDPEngineWithLMHead), {})
+
+
+def filter_under_autocast(model_path: str) -> tuple[torch.Tensor, torch.Tensor, torch.dtype]:
+    """m_F of a micro-batch whose forward pass ran under bfloat16 autocast; the same in float64; the dtype of its logits."""
+    engine, seen = make(FsdpLayout(), model_path), {}
+    knobs = {**KNOBS, "optimizer_model": "sgd"}
+    train_once(engine, knobs)
+    engine._autocast_dtype = torch.bfloat16
+    evaluate = engine._step.capo.evaluate
+
+    def spy(hidden_states: torch.Tensor, logits: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        out = evaluate(hidden_states, logits, *args, **kwargs)
+        if not seen:
+            with torch.autocast("cpu", enabled=False):
+                exact = evaluate(hidden_states.double(), logits.double(), *args, **kwargs)
+            seen.update(found=out.policy_shift, expected=exact.policy_shift, dtype=logits.dtype)
+        return out
+
+    engine._step.capo.evaluate = spy
+    train_once(engine, knobs)
+    return seen["found"], seen["expected"], seen["dtype"]
+
+
+def train_once(engine: Any, knobs: dict[str, Any]) -> dict[str, Any]:
+    with engine.train_mode():
+        return engine.train_batch(make_batch(engine, 1.0, MICRO_BATCH_SIZE), make_loss("capo", knobs))

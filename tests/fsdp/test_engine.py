@@ -11,11 +11,12 @@ import torch
 
 from tests.cpu.engine_cases import Layout
 from tests.cpu.fsdp_cases import FsdpLayout, write_adapter
-from tests.fsdp.capo_cases import load_damaged, train, train_save_resume, train_with_nan
+from tests.fsdp.capo_cases import filter_under_autocast, train
 from tests.helpers.spawn import run_on_ranks
 from tests.megatron import capo_cases as megatron
 from tests.megatron.capo_cases import KNOBS
-from tests.megatron.capo_reference import Reference, check_meaningful, check_resumed, check_training, make_reference
+from tests.megatron.capo_reference import Reference, check_meaningful, check_training, make_reference
+from tests.megatron.test_faults import stops, with_and_without
 
 PRELOAD = ("torch", "verl.workers.engine.fsdp.transformer_impl")
 LAYOUTS = [
@@ -99,31 +100,29 @@ def test_tracking_trains_bit_for_bit_like_no_switch_and_measures(tiny_qwen2):
     assert all(0 < report["capo/rejection_rate"][0] <= 1 for report in tracked[0]["reports"])
 
 
-@pytest.mark.parametrize("lora_rank", [0, 4])
-@pytest.mark.parametrize("layout", [FsdpLayout(dp=2), FsdpLayout("fsdp", 2), FsdpLayout("fsdp", packed=False)], ids=str)
-def test_resuming_continues_bit_exactly(layout, lora_rank, tiny_qwen2, tmp_path):
-    ranks = run_on_ranks(
-        train_save_resume, layout.world_size, layout, tiny_qwen2, str(tmp_path), model={"lora_rank": lora_rank},
-        preload=PRELOAD,
-    )  # fmt: skip
-    assert all(rank["uninterrupted"][2]["exp_avg"].any() for rank in ranks)
-    check_resumed(ranks)
+def test_the_filter_does_not_run_under_autocast(tiny_qwen2):
+    """verl's forward pass does; the decisions are those of float64 on the logits that it made."""
+    ((found, expected, dtype),) = run_on_ranks(filter_under_autocast, 1, tiny_qwen2, preload=PRELOAD)
+    assert dtype == torch.bfloat16
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-9)
 
 
-def test_damaged_moments_are_refused_on_every_rank(tiny_qwen2, tmp_path):
-    for said in run_on_ranks(load_damaged, 2, tiny_qwen2, str(tmp_path), preload=PRELOAD):
-        assert said["as written"] == "loaded"
-        for name, reason in {
-            "cut short": "SafetensorError",
-            "one bit": "its checksum does not fit",
-            "other model": "saved for a vocabulary of 127 and hidden size 64, this model has 128 and 64",
-            "missing": "FileNotFoundError",
-        }.items():
-            assert reason in said[name] and "to start with empty moments" in said[name], name
+@pytest.mark.parametrize("layout", [FsdpLayout(dp=2), FsdpLayout("fsdp", sp=2)], ids=str)
+@pytest.mark.parametrize("where", ["advantages", "gradient", "weight"])
+def test_all_ranks_stop_when_one_meets_nan(where, layout, tiny_qwen2):
+    place = {
+        "advantages": "rank 1: advantages are not finite (count 1, first in sample",
+        "gradient": "rank 0: gradients are not finite (count 1)",
+        "weight": "rank 1: hidden_states are not finite",
+    }[where]
+    first, second = run_on_ranks(stops, 2, layout, tiny_qwen2, [where], preload=PRELOAD)
+    assert first == second
+    assert place in first[0] and "Nothing was updated." in first[0]
 
 
-@pytest.mark.parametrize("on_nonfinite", ["error", "skip_batch"])
-def test_all_ranks_stop_or_skip_when_one_meets_nan(on_nonfinite, tiny_qwen2):
-    for error, moved, moments_stayed in run_on_ranks(train_with_nan, 2, tiny_qwen2, on_nonfinite, preload=PRELOAD):
-        assert moved == 0.0 and moments_stayed
-        assert ("rank 1: " in error and "first in sample 1" in error) == (on_nonfinite == "error")
+def test_a_skipped_batch_leaves_no_trace(tiny_qwen2):
+    for plain, skipped in run_on_ranks(with_and_without, 2, FsdpLayout(dp=2), tiny_qwen2, preload=PRELOAD):
+        assert skipped["reports"][1] == {"skipped": [1.0], "grad_norm": 0.0}
+        assert plain["reports"] == [skipped["reports"][0], skipped["reports"][2]]
+        assert all(torch.equal(plain["weights"][name], skipped["weights"][name]) for name in plain["weights"])
+        assert torch.equal(plain["moments"]["exp_avg_sq"], skipped["moments"]["exp_avg_sq"])

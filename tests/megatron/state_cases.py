@@ -8,8 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from tests.cpu.engine_cases import Layout, export, make_engine
 from tests.cpu.fsdp_cases import FsdpLayout, make_fsdp_engine
 from tests.megatron.capo_cases import KNOBS, LR, make_batch, make_loss, moments
@@ -41,7 +39,9 @@ def save_and_go_on(
     return {"saved": saved, "metrics": step(engine, knobs), "moments": moments(engine), "weights": export(engine)}
 
 
-def resume(layout: Layout | FsdpLayout, model_path: str, checkpoint: str, knobs: dict[str, Any] | None = KNOBS) -> dict[str, Any]:
+def resume(
+    layout: Layout | FsdpLayout, model_path: str, checkpoint: str, knobs: dict[str, Any] | None = KNOBS
+) -> dict[str, Any]:
     """A fresh engine, the checkpoint, and the step after it."""
     said: list[str] = []
     handler = logging.Handler()

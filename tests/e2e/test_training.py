@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""verl's own ``main_ppo``, Ray and all, on two Megatron ranks: train with CAPO, stop, resume, and look at the metrics."""
+"""verl's own ``main_ppo``, Ray and all, on two ranks: train with CAPO, stop, resume, and look at the metrics."""
 
 from __future__ import annotations
 
@@ -108,3 +108,22 @@ def test_capo_trains_saves_and_resumes(inputs, tmp_path):
     # The same rollouts, whose scores arrive in any order; other decisions about their tokens.
     assert again["critic/score/mean"] == pytest.approx(resumed[0]["critic/score/mean"], rel=1e-6)
     assert again["capo/policy_shift_mean"] != resumed[0]["capo/policy_shift_mean"]
+
+
+def test_capo_trains_with_fsdp_and_lora(inputs, tmp_path, monkeypatch):
+    """The rollouts after the first step come from the merged adapter, in float32 like the actor."""
+    monkeypatch.setenv("MODEL_ENGINE", "dp")
+    steps, printed = train(
+        inputs, tmp_path, 2, "+capo=grpo", "actor_rollout_ref.model.lora_rank=4",
+        "actor_rollout_ref.model.use_remove_padding=True",
+        "actor_rollout_ref.actor.optim.lr=3e-3",
+        "actor_rollout_ref.actor.policy_loss.capo.policy_shift_max=1.2e-2",
+        "actor_rollout_ref.actor.policy_loss.capo.objective_shift_max=null",
+        "trainer.save_freq=2",
+    )  # fmt: skip
+    assert len(steps) == 2 and "with LoRA the LM head is not trained" in printed
+    for metrics in steps:
+        assert metrics["training/rollout_probs_diff_max"] < 1e-5
+        assert metrics["actor/grad_norm"] > 0 and metrics["capo/policy_shift_mean"] > 0
+    assert max(metrics["capo/rejection_rate"] for metrics in steps) > 0
+    assert (tmp_path / "checkpoints/global_step_2/actor/capo/moments.safetensors").exists()

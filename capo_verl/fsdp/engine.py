@@ -65,26 +65,28 @@ class CapoFSDPEngineWithLMHead(CapoEngineMixin, FSDPEngineWithLMHead):
         """Also through the wrappers of FSDP and PEFT, which forward what they do not have themselves."""
         return self.module.get_output_embeddings()
 
+    def _lm_head_shape(self) -> tuple[int, int]:
+        """Rows and hidden size of the whole LM head; its weight is sharded."""
+        lm_head: Any = self._lm_head()
+        return int(lm_head.out_features), int(lm_head.in_features)
+
     def _make_filter(self, config: CapoConfig, device: torch.device) -> tuple[CapoFilter, HiddenStatesTap]:
         if self.scaler is not None:
             raise ValueError(
                 "CAPO does not support float16 with FSDP: the loss scaler skips optimizer steps that CAPO would count; set "
                 "actor_rollout_ref.actor.fsdp_config.mixed_precision.param_dtype=bf16"
             )
-        lm_head = self._lm_head()
+        rows, hidden_size = self._lm_head_shape()
         capo = CapoFilter(
             config,
-            vocab_size=self._vocab_size(),
-            hidden_size=lm_head.in_features,
+            vocab_size=int(self.model_config.hf_config.get_text_config().vocab_size),
+            hidden_size=hidden_size,
             device=device,
             dp_group=self.get_data_parallel_group(),
             cp_group=self.ulysses_parallel_group,
-            padded_vocab_size=lm_head.out_features,
+            padded_vocab_size=rows,
         )
-        return capo, HiddenStatesTap(lm_head)
-
-    def _vocab_size(self) -> int:
-        return self.model_config.hf_config.get_text_config().vocab_size
+        return capo, HiddenStatesTap(self._lm_head())
 
     def _learning_rate(self) -> float:
         return float(self.optimizer.param_groups[0]["lr"])
@@ -102,6 +104,4 @@ class CapoFSDPEngineWithLMHead(CapoEngineMixin, FSDPEngineWithLMHead):
         checkpoint.save(checkpoint_path, state)
 
     def _load_state(self, checkpoint_path: str) -> State | None:
-        lm_head = self._lm_head()
-        shape = (lm_head.out_features, lm_head.in_features)
-        return checkpoint.load(checkpoint_path, shape, torch.device(get_device_id()))
+        return checkpoint.load(checkpoint_path, self._lm_head_shape(), torch.device(get_device_id()))

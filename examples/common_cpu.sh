@@ -39,9 +39,15 @@ ACTOR=(
     actor_rollout_ref.actor.optim.lr_warmup_steps=${lr_warmup_steps}
     actor_rollout_ref.actor.ppo_mini_batch_size=${train_batch_size}
     actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=${micro_batch_size}
-    actor_rollout_ref.actor.megatron.tensor_model_parallel_size=${actor_tp}
-    actor_rollout_ref.actor.megatron.pipeline_model_parallel_size=${actor_pp}
 )
+if [[ $model_engine == megatron ]]; then
+    ACTOR+=(
+        actor_rollout_ref.actor.megatron.tensor_model_parallel_size=${actor_tp}
+        actor_rollout_ref.actor.megatron.pipeline_model_parallel_size=${actor_pp}
+    )
+else
+    ACTOR+=(actor_rollout_ref.actor.strategy=${actor_strategy})
+fi
 
 ROLLOUT=(
     actor_rollout_ref.rollout.name=hf
@@ -78,9 +84,9 @@ TRAINER=(
     trainer.v1.sampler.custom_sampler.name=FastReplayBuffer
 )
 
-# Ray counts logical CPUs and "GPUs" (here: one per Megatron rank); they need not exist.
+# Ray counts logical CPUs and "GPUs" (here: one per rank of the trainer); they need not exist.
 EXTRA=(
-    model_engine=megatron
+    model_engine=${model_engine}
     transfer_queue.backend.SimpleStorage.num_data_storage_units=1
     ray_kwargs.ray_init.num_cpus=12
     +ray_kwargs.ray_init.include_dashboard=False

@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
-# GRPO or CAPO | small Qwen2, spell_backward | Hugging Face rollout | Megatron training, TP2 | CPU
+# GRPO or CAPO | small Qwen2, spell_backward | Hugging Face rollout | Megatron training, TP2, or FSDP, 2 ranks | CPU
 #
 #   capo-verl quickstart --prepare-only        # makes the data and the model, prints the two paths to export
 #   bash examples/run_quickstart_cpu.sh                                          # GRPO
 #   CAPO=actor_rollout_ref.actor.policy_loss.capo
 #   bash examples/run_quickstart_cpu.sh +capo=grpo $CAPO.policy_shift_max=5e-4 $CAPO.objective_shift_max=6e-2   # CAPO
+#   MODEL_ENGINE=dp bash examples/run_quickstart_cpu.sh                          # with verl's FSDP engine
 
 set -euo pipefail
 
@@ -22,11 +23,19 @@ max_response_length=${MAX_RESPONSE_LENGTH:-12}
 actor_lr=${ACTOR_LR:-2e-4}
 lr_warmup_steps=${LR_WARMUP_STEPS:-5}
 
+model_engine=${MODEL_ENGINE:-megatron}  # or dp: FSDP, which ACTOR_STRATEGY chooses (fsdp2, fsdp)
+actor_strategy=${ACTOR_STRATEGY:-fsdp2}
 actor_tp=${ACTOR_TP:-2}
 actor_pp=${ACTOR_PP:-1}
-nprocs=${NPROCS:-$((actor_tp * actor_pp))}
+if [[ $model_engine == megatron ]]; then
+    model_parallel=$((actor_tp * actor_pp))
+    nprocs=${NPROCS:-$model_parallel}
+else
+    model_parallel=1
+    nprocs=${NPROCS:-2}
+fi
 # One micro-batch per update: the whole batch is a few hundred kilobytes.
-micro_batch_size=${MICRO_BATCH_SIZE:-$((train_batch_size * rollout_n * actor_tp * actor_pp / nprocs))}
+micro_batch_size=${MICRO_BATCH_SIZE:-$((train_batch_size * rollout_n * model_parallel / nprocs))}
 
 total_training_steps=${TOTAL_TRAINING_STEPS:-60}
 test_freq=${TEST_FREQ:-10}

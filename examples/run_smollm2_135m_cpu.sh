@@ -36,6 +36,7 @@ max_response_length=${MAX_RESPONSE_LENGTH:-16}
 actor_lr=${ACTOR_LR:-3e-6}
 lr_warmup_steps=${LR_WARMUP_STEPS:-0}
 
+model_engine=megatron
 actor_tp=${ACTOR_TP:-2}
 actor_pp=${ACTOR_PP:-1}
 nprocs=${NPROCS:-$((actor_tp * actor_pp))}

@@ -8,6 +8,7 @@ import importlib
 import importlib.metadata
 import os
 from collections.abc import Callable
+from functools import partial
 
 from capo_verl import stack
 
@@ -68,11 +69,13 @@ def _registered() -> str:
     return "policy loss 'capo', advantage estimator 'reinforce'"
 
 
-def _engine() -> str:
+def _engine(backend: str) -> str:
     from verl.workers.engine.base import EngineRegistry
 
-    engine = EngineRegistry.get_engine_cls("language_model", "megatron")
-    if not any(c.__module__ == "capo_verl.megatron.engine" for c in engine.__mro__):
+    from capo_verl.engine_mixin import CapoEngineMixin
+
+    engine = EngineRegistry.get_engine_cls("language_model", backend)
+    if not issubclass(engine, CapoEngineMixin):
         raise RuntimeError(f"verl would use {engine.__module__}.{engine.__name__}, not CAPO's engine")
     return f"{engine.__module__}.{engine.__name__}"
 
@@ -94,6 +97,7 @@ CHECKS: dict[str, Callable[[], str]] = {
     "software stack": _software_stack,
     "plugin installed": _entry_point,
     "registered with verl": _registered,
-    "Megatron engine": _engine,
+    "Megatron engine": partial(_engine, "megatron"),
+    "FSDP engine": partial(_engine, "fsdp2"),
     "switch composes": _switch,
 }

@@ -13,6 +13,8 @@ would not touch them. ``capo_verl.plugin`` switches it on when ``VERL_PLATFORM=c
 ``bridge.py``          mbridge's architectures, built from Megatron-Core's own (non-TE) layers
 ``grad_clip.py``       Megatron-Core's gradient clipping, without its test for CUDA tensors
 ``engine.py``          verl's Megatron engine, made of the pieces above
+``fsdp_engine.py``     verl's FSDP engine
+``ulysses.py``         its sequence parallelism, without flash attention
 ``sampling.py``        batched sampling from a Hugging Face model
 ``rollout.py``         the rollout backend ``actor_rollout_ref.rollout.name=hf``: what it is, how verl finds it
 ``rollout_server.py``  its server

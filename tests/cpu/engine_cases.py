@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One engine on one rank, and the batch that every layout gets: what ``test_megatron_cpu.py`` runs on gloo ranks."""
+"""One engine on one rank, and the batch that every layout of every engine gets: what the tests run on gloo ranks."""
 
 from __future__ import annotations
 
@@ -46,14 +46,15 @@ def next_token_mask(length: int) -> torch.Tensor:
     return mask
 
 
-def make_batch(rank: int, dp: int, rows: list[torch.Tensor] | None = None) -> Any:
-    """This data-parallel rank's share of the sequences (or `rows`), as verl's trainer hands it to the engine."""
+def make_batch(engine: Any, micro_batch_size: int = 1, rows: list[torch.Tensor] | None = None) -> Any:
+    """This data-parallel rank's share of the sequences (or `rows`), as verl's worker hands it to the engine."""
     from verl.utils import tensordict_utils as tu
     from verl.utils.dataset.dataset_utils import DatasetPadMode
 
     def nested(rows: list[torch.Tensor]) -> torch.Tensor:
         return torch.nested.as_nested_tensor(rows, layout=torch.jagged)
 
+    rank, dp = engine.get_data_parallel_rank(), engine.get_data_parallel_size()
     rows = sequences() if rows is None else rows
     mine = rows[rank * len(rows) // dp : (rank + 1) * len(rows) // dp]
     batch = tu.get_tensordict(
@@ -63,9 +64,11 @@ def make_batch(rank: int, dp: int, rows: list[torch.Tensor] | None = None) -> An
             "loss_mask": nested([next_token_mask(len(row)) for row in mine]),
             "temperature": torch.ones(len(mine)),
         },
-        {"use_dynamic_bsz": False, "micro_batch_size_per_gpu": 1, "calculate_entropy": True},
+        {"use_dynamic_bsz": False, "micro_batch_size_per_gpu": micro_batch_size, "calculate_entropy": True},
     )
-    tu.assign_non_tensor(batch, pad_mode=DatasetPadMode.NO_PADDING)
+    tu.assign_non_tensor(
+        batch, pad_mode=DatasetPadMode.NO_PADDING, use_remove_padding=engine.model_config.use_remove_padding
+    )
     return batch
 
 
@@ -112,11 +115,9 @@ def export(engine: Any) -> dict[str, torch.Tensor]:
     return {name: tensor.detach().clone() for name, tensor in engine.get_per_tensor_param()[0]}
 
 
-def train_step(engine: Any) -> float:
-    from megatron.core import parallel_state as mpu
-
+def train_step(engine: Any, micro_batch_size: int = 1) -> float:
     with engine.train_mode():
-        engine.forward_backward_batch(make_batch(mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size()), nll)
+        engine.forward_backward_batch(make_batch(engine, micro_batch_size), nll)
         return float(engine.optimizer_step())
 
 
@@ -131,25 +132,28 @@ class Measured:
     entropy: list[torch.Tensor] = dataclasses.field(default_factory=list)
 
 
-def measure(layout: Layout, model_path: str, **megatron: Any) -> Measured:
-    from megatron.core import parallel_state as mpu
-
-    engine = make_engine(layout, model_path, **megatron)
-    exported = export(engine)
+def forward(engine: Any, micro_batch_size: int = 1) -> dict[str, list[torch.Tensor]]:
+    """Log-probs and entropy of this rank's sequences; nothing where verl reads nothing."""
     with engine.eval_mode(), torch.no_grad():
-        batch = make_batch(mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size())
-        output = engine.forward_backward_batch(batch, None, forward_only=True)
-    grad_norm = train_step(engine)
-    measured = Measured(exported, export(engine), grad_norm)
-    if engine.is_mp_src_rank_with_outputs():
-        measured.log_probs = [row.clone() for row in output["model_output"]["log_probs"].unbind()]
-        measured.entropy = [row.clone() for row in output["model_output"]["entropy"].unbind()]
-    return measured
+        output = engine.forward_backward_batch(make_batch(engine, micro_batch_size), None, forward_only=True)
+    if not engine.is_mp_src_rank_with_outputs():
+        return {}
+    return {name: [row.clone() for row in output["model_output"][name].unbind()] for name in ("log_probs", "entropy")}
 
 
-def save_and_resume(layout: Layout, model_path: str, directory: str) -> list[dict[str, torch.Tensor]]:
+def measure_engine(engine: Any, micro_batch_size: int = 1) -> Measured:
+    exported = export(engine)
+    outputs = forward(engine, micro_batch_size)
+    grad_norm = train_step(engine, micro_batch_size)
+    return Measured(exported, export(engine), grad_norm, **outputs)
+
+
+def measure(layout: Layout, model_path: str, **megatron: Any) -> Measured:
+    return measure_engine(make_engine(layout, model_path, **megatron))
+
+
+def save_and_resume_engine(engine: Any, directory: str) -> list[dict[str, torch.Tensor]]:
     """Weights when saved, one step later, after loading, and one step after loading."""
-    engine = make_engine(layout, model_path, optimizer="adam", lr=1e-2)
     train_step(engine)
     weights = [export(engine)]
     engine.save_checkpoint(directory, global_step=1)
@@ -160,3 +164,7 @@ def save_and_resume(layout: Layout, model_path: str, directory: str) -> list[dic
     train_step(engine)
     weights.append(export(engine))
     return weights
+
+
+def save_and_resume(layout: Layout, model_path: str, directory: str) -> list[dict[str, torch.Tensor]]:
+    return save_and_resume_engine(make_engine(layout, model_path, optimizer="adam", lr=1e-2), directory)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""verl's own ``main_ppo``, Ray and all, on two Megatron ranks: trained, killed, resumed, killed again, and broken on one rank."""
+"""verl's own ``main_ppo``, Ray and all, on two ranks: trained, killed, resumed, killed again, and broken on one rank."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ wrapt.register_post_import_hook(wrap_save, "capo_verl.megatron.checkpoint")
 wrapt.register_post_import_hook(wrap_filter, "capo_verl.core.filter")
 """
 
-KNOBS = (
+CAPO_AND_CHECKPOINTS = (
     "+capo=grpo",
     "actor_rollout_ref.actor.optim.lr=3e-3",
     "actor_rollout_ref.actor.policy_loss.capo.policy_shift_max=1.2e-2",
@@ -92,7 +92,8 @@ def inputs(tmp_path_factory) -> Path:
 class Run:
     """One call of the launcher in a session of its own, so that all of it can be killed at once."""
 
-    def __init__(self, inputs: Path, output: Path, name: str, steps: int, first_step: int, **sabotage: int):
+    def __init__(self, inputs: Path, output: Path, name: str, steps: int, first_step: int,
+                 overrides: tuple[str, ...] = CAPO_AND_CHECKPOINTS, **more: int | str):  # fmt: skip
         output.mkdir(parents=True, exist_ok=True)
         hooks = output / f"hooks-{name}"
         hooks.mkdir()
@@ -103,14 +104,14 @@ class Run:
             **os.environ, "PYTHON": sys.executable, "DATA_DIR": str(inputs), "MODEL_PATH": str(inputs / "model"),
             "OUTPUT_DIR": str(output), "TRAIN_BATCH_SIZE": "4", "ROLLOUT_N": "4", "MICRO_BATCH_SIZE": "8",
             "MAX_RESPONSE_LENGTH": "8", "LR_WARMUP_STEPS": "0", "TOTAL_TRAINING_STEPS": str(steps), "TEST_FREQ": "-1",
-            "VERL_FILE_LOGGER_PATH": str(self.metrics_path), **{key: str(value) for key, value in sabotage.items()},
+            "VERL_FILE_LOGGER_PATH": str(self.metrics_path), **{key: str(value) for key, value in more.items()},
             "PYTHONPATH": os.pathsep.join(filter(None, [str(hooks), os.environ.get("PYTHONPATH")])),
         }  # fmt: skip
         environment.pop("VERL_PLATFORM", None)
         command = [
             "bash", str(ROOT / "examples/run_quickstart_cpu.sh"),
             f"reward.custom_reward_function.path={inputs / 'reward.py'}",
-            "~reward.custom_reward_function.reward_kwargs", "trainer.val_before_train=False", *KNOBS,
+            "~reward.custom_reward_function.reward_kwargs", "trainer.val_before_train=False", *overrides,
         ]  # fmt: skip
         self._command, self._environment, self._output, self._starts = command, environment, output, 0
         self._start()
@@ -196,3 +197,24 @@ def test_killed_broken_and_resumed(inputs, tmp_path):
     assert "moments start empty" not in third.printed
     assert "ArithmeticError: sabotage of rank 1 inside the filter" in third.printed
     assert ended - third.metrics_path.stat().st_mtime < 120  # verl's collectives would wait for 600 s
+
+
+def test_capo_trains_with_fsdp_and_lora(inputs, tmp_path):
+    """The rollouts after the first step come from the merged adapter, in float32 like the actor."""
+    overrides = (
+        "+capo=grpo",
+        "actor_rollout_ref.model.lora_rank=4",
+        "actor_rollout_ref.model.use_remove_padding=True",
+        "actor_rollout_ref.actor.optim.lr=3e-3",
+        "actor_rollout_ref.actor.policy_loss.capo.policy_shift_max=1.2e-2",
+        "actor_rollout_ref.actor.policy_loss.capo.objective_shift_max=null",
+        "trainer.save_freq=2",
+    )
+    run = Run(inputs, tmp_path / "run", "fsdp", 2, 0, overrides, MODEL_ENGINE="dp")
+    assert run.wait() == 0, run.printed[-4000:]
+    assert len(run.metrics) == 2 and "with LoRA the LM head is not trained" in run.printed
+    for metrics in run.metrics:
+        assert metrics["training/rollout_probs_diff_max"] < 1e-5
+        assert metrics["actor/grad_norm"] > 0 and metrics["capo/policy_shift_mean"] > 0
+    assert max(metrics["capo/rejection_rate"] for metrics in run.metrics) > 0
+    assert (tmp_path / "run/checkpoints/global_step_2/actor/capo/moments.safetensors").exists()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A CAPO training step on one rank: what ``test_engine.py`` runs on gloo ranks, and the batch that every layout gets."""
+"""CAPO training steps on one rank: what the tests run on gloo ranks, and the batch that every layout of every engine gets."""
 
 from __future__ import annotations
 
@@ -23,12 +23,13 @@ def rollout() -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     return ids, [-4.6 + 0.1 * torch.randn(r, generator=generator) for r in RESPONSES]
 
 
-def make_batch(rank: int, dp: int, temperature: float, micro_batch_size: int = 1) -> Any:
-    """This data-parallel rank's share, as verl's V1 trainer hands it to the engine."""
+def make_batch(engine: Any, temperature: float, micro_batch_size: int = 1) -> Any:
+    """This data-parallel rank's share, as verl's V1 trainer and worker hand it to the engine."""
     from verl.utils import tensordict_utils as tu
     from verl.utils.dataset.dataset_utils import DatasetPadMode
 
     ids, old_log_probs = rollout()
+    rank, dp = engine.get_data_parallel_rank(), engine.get_data_parallel_size()
     mine = range(rank * 4 // dp, (rank + 1) * 4 // dp)
 
     def nested(rows: list[torch.Tensor]) -> torch.Tensor:
@@ -52,7 +53,9 @@ def make_batch(rank: int, dp: int, temperature: float, micro_batch_size: int = 1
         "global_batch_size": 4,
     }
     batch = tu.get_tensordict(fields, settings)
-    tu.assign_non_tensor(batch, pad_mode=DatasetPadMode.NO_PADDING)
+    tu.assign_non_tensor(
+        batch, pad_mode=DatasetPadMode.NO_PADDING, use_remove_padding=engine.model_config.use_remove_padding
+    )
     return batch
 
 
@@ -85,22 +88,36 @@ def train(
     steps: int = STEPS,
     own_engine: bool = True,
 ) -> dict[str, Any]:
-    """A few optimizer steps; what this rank reports, and the weights after them."""
-    from megatron.core import parallel_state as mpu
-
     if not own_engine:
         use_verls_engine()
     engine = make_engine(layout, model_path, optimizer="adam", lr=LR)
+    return train_engine(engine, loss_mode, knobs, temperature, micro_batch_size, steps)
+
+
+def train_engine(
+    engine: Any,
+    loss_mode: str,
+    knobs: dict[str, Any] | None,
+    temperature: float = 1.0,
+    micro_batch_size: int = 1,
+    steps: int = STEPS,
+) -> dict[str, Any]:
+    """A few optimizer steps; what this rank reports, and the weights and moments after them."""
     loss = make_loss(loss_mode, knobs)
     reports = []
     with engine.train_mode():
         for _ in range(steps):
-            dp = mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size()
-            output = engine.train_batch(make_batch(*dp, temperature, micro_batch_size), loss)
+            output = engine.train_batch(make_batch(engine, temperature, micro_batch_size), loss)
             if engine.is_mp_src_rank_with_outputs():
                 reports.append({"loss": sum(output["loss"]), **output["metrics"]})
-    state = engine._step.capo.state_dict() if getattr(engine, "_step", None) else None
-    return {"reports": reports, "weights": export(engine), "state": state}
+    return {"reports": reports, "weights": export(engine), "state": moments(engine)}
+
+
+def moments(engine: Any) -> dict[str, Any] | None:
+    """A copy of the filter's state on this rank."""
+    if getattr(engine, "_step", None) is None:
+        return None
+    return {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in engine._step.capo.state_dict().items()}
 
 
 def use_verls_engine() -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints of a CAPO run on one rank: what ``test_state.py`` runs on gloo ranks."""
+"""Checkpoints of a CAPO run on one rank, of any engine: what the tests of its state run on gloo ranks."""
 
 from __future__ import annotations
 
@@ -8,36 +8,27 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from tests.cpu.engine_cases import Layout, export, make_engine
-from tests.megatron.capo_cases import KNOBS, LR, make_batch, make_loss
+from tests.cpu.fsdp_cases import FsdpLayout, make_fsdp_engine
+from tests.megatron.capo_cases import KNOBS, LR, make_batch, make_loss, moments
 
 
 def step(engine: Any, knobs: dict[str, Any] | None = KNOBS) -> dict[str, Any]:
     """One optimizer step; CAPO's metrics, where this rank reports any."""
-    from megatron.core import parallel_state as mpu
-
-    batch = make_batch(mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size(), 1.0)
     with engine.train_mode():
-        output = engine.train_batch(batch, make_loss("capo", knobs))
+        output = engine.train_batch(make_batch(engine, 1.0), make_loss("capo", knobs))
     metrics = output["metrics"] if engine.is_mp_src_rank_with_outputs() else {}
     return {k: v for k, v in metrics.items() if k.startswith("capo/") and "seconds" not in k}
 
 
-def new_engine(layout: Layout, model_path: str) -> Any:
+def new_engine(layout: Layout | FsdpLayout, model_path: str) -> Any:
+    if isinstance(layout, FsdpLayout):
+        return make_fsdp_engine(layout, model_path, optimizer="AdamW", lr=LR)
     return make_engine(layout, model_path, optimizer="adam", lr=LR)
 
 
-def moments(engine: Any) -> dict[str, Any] | None:
-    """A copy of this rank's rows."""
-    if engine._step is None:
-        return None
-    return {k: v.clone() if torch.is_tensor(v) else v for k, v in engine._step.capo.state_dict().items()}
-
-
 def save_and_go_on(
-    layout: Layout, model_path: str, checkpoint: str, knobs: dict[str, Any] | None = KNOBS
+    layout: Layout | FsdpLayout, model_path: str, checkpoint: str, knobs: dict[str, Any] | None = KNOBS
 ) -> dict[str, Any]:
     """Two steps and a checkpoint, then one more step without interruption."""
     engine = new_engine(layout, model_path)
@@ -48,7 +39,9 @@ def save_and_go_on(
     return {"saved": saved, "metrics": step(engine, knobs), "moments": moments(engine), "weights": export(engine)}
 
 
-def resume(layout: Layout, model_path: str, checkpoint: str, knobs: dict[str, Any] | None = KNOBS) -> dict[str, Any]:
+def resume(
+    layout: Layout | FsdpLayout, model_path: str, checkpoint: str, knobs: dict[str, Any] | None = KNOBS
+) -> dict[str, Any]:
     """A fresh engine, the checkpoint, and the step after it."""
     said: list[str] = []
     handler = logging.Handler()
@@ -60,7 +53,7 @@ def resume(layout: Layout, model_path: str, checkpoint: str, knobs: dict[str, An
     return {"metrics": metrics, "moments": moments(engine), "weights": export(engine), "said": " ".join(said)}
 
 
-def in_turn(layout: Layout, model_path: str, own: str, other: str | None) -> dict[str, Any]:
+def in_turn(layout: Layout | FsdpLayout, model_path: str, own: str, other: str | None) -> dict[str, Any]:
     """Saved and resumed under the same layout; then resumed from another layout's checkpoint, if there is one."""
     result = {"uninterrupted": save_and_go_on(layout, model_path, own), "resumed": resume(layout, model_path, own)}
     if other is not None:
@@ -68,11 +61,11 @@ def in_turn(layout: Layout, model_path: str, own: str, other: str | None) -> dic
     return result
 
 
-def load_only(layout: Layout, model_path: str, checkpoint: str) -> dict[str, Any]:
+def load_only(layout: Layout | FsdpLayout, model_path: str, checkpoint: str) -> dict[str, Any]:
     return {"moments": new_engine(layout, model_path)._load_state(checkpoint)}
 
 
-def refusals(layout: Layout, model_path: str, checkpoints: list[str]) -> list[str]:
+def refusals(layout: Layout | FsdpLayout, model_path: str, checkpoints: list[str]) -> list[str]:
     """What loading each checkpoint's CAPO state says; one engine serves for all."""
     engine = new_engine(layout, model_path)
     said = []

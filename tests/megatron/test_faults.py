@@ -19,26 +19,30 @@ NAN = float("nan")
 
 def poisoned_step(engine: Any, knobs: dict[str, Any], where: str) -> dict[str, Any]:
     """A step in which one value on the last rank is NaN."""
-    from megatron.core import parallel_state as mpu
-
     last = torch.distributed.get_rank() == torch.distributed.get_world_size() - 1
-    batch = make_batch(mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size(), 1.0)
+    batch = make_batch(engine, 1.0)
     handle = None
     if last and where in ("advantages", "old_log_probs"):
         batch[where].values()[-2] = NAN  # of the rank's last sample
-    if where == "gradient" and torch.distributed.get_rank() == 0:
-        weight = next(p for p in engine.module[0].parameters() if p.requires_grad)
-        handle = weight.register_hook(lambda gradient: gradient * NAN)
-    if where == "weight" and last:
-        handle = next(
-            m for m in engine.module[-1].modules() if m.__class__.__name__ == "RMSNorm"
-        ).register_forward_hook(lambda module, args, output: output * NAN)
+    if (where == "gradient" and torch.distributed.get_rank() == 0) or (where == "weight" and last):
+        model = engine.module[-1] if isinstance(engine.module, list) else engine.module
+        norm = next(m for m in model.modules() if type(m).__name__.endswith("RMSNorm"))
+        handle = norm.register_forward_hook(_nan_gradient if where == "gradient" else _nan_output)
     try:
         with engine.train_mode():
             return engine.train_batch(batch, make_loss("capo", knobs))["metrics"]
     finally:
         if handle is not None:
             handle.remove()
+
+
+def _nan_output(module: torch.nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+    return output * NAN
+
+
+def _nan_gradient(module: torch.nn.Module, args: Any, output: torch.Tensor) -> None:
+    if output.requires_grad:
+        output.register_hook(lambda gradient: gradient * NAN)
 
 
 def stop(layout: Layout, model: str, where: str) -> dict[str, Any]:

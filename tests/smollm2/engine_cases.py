@@ -35,14 +35,14 @@ def measure(model_path: str, rows: list[torch.Tensor], heads: int, kv_heads: int
 
     engine = make_engine(Layout(tp=2), model_path, optimizer="adam", lr=1e-4)
     with engine.eval_mode(), torch.no_grad():
-        output = engine.forward_backward_batch(make_batch(0, 1, rows), None, forward_only=True)
+        output = engine.forward_backward_batch(make_batch(engine, rows=rows), None, forward_only=True)
     log_probs = [row.clone() for row in output["model_output"]["log_probs"].unbind()]
     before = export(engine)
     saved = load_file(f"{model_path}/model.safetensors")
     differs = max((before[name] - tensor).abs().max().item() for name, tensor in saved.items())
     with engine.train_mode():
         for _ in range(2):
-            engine.forward_backward_batch(make_batch(0, 1, rows), nll)
+            engine.forward_backward_batch(make_batch(engine, rows=rows), nll)
             engine.optimizer_step()
     after = export(engine)
     moved = min((after[name] - before[name]).abs().max().item() for name in before)

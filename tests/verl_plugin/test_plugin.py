@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import subprocess
 import sys
@@ -18,10 +19,11 @@ def python(code: str, **environment: str) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.parametrize("platform", ["cpu", "nvidia"])
-def test_capos_engine_wins(platform):
+def test_capos_engines_win(platform):
     code = (
         "import verl; from verl.workers.engine import EngineRegistry;"
-        "print([c.__name__ for c in EngineRegistry.get_engine_cls('language_model', 'megatron').__mro__])"
+        "print([[c.__name__ for c in EngineRegistry.get_engine_cls('language_model', backend).__mro__]"
+        " for backend in ('megatron', 'fsdp', 'fsdp2')])"
     )
     override = (
         {"VERL_PLATFORM": "cpu"}
@@ -29,8 +31,11 @@ def test_capos_engine_wins(platform):
         else {"VERL_ENGINE_DEVICE": "cuda", "VERL_ENGINE_VENDOR": "nvidia"}
     )
     result = python(code, **{"VERL_PLATFORM": "", **override})
-    assert "CapoMegatronEngineWithLMHead" in result.stdout, result.stderr[-2000:]
-    assert ("CpuMegatronEngine" in result.stdout) == (platform == "cpu")
+    assert result.returncode == 0, result.stderr[-2000:]
+    megatron, *fsdp = ast.literal_eval(result.stdout.splitlines()[-1])
+    assert "CapoMegatronEngineWithLMHead" in megatron and ("CpuMegatronEngine" in megatron) == (platform == "cpu")
+    for classes in fsdp:
+        assert "CapoFSDPEngineWithLMHead" in classes and ("CpuFsdpEngine" in classes) == (platform == "cpu")
 
 
 BREAK = (
@@ -64,6 +69,7 @@ def test_doctor_passes_here():
     result = python("import sys; from capo_verl.cli import main; sys.exit(main(['doctor']))", VERL_PLATFORM="cpu")
     assert result.returncode == 0, result.stdout + result.stderr[-2000:]
     assert "ok    Megatron engine: capo_verl.cpu.engine.CpuMegatronEngine" in result.stdout
+    assert "ok    FSDP engine: capo_verl.cpu.fsdp_engine.CpuFsdpEngine" in result.stdout
 
 
 def test_metric_names_survive_verls_renaming():

@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From verl's response-only fields to the layout in which the FSDP engine has the logits.
+
+verl's batches hold prompts and responses of different lengths without padding. The model sees one packed row, perhaps padded
+at its end and cut over the ranks of Ulysses sequence parallelism, or padded rows. The logits of a position are those of the
+token after it, so our fields move by one, and never from one sequence into the one before it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from tensordict import TensorDict
+from torch import Tensor
+from verl.utils.ulysses import ulysses_pad_and_slice_inputs
+from verl.workers.engine.utils import pad_packed_inputs
+
+from capo_verl.response import SAMPLE, PackedResponse, response_fields
+
+
+def packed_response(engine: Any, batch: TensorDict) -> PackedResponse:
+    """Advantages and response mask ``[1, total]`` (of this Ulysses rank), laid out like ``input_ids_rmpad_rolled``."""
+    fields = _next_token_fields(batch).T
+    fields, _ = pad_packed_inputs(fields, None, engine._get_packed_pad_size(fields.shape[1]))
+    if engine.use_ulysses_sp:
+        fields, _, _ = ulysses_pad_and_slice_inputs(fields, None, engine.ulysses_sequence_parallel_size)
+    return _unpack(fields[:, None], batch)
+
+
+def padded_response(batch: TensorDict, length: int) -> PackedResponse:
+    """Advantages and response mask ``[b, length]``."""
+    return _unpack(to_padded(_next_token_fields(batch), batch, length).movedim(-1, 0), batch)
+
+
+def to_padded(values: Tensor, batch: TensorDict, length: int) -> Tensor:
+    """``[total, ...]``, one entry per token of ``input_ids``, to ``[b, length, ...]`` with zeros on the right."""
+    nested = torch.nested.nested_tensor_from_jagged(values, offsets=batch["input_ids"].offsets())
+    return torch.nested.to_padded_tensor(nested, 0, output_size=(len(batch), length, *values.shape[1:]))
+
+
+def from_padded(values: Tensor, batch: TensorDict) -> Tensor:
+    """``[b, length]`` to ``[total]``, without the padding on the right."""
+    lengths = batch["input_ids"].offsets().diff()
+    return values[torch.arange(values.shape[1], device=values.device) < lengths[:, None]]
+
+
+def _next_token_fields(batch: TensorDict) -> Tensor:
+    """Advantage and response mask of the token after each token, 0 at the end of a sequence; its own sample. ``[total, 3]``"""
+    fields, ends = response_fields(batch).values(), batch["input_ids"].offsets()[1:] - 1
+    following = fields.roll(-1, 0)
+    following[ends] = 0
+    following[:, 2] = fields[:, 2]
+    return following
+
+
+def _unpack(fields: Tensor, batch: TensorDict) -> PackedResponse:
+    advantages, mask, sequence = fields
+    return PackedResponse(advantages.contiguous(), mask > 0.5, sequence.long(), batch[SAMPLE])

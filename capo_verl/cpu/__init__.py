@@ -12,6 +12,7 @@ would not touch them. ``capo_verl.plugin`` switches it on when ``VERL_PLATFORM=c
 ``rng.py``             Megatron-Core's random states, kept in the CPU generator
 ``bridge.py``          mbridge's architectures, built from Megatron-Core's own (non-TE) layers
 ``grad_clip.py``       Megatron-Core's gradient clipping, without its test for CUDA tensors
+``distributed_optimizer.py`` Megatron-Core's distributed optimizer, without CUDA type names
 ``engine.py``          verl's Megatron engine, made of the pieces above
 ``sampling.py``        batched sampling from a Hugging Face model
 ``rollout.py``         the rollout backend ``actor_rollout_ref.rollout.name=hf``: what it is, how verl finds it

@@ -22,7 +22,7 @@ from capo_verl.cpu import distributed_optimizer
 from capo_verl.cpu.bridge import ARCHITECTURES, TRANSFORMER_CONFIG, install_cpu_bridges
 from capo_verl.cpu.grad_clip import install_grad_clip
 from capo_verl.cpu.rng import seed_model_parallel
-from capo_verl.cpu.torch_view import redirect_cuda_to_cpu
+from capo_verl.cpu.torch_view import cuda_method_stays, redirect_cuda_to_cpu
 from capo_verl.megatron.engine import CapoMegatronEngineWithLMHead
 
 logger = logging.getLogger(__name__)
@@ -114,6 +114,10 @@ class CpuMegatronMixin:
     def _build_optimizer(self) -> Any:
         with distributed_optimizer.cuda_type_names():
             return super()._build_optimizer()
+
+    def forward_step(self, *args: Any, **kwargs: Any) -> Any:
+        with cuda_method_stays():
+            return super().forward_step(*args, **kwargs)
 
     def load_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         with distributed_optimizer.loading(self.optimizer):

@@ -103,8 +103,8 @@ def test_recomputation_changes_nothing(tiny_qwen2: str, reference: Reference) ->
 def test_interleaved_pipeline(tmp_path) -> None:
     from tests.helpers.tiny_model import make_tiny_qwen2
 
-    path, layout = make_tiny_qwen2(tmp_path, layers=4), Layout(pp=2)
-    ranks = run_on_ranks(measure, 2, layout, path, virtual_pipeline_model_parallel_size=2, preload=PRELOAD)
+    path, layout = make_tiny_qwen2(tmp_path, layers=4), Layout(pp=2, vpp=2)
+    ranks = run_on_ranks(measure, 2, layout, path, preload=PRELOAD)
     check(ranks, layout, make_reference(path))
 
 

@@ -18,8 +18,9 @@ def make_tiny_model(
     layers: int = 2,
     tie_word_embeddings: bool = False,
     seed: int = 0,
+    heads: tuple[int, int] = (4, 2),
 ) -> str:
-    """Write a random model of an architecture that Hugging Face knows, four heads over two key-value heads, float32.
+    """Write a random model of an architecture that Hugging Face knows, with `heads` (queries, keys and values), float32.
 
     The weights are spread widely enough for the distributions over tokens to differ clearly from uniform, and every
     norm and bias differs from its initial value, so that a weight that is lost or mixed up shows.
@@ -36,8 +37,8 @@ def make_tiny_model(
         hidden_size=hidden_size,
         intermediate_size=2 * hidden_size,
         num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+        num_attention_heads=heads[0],
+        num_key_value_heads=heads[1],
         max_position_embeddings=512,
         tie_word_embeddings=tie_word_embeddings,
         attention_dropout=0.0,
@@ -45,7 +46,7 @@ def make_tiny_model(
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
         dtype="float32",
-        **({"head_dim": hidden_size // 4} if model_type == "qwen3" else {}),  # Qwen3's default is 128
+        **({"head_dim": hidden_size // heads[0]} if model_type == "qwen3" else {}),  # Qwen3's default is 128
     )
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     generator = torch.Generator().manual_seed(seed)

@@ -92,9 +92,8 @@ class CausalSdpaAttention(torch.nn.Module):
         if attention_bias is not None:
             raise ValueError("attention_bias is not supported on the CPU")
         ranks = 1 if self.cp_group is None else self.cp_group.size()
-        if packed_seq_params is None:  # one "sequence" of many rows, padded to the same length
-            bounds = [0, len(query) * ranks]
-        else:
+        bounds = [0, len(query) * ranks]  # rows padded to the same length are as one sequence
+        if packed_seq_params is not None:
             bounds = packed_seq_params.cu_seqlens_q_padded.tolist()
         attend = self._attend if self.cp_group is None else self._attend_across_ranks
         outs = []

@@ -42,9 +42,7 @@ class RecordedBatch:
     @classmethod
     def make(cls, seed: int = 3) -> RecordedBatch:
         generator = torch.Generator().manual_seed(seed)
-        ids = [
-            torch.randint(4, 100, (p + r,), generator=generator) for p, r in zip(PROMPTS, RESPONSES, strict=True)
-        ]
+        ids = [torch.randint(4, 100, (p + r,), generator=generator) for p, r in zip(PROMPTS, RESPONSES, strict=True)]
         masks = [torch.ones(r, dtype=torch.int64) for r in RESPONSES]
         for i, t in MASKED_OUT:
             masks[i][t] = 0
@@ -89,7 +87,9 @@ class Recording:
         """Smallest relative distance of any shift to its threshold: no decision may hang on rounding."""
         bounds = [("policy_shift", KNOBS["policy_shift_max"]), ("objective_shift", KNOBS["objective_shift_max"])]
         return min(
-            float(np.abs(np.abs(getattr(step, name)) / bound - 1).min()) for step in self.steps for name, bound in bounds
+            float(np.abs(np.abs(getattr(step, name)) / bound - 1).min())
+            for step in self.steps
+            for name, bound in bounds
         )
 
 
@@ -117,7 +117,8 @@ def record(path: str, temperature: float = 1.0, padded_rows: int = 0) -> Recordi
     batch, model = RecordedBatch.make(), float64_model(path, padded_rows)
     config = CapoConfig(**KNOBS)
     parameters = dict(model.named_parameters())
-    optimizer = torch.optim.AdamW([*parameters.values(), model.padding], lr=LEARNING_RATES[0], betas=BETAS, eps=EPS, weight_decay=0.0)
+    trained = [*parameters.values(), model.padding]
+    optimizer = torch.optim.AdamW(trained, betas=BETAS, eps=EPS, weight_decay=0.0)
     oracle = Oracle(model.config.vocab_size, model.config.hidden_size, top_k=KNOBS["top_k"], betas=BETAS, eps=EPS)
     steps = []
     for learning_rate in LEARNING_RATES:
@@ -139,7 +140,7 @@ def record(path: str, temperature: float = 1.0, padded_rows: int = 0) -> Recordi
             loss = loss + (per_token * accepted).sum() / (accepted.sum() + 1e-8) / len(batch.ids)
         loss.backward()
         gradients = {name: p.grad.numpy().copy() for name, p in parameters.items()}
-        grad_norm = float(torch.nn.utils.clip_grad_norm_([*parameters.values(), model.padding], CLIP))
+        grad_norm = float(torch.nn.utils.clip_grad_norm_(trained, CLIP))
         steps.append(_step(oracle, learning_rate, seen, float(loss.detach()), grad_norm, gradients))
         optimizer.step()
         oracle.update([row["token"] for rows in seen for row in rows if row["accepted"]])
@@ -165,7 +166,12 @@ def _evaluate(
 
 
 def _step(
-    oracle: Oracle, learning_rate: float, seen: list[list[Any]], loss: float, grad_norm: float, gradients: dict[str, np.ndarray]
+    oracle: Oracle,
+    learning_rate: float,
+    seen: list[list[Any]],
+    loss: float,
+    grad_norm: float,
+    gradients: dict[str, np.ndarray],
 ) -> RecordedStep:
     rows = [row for sequence in seen for row in sequence]
     columns = ("hidden_states", "logits", "actions", "advantages", "objective_shift", "policy_shift", "accepted")

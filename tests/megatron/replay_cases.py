@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from tests.cpu.engine_cases import Layout, export, make_engine
 from tests.helpers.recording import BETAS, EPS, KNOBS, LEARNING_RATES, RecordedBatch
-from tests.megatron.capo_cases import make_loss
+from tests.megatron.capo_cases import make_loss, to_verl
 
 
 @dataclass(frozen=True)
@@ -114,39 +114,17 @@ def _padding(case: Case) -> dict[str, Any]:
 
 def make_batch(case: Case, batch: RecordedBatch, dp_rank: int) -> Any:
     """This data-parallel rank's share, as verl's V1 trainer hands it to the engine."""
-    from verl.utils import tensordict_utils as tu
-    from verl.utils.dataset.dataset_utils import DatasetPadMode
-
     count = len(batch.ids)
     order = list(range(count))[:: -1 if case.reverse else 1]
     mine = order[dp_rank * count // case.layout.dp : (dp_rank + 1) * count // case.layout.dp]
-
-    def nested(rows: Sequence[torch.Tensor]) -> torch.Tensor:
-        return torch.nested.as_nested_tensor([rows[i] for i in mine], layout=torch.jagged)
-
-    responses = [ids[prompt:] for ids, prompt in zip(batch.ids, batch.prompts, strict=True)]
-    fields = {
-        "input_ids": nested(batch.ids),
-        "prompts": nested([ids[:prompt] for ids, prompt in zip(batch.ids, batch.prompts, strict=True)]),
-        "responses": nested(responses),
-        "position_ids": nested([torch.arange(len(ids)) for ids in batch.ids]),
-        "response_mask": nested(batch.response_mask),
-        "loss_mask": nested(batch.response_mask),
-        "old_log_probs": nested(batch.old_log_probs),
-        "advantages": nested(batch.advantages),
-        "temperature": torch.full((len(mine),), case.temperature),
-    }
-    dynamic = case.micro_batch == "dynamic"
-    settings = {
-        "use_dynamic_bsz": dynamic,
-        **({"max_token_len_per_gpu": 40} if dynamic else {"micro_batch_size_per_gpu": case.micro_batch}),
-        "calculate_entropy": True,
-        "global_batch_size": count,
-        **({"forced_max_seqlen": case.pad} if isinstance(case.pad, int) and not case.layout.packed else {}),
-    }
-    data = tu.get_tensordict(fields, settings)
-    tu.assign_non_tensor(data, pad_mode=DatasetPadMode.NO_PADDING)
-    return data
+    settings: dict[str, Any] = {"use_dynamic_bsz": case.micro_batch == "dynamic"}
+    if case.micro_batch == "dynamic":
+        settings["max_token_len_per_gpu"] = 40
+    else:
+        settings["micro_batch_size_per_gpu"] = case.micro_batch
+    if isinstance(case.pad, int) and not case.layout.packed:
+        settings["forced_max_seqlen"] = case.pad
+    return to_verl(batch, mine, case.temperature, settings)
 
 
 def _train_step(engine: Any, data: Any, loss: Any) -> ReplayedStep:

@@ -90,8 +90,8 @@ class Deviation:
     """After two optimizer steps, absolute."""
 
 
-TOLERANCE = Deviation(objective_shift=2e-5, policy_shift=4e-5, loss=1e-6, gradient=2e-5, weight=2e-6)
-"""Float32 against float64."""
+TOLERANCE = Deviation(objective_shift=5e-6, policy_shift=1e-5, loss=2e-6, gradient=3e-5, weight=2e-6)
+"""Float32 against float64, five to ten times what was measured."""
 
 
 @pytest.fixture(scope="module")
@@ -160,7 +160,12 @@ HEADER = (
 
 
 def row(case: Case, accepted: int, tokens: int, deviation: Deviation) -> str:
-    cells = [str(case), str(case.layout.world_size), f"{accepted} / {tokens}", *(f"{x:.0e}" for x in astuple(deviation))]
+    cells = [
+        str(case),
+        str(case.layout.world_size),
+        f"{accepted} / {tokens}",
+        *(f"{x:.0e}" for x in astuple(deviation)),
+    ]
     return f"| {' | '.join(cells)} |"
 
 

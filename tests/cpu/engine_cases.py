@@ -83,6 +83,7 @@ def make_engine(
     optimizer: str = "sgd",
     lr: float = 0.5,
     optimizer_overrides: dict[str, Any] | None = None,
+    lora: dict[str, Any] | None = None,
     **megatron: Any,
 ) -> Any:
     from verl.trainer.config import CheckpointConfig
@@ -91,7 +92,7 @@ def make_engine(
 
     import capo_verl.cpu.engine  # noqa: F401  registers
 
-    model_config = HFModelConfig(path=model_path, use_remove_padding=layout.packed)
+    model_config = HFModelConfig(path=model_path, use_remove_padding=layout.packed, **({"lora": lora} if lora else {}))
     model_config.model_type = "language_model"
     engine_config = McoreEngineConfig(
         tensor_model_parallel_size=layout.tp,
@@ -143,10 +144,10 @@ class Measured:
     entropy: list[torch.Tensor] = dataclasses.field(default_factory=list)
 
 
-def measure(layout: Layout, model_path: str, **megatron: Any) -> Measured:
+def measure(layout: Layout, model_path: str, transformer_config: dict[str, Any]) -> Measured:
     from megatron.core import parallel_state as mpu
 
-    engine = make_engine(layout, model_path, **megatron)
+    engine = make_engine(layout, model_path, override_transformer_config=transformer_config)
     exported = export(engine)
     with engine.eval_mode(), torch.no_grad():
         batch = make_batch(mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size())

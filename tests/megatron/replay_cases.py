@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -69,17 +69,6 @@ class Replay:
     """Likewise."""
     place: tuple[int, int, bool]
     """Data- and context-parallel rank, and whether the rank holds the LM head."""
-
-
-def replay_all(cases: Sequence[Case], batch: RecordedBatch, models: dict[str, str]) -> list[Replay]:
-    """Every case in these processes, one after the other."""
-    from megatron.core import parallel_state as mpu
-
-    replays = []
-    for case in cases:
-        replays.append(replay(case, batch, models[case.model]))
-        mpu.destroy_model_parallel()
-    return replays
 
 
 def replay(case: Case, batch: RecordedBatch, model_path: str) -> Replay:

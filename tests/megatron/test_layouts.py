@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 
 from tests.cpu.engine_cases import Layout
+from tests.helpers.grouped import launch_by_size
 from tests.helpers.recording import Recording, record
-from tests.helpers.spawn import run_on_ranks
 from tests.helpers.tiny_model import make_tiny_model
-from tests.megatron.replay_cases import Case, Replay, replay_all
+from tests.megatron.replay_cases import Case, replay
 
 PRELOAD = ("torch", "verl.workers.engine.megatron.transformer_impl", "capo_verl.cpu.bridge")
 CASES = [
@@ -120,25 +120,9 @@ def recording_of(models):
 
 @pytest.fixture(scope="module")
 def replays_of(request, models, recording_of):
-    """All cases of this session that need the same number of ranks run in one launch, when the first is asked for."""
-    chosen = [item.callspec.params["case"] for item in request.session.items if _is_case(item)]
-    done: dict[Case, list[Replay]] = {}
-
-    def get(case: Case) -> list[Replay]:
-        if case not in done:
-            size = case.layout.world_size
-            group = [c for c in chosen if c.layout.world_size == size]
-            ranks = run_on_ranks(
-                replay_all, size, group, recording_of(case).batch, models, preload=PRELOAD, timeout=600
-            )
-            done.update(zip(group, map(list, zip(*ranks, strict=True)), strict=True))
-        return done[case]
-
-    return get
-
-
-def _is_case(item: pytest.Item) -> bool:
-    return getattr(item, "originalname", "") == test_layout.__name__ and item.path == Path(__file__)
+    return launch_by_size(
+        request, replay, lambda case: (case, recording_of(case).batch, models[case.model]), preload=PRELOAD
+    )
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.helpers.grouped import in_turn
 from tests.helpers.recording import BETAS, EPS, KNOBS, LEARNING_RATES, RecordedBatch, RecordedStep, record
 from tests.helpers.spawn import run_on_ranks
 from tests.helpers.tiny_model import make_tiny_model
@@ -113,12 +114,7 @@ def replay(
                 rows.setdefault(name, []).append(values[mask])
         capo.step()
         seen.append({name: torch.cat(values).numpy() for name, values in rows.items()})
-    mpu.destroy_model_parallel()
     return seen
-
-
-def replay_all(cases: list[tuple], *args: Any) -> list[list[dict[str, np.ndarray]]]:
-    return [replay(*case, *args) for case in cases]
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +137,8 @@ def test_packed_fields_and_filter_equal_the_oracle(all_sizes, recording):
     cases = [(sizes, *form) for sizes in all_sizes for form in FORMATS]
     assert recording.margin > 1e-3
     world = int(np.prod(all_sizes[0]))
-    ranks = run_on_ranks(replay_all, world, cases, recording.batch, recording.steps, preload=PRELOAD)
+    calls = [(*case, recording.batch, recording.steps) for case in cases]
+    ranks = run_on_ranks(in_turn, world, replay, calls, preload=PRELOAD)
     for at, (sizes, *form) in enumerate(cases):
         for number, step in enumerate(recording.steps):
             index = {np.float32(advantage): i for i, advantage in enumerate(step.advantages)}

@@ -12,6 +12,7 @@ would not touch them. ``capo_verl.plugin`` switches it on when ``VERL_PLATFORM=c
 ``rng.py``             Megatron-Core's random states, kept in the CPU generator
 ``bridge.py``          mbridge's architectures, built from Megatron-Core's own (non-TE) layers
 ``grad_clip.py``       Megatron-Core's gradient clipping, without its test for CUDA tensors
+``distributed_optimizer.py`` Megatron-Core's distributed optimizer, without CUDA type names
 ``engine.py``          verl's Megatron engine, made of the pieces above
 ``fsdp_engine.py``     verl's FSDP engine
 ``ulysses.py``         its sequence parallelism, without flash attention

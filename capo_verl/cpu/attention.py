@@ -46,10 +46,7 @@ def _zigzag_positions(length: int, ranks: int) -> torch.Tensor:
 
 
 class CausalSdpaAttention(torch.nn.Module):
-    """Core attention of a decoder layer, with the constructor and the call of Megatron-Core's ``DotProductAttention``.
-
-    Context parallelism is supported for packed batches: keys and values are gathered, queries stay where they are.
-    """
+    """Core attention of a decoder layer, with the constructor and the call of Megatron-Core's ``DotProductAttention``."""
 
     def __init__(
         self,
@@ -94,39 +91,31 @@ class CausalSdpaAttention(torch.nn.Module):
         """
         if attention_bias is not None:
             raise ValueError("attention_bias is not supported on the CPU")
+        ranks = 1 if self.cp_group is None else self.cp_group.size()
+        bounds = [0, len(query) * ranks]  # rows padded to the same length are as one sequence
         if packed_seq_params is not None:
-            return self._packed(query, key, value, packed_seq_params.cu_seqlens_q_padded.tolist())
-        if self.cp_group is not None:
-            raise ValueError("context parallelism on the CPU needs actor_rollout_ref.model.use_remove_padding=True")
-        q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # [b, n, s, d]
-        out = self._attend(q, k, v)
-        return out.permute(2, 0, 1, 3).flatten(2)
+            bounds = packed_seq_params.cu_seqlens_q_padded.tolist()
+        attend = self._attend if self.cp_group is None else self._attend_across_ranks
+        outs = []
+        for start, stop in pairwise(bounds):
+            q, k, v = (x[start // ranks : stop // ranks] for x in (query, key, value))
+            outs.append(attend(q, k, v))
+        return torch.cat(outs).flatten(-2)
 
     def _attend(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """``[..., n, s, d]``; causal unless a mask (True: may attend) says more."""
-        return scaled_dot_product_attention(
+        """``[s, ..., n, d]``; causal unless a mask (True: may attend) says more."""
+        q, k, v = (x.movedim(0, -2) for x in (q, k, v))
+        out = scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.softmax_scale, enable_gqa=True
         )
+        return out.movedim(-2, 0)
 
-    def _packed(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bounds: list[int]) -> torch.Tensor:
-        if self.cp_group is None:
-            outs = [
-                self._attend(*(x[start:stop].transpose(0, 1) for x in (query, key, value))).transpose(0, 1)
-                for start, stop in pairwise(bounds)
-            ]
-            return torch.cat(outs).flatten(1)
-
+    def _attend_across_ranks(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """The same for a context-parallel rank's part of a sequence: keys and values are gathered, queries stay."""
         ranks, rank = self.cp_group.size(), self.cp_group.rank()
-        keys, values = (_GatherRows.apply(key, self.cp_group), _GatherRows.apply(value, self.cp_group))
-        outs = []
-        for start, stop in pairwise(bounds):
-            mine = slice(start // ranks, stop // ranks)
-            positions = _zigzag_positions(stop - start, ranks)
-            order = positions.flatten().argsort()
-            q = query[mine].transpose(0, 1)
-            k, v = (x[:, mine].flatten(0, 1)[order].transpose(0, 1) for x in (keys, values))
-            may_attend = positions[rank][:, None] >= torch.arange(stop - start)
-            outs.append(self._attend(q, k, v, may_attend).transpose(0, 1))
-        return torch.cat(outs).flatten(1)
+        positions = _zigzag_positions(len(q) * ranks, ranks)
+        order = positions.flatten().argsort()
+        k, v = (_GatherRows.apply(x, self.cp_group).flatten(0, 1)[order] for x in (k, v))
+        return self._attend(q, k, v, positions[rank][:, None] >= torch.arange(len(k)))

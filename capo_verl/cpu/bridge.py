@@ -69,12 +69,16 @@ def make_cpu_bridge(bridge_cls: type) -> type:
     """The CPU version of one of mbridge's bridge classes of a dense decoder."""
 
     class CpuBridge(bridge_cls):
-        _DIRECT_MAPPING = dict(bridge_cls._DIRECT_MAPPING)  # mbridge writes into the class for tied embeddings
         _MLP_MAPPING = {
             **bridge_cls._MLP_MAPPING,
             "pre_mlp_layernorm.weight": ["model.layers.{layer_number}.post_attention_layernorm.weight"],
         }
         _OTHER_MAPPING = {"input_layernorm.weight": ["model.layers.{layer_number}.input_layernorm.weight"]}
+
+        def _adjust_mapping_for_shared_weights(self) -> None:
+            # mbridge writes into the class for tied embeddings, and the next untied model would look for no weights.
+            self._DIRECT_MAPPING = dict(self._DIRECT_MAPPING)
+            super()._adjust_mapping_for_shared_weights()
 
         def _get_gptmodel_args(self) -> dict:
             compat.shim_rope_theta(self.hf_config)

@@ -3,7 +3,7 @@
 
 Tensor (with or without sequence), pipeline, data and context parallelism over gloo, in float32. A command line written
 for GPUs keeps its meaning: what only a GPU can do is switched off where nothing is lost by it (fusions inside
-Megatron-Core, bfloat16, the distributed optimizer, offloading), and refused by name where it would change the method.
+Megatron-Core, bfloat16, offloading), and refused by name where it would change the method.
 """
 
 from __future__ import annotations
@@ -18,19 +18,18 @@ from verl.workers.engine.base import EngineRegistry
 from verl.workers.engine.megatron import transformer_impl
 
 from capo_verl import compat
+from capo_verl.cpu import distributed_optimizer
 from capo_verl.cpu.bridge import ARCHITECTURES, TRANSFORMER_CONFIG, install_cpu_bridges
 from capo_verl.cpu.grad_clip import install_grad_clip
 from capo_verl.cpu.rng import seed_model_parallel
-from capo_verl.cpu.torch_view import redirect_cuda_to_cpu
+from capo_verl.cpu.torch_view import cuda_method_stays, redirect_cuda_to_cpu
 from capo_verl.megatron.engine import CapoMegatronEngineWithLMHead
 
 logger = logging.getLogger(__name__)
 
 ENGINE_CONFIG: dict[str, Any] = {
     "vanilla_mbridge": True,  # Megatron-Bridge builds Transformer Engine layers
-    # Tests of tensor types tie both to CUDA (megatron/core/optimizer/optimizer.py:671, distrib_optimizer.py:420).
     "dtype": "float32",
-    "use_distributed_optimizer": False,
 }
 """``actor_rollout_ref.actor.megatron`` on a CPU, whatever a GPU launcher asks for."""
 
@@ -56,11 +55,6 @@ def check_cpu_settings(model_config: Any, engine_config: Any) -> None:
         (engine_config.use_fused_kernels, "actor_rollout_ref.model.use_fused_kernels=True", "set it to False"),
         (model_config.mtp.enable, "actor_rollout_ref.model.mtp.enable=True", "set it to False"),
         (model_config.get("lora", {}).get("rank", 0) > 0, "actor_rollout_ref.model.lora.rank > 0", "set it to 0"),
-        (
-            engine_config.context_parallel_size > 1 and not engine_config.use_remove_padding,
-            f"{megatron}.context_parallel_size > 1 with padded batches",
-            "set actor_rollout_ref.model.use_remove_padding=True",
-        ),
     ]
     for condition, what, instead in refused:
         if condition:
@@ -84,7 +78,7 @@ def cpu_engine_config(engine_config: Any) -> Any:
 
 
 def _stay(*args: Any, **kwargs: Any) -> None:
-    """Moving between host and device; verl's functions assume buffers that only the distributed optimizer has."""
+    """Moving between host and device: there is nothing to move."""
 
 
 def patch_verl() -> None:
@@ -116,6 +110,18 @@ class CpuMegatronMixin:
     def _init_device_mesh(self) -> None:
         super()._init_device_mesh()
         seed_model_parallel(self.engine_config.seed)
+
+    def _build_optimizer(self) -> Any:
+        with distributed_optimizer.cuda_type_names():
+            return super()._build_optimizer()
+
+    def forward_step(self, *args: Any, **kwargs: Any) -> Any:
+        with cuda_method_stays():
+            return super().forward_step(*args, **kwargs)
+
+    def load_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        with distributed_optimizer.loading(self.optimizer):
+            super().load_checkpoint(*args, **kwargs)
 
     def initialize(self) -> None:
         super().initialize()

@@ -111,7 +111,9 @@ def cuda_method_stays() -> Iterator[None]:
     """Within, ``tensor.cuda()`` and ``module.cuda()`` return what they were called on.
 
     Models are moved to CUDA while they are built: by mbridge (``mbridge/core/util.py:151``), and by Megatron-Core where
-    tied embeddings meet pipeline stages (``megatron/core/models/common/language_module/language_module.py:244``).
+    tied embeddings meet pipeline stages (``megatron/core/models/common/language_module/language_module.py:244``); indices
+    in the forward pass, where context parallelism cuts rotary embeddings of padded batches
+    (``megatron/core/models/common/embeddings/rope_utils.py:64``).
     """
     torch.Tensor.cuda = lambda tensor, *args, **kwargs: tensor
     try:

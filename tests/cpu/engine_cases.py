@@ -15,7 +15,7 @@ PROMPT = 4
 
 @dataclass(frozen=True)
 class Layout:
-    """Parallel sizes, sequence parallelism, and whether batches are packed (``use_remove_padding``)."""
+    """Parallel sizes, sequence parallelism, whether batches are packed (``use_remove_padding``), who holds Adam's state."""
 
     tp: int = 1
     pp: int = 1
@@ -23,14 +23,17 @@ class Layout:
     cp: int = 1
     sp: bool = False
     packed: bool = True
+    vpp: int = 1
+    distributed_optimizer: bool = False
 
     @property
     def world_size(self) -> int:
         return self.tp * self.pp * self.dp * self.cp
 
     def __str__(self) -> str:
-        sizes = "".join(f"{name}{getattr(self, name)}" for name in ("tp", "pp", "dp", "cp") if getattr(self, name) > 1)
-        return (sizes or "one") + ("+sp" if self.sp else "") + ("" if self.packed else "-padded")
+        sizes = [f"{name}{getattr(self, name)}" for name in ("tp", "pp", "vpp", "dp", "cp") if getattr(self, name) > 1]
+        options = ("+sp" if self.sp else "") + ("+dist-opt" if self.distributed_optimizer else "")
+        return ("".join(sizes) or "one") + options + ("" if self.packed else "-padded")
 
 
 def sequences() -> list[torch.Tensor]:
@@ -78,14 +81,22 @@ def nll(model_output: dict, data: Any, dp_group: Any = None) -> tuple[torch.Tens
     return -(log_probs * mask).sum() / data["batch_num_tokens"] * data["dp_size"], {}
 
 
-def make_engine(layout: Layout, model_path: str, optimizer: str = "sgd", lr: float = 0.5, **megatron: Any) -> Any:
+def make_engine(
+    layout: Layout,
+    model_path: str,
+    optimizer: str = "sgd",
+    lr: float = 0.5,
+    optimizer_overrides: dict[str, Any] | None = None,
+    lora: dict[str, Any] | None = None,
+    **megatron: Any,
+) -> Any:
     from verl.trainer.config import CheckpointConfig
     from verl.workers.config import HFModelConfig, McoreEngineConfig, McoreOptimizerConfig
     from verl.workers.engine import EngineRegistry
 
     import capo_verl.cpu.engine  # noqa: F401  registers
 
-    model_config = HFModelConfig(path=model_path, use_remove_padding=layout.packed)
+    model_config = HFModelConfig(path=model_path, use_remove_padding=layout.packed, **({"lora": lora} if lora else {}))
     model_config.model_type = "language_model"
     engine_config = McoreEngineConfig(
         tensor_model_parallel_size=layout.tp,
@@ -93,11 +104,14 @@ def make_engine(layout: Layout, model_path: str, optimizer: str = "sgd", lr: flo
         context_parallel_size=layout.cp,
         sequence_parallel=layout.sp,
         use_remove_padding=layout.packed,
+        use_distributed_optimizer=layout.distributed_optimizer,
+        virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
         **megatron,
     )
     optimizer_config = McoreOptimizerConfig(
-        optimizer=optimizer, lr=lr, lr_decay_steps=100, lr_decay_style="constant", weight_decay=0.0, clip_grad=1.0
-    )
+        optimizer=optimizer, lr=lr, lr_decay_steps=100, lr_decay_style="constant", weight_decay=0.0, clip_grad=1.0,
+        override_optimizer_config=optimizer_overrides or {},
+    )  # fmt: skip
     engine = EngineRegistry.new(
         model_type="language_model",
         backend="megatron",
@@ -148,8 +162,8 @@ def measure_engine(engine: Any, micro_batch_size: int = 1) -> Measured:
     return Measured(exported, export(engine), grad_norm, **outputs)
 
 
-def measure(layout: Layout, model_path: str, **megatron: Any) -> Measured:
-    return measure_engine(make_engine(layout, model_path, **megatron))
+def measure(layout: Layout, model_path: str, transformer_config: dict[str, Any]) -> Measured:
+    return measure_engine(make_engine(layout, model_path, override_transformer_config=transformer_config))
 
 
 def save_and_resume_engine(engine: Any, directory: str) -> list[dict[str, torch.Tensor]]:

@@ -4,64 +4,90 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from tests.cpu.engine_cases import Layout, make_engine, measure, save_and_resume
-from tests.cpu.hugging_face import Reference, check, largest_difference, make_reference
+from tests.cpu.hugging_face import check, largest_difference, make_reference
+from tests.helpers.grouped import launch_by_size
 from tests.helpers.spawn import RankError, run_on_ranks
+from tests.helpers.tiny_model import make_tiny_model, make_tiny_qwen2
 
 PRELOAD = ("torch", "verl.workers.engine.megatron.transformer_impl", "capo_verl.cpu.bridge")
-LAYOUTS = [
-    Layout(),
-    Layout(packed=False),
-    Layout(tp=2),
-    Layout(tp=2, sp=True),
-    Layout(pp=2),
-    Layout(dp=2),
-    Layout(cp=2),
-    Layout(tp=2, packed=False),
-    Layout(pp=2, packed=False),
+
+
+@dataclass(frozen=True)
+class Case:
+    """A layout, the model in it, and whether activations are recomputed."""
+
+    layout: Layout
+    model: str = "qwen2"
+    recompute: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.layout}-{self.model}" + ("-recompute" if self.recompute else "")
+
+
+CASES = [
+    Case(Layout()),
+    Case(Layout(packed=False)),
+    Case(Layout(tp=2)),
+    Case(Layout(tp=2, sp=True)),
+    Case(Layout(pp=2)),
+    Case(Layout(dp=2)),
+    Case(Layout(cp=2)),
+    Case(Layout(cp=2, packed=False)),
+    Case(Layout(tp=2, packed=False)),
+    Case(Layout(pp=2, packed=False)),
+    Case(Layout(pp=2, vpp=2), model="qwen2-deep"),
+    Case(Layout(pp=2), model="qwen2-tied"),
+    Case(Layout(tp=2), model="llama"),
+    Case(Layout(tp=2), model="qwen3"),
+    Case(Layout(tp=2), recompute=True),
 ]
 
 
 @pytest.fixture(scope="module")
-def reference(tiny_qwen2: str) -> Reference:
-    return make_reference(tiny_qwen2)
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    made = {
+        "qwen2": {},
+        "qwen2-deep": {"layers": 4},
+        "qwen2-tied": {"tie_word_embeddings": True},
+        "llama": {"model_type": "llama"},
+        "qwen3": {"model_type": "qwen3"},
+    }
+    return {name: make_tiny_model(tmp_path_factory.mktemp(name), **options) for name, options in made.items()}
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_matches_hugging_face(layout: Layout, tiny_qwen2: str, reference: Reference) -> None:
-    check(run_on_ranks(measure, layout.world_size, layout, tiny_qwen2, preload=PRELOAD), layout.dp, reference)
+@pytest.fixture(scope="module")
+def measured(request, models):
+    recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+
+    def call_of(case: Case) -> tuple:
+        return case.layout, models[case.model], recompute if case.recompute else {}
+
+    return launch_by_size(request, measure, call_of, preload=PRELOAD)
 
 
-def test_recomputation_changes_nothing(tiny_qwen2: str, reference: Reference) -> None:
-    override = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
-    layout = Layout(tp=2)
-    ranks = run_on_ranks(measure, 2, layout, tiny_qwen2, override_transformer_config=override, preload=PRELOAD)
-    check(ranks, layout.dp, reference)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_matches_hugging_face(case: Case, models, measured) -> None:
+    check(measured(case), case.layout.dp, make_reference(models[case.model]))
 
 
-def test_interleaved_pipeline(tmp_path) -> None:
-    from tests.helpers.tiny_model import make_tiny_qwen2
-
-    path, layout = make_tiny_qwen2(tmp_path, layers=4), Layout(pp=2)
-    ranks = run_on_ranks(measure, 2, layout, path, virtual_pipeline_model_parallel_size=2, preload=PRELOAD)
-    check(ranks, layout.dp, make_reference(path))
-
-
-@pytest.mark.parametrize("model_type", ["llama", "qwen3", "qwen2-tied"])
-def test_other_architectures(model_type: str, tmp_path) -> None:
-    from tests.helpers.tiny_model import make_tiny_model
-
-    name, _, tied = model_type.partition("-")
-    path = make_tiny_model(tmp_path, name, tie_word_embeddings=bool(tied))
-    layout = Layout(pp=2) if tied else Layout(tp=2)
-    check(run_on_ranks(measure, layout.world_size, layout, path, preload=PRELOAD), layout.dp, make_reference(path))
-
-
-@pytest.mark.parametrize("layout", [Layout(), Layout(tp=2), Layout(pp=2), Layout(dp=2)], ids=str)
+@pytest.mark.parametrize(
+    "layout",
+    [
+        Layout(),
+        Layout(tp=2),
+        Layout(pp=2),
+        Layout(dp=2),
+        Layout(dp=2, distributed_optimizer=True),
+        Layout(tp=2, distributed_optimizer=True),
+    ],
+    ids=str,
+)
 def test_checkpoint(layout: Layout, tiny_qwen2: str, tmp_path) -> None:
     """Loading restores the weights and the optimizer: the step after it repeats the step after saving."""
     ranks = run_on_ranks(save_and_resume, layout.world_size, layout, tiny_qwen2, str(tmp_path), preload=PRELOAD)
@@ -74,11 +100,15 @@ def test_checkpoint(layout: Layout, tiny_qwen2: str, tmp_path) -> None:
 @pytest.mark.parametrize(
     ("layout", "megatron", "named"),
     [
-        (Layout(cp=2, packed=False), {}, "use_remove_padding=True"),
+        (
+            Layout(),
+            {"lora": {"rank": 8}},
+            "actor_rollout_ref.model.lora.rank > 0 is not supported on the CPU: set it to 0",
+        ),
         (Layout(), {"use_fused_kernels": True}, "actor_rollout_ref.model.use_fused_kernels"),
         (Layout(), {"use_megatron_fsdp": True}, "actor_rollout_ref.actor.megatron.use_megatron_fsdp"),
     ],
-    ids=["padded-cp", "fused-kernels", "fsdp"],
+    ids=["lora", "fused-kernels", "fsdp"],
 )
 def test_what_a_cpu_cannot_do_is_named(layout: Layout, megatron: dict, named: str, tiny_qwen2: str) -> None:
     with pytest.raises(RankError, match="ValueError") as error:
@@ -87,8 +117,6 @@ def test_what_a_cpu_cannot_do_is_named(layout: Layout, megatron: dict, named: st
 
 
 def test_rope_scaling_is_refused(tmp_path) -> None:
-    from tests.helpers.tiny_model import make_tiny_qwen2
-
     path = Path(make_tiny_qwen2(tmp_path)) / "config.json"
     config = json.loads(path.read_text())
     config["rope_parameters"] = {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}

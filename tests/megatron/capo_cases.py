@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import torch
 
 from tests.cpu.engine_cases import Layout, export, make_engine
+from tests.helpers.recording import RecordedBatch
 
 PROMPTS, RESPONSES = (4, 3, 5, 4), (9, 7, 11, 3)
 ADVANTAGES = (1.2, -0.7, 0.4, -1.1)
@@ -16,47 +18,53 @@ LR, CLIP, STEPS = 1e-2, 1.0, 3
 KNOBS: dict[str, Any] = {"top_k": 20, "policy_shift_max": 0.0915, "objective_shift_max": None}
 
 
-def rollout() -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Token ids of four sequences and the (stale) log-probs of their responses."""
+def recorded() -> RecordedBatch:
+    """Four sequences and the (stale) log-probs of their responses."""
     generator = torch.Generator().manual_seed(3)
     ids = [torch.randint(4, 100, (p + r,), generator=generator) for p, r in zip(PROMPTS, RESPONSES, strict=True)]
-    return ids, [-4.6 + 0.1 * torch.randn(r, generator=generator) for r in RESPONSES]
+    return RecordedBatch(
+        ids,
+        PROMPTS,
+        [torch.full((r,), advantage) for r, advantage in zip(RESPONSES, ADVANTAGES, strict=True)],
+        [torch.ones(r, dtype=torch.int64) for r in RESPONSES],
+        [-4.6 + 0.1 * torch.randn(r, generator=generator) for r in RESPONSES],
+    )
 
 
 def make_batch(engine: Any, temperature: float, micro_batch_size: int = 1) -> Any:
     """This data-parallel rank's share, as verl's V1 trainer and worker hand it to the engine."""
-    from verl.utils import tensordict_utils as tu
-    from verl.utils.dataset.dataset_utils import DatasetPadMode
-
-    ids, old_log_probs = rollout()
     rank, dp = engine.get_data_parallel_rank(), engine.get_data_parallel_size()
     mine = range(rank * 4 // dp, (rank + 1) * 4 // dp)
-
-    def nested(rows: list[torch.Tensor]) -> torch.Tensor:
-        return torch.nested.as_nested_tensor(rows, layout=torch.jagged)
-
-    fields = {
-        "input_ids": nested([ids[i] for i in mine]),
-        "prompts": nested([ids[i][: PROMPTS[i]] for i in mine]),
-        "responses": nested([ids[i][PROMPTS[i] :] for i in mine]),
-        "position_ids": nested([torch.arange(len(ids[i])) for i in mine]),
-        "response_mask": nested([torch.ones(RESPONSES[i], dtype=torch.int64) for i in mine]),
-        "loss_mask": nested([torch.ones(RESPONSES[i], dtype=torch.int64) for i in mine]),
-        "old_log_probs": nested([old_log_probs[i] for i in mine]),
-        "advantages": nested([torch.full((RESPONSES[i],), ADVANTAGES[i]) for i in mine]),
-        "temperature": torch.full((len(mine),), temperature),
-    }
     settings = {
         "use_dynamic_bsz": False,
         "micro_batch_size_per_gpu": micro_batch_size,
-        "calculate_entropy": True,
-        "global_batch_size": 4,
+        "use_remove_padding": engine.model_config.use_remove_padding,
     }
-    batch = tu.get_tensordict(fields, settings)
-    tu.assign_non_tensor(
-        batch, pad_mode=DatasetPadMode.NO_PADDING, use_remove_padding=engine.model_config.use_remove_padding
-    )
-    return batch
+    return to_verl(recorded(), mine, temperature, settings)
+
+
+def to_verl(batch: RecordedBatch, mine: Sequence[int], temperature: float, settings: dict[str, Any]) -> Any:
+    """verl's fields of the sequences ``mine`` of a batch, without padding."""
+    from verl.utils import tensordict_utils as tu
+    from verl.utils.dataset.dataset_utils import DatasetPadMode
+
+    def nested(rows: Sequence[torch.Tensor]) -> torch.Tensor:
+        return torch.nested.as_nested_tensor([rows[i] for i in mine], layout=torch.jagged)
+
+    fields = {
+        "input_ids": nested(batch.ids),
+        "prompts": nested([ids[:prompt] for ids, prompt in zip(batch.ids, batch.prompts, strict=True)]),
+        "responses": nested([ids[prompt:] for ids, prompt in zip(batch.ids, batch.prompts, strict=True)]),
+        "position_ids": nested([torch.arange(len(ids)) for ids in batch.ids]),
+        "response_mask": nested(batch.response_mask),
+        "loss_mask": nested(batch.response_mask),
+        "old_log_probs": nested(batch.old_log_probs),
+        "advantages": nested(batch.advantages),
+        "temperature": torch.full((len(mine),), temperature),
+    }
+    data = tu.get_tensordict(fields, {"calculate_entropy": True, "global_batch_size": len(batch.ids), **settings})
+    tu.assign_non_tensor(data, pad_mode=DatasetPadMode.NO_PADDING)
+    return data
 
 
 def make_loss(loss_mode: str, knobs: dict[str, Any] | None, loss_agg_mode: str = "seq-mean-token-mean") -> Any:

@@ -11,7 +11,7 @@ import torch
 
 from capo_verl import CapoConfig, CapoFilter
 from tests.cpu.hugging_face import load_model, merged_weights
-from tests.megatron.capo_cases import ADVANTAGES, CLIP, KNOBS, LR, PROMPTS, STEPS, rollout
+from tests.megatron.capo_cases import ADVANTAGES, CLIP, KNOBS, LR, PROMPTS, STEPS, recorded
 
 
 @dataclass
@@ -41,7 +41,8 @@ def make_reference(path: str, temperature: float, adapter: str | None = None) ->
     parameters = [p for p in trained.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=LR, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
     capo = CapoFilter(CapoConfig(**KNOBS), model.config.vocab_size, model.config.hidden_size)
-    ids, old_log_probs = rollout()
+    batch = recorded()
+    ids, old_log_probs = batch.ids, batch.old_log_probs
     steps = []
     for _ in range(STEPS):
         optimizer.zero_grad()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""CAPO inside verl's Megatron engine on gloo ranks, against Hugging Face + the filter in float64 + torch's AdamW."""
+"""CAPO inside verl's Megatron engine on gloo ranks: switch, tracking, losses, padding of the vocabulary."""
 
 from __future__ import annotations
 
@@ -9,39 +9,18 @@ import torch
 from tests.cpu.engine_cases import Layout
 from tests.helpers.spawn import run_on_ranks
 from tests.megatron.capo_cases import KNOBS, train
-from tests.megatron.capo_reference import Reference, check_meaningful, check_training, make_reference
+from tests.megatron.capo_reference import check_meaningful, check_training, make_reference
 
 PRELOAD = ("torch", "verl.workers.engine.megatron.transformer_impl", "capo_verl.cpu.bridge")
-LAYOUTS = [
-    Layout(),
-    Layout(packed=False),
-    Layout(tp=2),
-    Layout(tp=2, packed=False),
-    Layout(tp=2, sp=True),
-    Layout(pp=2, packed=False),
-    Layout(dp=2),
-    Layout(cp=2),
-]
 
 
-@pytest.fixture(scope="module")
-def references(tiny_qwen2) -> dict[float, Reference]:
-    results = {temperature: make_reference(tiny_qwen2, temperature) for temperature in (1.0, 0.7)}
-    for result in results.values():
-        check_meaningful(result)
-    return results
-
-
-@pytest.mark.parametrize(
-    ("layout", "temperature"),
-    [*((layout, 1.0) for layout in LAYOUTS), (Layout(), 0.7), (Layout(tp=2, packed=False), 0.7)],
-    ids=str,
-)
-def test_training_equals_hugging_face_with_the_float64_filter(layout, temperature, references, tiny_qwen2):
-    ranks = run_on_ranks(
-        train, layout.world_size, layout, tiny_qwen2, "capo", KNOBS, temperature, preload=PRELOAD, timeout=300
+@pytest.mark.parametrize("layout", [Layout(), Layout(tp=2)], ids=str)
+def test_training_equals_the_reference_that_fsdp_is_held_to(layout, tiny_qwen2):
+    reference = make_reference(tiny_qwen2, temperature=1.0)
+    check_meaningful(reference)
+    check_training(
+        run_on_ranks(train, layout.world_size, layout, tiny_qwen2, "capo", KNOBS, preload=PRELOAD), layout.dp, reference
     )
-    check_training(ranks, layout.dp, references[temperature])
 
 
 def test_padding_of_the_vocabulary_is_never_in_the_support(odd_vocabulary):
@@ -57,16 +36,6 @@ def test_padding_of_the_vocabulary_is_never_in_the_support(odd_vocabulary):
         assert a[f"capo/{name}"][0] == pytest.approx(b[f"capo/{name}"][0], rel=1e-4)
     assert two[1]["state"]["exp_avg"].shape[0] == 63 and not two[1]["state"]["exp_avg"][-1].any()
     assert two[1]["state"]["exp_avg"][-2].any()
-
-
-def test_micro_batches_change_nothing(tiny_qwen2):
-    one, four = (
-        run_on_ranks(train, 1, Layout(), tiny_qwen2, "capo", KNOBS, 1.0, size, preload=PRELOAD)[0] for size in (1, 4)
-    )
-    for a, b in zip(one["reports"], four["reports"], strict=True):
-        assert a["capo/accepted_tokens"] == b["capo/accepted_tokens"]
-        assert a["capo/policy_shift_p90"] == pytest.approx(b["capo/policy_shift_p90"], rel=1e-4)
-    torch.testing.assert_close(one["state"]["exp_avg"], four["state"]["exp_avg"], rtol=1e-3, atol=1e-7)
 
 
 @pytest.mark.parametrize("layout", [Layout(tp=2, packed=False)], ids=str)

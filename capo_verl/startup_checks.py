@@ -17,6 +17,12 @@ logger = logging.getLogger(__name__)
 POLICY_LOSS = "actor_rollout_ref.actor.policy_loss"
 ENGINES = ("megatron", "fsdp", "fsdp2")
 """Values of ``actor.strategy`` whose engines have the filter."""
+SEQUENCE_SPLITTERS = (
+    "megatron.context_parallel_size",
+    "fsdp_config.ulysses_sequence_parallel_size",
+    "ulysses_sequence_parallel_size",
+)
+"""Keys of the actor that spread a sequence over ranks."""
 
 
 def check_run(config: DictConfig) -> None:
@@ -45,6 +51,11 @@ def check_run(config: DictConfig) -> None:
         (f"{actor}.megatron.dynamic_context_parallel", bool, "set it to False"),
         (f"{actor}.megatron.use_megatron_fsdp", bool, "set it to False"),
         (f"{model}.mtp.enable_train", bool, "its extra heads share the output layer; set it to False"),
+        (
+            f"{actor}.fsdp_config.mixed_precision.param_dtype",
+            lambda x: x in ("fp16", "float16"),
+            "its loss scaler skips optimizer steps that CAPO would count; set it to bf16",
+        ),
         ("distillation.enabled", bool, "distillation replaces the policy loss; set it to False"),
         ("trainer.use_v1", lambda x: x is False, "set it to True"),
         ("trainer.v1.trainer_mode", lambda x: x not in (None, "sync"), "set it to sync"),
@@ -65,11 +76,12 @@ def check_run(config: DictConfig) -> None:
             f"{POLICY_LOSS}.capo.optimizer_model=adam models Adam, but {actor}.optim.optimizer={optimizer}; "
             f"set capo.optimizer_model=sgd or use Adam"
         )
-    if (value(f"{actor}.megatron.context_parallel_size") or 1) > 1 and capo.stages != ("token",):
-        raise ValueError(
-            f"{POLICY_LOSS}.capo.granularity={capo.granularity} needs whole sequences on a rank; with "
-            f"{actor}.megatron.context_parallel_size > 1 set it to token"
-        )
+    for path in SEQUENCE_SPLITTERS:
+        if (value(f"{actor}.{path}") or 1) > 1 and capo.stages != ("token",):
+            raise ValueError(
+                f"{POLICY_LOSS}.capo.granularity={capo.granularity} needs whole sequences on a rank; with "
+                f"{actor}.{path} > 1 set it to token"
+            )
     preset = knobs.get("preset")
     if preset:
         resolved = OmegaConf.create({"expected": PRESETS[preset].verl, "data": value("data")})

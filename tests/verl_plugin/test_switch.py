@@ -100,6 +100,15 @@ def test_every_knob_can_be_overridden(command_line):
             "granularity=sequence needs whole sequences on a rank",
         ),
         (
+            ["model_engine=dp", "actor_rollout_ref.actor.fsdp_config.ulysses_sequence_parallel_size=2", f"{CAPO}.granularity=batch"],
+            "granularity=batch needs whole sequences on a rank; with "
+            "actor_rollout_ref.actor.fsdp_config.ulysses_sequence_parallel_size > 1 set it to token",
+        ),
+        (
+            ["model_engine=dp", "+actor_rollout_ref.actor.fsdp_config.mixed_precision={param_dtype: fp16}"],
+            "mixed_precision.param_dtype=fp16: its loss scaler .* set it to bf16",
+        ),
+        (
             ["trainer.total_training_steps=4", "actor_rollout_ref.actor.optim.lr_warmup_steps=5"],
             "lr_warmup_steps=5 must be less than trainer.total_training_steps=4",
         ),

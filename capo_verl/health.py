@@ -34,13 +34,14 @@ class Finding(NamedTuple):
     rank: int
     what: str
     count: int
-    """Tokens, or 1."""
+    """Tokens; of the loss, micro-batches."""
     sample: int | None
     """Index of the first sample concerned in that rank's share of the mini-batch."""
 
     def __str__(self) -> str:
+        places = f" in {self.count} places" if self.count > 1 else ""
         where = "" if self.sample is None else f", first in sample {self.sample} of its mini-batch"
-        return f"rank {self.rank}: {self.what} (count {self.count}{where})"
+        return f"rank {self.rank}: {self.what}{places}{where}"
 
 
 class Health:
@@ -72,7 +73,7 @@ class Health:
             if data.get(name, None) is not None:
                 values, of = masked_values(data, name)
                 self.note(f"{name} are not finite", ~values.isfinite(), samples[of])
-        self.note(LOSS, ~loss.detach().isfinite().expand(len(samples)), samples)
+        self.note(LOSS, ~loss.detach().isfinite().reshape(1), samples.min().reshape(1))
 
     def note_gradients(self, gradients: Iterable[Tensor]) -> None:
         """The gradients of this rank; a norm that overflows counts, because it could not be clipped."""

@@ -111,8 +111,8 @@ def test_the_filter_does_not_run_under_autocast(tiny_qwen2):
 @pytest.mark.parametrize("where", ["advantages", "gradient", "weight"])
 def test_all_ranks_stop_when_one_meets_nan(where, layout, tiny_qwen2):
     place = {
-        "advantages": "rank 1: advantages are not finite (count 1, first in sample",
-        "gradient": "rank 0: gradients are not finite (count 1)",
+        "advantages": "rank 1: advantages are not finite, first in sample",
+        "gradient": "rank 0: gradients are not finite",
         "weight": "rank 1: hidden_states are not finite",
     }[where]
     first, second = run_on_ranks(stops, 2, layout, tiny_qwen2, [where], preload=PRELOAD)

@@ -71,11 +71,11 @@ def stops(layout: Layout, model: str, places: list[str]) -> list[str]:
         (
             Layout(dp=2),
             {
-                "advantages": "rank 1: advantages are not finite (count 1, first in sample 1 of its mini-batch)",
-                "old_log_probs": "rank 1: old_log_probs are not finite (count 1, first in sample 1 of its mini-batch)",
+                "advantages": "rank 1: advantages are not finite, first in sample 1 of its mini-batch",
+                "old_log_probs": "rank 1: old_log_probs are not finite, first in sample 1 of its mini-batch",
             },
         ),
-        (Layout(pp=2), {"gradient": "rank 0: gradients are not finite (count 1)"}),
+        (Layout(pp=2), {"gradient": "rank 0: gradients are not finite"}),
         (Layout(tp=2), {"weight": "hidden_states are not finite"}),
     ],
     ids=str,

@@ -14,6 +14,7 @@ from capo_verl.config import PRESETS, CapoConfig
 from capo_verl.startup_checks import check_run
 
 CAPO = "actor_rollout_ref.actor.policy_loss.capo"
+FSDP = "actor_rollout_ref.actor.fsdp_config"
 BASE = (
     "model_engine=megatron",
     "algorithm.adv_estimator=grpo",
@@ -100,12 +101,12 @@ def test_every_knob_can_be_overridden(command_line):
             "granularity=sequence needs whole sequences on a rank",
         ),
         (
-            ["model_engine=dp", "actor_rollout_ref.actor.fsdp_config.ulysses_sequence_parallel_size=2", f"{CAPO}.granularity=batch"],
+            ["model_engine=dp", f"{FSDP}.ulysses_sequence_parallel_size=2", f"{CAPO}.granularity=batch"],
             "granularity=batch needs whole sequences on a rank; with "
             "actor_rollout_ref.actor.fsdp_config.ulysses_sequence_parallel_size > 1 set it to token",
         ),
         (
-            ["model_engine=dp", "+actor_rollout_ref.actor.fsdp_config.mixed_precision={param_dtype: fp16}"],
+            ["model_engine=dp", f"+{FSDP}.mixed_precision={{param_dtype: fp16}}"],
             "mixed_precision.param_dtype=fp16: its loss scaler .* set it to bf16",
         ),
         (

@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Megatron-Core's distributed optimizer on a CPU: parameters sorted by CUDA type names, and torch's AdamW inside.
 
-Its arithmetic runs on any device. Three things do not: parameters are sorted by the string ``'torch.cuda.FloatTensor'``;
-float32 shards are views of the parameters, which a checkpoint is read into without ``no_grad``; and without Transformer
-Engine or Apex all parameters get one and the same tensor ``step``, which then counts every parameter, and keeps its value
-from before the loading (``distrib_optimizer.py:820`` and ``:940``). What the checkpoint holds is in the parameter group.
+Its arithmetic runs on any device. What does not (line numbers of ``megatron/core/optimizer/distrib_optimizer.py``):
+
+* Parameters are sorted by the string ``'torch.cuda.FloatTensor'`` (420).
+* Without Transformer Engine and Apex, saving and loading before the first step find no count of steps (641).
+* Float32 shards are views of the parameters, and a checkpoint is read into them without ``no_grad`` (940).
+* Loading gives all parameters one and the same tensor ``step`` (825), which then counts every parameter, and keeps its value
+  from before the loading (940). What the checkpoint holds is in the parameter group.
 """
 
 from __future__ import annotations
@@ -14,11 +17,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 
 @contextmanager
 def cuda_type_names() -> Iterator[None]:
-    """Within, ``tensor.type()`` names the CUDA type (``megatron/core/optimizer/distrib_optimizer.py:420``)."""
+    """Within, ``tensor.type()`` names the CUDA type."""
 
     def type_of(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         name = super(torch.Tensor, tensor).type(*args, **kwargs)
@@ -31,12 +35,26 @@ def cuda_type_names() -> Iterator[None]:
         del torch.Tensor.type  # uncovers the method of the base class
 
 
+def start_adam(optimizer: Any) -> None:
+    """Give every shard the state that torch's AdamW would give it in its first step."""
+    for part in optimizer.chained_optimizers:
+        if not isinstance(part, DistributedOptimizer):
+            continue
+        for group in part.optimizer.param_groups:
+            for shard in group["params"]:
+                part.optimizer.state[shard].update(
+                    step=torch.tensor(0.0), exp_avg=torch.zeros_like(shard), exp_avg_sq=torch.zeros_like(shard)
+                )
+
+
 @contextmanager
 def loading(optimizer: Any) -> Iterator[None]:
-    """Around the loading of a checkpoint into Megatron-Core's ``optimizer``."""
-    with torch.no_grad():  # distrib_optimizer.py:940
+    """Around the loading of a checkpoint into Megatron-Core's ``optimizer``; None = the engine has none."""
+    with torch.no_grad():
         yield
-    for part in optimizer.chained_optimizers:
+    for part in optimizer.chained_optimizers if optimizer is not None else ():
+        if not isinstance(part, DistributedOptimizer):
+            continue
         for group in part.optimizer.param_groups:
-            for parameter in group["params"] if "step" in group else ():
-                part.optimizer.state[parameter]["step"] = torch.tensor(float(group["step"]))
+            for shard in group["params"]:
+                part.optimizer.state[shard]["step"] = torch.tensor(float(group["step"]))

@@ -113,7 +113,9 @@ class CpuMegatronMixin:
 
     def _build_optimizer(self) -> Any:
         with distributed_optimizer.cuda_type_names():
-            return super()._build_optimizer()
+            optimizer = super()._build_optimizer()
+        distributed_optimizer.start_adam(optimizer)
+        return optimizer
 
     def forward_step(self, *args: Any, **kwargs: Any) -> Any:
         with cuda_method_stays():

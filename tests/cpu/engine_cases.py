@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -166,19 +167,21 @@ def measure(layout: Layout, model_path: str, transformer_config: dict[str, Any] 
     return measure_engine(make_engine(layout, model_path, override_transformer_config=transformer_config or {}))
 
 
-def save_and_resume_engine(engine: Any, directory: str) -> list[dict[str, torch.Tensor]]:
-    """Weights when saved, one step later, after loading, and one step after loading."""
+def save_and_resume_engine(make: Callable[[], Any], directory: str) -> list[dict[str, torch.Tensor]]:
+    """Weights when saved, one step later, and twice after loading and one step later: into a new engine, into the same."""
+    engine = make()
     train_step(engine)
     weights = [export(engine)]
     engine.save_checkpoint(directory, global_step=1)
     train_step(engine)
     weights.append(export(engine))
-    engine.load_checkpoint(directory, del_local_after_load=False)
-    weights.append(export(engine))
-    train_step(engine)
-    weights.append(export(engine))
+    for resumed in (make(), engine):
+        resumed.load_checkpoint(directory, del_local_after_load=False)
+        weights.append(export(resumed))
+        train_step(resumed)
+        weights.append(export(resumed))
     return weights
 
 
 def save_and_resume(layout: Layout, model_path: str, directory: str) -> list[dict[str, torch.Tensor]]:
-    return save_and_resume_engine(make_engine(layout, model_path, optimizer="adam", lr=1e-2), directory)
+    return save_and_resume_engine(lambda: make_engine(layout, model_path, optimizer="adam", lr=1e-2), directory)

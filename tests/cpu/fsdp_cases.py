@@ -85,7 +85,7 @@ def forward_fsdp(layout: FsdpLayout, model_path: str, **settings: Any) -> dict[s
 
 def save_and_resume_fsdp(layout: FsdpLayout, model_path: str, directory: str, **settings: Any) -> list[dict]:
     return save_and_resume_engine(
-        make_fsdp_engine(layout, model_path, optimizer="AdamW", lr=1e-2, **settings), directory
+        lambda: make_fsdp_engine(layout, model_path, optimizer="AdamW", lr=1e-2, **settings), directory
     )
 
 

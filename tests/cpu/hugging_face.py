@@ -91,3 +91,12 @@ def check(ranks: list[Measured], dp: int, reference: Reference, exported: float 
         assert largest_difference(rank.exported, reference.weights) <= exported, "HF -> engine -> HF is not exact"
         assert rank.grad_norm == pytest.approx(reference.grad_norm, rel=1e-5)
         assert largest_difference(rank.stepped, reference.stepped) < 1e-5
+
+
+def check_resumed(ranks: list) -> None:
+    """Of ``save_and_resume_engine``: loading restores weights and optimizer, so the step after it is the one after saving."""
+    for saved, later, *resumed in ranks:
+        assert largest_difference(saved, later) > 1e-3
+        for loaded, again in (resumed[:2], resumed[2:]):
+            assert largest_difference(saved, loaded) == 0.0
+            assert largest_difference(later, again) == 0.0

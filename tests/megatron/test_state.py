@@ -69,6 +69,11 @@ def test_resuming_continues_bit_exactly_and_under_another_layout(layout, checkpo
     assert sizes in resumed[0]["said"]
 
 
+def test_resuming_with_the_distributed_optimizer_continues_bit_exactly(tiny_qwen2, tmp_path):
+    layout = Layout(dp=2, distributed_optimizer=True)
+    check_bit_exact(on_ranks(in_turn, layout, tiny_qwen2, str(tmp_path / "checkpoint"), None))
+
+
 @pytest.mark.parametrize("layout", [Layout(), Layout(tp=4)], ids=str)
 def test_padding_of_the_vocabulary_may_differ(layout, odd_vocabulary, tmp_path):
     """125 tokens are 126 rows on two ranks, 125 on one, 128 on four: each row arrives where it belongs."""

@@ -48,11 +48,14 @@ def server_name(replica_rank: int) -> str:
 
 
 def buckets(weights: Iterable[tuple[str, torch.Tensor]], limit_bytes: int) -> Iterator[dict[str, torch.Tensor]]:
-    """Group weights into dictionaries of about `limit_bytes`. Float32: a server on a CPU has no other type."""
+    """Group weights into dictionaries of about `limit_bytes`. Float32: a server on a CPU has no other type.
+
+    They are copies: a view of a buffer, as the distributed optimizer makes them, would be pickled with all of its buffer.
+    """
     bucket: dict[str, torch.Tensor] = {}
     size = 0
     for name, tensor in weights:
-        bucket[name] = tensor.detach().to("cpu", torch.float32)
+        bucket[name] = tensor.detach().to("cpu", torch.float32, copy=True)
         size += bucket[name].nbytes
         if size >= limit_bytes:
             yield bucket

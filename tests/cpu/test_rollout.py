@@ -226,6 +226,13 @@ def test_ranks_that_do_not_lead_drain_the_weights(tiny_qwen2: str, monkeypatch: 
     assert next(weights, None) is None
 
 
+def test_weights_travel_without_the_buffer_they_are_views_of() -> None:
+    buffer = torch.arange(1000.0)
+    (bucket,) = buckets(iter([("a", buffer[3:5]), ("b", buffer[10:16].view(2, 3))]), limit_bytes=1 << 20)
+    assert bucket["a"].tolist() == [3, 4] and bucket["b"].tolist() == [[10, 11, 12], [13, 14, 15]]
+    assert [x.untyped_storage().nbytes() for x in bucket.values()] == [8, 24]
+
+
 def test_buckets() -> None:
     weights = [(str(i), torch.full((4,), float(i), dtype=torch.bfloat16)) for i in range(5)]
     parts = list(buckets(iter(weights), limit_bytes=32))

@@ -119,7 +119,8 @@ def test_what_cannot_be_padded_is_named(tmp_path):
 def test_megatron_trains_the_padded_tied_model_as_hugging_face_does(tmp_path):
     """Log-probs, gradient norm and one clipped step at TP2, where three key-value heads could not be divided."""
     from tests.cpu.engine_cases import Layout, measure
-    from tests.cpu.test_megatron_cpu import PRELOAD, check, make_reference
+    from tests.cpu.hugging_face import check, make_reference
+    from tests.cpu.test_megatron_cpu import PRELOAD
     from tests.helpers.spawn import run_on_ranks
 
     model = tiny(tmp_path / "original", "llama", tie_word_embeddings=True)
@@ -130,4 +131,4 @@ def test_megatron_trains_the_padded_tied_model_as_hugging_face_does(tmp_path):
     assert original.grad_norm == pytest.approx(padded.grad_norm, rel=1e-6)
     layout = Layout(tp=2)
     ranks = run_on_ranks(measure, layout.world_size, layout, str(path), preload=PRELOAD)
-    check(ranks, layout, padded)
+    check(ranks, layout.dp, padded)

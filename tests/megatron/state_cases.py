@@ -53,9 +53,18 @@ def resume(
     return {"metrics": metrics, "moments": moments(engine), "weights": export(engine), "said": " ".join(said)}
 
 
-def in_turn(layout: Layout | FsdpLayout, model_path: str, own: str, other: str | None) -> dict[str, Any]:
+def in_turn(
+    layout: Layout | FsdpLayout,
+    model_path: str,
+    own: str,
+    other: str | None,
+    knobs: dict[str, Any] | None = KNOBS,
+) -> dict[str, Any]:
     """Saved and resumed under the same layout; then resumed from another layout's checkpoint, if there is one."""
-    result = {"uninterrupted": save_and_go_on(layout, model_path, own), "resumed": resume(layout, model_path, own)}
+    result = {
+        "uninterrupted": save_and_go_on(layout, model_path, own, knobs),
+        "resumed": resume(layout, model_path, own, knobs),
+    }
     if other is not None:
         result["other"] = resume(layout, model_path, other)
     return result

@@ -74,6 +74,13 @@ def test_resuming_with_the_distributed_optimizer_continues_bit_exactly(tiny_qwen
     check_bit_exact(on_ranks(in_turn, layout, tiny_qwen2, str(tmp_path / "checkpoint"), None))
 
 
+def test_bfloat16_moments_resume_bit_exactly(tiny_qwen2, tmp_path):
+    knobs = {**KNOBS, "moments_dtype": "bfloat16"}
+    ranks = on_ranks(in_turn, SAVED, tiny_qwen2, str(tmp_path / "checkpoint"), None, knobs)
+    check_bit_exact(ranks)
+    assert {rank["resumed"]["moments"]["exp_avg_sq"].dtype for rank in ranks} == {torch.bfloat16}
+
+
 @pytest.mark.parametrize("layout", [Layout(), Layout(tp=4)], ids=str)
 def test_padding_of_the_vocabulary_may_differ(layout, odd_vocabulary, tmp_path):
     """125 tokens are 126 rows on two ranks, 125 on one, 128 on four: each row arrives where it belongs."""

@@ -9,11 +9,11 @@
 # completions. The weights are those of the four-bit file, in float32; three dead query heads and one dead key-value head
 # are added to its nine and three, so that they divide by two (capo_verl/smollm2/heads.py).
 #
-# Measured with +capo=grpo on a machine with 2 cores and 24 GiB, which other jobs kept busy (load 10 to 100):
-#   start until the first step   115 s (about 80 s of CPU time), once before that: conversion 48 s
-#   a step                       79 to 113 s, 89 s of CPU time, of which CAPO's filter 0.3 to 0.5 s; two idle cores: not measured
-#   memory of all processes      10.8 GiB (sum of PSS, peak)
-#   rollout against Megatron     largest difference of a probability 1.6e-5
+# Measured with +capo=grpo on 2 cores (24 GiB, otherwise idle during the last two steps):
+#   everything, four steps       4.6 min; once before that: installing, and 48 s for fetching and converting the model
+#   a step                       41 s, of which the actor's update 24 s, in it CAPO's filter 0.17 s
+#   memory of all processes      9.1 GiB (sum of PSS, peak, above what ran before)
+#   rollout against Megatron     largest difference of a probability 2e-5
 #   share of answers right       0.375 0.406 0.875 0.156: other prompts at each step, no trend
 #   tokens rejected              8.4 % 0 0 0 with the paper's thresholds (1e-4, 1e-2) at its rate 3e-6;
 #                                12.6 % 3.1 % 8.4 % 1.3 % with ACTOR_LR=1e-5

@@ -7,7 +7,7 @@ Its arithmetic runs on any device. What does not (line numbers of ``megatron/cor
 * Without Transformer Engine and Apex, saving and loading before the first step find no count of steps (641).
 * Float32 shards are views of the parameters, and a checkpoint is read into them without ``no_grad`` (940).
 * Loading gives all parameters one and the same tensor ``step`` (825), which then counts every parameter, and keeps its value
-  from before the loading (940). What the checkpoint holds is in the parameter group.
+  from before the loading or finds none to take (940). What the checkpoint holds is in the parameter group.
 """
 
 from __future__ import annotations
@@ -50,8 +50,19 @@ def start_adam(optimizer: Any) -> None:
 @contextmanager
 def loading(optimizer: Any) -> Iterator[None]:
     """Around the loading of a checkpoint into Megatron-Core's ``optimizer``; None = the engine has none."""
-    with torch.no_grad():
-        yield
+    original = DistributedOptimizer._set_main_param_and_optimizer_states
+
+    def without_step(self: DistributedOptimizer, model_param: torch.Tensor, tensors: dict[str, torch.Tensor]) -> None:
+        group, order = self.model_param_group_index_map[model_param]
+        self.optimizer.state[self.optimizer.param_groups[group]["params"][order]].pop("step", None)
+        original(self, model_param, tensors)
+
+    DistributedOptimizer._set_main_param_and_optimizer_states = without_step
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        DistributedOptimizer._set_main_param_and_optimizer_states = original
     for part in optimizer.chained_optimizers if optimizer is not None else ():
         if not isinstance(part, DistributedOptimizer):
             continue

@@ -121,8 +121,12 @@ class CpuMegatronMixin:
         with cuda_method_stays():
             return super().forward_step(*args, **kwargs)
 
+    def save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        with cuda_method_stays():
+            super().save_checkpoint(*args, **kwargs)
+
     def load_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        with distributed_optimizer.loading(self.optimizer):
+        with cuda_method_stays(), distributed_optimizer.loading(self.optimizer):
             super().load_checkpoint(*args, **kwargs)
 
     def initialize(self) -> None:

@@ -168,7 +168,9 @@ def test_killed_broken_and_resumed(inputs, tmp_path):
     # A worker is killed while it writes the second checkpoint: the run ends by itself, the first one counts.
     first = Run(inputs, output, "first", steps=4, first_step=0, KILL_IN_SAVE=2)
     assert first.wait() != 0, first.printed[-4000:]
-    assert "ActorDiedError" in first.printed or "died unexpectedly" in first.printed
+    # Which comes first: Ray notices the dead worker, or the other rank its closed connection.
+    reasons = ("ActorDiedError", "died unexpectedly", "Connection closed by peer", "Connection reset by peer")
+    assert any(reason in first.printed for reason in reasons), first.printed[-4000:]
     assert latest.read_text() == "1"
     assert (output / "checkpoints/global_step_1/actor/capo/dist_ckpt/.metadata").exists()
     assert (output / "checkpoints/global_step_2/actor/capo/unfinished").exists()

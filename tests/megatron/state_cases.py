@@ -24,7 +24,8 @@ def step(engine: Any, knobs: dict[str, Any] | None = KNOBS) -> dict[str, Any]:
 def new_engine(layout: Layout | FsdpLayout, model_path: str) -> Any:
     if isinstance(layout, FsdpLayout):
         return make_fsdp_engine(layout, model_path, optimizer="AdamW", lr=LR)
-    return make_engine(layout, model_path, optimizer="adam", lr=LR)
+    # Without it, Megatron's distributed optimizer is bound to the tensor- and pipeline-parallel sizes under which it was saved.
+    return make_engine(layout, model_path, optimizer="adam", lr=LR, dist_ckpt_optim_fully_reshardable=True)
 
 
 def save_and_go_on(

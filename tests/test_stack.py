@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import argparse
 import enum
 import importlib.metadata
 import json
@@ -224,10 +225,13 @@ def test_unreadable_project_is_one_sentence(monkeypatch, capsys, tmp_path):
 def test_doctor_names_the_nearest_stack(monkeypatch, capsys):
     reports = [stack.check(compat.CPU, {}.get, "3.11.7"), gpu_report(vllm="0.23.0", triton=None)]
     monkeypatch.setattr(stack, "check_all", lambda: reports)
-    with pytest.raises(RuntimeError, match=r"nearest, gpu, lacks triton \(missing\), vllm==0.24.0 \(0.23.0\)"):
-        doctor.CHECKS["software stack"]()
-    total = len(reports[1].packages) + 1
-    assert f"GPU stack: not installed, 2 of {total} missing or wrong\n" in capsys.readouterr().out
+    monkeypatch.setattr(doctor, "CHECKS", {"software stack": doctor.CHECKS["software stack"]})
+    assert doctor.run(argparse.Namespace()) == 0  # other versions are a warning: nothing is known to be broken
+    printed = capsys.readouterr().out
+    assert f"GPU stack: not installed, 2 of {len(reports[1].packages) + 1} missing or wrong\n" in printed
+    lacking = "triton (missing), vllm==0.24.0 (0.23.0)"
+    warning = f"other versions than the tested ones; the nearest stack, gpu, has {lacking}"
+    assert f"\nwarn  software stack: {warning}\n" in printed
     monkeypatch.setattr(stack, "check_all", lambda: [reports[0], gpu_report()])
     assert doctor.CHECKS["software stack"]() == "gpu"
 

@@ -47,6 +47,9 @@ def _rank_main(
         result.send_bytes(pickle.dumps((False, traceback.format_exc())))
     finally:
         result.close()
+        # Megatron starts a process for its first checkpoint; it would outlive a rank that is killed while it waits for it.
+        for child in multiprocessing.active_children():
+            child.kill()
 
 
 def _context(preload: Sequence[str]) -> Any:

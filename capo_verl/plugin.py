@@ -85,17 +85,17 @@ def register() -> None:
     )
     _when_imported("verl.utils.py_functional", "metric names", _keep_metric_names)
     _when_imported("verl.utils.config", "start-up checks", _check_before_start)
-    megatron = "verl.workers.engine.megatron.transformer_impl"
-    _when_imported(megatron, "Megatron engine", _import("capo_verl.megatron.engine"))
-    fsdp = "verl.workers.engine.fsdp.transformer_impl"
-    _when_imported(fsdp, "FSDP engine", _import("capo_verl.fsdp.engine"))
+    verl_engine = "verl.workers.engine.{}.transformer_impl"
+    _when_imported(verl_engine.format("megatron"), "Megatron engine", _import("capo_verl.megatron.engine"))
+    _when_imported(verl_engine.format("fsdp"), "FSDP engine", _import("capo_verl.fsdp.engine"))
     if on_cpu():
         from capo_verl.cpu import process_group
 
         _guarded("CPU platform", lambda: importlib.import_module("capo_verl.cpu.platform"))
         _when_imported("verl.utils.distributed", "process groups on a CPU", process_group.patch)
-        _when_imported(megatron, "Megatron engine on a CPU", _import("capo_verl.cpu.engine"))
-        _when_imported(fsdp, "FSDP engine on a CPU", _import("capo_verl.cpu.fsdp_engine"))
+        # After ours are complete, also if something imports them before verl's.
+        _when_imported("capo_verl.megatron.engine", "Megatron engine on a CPU", _import("capo_verl.cpu.engine"))
+        _when_imported("capo_verl.fsdp.engine", "FSDP engine on a CPU", _import("capo_verl.cpu.fsdp_engine"))
         for owner in ("verl.workers.rollout.base", "verl.workers.rollout.replica"):
             _when_imported(owner, "rollout 'hf'", lambda _: importlib.import_module("capo_verl.cpu.rollout").register())
 

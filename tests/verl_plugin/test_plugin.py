@@ -38,6 +38,18 @@ def test_capos_engines_win(platform):
         assert "CapoFSDPEngineWithLMHead" in classes and ("CpuFsdpEngine" in classes) == (platform == "cpu")
 
 
+@pytest.mark.parametrize("first", ["megatron.engine", "cpu.engine", "fsdp.engine", "cpu.fsdp_engine"])
+def test_our_engines_may_be_imported_before_verls(first):
+    code = (
+        f"import verl, importlib; importlib.import_module('capo_verl.{first}')\n"
+        "from verl.workers.engine import EngineRegistry; from capo_verl import plugin\n"
+        "plugin.raise_if_broken()\n"
+        "print([EngineRegistry.get_engine_cls('language_model', b).__module__ for b in ('megatron', 'fsdp2')])"
+    )
+    result = python(code, VERL_PLATFORM="cpu")
+    assert "['capo_verl.cpu.engine', 'capo_verl.cpu.fsdp_engine']" in result.stdout, result.stderr[-2000:]
+
+
 BREAK = (
     "import importlib, sys;"
     "sys.modules['capo_verl.algorithms.losses'] = None;"  # the import fails, whatever the reason

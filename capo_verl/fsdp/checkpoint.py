@@ -15,8 +15,7 @@ from safetensors.torch import save_file
 
 from capo_verl.core.checksum import checksum
 from capo_verl.engine_mixin import State
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
+from capo_verl.saved_state import MOMENTS, check_model, check_undamaged, unusable
 
 
 def path_of(checkpoint: str) -> Path:
@@ -58,10 +57,7 @@ def load(checkpoint: str, shape: tuple[int, int], device: torch.device) -> State
     dist.broadcast_object_list(header, src=0)
     problem, found = header
     if problem:
-        raise RuntimeError(
-            f"the CAPO state in {path} cannot be used ({problem}); resume from another checkpoint, or remove the directory "
-            f"{path.parent} to start with empty moments"
-        )
+        raise unusable(path, problem)
     if found is None:
         return None
     step, dtype = found
@@ -78,13 +74,8 @@ def _read(path: Path, shape: tuple[int, int]) -> State:
     with safe_open(path, framework="pt") as file:
         metadata, moments = file.metadata(), {name: file.get_tensor(name) for name in MOMENTS}
     for name, tensor in moments.items():
-        if tuple(tensor.shape) != shape:
-            raise ValueError(
-                f"it was saved for a vocabulary of {tensor.shape[0]} and hidden size {tensor.shape[1]}, "
-                f"this model has {shape[0]} and {shape[1]}"
-            )
-        if metadata[f"checksum.{name}"] != str(_checksum(tensor)):
-            raise ValueError("its checksum does not fit: the file was damaged after it was written")
+        check_model(tuple(tensor.shape), shape)
+        check_undamaged(metadata[f"checksum.{name}"] == str(_checksum(tensor)))
     return {**moments, "step": int(metadata["step"])}
 
 

@@ -22,8 +22,7 @@ from verl.utils.megatron.dist_checkpointing import load_dist_checkpointing, save
 from capo_verl.core.checksum import checksum
 from capo_verl.engine_mixin import State
 from capo_verl.megatron.safe_metadata import check_metadata
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
+from capo_verl.saved_state import MOMENTS, check_model, check_undamaged, unusable
 
 
 def directory(checkpoint: str) -> str:
@@ -84,10 +83,7 @@ def load(checkpoint: str, rows: int, hidden_size: int, vocab_size: int) -> State
     problems: list[str] = [""] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(problems, problem)
     if any(problems):
-        raise RuntimeError(
-            f"the CAPO state in {path} cannot be used ({next(p for p in problems if p)}); resume from another checkpoint, or "
-            f"remove the directory {os.path.dirname(path)} to start with empty moments"
-        )
+        raise unusable(Path(path), next(p for p in problems if p))
     return state
 
 
@@ -110,14 +106,9 @@ def _load(path: str, rows: int, hidden_size: int, vocab_size: int) -> State:
         return {}
     state = loaded["capo"]
     step, saved_vocabulary, saved_hidden = state.pop("header").tolist()
-    if (saved_vocabulary, saved_hidden) != (vocab_size, hidden_size):
-        raise ValueError(
-            f"it was saved for a vocabulary of {saved_vocabulary} and hidden size {saved_hidden}, "
-            f"this model has {vocab_size} and {hidden_size}"
-        )
+    check_model((saved_vocabulary, saved_hidden), (vocab_size, hidden_size))
     saved = state.pop("checksum")
-    if not torch.equal(_checksum(state), saved):
-        raise ValueError("its checksum does not fit: the files were damaged after they were written")
+    check_undamaged(torch.equal(_checksum(state), saved))
     return {**state, "step": step}
 
 

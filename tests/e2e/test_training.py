@@ -35,7 +35,9 @@ def wrap_save(module):
     def saved(*args, **kwargs):
         SEEN["saves"] += 1
         if "KILL_IN_SAVE" in os.environ and at_step(int(os.environ["KILL_IN_SAVE"])):
-            open(os.path.join(os.path.dirname(module.directory(args[0])), "unfinished"), "w").close()
+            folder = os.path.dirname(module.directory(args[0]))
+            os.makedirs(folder, exist_ok=True)  # the other rank may not have come here yet
+            open(os.path.join(folder, "unfinished"), "w").close()
             os.kill(os.getpid(), signal.SIGKILL)
         return save(*args, **kwargs)
     module.save = saved

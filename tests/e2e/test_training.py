@@ -91,6 +91,19 @@ def inputs(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture
+def output(tmp_path):
+    """Folder of the runs. A killed rank leaves Megatron's checkpoint process behind; it is known by its environment."""
+    folder = tmp_path / "run"
+    yield folder
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if f"OUTPUT_DIR={folder}".encode() in (process / "environ").read_bytes().split(b"\0"):
+                os.kill(int(process.name), signal.SIGKILL)
+        except (FileNotFoundError, ProcessLookupError, PermissionError):  # ended by itself, or somebody else's
+            continue
+
+
 class Run:
     """One call of the launcher in a session of its own, so that all of it can be killed at once."""
 
@@ -163,8 +176,7 @@ class Run:
             time.sleep(0.02)
 
 
-def test_killed_broken_and_resumed(inputs, tmp_path):
-    output = tmp_path / "run"
+def test_killed_broken_and_resumed(inputs, output):
     latest = output / "checkpoints/latest_checkpointed_iteration.txt"
 
     # A worker is killed while it writes the second checkpoint: the run ends by itself, the first one counts.
@@ -203,7 +215,7 @@ def test_killed_broken_and_resumed(inputs, tmp_path):
     assert ended - third.metrics_path.stat().st_mtime < 120  # verl's collectives would wait for 600 s
 
 
-def test_capo_trains_with_fsdp_and_lora(inputs, tmp_path):
+def test_capo_trains_with_fsdp_and_lora(inputs, output):
     """The rollouts after the first step come from the merged adapter, in float32 like the actor."""
     overrides = (
         "+capo=grpo",
@@ -214,11 +226,11 @@ def test_capo_trains_with_fsdp_and_lora(inputs, tmp_path):
         "actor_rollout_ref.actor.policy_loss.capo.objective_shift_max=null",
         "trainer.save_freq=2",
     )
-    run = Run(inputs, tmp_path / "run", "fsdp", 2, 0, overrides, MODEL_ENGINE="dp")
+    run = Run(inputs, output, "fsdp", 2, 0, overrides, MODEL_ENGINE="dp")
     assert run.wait() == 0, run.printed[-4000:]
     assert len(run.metrics) == 2 and "with LoRA the LM head is not trained" in run.printed
     for metrics in run.metrics:
         assert metrics["training/rollout_probs_diff_max"] < 1e-5
         assert metrics["actor/grad_norm"] > 0 and metrics["capo/policy_shift_mean"] > 0
     assert max(metrics["capo/rejection_rate"] for metrics in run.metrics) > 0
-    assert (tmp_path / "run/checkpoints/global_step_2/actor/capo/moments.safetensors").exists()
+    assert (output / "checkpoints/global_step_2/actor/capo/moments.safetensors").exists()

@@ -124,6 +124,8 @@ class CapoEngineMixin:
     def optimizer_step(self) -> Any:
         if self._skip_batch:
             self._skip_batch = False
+            if self._step is not None:
+                self._filter_seconds = self._step.seconds()
             self.optimizer_zero_grad()
             return 0.0
         grad_norm = super().optimizer_step()

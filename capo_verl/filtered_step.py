@@ -136,4 +136,8 @@ class FilteredStep:
         """Update the moments. Returns the seconds spent in the filter for this step, without the reduction of the metrics."""
         with self._stopwatch.running():
             self.capo.step()
+        return self.seconds()
+
+    def seconds(self) -> float:
+        """Spent in the filter since the last optimizer step. Waits for the device."""
         return self._stopwatch.seconds()

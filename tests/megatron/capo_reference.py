@@ -106,3 +106,12 @@ def check_training(ranks: list[dict[str, Any]], dp: int, expected: Reference) ->
             # Adam turns the rounding of a gradient near zero into a share of its step, 1e-2; such elements are few.
             difference = (rank["weights"][name] - weight).abs()
             assert float(difference.max()) < 2e-3 and float(difference.mean()) < 5e-6
+
+
+def check_untouched(ours: list[dict], verls: list[dict]) -> None:
+    """Without the switch: verl's own training bit for bit, and nothing of CAPO in what is reported."""
+    for a, b in zip(ours, verls, strict=True):
+        assert a["weights"].keys() == b["weights"].keys()
+        assert all(torch.equal(a["weights"][name], b["weights"][name]) for name in a["weights"])
+        assert [r["loss"] for r in a["reports"]] == [r["loss"] for r in b["reports"]]
+        assert a["state"] is None and not any("capo/" in name for report in a["reports"] for name in report)

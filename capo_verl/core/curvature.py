@@ -20,12 +20,10 @@ from torch import Tensor
 
 from capo_verl.core import collectives
 from capo_verl.core.chunks import chunk_slices, scratch_elements
+from capo_verl.core.kernels.plain import add_sums
 from capo_verl.core.optimizer_model import OptimizerModel
 from capo_verl.core.segments import segment_sums
 from capo_verl.core.support import Pairs, Support
-
-MAX_PAIRS = 1 << 18
-"""Support entries looked at in one run: what is kept per entry, and the hidden states of the run, stay small."""
 
 
 class Shifts(NamedTuple):
@@ -51,20 +49,7 @@ def token_shifts(
     Returns:
         Two ``[N]`` in the compute dtype.
     """
-    sums = torch.zeros(len(advantages), 3, device=hidden.device, dtype=advantages.dtype)
-    squared_norm = _squared_norms(hidden, advantages.dtype) if model.is_identity else None
-    for pairs in support.pairs(max_pairs=MAX_PAIRS):
-        coefficient = advantages[pairs.token] * pairs.v
-        if squared_norm is not None:
-            u = coefficient * squared_norm[pairs.token]  # P(g) = g: u = A |h|^2 v
-        else:
-            u = torch.empty_like(coefficient)
-            every = slice(None)
-            for part in _pair_chunks(pairs, hidden):
-                h = hidden[pairs.token[part]].to(u.dtype)
-                preconditioned = model.precondition(pairs.row[part], coefficient[part, None] * h, every)
-                u[part] = torch.linalg.vecdot(preconditioned, h)
-        _add_sums(sums, pairs, u)
+    sums = model.partial_sums(hidden, advantages, support)
     collectives.sum_(sums, (tp_group,))
     return _shifts(sums, advantages, learning_rate, linear=None)
 
@@ -129,7 +114,7 @@ def set_shifts(
             u[part] += torch.linalg.vecdot(direction[segment[part]], h[pairs.token[part]])
 
     sums = torch.zeros(len(advantages), 3, device=device, dtype=dtype)
-    _add_sums(sums, pairs, u)
+    add_sums(sums, pairs, u)
     collectives.sum_(sums, (tp_group,))
     collectives.sum_(inner, (tp_group,))
     shifts = _shifts(sums, advantages, learning_rate, linear=learning_rate * inner[group])
@@ -150,21 +135,6 @@ def sequence_sums(shifts: Shifts, include: Tensor, sequence: Tensor, n_sequences
 
 def _pair_chunks(pairs: Pairs, hidden: Tensor) -> Iterator[slice]:
     return chunk_slices(len(pairs.token), max(1, scratch_elements(hidden.device) // max(1, hidden.shape[1])))
-
-
-def _squared_norms(hidden: Tensor, dtype: torch.dtype) -> Tensor:
-    out = torch.empty(hidden.shape[0], device=hidden.device, dtype=dtype)
-    for tokens in chunk_slices(len(out), max(1, scratch_elements(hidden.device) // max(1, hidden.shape[1]))):
-        h = hidden[tokens].to(dtype)
-        out[tokens] = torch.linalg.vecdot(h, h)
-    return out
-
-
-def _add_sums(sums: Tensor, pairs: Pairs, u: Tensor) -> None:
-    weighted = pairs.probs * u
-    sums.index_add_(
-        0, pairs.token, torch.stack((torch.where(pairs.taken, u, torch.zeros_like(u)), weighted, weighted * u), 1)
-    )
 
 
 def _shifts(sums: Tensor, advantages: Tensor, learning_rate: float, linear: Tensor | None) -> Shifts:

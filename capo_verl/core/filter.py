@@ -12,9 +12,11 @@ from torch import Tensor
 from capo_verl.config import CapoConfig
 from capo_verl.core import collectives
 from capo_verl.core.batch_shifts import BatchShifts, RetainedTokens
-from capo_verl.core.curvature import MAX_PAIRS, Shifts, sequence_sums, set_shifts, token_shifts
+from capo_verl.core.curvature import Shifts, sequence_sums, set_shifts, token_shifts
+from capo_verl.core.kernels import choose
+from capo_verl.core.logit_rows import LogitRows, VocabShard
 from capo_verl.core.optimizer_model import AdamModel, OptimizerModel, SgdModel
-from capo_verl.core.support import LogitRows, Support, VocabShard, find_support
+from capo_verl.core.support import Support, find_support
 from capo_verl.core.trust_region import judge
 from capo_verl.core.validation import Inputs, check_inputs, find_problems, raise_for
 
@@ -69,9 +71,11 @@ class CapoFilter:
         dp_group, cp_group: data- and context-parallel groups over which the tokens of a mini-batch are spread.
         padded_vocab_size: rows of the LM head over all tensor-parallel ranks, if more than V (padding rows are never in a
             support). Default: V rounded up to the size of ``tp_group``.
+        kernels: ``triton`` or ``torch``. Default: triton on a GPU where it is installed.
 
     Raises:
         ValueError: if ``top_k`` exceeds the vocabulary, or the sizes do not fit the group.
+        ImportError: for ``kernels="triton"`` where it is not installed.
     """
 
     def __init__(
@@ -85,6 +89,7 @@ class CapoFilter:
         dp_group: collectives.Group = None,
         cp_group: collectives.Group = None,
         padded_vocab_size: int | None = None,
+        kernels: str | None = None,
     ):
         tp = collectives.size(tp_group)
         padded_vocab_size = padded_vocab_size or -(-vocab_size // tp) * tp
@@ -107,10 +112,12 @@ class CapoFilter:
         self.hidden_size = hidden_size
         self.shard = VocabShard(vocab_size, rows, collectives.rank(tp_group) * rows)
         self.tp_group, self.dp_group, self.cp_group = tp_group, dp_group, cp_group
+        device = torch.device(device or "cpu")
+        self._kernels = choose(device, kernels)
         self.model: OptimizerModel = (
             AdamModel(
-                self.shard, hidden_size, config.betas, config.eps, torch.device(device or "cpu"),
-                getattr(torch, config.moments_dtype),
+                self.shard, hidden_size, config.betas, config.eps, device, getattr(torch, config.moments_dtype),
+                self._kernels,
             )
             if config.optimizer_model == "adam"
             else SgdModel()
@@ -136,12 +143,14 @@ class CapoFilter:
         skip_masked: bool = False,
         sequence_ids: Tensor | None = None,
         num_sequences: int | None = None,
+        max_tokens: int | None = None,
         check_values: bool = True,
     ) -> CapoOutput:
         """Predict the shifts of every token, decide, and remember the accepted gradients for :meth:`step`.
 
         Args:
-            hidden_states: ``[..., H]``, input of the LM head at the position that predicts the token.
+            hidden_states: ``[..., H]``, input of the LM head at the position that predicts the token. Kept by reference until
+                :meth:`step`, unless ``skip_masked`` makes a copy; modifying it in place before is an error there.
             logits: ``[..., rows]``, after temperature, this rank's vocabulary rows. Only read.
             actions: ``[...]`` integer, global ids of the taken tokens.
             advantages: ``[...]``, or of the same number of dimensions and broadcastable, or a scalar.
@@ -153,6 +162,8 @@ class CapoFilter:
             sequence_ids: ``[...]`` integer in ``0..num_sequences``, for packed layouts. Default: the last dimension is
                 time, every row a sequence of its own.
             num_sequences: required with ``sequence_ids``.
+            max_tokens: with ``skip_masked``, an upper bound of the number of tokens in the mask, known without asking the
+                device for it. Default on a GPU: all positions, at the cost of memory for those outside the mask.
             check_values: raise for unusable values, which waits for the device. If False they are only marked in the result,
                 and the caller has to :meth:`discard` the mini-batch.
 
@@ -166,11 +177,11 @@ class CapoFilter:
         inputs = check_inputs(
             hidden_states, logits, actions, advantages, response_mask, learning_rate,
             temperature=temperature, skip_masked=skip_masked, sequence_ids=sequence_ids, num_sequences=num_sequences,
-            hidden_size=self.hidden_size, shard=self.shard,
+            max_tokens=max_tokens if skip_masked else None, hidden_size=self.hidden_size, shard=self.shard,
         )  # fmt: skip
         dtype = torch.promote_types(self.model.dtype, inputs.dtype)
         rows = LogitRows(inputs.logits, inputs.positions, inputs.temperature)
-        support = find_support(rows, inputs.actions, self.config.top_k, self.shard, dtype, self.tp_group)
+        support = find_support(rows, inputs.actions, self.config.top_k, self.shard, dtype, self.tp_group, self._kernels)
         problems = find_problems(inputs, support, self.shard)
         if check_values:
             raise_for(problems, inputs, self.shard)
@@ -186,7 +197,7 @@ class CapoFilter:
             verdict = verdict & objective_ok & policy_ok
         accepted = inputs.mask if self.config.mode == "track" else verdict
 
-        self._accumulate(inputs, support, accepted)
+        self.model.accumulate(inputs.hidden, inputs.advantages, support, accepted)
         self._retained.add(inputs, support, verdict)
         stages = [Stage(s.granularity, *(inputs.restore(x) for x in s[1:])) for s in stages]
         return CapoOutput(
@@ -204,6 +215,9 @@ class CapoFilter:
         """Update the moments with the accepted gradients since the last call, over all data- and context-parallel ranks.
 
         Call it once per optimizer step, on every rank. With no accepted token anywhere the moments stay as they are.
+
+        Raises:
+            RuntimeError: if ``hidden_states`` were modified in place since they were evaluated.
         """
         self.model.update((self.dp_group, self.cp_group))
         self._retained.clear()
@@ -263,10 +277,3 @@ class CapoFilter:
             means = [(x.sum() / (tokens > 0).sum().clamp(min=1)).expand_as(x) for x in means]
         zero = torch.zeros((), device=include.device, dtype=means[0].dtype)
         return Shifts(*(torch.where(include, x[inputs.sequence], zero) for x in means))
-
-    def _accumulate(self, inputs: Inputs, support: Support, accepted: Tensor) -> None:
-        if isinstance(self.model, SgdModel):
-            return
-        self.model.count_tokens(accepted.sum())
-        for pairs in support.pairs(accepted, max_pairs=MAX_PAIRS):
-            self.model.accumulate(inputs.hidden, inputs.advantages, pairs)

@@ -14,18 +14,16 @@ import torch
 from torch import Tensor
 
 from capo_verl.core import collectives
-from capo_verl.core.chunks import chunk_slices, scratch_elements
-from capo_verl.core.rounding import round_to_bfloat16
-from capo_verl.core.row_sums import RowSums
-from capo_verl.core.segments import segment_sums
-from capo_verl.core.support import Pairs, VocabShard
+from capo_verl.core.accepted import AcceptedTokens
+from capo_verl.core.kernels import Kernels, plain
+from capo_verl.core.logit_rows import VocabShard
+from capo_verl.core.moments import Moments
+from capo_verl.core.support import Support
 
 
 class SgdModel:
     """``P(g) = g``. Nothing to remember."""
 
-    is_identity = True
-    step_count = 0
     dtype = torch.float32
 
     def promote(self, dtype: torch.dtype) -> None:
@@ -34,10 +32,10 @@ class SgdModel:
     def move(self, device: torch.device) -> None:
         pass
 
-    def count_tokens(self, accepted: Tensor) -> None:
-        pass
+    def partial_sums(self, hidden: Tensor, advantages: Tensor, support: Support) -> Tensor:
+        return plain.identity_sums(hidden, advantages, support)
 
-    def accumulate(self, hidden: Tensor, advantages: Tensor, pairs: Pairs) -> None:
+    def accumulate(self, hidden: Tensor, advantages: Tensor, support: Support, accepted: Tensor) -> None:
         pass
 
     def discard(self) -> None:
@@ -65,7 +63,6 @@ class AdamModel:
 
     Attributes:
         exp_avg, exp_avg_sq: ``[rows, H]``, M and Q; float64 once float64 inputs were seen, unless stored in bfloat16.
-        step_count: n, the number of updates so far. Before the first, P(g) = g as in the authors' implementation.
         dtype: of the arithmetic.
     """
 
@@ -76,19 +73,27 @@ class AdamModel:
         betas: tuple[float, float],
         eps: float,
         device: torch.device,
-        moments_dtype: torch.dtype = torch.float32,
+        moments_dtype: torch.dtype,
+        kernels: Kernels,
     ):
         self.shard, self.betas, self.eps = shard, betas, eps
         shape = (shard.rows, hidden_size)
         self.exp_avg = torch.zeros(shape, device=device, dtype=moments_dtype)
         self.exp_avg_sq = torch.zeros(shape, device=device, dtype=moments_dtype)
-        self.step_count = 0
         self.dtype = torch.float32
-        self._accepted = RowSums(shard.rows, hidden_size, device, self.dtype)
+        self._kernels = kernels
+        # On the device, so that whether any token was accepted need not be known on the host.
+        self._steps = torch.zeros((), device=device, dtype=torch.int64)
+        self._accepted = AcceptedTokens(shard.rows, hidden_size, device, self.dtype, kernels)
 
     @property
-    def is_identity(self) -> bool:
-        return self.step_count == 0
+    def step_count(self) -> int:
+        """n, the number of updates so far. Waits for the device."""
+        return int(self._steps)
+
+    @property
+    def moments(self) -> Moments:
+        return Moments(self.exp_avg, self.exp_avg_sq, self._steps, self.betas, self.eps, self.shard.start)
 
     def promote(self, dtype: torch.dtype) -> None:
         """Widen the arithmetic if ``dtype`` is wider: float64 inputs are evaluated in float64."""
@@ -101,7 +106,12 @@ class AdamModel:
     def move(self, device: torch.device) -> None:
         """Move everything to ``device``."""
         self.exp_avg, self.exp_avg_sq = self.exp_avg.to(device), self.exp_avg_sq.to(device)
+        self._steps = self._steps.to(device)
         self._accepted.move(device)
+
+    def partial_sums(self, hidden: Tensor, advantages: Tensor, support: Support) -> Tensor:
+        """``u_a``, ``sum pi u``, ``sum pi u^2`` of every token over this rank's rows: ``[N, 3]``."""
+        return self._kernels.partial_sums(hidden, advantages, support, self.moments)
 
     def precondition(self, rows: Tensor, gradient: Tensor, columns: slice) -> Tensor:
         """``P(g)`` elementwise, with the moments after this gradient.
@@ -110,31 +120,19 @@ class AdamModel:
             rows: ``[P]`` int64, row of each gradient.
             gradient: ``[P, c]``, its columns ``columns`` of H.
         """
-        if self.is_identity:
-            return gradient
-        (beta1, beta2), n = self.betas, self.step_count + 1
-        first = self.exp_avg[rows, columns].to(gradient.dtype).mul_(beta1 / (1 - beta1**n))
-        first.add_(gradient, alpha=(1 - beta1) / (1 - beta1**n))
-        second = self.exp_avg_sq[rows, columns].to(gradient.dtype).mul_(beta2 / (1 - beta2**n))
-        second.addcmul_(gradient, gradient, value=(1 - beta2) / (1 - beta2**n))
-        return first.div_(second.sqrt_().add_(self.eps))
+        old1, new1, old2, new2 = self.moments.corrected((self._steps + 1).double())
+        dtype = gradient.dtype
+        first = old1.to(dtype) * self.exp_avg[rows, columns].to(dtype) + new1.to(dtype) * gradient
+        second = old2.to(dtype) * self.exp_avg_sq[rows, columns].to(dtype) + new2.to(dtype) * gradient**2
+        return torch.where(self._steps == 0, gradient, first.div_(second.sqrt_().add_(self.eps)))
 
-    def count_tokens(self, accepted: Tensor) -> None:
-        """Note how many tokens were accepted (scalar int64): without any the moments do not move."""
-        self._accepted.count_tokens(accepted)
-
-    def accumulate(self, hidden: Tensor, advantages: Tensor, pairs: Pairs) -> None:
-        """Add ``g`` of the given entries to their rows' sums.
+    def accumulate(self, hidden: Tensor, advantages: Tensor, support: Support, accepted: Tensor) -> None:
+        """Remember the accepted tokens for the update.
 
         Args:
-            hidden: ``[N, H]``; advantages: ``[N]``; pairs: entries of accepted tokens only.
+            hidden: ``[N, H]``, kept by reference; advantages: ``[N]``; accepted: ``[N]`` bool.
         """
-        self._accepted.count_entries(pairs.row)
-        weight = advantages[pairs.token] * pairs.v
-        for rows, total in segment_sums(
-            hidden[pairs.tokens].to(self.dtype), pairs.token - pairs.tokens.start, pairs.row, weight
-        ):
-            self._accepted.add(rows, total)
+        self._accepted.add(hidden, advantages, support, accepted)
 
     def discard(self) -> None:
         """Forget what was accumulated since the last update."""
@@ -147,23 +145,12 @@ class AdamModel:
 
         Args:
             groups: data- and context-parallel groups over which the accepted tokens are spread.
-        """
-        accepted, means = self._accepted.reduce(groups)
-        beta1, beta2 = self.betas
-        for rows, mean in means:
-            for part in chunk_slices(len(rows), max(1, scratch_elements(mean.device) // max(1, mean.shape[1]))):
-                at, g = rows[part], mean[part]
-                first = self.exp_avg[at].to(g.dtype).mul_(beta1).add_(g, alpha=1 - beta1)
-                second = self.exp_avg_sq[at].to(g.dtype).mul_(beta2).addcmul_(g, g, value=1 - beta2)
-                self.exp_avg[at] = self._stored(first, at, salt=0)
-                self.exp_avg_sq[at] = self._stored(second, at, salt=1)
-        self.step_count += int(accepted > 0)
-        self.discard()
 
-    def _stored(self, x: Tensor, rows: Tensor, salt: int) -> Tensor:
-        if self.exp_avg.dtype != torch.bfloat16:
-            return x
-        return round_to_bfloat16(x, rows + self.shard.start, self.step_count, salt)
+        Raises:
+            RuntimeError: if hidden states were overwritten since they were evaluated.
+        """
+        self._accepted.update(self.moments, groups)
+        self.discard()
 
     def state_dict(self) -> dict[str, Any]:
         return {"exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq, "step": self.step_count}
@@ -191,7 +178,7 @@ class AdamModel:
         self.promote(torch.promote_types(state["exp_avg"].dtype, torch.float32))
         self.exp_avg.copy_(state["exp_avg"])
         self.exp_avg_sq.copy_(state["exp_avg_sq"])
-        self.step_count = step
+        self._steps.fill_(step)
         self.discard()
 
 

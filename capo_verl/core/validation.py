@@ -9,7 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from capo_verl.core.support import Support, VocabShard
+from capo_verl.core.logit_rows import VocabShard
+from capo_verl.core.support import Support
 
 TOKEN_PROBLEMS = (
     "logits are not finite",
@@ -17,6 +18,7 @@ TOKEN_PROBLEMS = (
     "advantages are not finite",
     "actions are not token ids",
     "sequence_ids are out of range",
+    "there are more response tokens than max_tokens",
 )
 """What can be wrong with the values of a token."""
 
@@ -31,7 +33,7 @@ class Inputs(NamedTuple):
     logits: Tensor
     """``[M, rows]``, all positions: they are too large to copy."""
     positions: Tensor | None
-    """``[N]`` int64, position of each token among the M; None if N = M."""
+    """``[N]`` int64, position of each token among the M, -1 where there is none to fill the place; None if N = M."""
     temperature: Tensor | None
     """``[N]``, by which the logits still have to be divided."""
     actions: Tensor
@@ -46,6 +48,8 @@ class Inputs(NamedTuple):
     learning_rate: float
     shape: torch.Size
     """Shape of ``actions``, M elements."""
+    overflow: Tensor | None
+    """Scalar bool, the mask holds more tokens than there are places; None if there is a place for all."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -56,7 +60,9 @@ class Inputs(NamedTuple):
     def restore(self, x: Tensor) -> Tensor:
         """``[N]`` to the shape of ``actions``; zero at positions that were not evaluated."""
         if self.positions is not None:
-            x = x.new_zeros(self.shape.numel()).index_copy_(0, self.positions, x)
+            m = self.shape.numel()
+            at = torch.where(self.positions < 0, m, self.positions)
+            x = x.new_zeros(m + 1).index_copy_(0, at, x)[:m]
         return x.view(self.shape)
 
 
@@ -72,6 +78,7 @@ def check_inputs(
     skip_masked: bool,
     sequence_ids: Tensor | None,
     num_sequences: int | None,
+    max_tokens: int | None,
     hidden_size: int,
     shard: VocabShard,
 ) -> Inputs:
@@ -112,7 +119,7 @@ def check_inputs(
     assert num_sequences is not None
     m = actions.numel()
     mask = response_mask.reshape(m).bool()
-    positions = mask.nonzero()[:, 0] if skip_masked else None
+    positions = _positions(mask, max_tokens) if skip_masked else None
 
     def tokens(x: Tensor) -> Tensor:
         return x if positions is None else x[positions]
@@ -124,12 +131,21 @@ def check_inputs(
         temperature=None if temperature is None else tokens(temperature.reshape(m)),
         actions=tokens(actions.reshape(m)).long(),
         advantages=tokens(advantages.detach().expand(shape).reshape(m)),
-        mask=tokens(mask),
+        mask=mask if positions is None else mask[positions] & (positions >= 0),
         sequence=tokens(sequence_ids.reshape(m)).long(),
         num_sequences=num_sequences,
         learning_rate=float(learning_rate),
         shape=shape,
+        overflow=None if positions is None else mask.sum() > len(positions),
     )
+
+
+def _positions(mask: Tensor, max_tokens: int | None) -> Tensor:
+    """Where the mask is set. Their number is not known without waiting for a GPU, so there as many places as there may be."""
+    if max_tokens is None and mask.device.type == "cpu":
+        return mask.nonzero()[:, 0]
+    size = len(mask) if max_tokens is None else min(max_tokens, len(mask))
+    return torch.nonzero_static(mask, size=size, fill_value=-1)[:, 0]
 
 
 def find_problems(inputs: Inputs, support: Support, shard: VocabShard) -> dict[str, Tensor]:
@@ -145,6 +161,7 @@ def find_problems(inputs: Inputs, support: Support, shard: VocabShard) -> dict[s
         ~inputs.advantages.isfinite(),
         (inputs.actions < 0) | (inputs.actions >= shard.vocab_size),
         (inputs.sequence < 0) | (inputs.sequence >= inputs.num_sequences),
+        torch.zeros_like(inputs.mask) if inputs.overflow is None else inputs.overflow.expand_as(inputs.mask),
     )
     return {what: of_tokens & inputs.mask for what, of_tokens in zip(TOKEN_PROBLEMS, bad, strict=True)}
 

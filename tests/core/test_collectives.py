@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from capo_verl import CapoConfig, CapoFilter
-from capo_verl.core import row_sums
+from capo_verl.core import accepted
 from tests.helpers.spawn import run_on_ranks
 
 H, LR = 6, 0.02
@@ -24,9 +24,7 @@ class Call(NamedTuple):
     group: str
 
 
-def count(
-    tokens: int, vocab_size: int, top_k: int | None, micro_batches: int = 1, per_reduction: int = 1 << 25
-) -> dict:
+def count(tokens: int, vocab_size: int, top_k: int | None, micro_batches: int = 1, scratch: int = 1 << 24) -> dict:
     """What one of four ranks, TP2 x DP2, communicates for a mini-batch."""
     rank = dist.get_rank()
     tp = [dist.new_group([0, 1]), dist.new_group([2, 3])][rank // 2]
@@ -47,7 +45,7 @@ def count(
     originals = {name: original for name, original in originals.items() if callable(original)}
     for name, original in originals.items():
         setattr(dist, name, recorded(name, original))
-    row_sums.REDUCTION_ELEMENTS = per_reduction
+    accepted.SCRATCH_ELEMENTS = scratch
     try:
         config = CapoConfig(top_k=top_k, policy_shift_max=None, objective_shift_max=None, batch_shift_tokens=0)
         capo = CapoFilter(config, vocab_size, H, tp_group=tp, dp_group=dp)
@@ -89,6 +87,6 @@ def test_whole_vocabulary_needs_a_normaliser_only():
         assert rank["union"] == 16
 
 
-def test_more_touched_rows_than_fit_are_reduced_in_parts():
-    for rank in run_on_ranks(count, 4, 7, 32, None, per_reduction=6 * H):
-        assert [call.bytes for call in rank["step"][1:]] == [6 * H * 4, 6 * H * 4, 4 * H * 4]
+def test_more_than_fits_is_reduced_some_columns_at_a_time():
+    for rank in run_on_ranks(count, 4, 7, 32, None, scratch=2 * 16):
+        assert [call.bytes for call in rank["step"][1:]] == [16 * 2 * 4] * 3

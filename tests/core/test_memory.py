@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from capo_verl import CapoConfig, CapoFilter
-from capo_verl.core.memory import filter_memory
+from capo_verl.core.memory import filter_memory, fold_limit
 
 MODELS = {"Qwen2.5-7B": (152_064, 3_584), "Qwen2.5-32B": (152_064, 5_120)}
 PAGE = Path(__file__).parents[2] / "docs/parallelism.md"
@@ -31,31 +31,37 @@ def held(x: object) -> int:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_formula_counts_the_tensors(dtype):
-    v, h, k, tokens = 60, 32, 8, 400
+@pytest.mark.parametrize("tokens", [50, 400])  # 60 rows: up to 60 tokens stay unfolded with bfloat16 hidden states
+def test_the_formula_counts_the_tensors(dtype, tokens):
+    v, h, k = 60, 32, 8
     capo = CapoFilter(CapoConfig(top_k=k, moments_dtype=dtype, policy_shift_max=None, objective_shift_max=None), v, h)
-    expected = filter_memory(v, h, 1, dtype, top_k=k, batch_shift_tokens=tokens, hidden_bytes=2)
+    expected = filter_memory(v, h, tokens, 1, dtype, top_k=k, hidden_bytes=2)
     assert capo.model.exp_avg.nbytes + capo.model.exp_avg_sq.nbytes == expected.moments
     torch.manual_seed(0)
     capo.evaluate(
         torch.randn(1, tokens, h).bfloat16(), torch.randn(1, tokens, v), torch.randint(v, (1, tokens)),
         torch.ones(1, tokens), torch.ones(1, tokens), 1e-3, temperature=torch.ones(1, tokens), skip_masked=True,
     )  # fmt: skip
-    assert capo.model._accepted.nbytes == held(capo.model._accepted) == expected.row_sums  # every row was touched
-    assert held(capo._retained) == expected.batch_shifts  # in particular, no logits
+    assert capo.model._accepted.nbytes == expected.row_sums
+    # Both keep the same tensors; in particular, no logits.
+    together = held([capo._retained, capo.model._accepted._kept, capo.model._accepted._sums, capo.model._accepted._count])
+    assert together == pytest.approx(expected.tokens + expected.row_sums, abs=8)  # a scalar or two
 
 
 def table() -> str:
     gb = 1e9
-    header = ("model", "TP", "moments, float32", "moments, bfloat16", "row sums, at most", "batch shifts, at most")
+    header = ("model", "TP", "moments, float32", "moments, bfloat16", "16,384 tokens", "row sums, beyond")
     lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
     for name, (v, h) in MODELS.items():
         for tp in (1, 4, 8):
-            full, half = (filter_memory(v, h, tp, dtype) for dtype in ("float32", "bfloat16"))
-            cells = (full.moments, half.moments, full.row_sums, full.batch_shifts)
-            lines.append(f"| {name} | {tp} | " + " | ".join(f"{x / gb:.2f} GB" for x in cells) + " |")
+            full, half = (filter_memory(v, h, 16_384, tp, dtype) for dtype in ("float32", "bfloat16"))
+            rows = -(-v // tp)
+            limit = fold_limit(rows, h) // (2 * h)
+            cells = [f"{x / gb:.2f} GB" for x in (full.moments, half.moments, full.tokens)]
+            sums = filter_memory(v, h, limit + 1, tp).row_sums
+            lines.append(f"| {name} | {tp} | " + " | ".join(cells) + f" | {sums / gb:.2f} GB, {limit:,} tokens |")
     return "\n".join(lines)
 
 
 def test_the_documented_table_is_the_formulas():
-    assert table() in PAGE.read_text()
+    assert table() in PAGE.read_text(), table()

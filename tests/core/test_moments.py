@@ -9,9 +9,9 @@ import torch
 from capo_verl import CapoConfig, CapoFilter
 from capo_verl.core.checksum import checksum
 from capo_verl.core.rounding import round_to_bfloat16
-from capo_verl.core.row_sums import RowSums
 
 V, H, LR = 40, 16, 0.02
+NEVER = 1 << 40
 
 
 def feed(capo: CapoFilter, steps: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> list:
@@ -29,7 +29,7 @@ def feed(capo: CapoFilter, steps: int, seed: int = 0, dtype: torch.dtype = torch
 def test_rounding_keeps_the_expectation():
     x = torch.tensor([1.0, -1.0, 1.00390625, 3e-39]) * 1.001  # between two bfloat16 each
     repeated = x.expand(20_000, 4).contiguous()
-    rounded = round_to_bfloat16(repeated, torch.arange(len(repeated)), step=3, salt=1)
+    rounded = round_to_bfloat16(repeated, torch.arange(len(repeated)), 0, torch.tensor(3), 1)
     low, high = (torch.stack([f(rounded[:, i].float()) for i in range(4)]) for f in (torch.min, torch.max))
     assert ((low <= x) & (x <= high) & (low < high)).all()  # both neighbours occur, nothing else
     assert all(len(rounded[:, i].unique()) == 2 for i in range(4))
@@ -39,16 +39,20 @@ def test_rounding_keeps_the_expectation():
 
 def test_rounding_leaves_what_needs_none():
     x = torch.randn(50, 7).bfloat16().float()
-    assert torch.equal(round_to_bfloat16(x, torch.arange(50), 1, 0).float(), x)
+    assert torch.equal(round_to_bfloat16(x, torch.arange(50), 0, torch.tensor(1), 0).float(), x)
 
 
-def test_rounding_does_not_depend_on_the_sharding():
+def test_rounding_depends_on_place_and_step_only():
     x, rows = torch.randn(12, 5), torch.arange(12)
-    whole = round_to_bfloat16(x, rows, 4, 0)
-    parts = torch.cat([round_to_bfloat16(x[at], rows[at], 4, 0) for at in (slice(0, 5), slice(5, 12))])
-    assert torch.equal(whole, parts)
-    assert not torch.equal(whole, round_to_bfloat16(x, rows, 5, 0))
-    assert not torch.equal(whole, round_to_bfloat16(x, rows, 4, 1))
+
+    def rounded(at: slice, columns: slice, step: int = 4, salt: int = 0) -> torch.Tensor:
+        return round_to_bfloat16(x[at, columns], rows[at], columns.start, torch.tensor(step), salt)
+
+    whole = rounded(slice(0, 12), slice(0, 5))
+    assert torch.equal(whole, torch.cat([rounded(at, slice(0, 5)) for at in (slice(0, 5), slice(5, 12))]))
+    assert torch.equal(whole, torch.cat([rounded(slice(0, 12), c) for c in (slice(0, 2), slice(2, 5))], dim=1))
+    assert not torch.equal(whole, rounded(slice(0, 12), slice(0, 5), step=5))
+    assert not torch.equal(whole, rounded(slice(0, 12), slice(0, 5), salt=1))
 
 
 def test_bfloat16_moments_follow_float32_without_a_bias():
@@ -80,24 +84,47 @@ def test_float64_inputs_are_evaluated_in_float64_with_bfloat16_moments_too():
     assert not torch.equal(a.policy_shift.double(), b.policy_shift)
 
 
-def test_only_touched_rows_are_summed():
-    sums = RowSums(1000, 8, torch.device("cpu"), torch.float32)
-    empty = sums.nbytes
-    torch.manual_seed(0)
-    expected = torch.zeros(1000, 8)
-    for rows in ([3, 500], [500, 7, 999], [3]):
-        at, values = torch.tensor(rows), torch.randn(len(rows), 8)
-        sums.count_tokens(torch.tensor(2))
-        sums.count_entries(at)
-        sums.add(at, values)
-        expected[at] += values
-    assert sums.nbytes - empty <= 8 * 8 * 4  # four rows, twice for growth
-    accepted, means = sums.reduce(())
-    ((rows, mean),) = means
-    assert int(accepted) == 6 and rows.tolist() == [3, 7, 500, 999]
-    torch.testing.assert_close(mean, expected[rows] / torch.tensor([2.0, 1, 2, 1])[:, None])
-    sums.clear()
-    assert sums.nbytes == empty and not list(sums.reduce(())[1])
+def kept_and_folded(dtype: torch.dtype, fold_at: int, micro_batches: int) -> CapoFilter:
+    capo = CapoFilter(CapoConfig(top_k=8, policy_shift_max=None, objective_shift_max=None), V, H)
+    generator = torch.Generator().manual_seed(0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("capo_verl.core.accepted.fold_limit", lambda rows, hidden_size: fold_at)
+        for _ in range(2):
+            hidden, logits = (torch.randn(12, n, generator=generator).to(dtype) for n in (H, V))
+            actions = torch.randint(V, (12,), generator=generator)
+            for part in range(0, 12, 12 // micro_batches):
+                at = slice(part, part + 12 // micro_batches)
+                n = 12 // micro_batches
+                capo.evaluate(hidden[at], logits[at], actions[at], torch.ones(n), torch.ones(n), LR)
+            assert (capo.model._accepted._sums is None) == (fold_at == NEVER)
+            capo.step()
+    return capo
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+def test_folding_changes_memory_and_nothing_else(dtype, tolerance):
+    whole = kept_and_folded(dtype, NEVER, 1).state_dict()
+    for fold_at, micro_batches in ((NEVER, 4), (0, 1), (0, 4), (200, 4)):
+        folded = kept_and_folded(dtype, fold_at, micro_batches).state_dict()
+        for name in ("exp_avg", "exp_avg_sq"):
+            scale = float(whole[name].abs().max())
+            torch.testing.assert_close(folded[name], whole[name], rtol=tolerance, atol=scale * tolerance)
+        assert folded["step"] == 2
+
+
+def test_hidden_states_must_stay_as_they_were():
+    capo = CapoFilter(CapoConfig(top_k=8, policy_shift_max=None, objective_shift_max=None), V, H)
+    hidden, n = torch.randn(3, H), 3
+    arguments = torch.randn(n, V), torch.randint(V, (n,)), torch.ones(n), torch.ones(n), LR
+    capo.evaluate(hidden, *arguments)
+    hidden[1, 2] += 1
+    with pytest.raises(RuntimeError, match=r"hidden_states were modified in place .*pass a copy"):
+        capo.step()
+    capo.discard()
+    capo.evaluate(hidden, *arguments, skip_masked=True)  # has copied what it needs
+    hidden += 1
+    capo.step()
+    assert capo.state_dict()["step"] == 1
 
 
 def test_moving_takes_everything_along():

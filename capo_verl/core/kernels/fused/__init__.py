@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The kernels in Triton: float32 arithmetic on float32, bfloat16 or float16 tensors, nothing waits for the device.
+
+What they do not cover goes to ``plain``: float64, the whole vocabulary as support, and supports of more than 1,024 tokens.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from capo_verl.core.entries import RowEntries
+from capo_verl.core.kernels import plain
+from capo_verl.core.kernels.fused.support_kernel import MAX_K, launch_best_keys
+from capo_verl.core.kernels.fused.curvature_kernel import launch_partial_sums
+from capo_verl.core.kernels.fused.moment_kernels import launch_move, launch_row_sums, launch_update
+from capo_verl.core.logit_rows import LogitRows, VocabShard
+from capo_verl.core.moments import Moments
+from capo_verl.core.support import Support, TopKSupport
+
+
+def best_keys(logits: LogitRows, k: int, shard: VocabShard) -> Tensor:
+    """See ``plain``."""
+    if k > MAX_K or shard.real_rows == 0 or logits.logits.stride(-1) != 1:
+        return plain.best_keys(logits, k, shard)
+    temperature = None if logits.temperature is None else logits.temperature.to(logits.dtype)
+    candidates = launch_best_keys(logits.logits, logits.positions, temperature, k, shard.real_rows, shard.start)
+    return candidates.topk(k).values
+
+
+def partial_sums(hidden: Tensor, advantages: Tensor, support: Support, moments: Moments) -> Tensor:
+    """See ``plain``."""
+    if not isinstance(support, TopKSupport) or advantages.dtype == torch.float64:
+        return plain.partial_sums(hidden, advantages, support, moments)
+    return launch_partial_sums(hidden, advantages, support, moments)
+
+
+def row_sums(entries: RowEntries, rows: Tensor, hidden: Tensor) -> Tensor:
+    """See ``plain``."""
+    if entries.weight.dtype == torch.float64:
+        return plain.row_sums(entries, rows, hidden)
+    sums = torch.empty(len(rows), hidden.shape[1], device=hidden.device, dtype=torch.float32)
+    launch_row_sums(entries, rows, hidden, sums, add=False)
+    return sums
+
+
+def add_row_sums(entries: RowEntries, hidden: Tensor, sums: Tensor) -> None:
+    """See ``plain``."""
+    if entries.weight.dtype == torch.float64:
+        plain.add_row_sums(entries, hidden, sums)
+    else:
+        launch_row_sums(entries, None, hidden, sums, add=True)
+
+
+def move(moments: Moments, columns: slice, rows: Tensor | None, sums: Tensor, counts: Tensor) -> None:
+    """See ``plain``."""
+    if sums.dtype == torch.float64:
+        plain.move(moments, columns, rows, sums, counts)
+    else:
+        launch_move(moments, columns, rows, sums, counts)
+
+
+def update(moments: Moments, columns: slice, entries: RowEntries, hidden: Tensor) -> None:
+    """See ``plain``."""
+    if entries.weight.dtype == torch.float64:
+        plain.update(moments, columns, entries, hidden)
+    else:
+        launch_update(moments, columns, entries, hidden)

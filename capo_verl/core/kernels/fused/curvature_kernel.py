@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Precondition-dot: hidden states, supports and moments in, three sums per token out; no row of ``P(g)`` is ever stored."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from capo_verl.core.moments import Moments
+from capo_verl.core.support import TopKSupport
+
+_TILE = 2048
+"""Elements of moments that one program holds at a time."""
+
+
+@triton.jit
+def _partial_sums_kernel(
+    hidden, hidden_stride, ids, probs, actions, advantages, exp_avg, exp_avg_sq, moments_stride, corrected, steps, sums,
+    first_row, rows, eps,
+    K: tl.constexpr, H: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    action, advantage = tl.load(actions + token), tl.load(advantages + token)
+    old1, new1 = tl.load(corrected), tl.load(corrected + 1)
+    old2, new2 = tl.load(corrected + 2), tl.load(corrected + 3)
+    is_identity = tl.load(steps) == 0
+    hidden += token * hidden_stride
+    of_taken = 0.0
+    mean = 0.0
+    mean_square = 0.0
+    for first in range(0, K, BLOCK_K):
+        entry = first + tl.arange(0, BLOCK_K)
+        row = tl.load(ids + token * K + entry, mask=entry < K, other=-1)
+        pi = tl.load(probs + token * K + entry, mask=entry < K, other=0.0)
+        taken = row == action
+        row -= first_row
+        held = (row >= 0) & (row < rows)
+        # Sharded vocabularies: most blocks of a support may be other ranks' rows.
+        if tl.sum(held.to(tl.int32), 0) > 0:
+            weight = advantage * (taken.to(tl.float32) - pi)
+            products = tl.zeros([BLOCK_K, BLOCK_H], tl.float32)
+            for start in range(0, H, BLOCK_H):
+                column = start + tl.arange(0, BLOCK_H)
+                h = tl.load(hidden + column, mask=column < H, other=0.0).to(tl.float32)
+                g = weight[:, None] * h[None, :]
+                if is_identity:
+                    direction = g
+                else:
+                    there = held[:, None] & (column < H)[None, :]
+                    at = row[:, None] * moments_stride + column[None, :]
+                    m = tl.load(exp_avg + at, mask=there, other=0.0).to(tl.float32)
+                    q = tl.load(exp_avg_sq + at, mask=there, other=1.0).to(tl.float32)
+                    direction = (old1 * m + new1 * g) / (tl.sqrt(old2 * q + new2 * g * g) + eps)
+                products += direction * h[None, :]
+            u = tl.where(held, tl.sum(products, 1), 0.0)
+            pi = tl.where(held, pi, 0.0)
+            of_taken += tl.sum(tl.where(taken, u, 0.0), 0)
+            mean += tl.sum(pi * u, 0)
+            mean_square += tl.sum(pi * u * u, 0)
+    tl.store(sums + token * 3, of_taken)
+    tl.store(sums + token * 3 + 1, mean)
+    tl.store(sums + token * 3 + 2, mean_square)
+
+
+def launch_partial_sums(hidden: Tensor, advantages: Tensor, support: TopKSupport, moments: Moments) -> Tensor:
+    """Arguments and result of ``plain.partial_sums`` in float32 arithmetic; one program per token."""
+    n, k = support.ids.shape
+    sums = torch.empty(n, 3, device=hidden.device, dtype=torch.float32)
+    if n == 0:
+        return sums
+    if hidden.stride(1) != 1:
+        hidden = hidden.contiguous()
+    corrected = torch.stack(moments.corrected((moments.steps + 1).double())).float()
+    block_h = min(256, triton.next_power_of_2(hidden.shape[1]))
+    block_k = min(triton.next_power_of_2(k), _TILE // block_h)
+    _partial_sums_kernel[(n,)](
+        hidden, hidden.stride(0), support.ids.contiguous(), support.probs.contiguous(), support.actions,
+        advantages.contiguous(), moments.exp_avg, moments.exp_avg_sq, moments.exp_avg.stride(0), corrected, moments.steps,
+        sums, support.shard.start, support.shard.rows, moments.eps,
+        K=k, H=hidden.shape[1], BLOCK_K=block_k, BLOCK_H=block_h,
+    )  # fmt: skip
+    return sums

@@ -10,7 +10,7 @@ import torch
 
 def scratch_elements(device: torch.device) -> int:
     """Elements of the largest temporary: small enough to stay in a CPU's cache, large enough to fill a GPU."""
-    return 1 << 18 if device.type == "cpu" else 1 << 23
+    return 1 << 17 if device.type == "cpu" else 1 << 23
 
 
 def chunk_slices(n: int, size: int) -> Iterator[slice]:

@@ -36,7 +36,7 @@ def best_keys(logits: LogitRows, k: int, shard: VocabShard) -> Tensor:
         if a logit of the token is not finite.
     """
     rows = shard.real_rows
-    width = 1 << max(0, round(math.log2(rows / k) / 2)) if rows > k else 1
+    width = 1 << round(math.log2(rows / k) / 2) if rows > 8 * k else 1
     chunk = max(1, scratch_elements(logits.device) // max(shard.rows, k * width))
     parts = [_best_of(logits, part, k, width, shard) for part in chunk_slices(len(logits), chunk)]
     return torch.cat(parts) if parts else torch.empty(0, k, device=logits.device, dtype=torch.int64)
@@ -154,25 +154,26 @@ def move(moments: Moments, columns: slice, rows: Tensor | None, sums: Tensor, co
         rows: ``[R]`` int64, distinct; None = all.
         sums: ``[R, c]``; counts: ``[R]`` int64.
     """
-    beta1, beta2 = moments.betas
     for part in _touched(counts, sums):
-        g = sums[part].div_(counts[part, None])
-        at = part if rows is None else rows[part]
-        for tensor, old, new, salt in (
-            (moments.exp_avg, beta1, g.mul(1 - beta1), 0),
-            (moments.exp_avg_sq, beta2, (g * g).mul_(1 - beta2), 1),
-        ):
-            moved = new.add_(tensor[at, columns].to(g.dtype), alpha=old)
-            if tensor.dtype == torch.bfloat16:
-                moved = round_to_bfloat16(moved, at + moments.first_row, columns.start, moments.steps, salt)
-            tensor[at, columns] = moved
+        mean = sums.index_select(0, part).div_(counts[part, None])
+        _move_rows(moments, columns, part if rows is None else rows[part], mean)
 
 
 def update(moments: Moments, columns: slice, entries: RowEntries, hidden: Tensor) -> None:
     """Move the moments' ``columns`` by the mean gradients of the entries alone; ``hidden [N, c]``."""
     counts = entries.counts
     for rows in _touched(counts, hidden):
-        move(moments, columns, rows, row_sums(entries, rows, hidden), counts[rows])
+        _move_rows(moments, columns, rows, row_sums(entries, rows, hidden).div_(counts[rows, None]))
+
+
+def _move_rows(moments: Moments, columns: slice, rows: Tensor, mean: Tensor) -> None:
+    (beta1, beta2), squared = moments.betas, mean.square()
+    for tensor, beta, new, salt in ((moments.exp_avg, beta1, mean, 0), (moments.exp_avg_sq, beta2, squared, 1)):
+        part = tensor[:, columns]
+        moved = part.index_select(0, rows).to(new.dtype).mul_(beta).add_(new, alpha=1 - beta)
+        if tensor.dtype == torch.bfloat16:
+            moved = round_to_bfloat16(moved, rows + moments.first_row, columns.start, moments.steps, salt)
+        part.index_copy_(0, rows, moved)
 
 
 def _touched(counts: Tensor, like: Tensor) -> Iterator[Tensor]:

@@ -64,6 +64,12 @@ def _partial_sums_kernel(
     tl.store(sums + token * 3 + 2, mean_square)
 
 
+def blocks(k: int, hidden_size: int) -> tuple[int, int]:
+    """Entries and columns of a program's tile."""
+    columns = min(256, triton.next_power_of_2(hidden_size))
+    return min(triton.next_power_of_2(k), _TILE // columns), columns
+
+
 def launch_partial_sums(hidden: Tensor, advantages: Tensor, support: TopKSupport, moments: Moments) -> Tensor:
     """Arguments and result of ``plain.partial_sums`` in float32 arithmetic; one program per token."""
     n, k = support.ids.shape
@@ -73,8 +79,7 @@ def launch_partial_sums(hidden: Tensor, advantages: Tensor, support: TopKSupport
     if hidden.stride(1) != 1:
         hidden = hidden.contiguous()
     corrected = torch.stack(moments.corrected((moments.steps + 1).double())).float()
-    block_h = min(256, triton.next_power_of_2(hidden.shape[1]))
-    block_k = min(triton.next_power_of_2(k), _TILE // block_h)
+    block_k, block_h = blocks(k, hidden.shape[1])
     _partial_sums_kernel[(n,)](
         hidden, hidden.stride(0), support.ids.contiguous(), support.probs.contiguous(), support.actions,
         advantages.contiguous(), moments.exp_avg, moments.exp_avg_sq, moments.exp_avg.stride(0), corrected, moments.steps,

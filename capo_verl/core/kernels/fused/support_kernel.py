@@ -134,6 +134,12 @@ def _best_keys_kernel(
     tl.store(keys + slots, tl.where((slots == 0) & (count == 0), NON_FINITE, LOWEST), mask=slots >= count)
 
 
+def constants(k: int, rows: int) -> dict[str, int]:
+    """Of the kernel, for a support of ``k`` out of ``rows``."""
+    capacity = max(128, triton.next_power_of_2(2 * k))
+    return {"ROWS": rows, "K": k, "WANTED": min(k, rows), "CAPACITY": capacity, "BLOCK": GROUPS}
+
+
 def launch_best_keys(
     logits: Tensor, positions: Tensor | None, temperature: Tensor | None, k: int, rows: int, first_id: int
 ) -> Tensor:
@@ -148,12 +154,11 @@ def launch_best_keys(
         ``[N, c]`` int64 with c >= k, in no order; ``NON_FINITE`` is among them where a logit is not finite.
     """
     n = len(logits if positions is None else positions)
-    capacity = max(128, triton.next_power_of_2(2 * k))
-    keys = torch.empty(n, capacity, device=logits.device, dtype=torch.int64)
+    sizes = constants(k, rows)
+    keys = torch.empty(n, sizes["CAPACITY"], device=logits.device, dtype=torch.int64)
     if n:
         _best_keys_kernel[(n,)](
-            logits, logits.stride(0), positions, temperature, keys, first_id,
-            ROWS=rows, K=k, WANTED=min(k, rows), CAPACITY=capacity, BLOCK=GROUPS, LOWEST=LOWEST, NON_FINITE=NON_FINITE,
-            HAS_POSITIONS=positions is not None, HAS_TEMPERATURE=temperature is not None,
+            logits, logits.stride(0), positions, temperature, keys, first_id, **sizes, LOWEST=LOWEST,
+            NON_FINITE=NON_FINITE, HAS_POSITIONS=positions is not None, HAS_TEMPERATURE=temperature is not None,
         )  # fmt: skip
     return keys

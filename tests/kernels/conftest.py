@@ -1,0 +1,34 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The kernels run on a GPU where there is one, else in Triton's interpreter; what they allocate is poisoned."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="needs triton: pip install .[test]")
+
+
+@pytest.fixture
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    """Fresh inputs on a GPU, where a race may depend on them; the same ones in CI."""
+    print("seed", torch.seed() if torch.cuda.is_available() else torch.manual_seed(0).initial_seed())
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """torch.empty() gives NaN and the largest integers: a place that a kernel leaves out is seen."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    before, torch.utils.deterministic.fill_uninitialized_memory = (
+        torch.utils.deterministic.fill_uninitialized_memory,
+        True,
+    )
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.utils.deterministic.fill_uninitialized_memory = before
+    torch.use_deterministic_algorithms(False)

@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""CapoFilter on Triton's kernels: decisions and moments are those of float64, in every way of cutting the batch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from capo_verl import CapoConfig, CapoFilter
+
+V, H, K, LR, TAU = 40, 24, 7, 0.02, 2e-3
+
+
+def mini_batch(generator: torch.Generator, device: torch.device) -> dict:
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(device)
+
+    return {
+        "hidden_states": (draw(4, 6, H) / H**0.5).float().double(),
+        "logits": (2 * draw(4, 6, V)).float().double(),
+        "actions": torch.randint(V, (4, 6), generator=generator).to(device),
+        "advantages": draw(4, 1),
+        "response_mask": (torch.rand(4, 6, generator=generator) < 0.7).to(device),
+    }
+
+
+def run(device, kernels: str, dtype: torch.dtype, micro_batches: int = 1, **options) -> tuple[list, dict]:
+    """Three optimizer steps. Returns per step m_H, m_F, accepted and the batch shifts, and the moments."""
+    config = CapoConfig(top_k=K, policy_shift_max=TAU, objective_shift_max=None)
+    capo = CapoFilter(config, V, H, device=device, kernels=kernels)
+    generator, steps = torch.Generator().manual_seed(1), []
+    for _ in range(3):
+        batch = mini_batch(generator, device)
+        parts = []
+        for part in range(micro_batches):
+            at = slice(part * 4 // micro_batches, (part + 1) * 4 // micro_batches)
+            share = {n: x[at].to(dtype) if x.is_floating_point() else x[at] for n, x in batch.items()}
+            parts.append(capo.evaluate(**share, learning_rate=LR, **options))
+        mask = batch["response_mask"]
+        columns = (torch.cat([getattr(p, n) for p in parts]) for n in ("objective_shift", "policy_shift", "accepted"))
+        shifts = torch.stack([x for pair in capo.batch_shifts() for x in pair])
+        steps.append(([x[mask].cpu() for x in columns], shifts.cpu()))
+        capo.step()
+    return steps, capo.state_dict()
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2, 4])
+@pytest.mark.parametrize("options", [{}, {"skip_masked": True}, {"skip_masked": True, "max_tokens": 22}], ids=str)
+def test_decides_as_float64_does(micro_batches, options, device):
+    exact, state = run(device, "torch", torch.float64)
+    steps, ours = run(device, "triton", torch.float32, micro_batches, **options)
+    assert all(0 < int(expected[2].sum()) < len(expected[2]) for expected, _ in exact[1:])  # some rejected
+    for (expected, batch), (found, ours_of_batch) in zip(exact, steps, strict=True):
+        margin = (expected[1] / TAU - 1).abs().min()
+        assert margin > 1e-4  # no token near the threshold
+        assert torch.equal(expected[2], found[2])
+        for a, b in zip(expected[:2], found[:2], strict=True):
+            torch.testing.assert_close(b.double(), a, rtol=1e-4, atol=float(a.abs().max()) * 2e-6)
+        torch.testing.assert_close(ours_of_batch.double(), batch, rtol=1e-4, atol=0)
+    for name in ("exp_avg", "exp_avg_sq"):
+        scale = float(state[name].abs().max())
+        torch.testing.assert_close(ours[name].double(), state[name], rtol=1e-4, atol=scale * 1e-6)
+    assert ours["step"] == state["step"] == 3
+
+
+def test_folded_row_sums_give_the_same(device, monkeypatch):
+    kept, state = run(device, "triton", torch.float32, 2)
+    monkeypatch.setattr("capo_verl.core.accepted.fold_limit", lambda rows, hidden_size: 0)
+    folded, ours = run(device, "triton", torch.float32, 2)
+    assert all(torch.equal(a[0][2], b[0][2]) for a, b in zip(kept, folded, strict=True))
+    for name in ("exp_avg", "exp_avg_sq"):
+        scale = float(state[name].abs().max())
+        torch.testing.assert_close(ours[name], state[name], rtol=1e-4, atol=scale * 1e-6)
+
+
+@pytest.mark.parametrize("kernels", ["torch", "triton"])
+def test_deterministic_mode_changes_no_bit(kernels, device):
+    torch.use_deterministic_algorithms(False)
+    default, state = run(device, kernels, torch.float32, 2)
+    torch.use_deterministic_algorithms(True)
+    strict, ours = run(device, kernels, torch.float32, 2)
+    for (a, batch_a), (b, batch_b) in zip(default, strict, strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True)) and torch.equal(batch_a, batch_b)
+    assert torch.equal(state["exp_avg"], ours["exp_avg"]) and torch.equal(state["exp_avg_sq"], ours["exp_avg_sq"])
+
+
+def test_too_small_a_bound_is_noticed(device):
+    batch = mini_batch(torch.Generator().manual_seed(0), device)
+    capo = CapoFilter(CapoConfig(top_k=K), V, H, device=device)
+    tokens = int(batch["response_mask"].sum())
+    with pytest.raises(ValueError, match="there are more response tokens than max_tokens"):
+        capo.evaluate(**batch, learning_rate=LR, skip_masked=True, max_tokens=tokens - 1)
+    capo.evaluate(**batch, learning_rate=LR, skip_masked=True, max_tokens=tokens)
+
+
+def test_kernels_are_chosen_by_device_or_name(device):
+    from capo_verl.core.kernels import choose, fused, plain
+
+    assert choose(torch.device("cpu")) is plain and choose(torch.device("cuda")) is fused
+    assert choose(device, "triton") is fused and choose(torch.device("cuda"), "torch") is plain
+    with pytest.raises(ValueError, match="kernels='cuda': expected one of torch, triton, or None"):
+        CapoFilter(CapoConfig(), V, H, kernels="cuda")

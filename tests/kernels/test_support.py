@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from capo_verl.core.keys import LOWEST, NON_FINITE, ids_of, keys_of, logits_of
 from capo_verl.core.kernels import fused, plain
+from capo_verl.core.keys import LOWEST, NON_FINITE, ids_of, keys_of, logits_of
 from capo_verl.core.logit_rows import LogitRows, VocabShard
 from tests.helpers import oracle
 

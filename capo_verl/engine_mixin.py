@@ -47,6 +47,8 @@ class CapoEngineMixin:
     _tap: HiddenStatesTap | None = None
     """Likewise."""
     _health: Health
+    _measures = True
+    """Whether the training step in progress is one which CAPO looks at (``capo.track_every``)."""
     _skip_batch = False
     _filter_seconds = 0.0
     _loaded_from: str | None = None
@@ -63,7 +65,8 @@ class CapoEngineMixin:
         raise NotImplementedError
 
     def _optimizer_steps(self) -> int:
-        """Steps of the learning-rate scheduler so far, including those before a resume; for messages."""
+        """Steps of the learning-rate scheduler so far, including those before a resume: verl's training steps, which take
+        one optimizer step per mini-batch and epoch."""
         raise NotImplementedError
 
     def _gradients(self) -> Iterable[Tensor]:
@@ -82,7 +85,7 @@ class CapoEngineMixin:
 
     def train_batch(self, data: TensorDict, loss_function: Any) -> Any:
         output = super().train_batch(data, loss_function)
-        if self._step is not None and self.is_mp_src_rank_with_outputs():
+        if self._step is not None and self._measures and self.is_mp_src_rank_with_outputs():
             output["metrics"]["capo/filter_seconds"] = [self._filter_seconds]
         return output
 
@@ -92,11 +95,16 @@ class CapoEngineMixin:
             return super().forward_backward_batch(data, loss_function, forward_only)
         if self._capo is None:
             self._switch_on(config)
+        steps_so_far = self._optimizer_steps()
+        self._measures = config.measures(steps_so_far)
+        if not self._measures:
+            return super().forward_backward_batch(data, loss_function, forward_only)
         self._health.clear()
         step = self._step
         if step is None or self._tap is None:
             output = super().forward_backward_batch(data, loss_function, forward_only)
         else:
+            step.begin(steps_so_far)
             if config.optimizer_model == "adam":
                 group = self.optimizer.param_groups[0]
                 step.capo.set_optimizer(group["betas"], group["eps"])
@@ -129,7 +137,7 @@ class CapoEngineMixin:
             self.optimizer_zero_grad()
             return 0.0
         grad_norm = super().optimizer_step()
-        if self._step is not None:
+        if self._step is not None and self._measures:
             self._filter_seconds = self._step.optimizer_step()
         return grad_norm
 

@@ -54,6 +54,12 @@ class CapoConfig:
     batch_shift_tokens: int | None = 65536
     """How many tokens per rank are kept between optimizer steps for ``batch_shifts()`` (each costs one hidden state of
     memory). 0 switches the batch-level diagnostics off, None keeps all."""
+    batch_shift_every: int = 10
+    """Batch-level diagnostics in every n-th step (of those measured, with ``track_every``), beginning with the first; in
+    between nothing is kept for them. Read by the engines: ``CapoFilter`` alone measures whenever it is asked."""
+    track_every: int = 1
+    """With ``mode=track`` only: measure every n-th step, beginning with the first. In between nothing is done at all, so the
+    moments see the measured steps only. Read by the engines."""
 
     def __post_init__(self) -> None:
         _one_of("optimizer_model", self.optimizer_model, OPTIMIZER_MODELS)
@@ -62,6 +68,12 @@ class CapoConfig:
         _one_of("on_nonfinite", self.on_nonfinite, ON_NONFINITE)
         _integer("top_k", self.top_k, minimum=1, none="the whole vocabulary")
         _integer("batch_shift_tokens", self.batch_shift_tokens, minimum=0, none="all tokens")
+        _integer("batch_shift_every", self.batch_shift_every, minimum=1)
+        _integer("track_every", self.track_every, minimum=1)
+        if self.mode != "track" and self.track_every != 1:
+            raise ValueError(
+                f"capo.track_every={self.track_every!r} needs capo.mode=track: capo.mode={self.mode} decides in every step"
+            )
         _threshold("policy_shift_max", self.policy_shift_max)
         _threshold("objective_shift_max", self.objective_shift_max)
         if isinstance(self.objective_shift_min, str):
@@ -96,6 +108,18 @@ class CapoConfig:
     def stages(self) -> tuple[str, ...]:
         """The granularities in the order in which they are applied."""
         return (self.granularity,) if isinstance(self.granularity, str) else self.granularity
+
+    def measures(self, step: int) -> bool:
+        """Whether anything is looked at in training step ``step``, counted from 0 and from the start of the run."""
+        return step % self.track_every == 0
+
+    def takes_batch_shifts(self, step: int) -> bool:
+        """Whether training step ``step`` reports the batch-level diagnostics."""
+        return (
+            self.batch_shift_tokens != 0
+            and self.measures(step)
+            and step // self.track_every % self.batch_shift_every == 0
+        )
 
     @classmethod
     def from_mapping(cls, knobs: Mapping[str, Any], exclude: Sequence[str] = ()) -> CapoConfig:
@@ -188,11 +212,12 @@ def _number(key: str, value: Any) -> None:
         raise ValueError(f"capo.{key}={value!r}: expected a finite number")
 
 
-def _integer(key: str, value: Any, minimum: int, none: str) -> None:
-    if value is None:
+def _integer(key: str, value: Any, minimum: int, none: str | None = None) -> None:
+    if value is None and none is not None:
         return
     if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-        raise ValueError(f"capo.{key}={value!r}: expected an integer >= {minimum}, or null for {none}")
+        or_null = "" if none is None else f", or null for {none}"
+        raise ValueError(f"capo.{key}={value!r}: expected an integer >= {minimum}{or_null}")
 
 
 def _threshold(key: str, value: Any) -> None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -47,8 +48,12 @@ class CapoEngineMixin:
     _tap: HiddenStatesTap | None = None
     """Likewise."""
     _health: Health
+    _measures = True
+    """Whether the training step in progress is one which CAPO looks at (``capo.track_every``)."""
     _skip_batch = False
     _filter_seconds = 0.0
+    _steps_before: int = 0
+    """Training steps before a resume which the learning-rate scheduler does not know of."""
     _loaded_from: str | None = None
     _loaded_state: State | None = None
 
@@ -63,7 +68,7 @@ class CapoEngineMixin:
         raise NotImplementedError
 
     def _optimizer_steps(self) -> int:
-        """Steps of the learning-rate scheduler so far, including those before a resume; for messages."""
+        """Steps of the learning-rate scheduler so far: verl's training steps, of one optimizer step per mini-batch and epoch."""
         raise NotImplementedError
 
     def _gradients(self) -> Iterable[Tensor]:
@@ -82,7 +87,7 @@ class CapoEngineMixin:
 
     def train_batch(self, data: TensorDict, loss_function: Any) -> Any:
         output = super().train_batch(data, loss_function)
-        if self._step is not None and self.is_mp_src_rank_with_outputs():
+        if self._step is not None and self._measures and self.is_mp_src_rank_with_outputs():
             output["metrics"]["capo/filter_seconds"] = [self._filter_seconds]
         return output
 
@@ -92,11 +97,16 @@ class CapoEngineMixin:
             return super().forward_backward_batch(data, loss_function, forward_only)
         if self._capo is None:
             self._switch_on(config)
+        steps_so_far = self._training_steps()
+        self._measures = config.measures(steps_so_far)
+        if not self._measures:
+            return super().forward_backward_batch(data, loss_function, forward_only)
         self._health.clear()
         step = self._step
         if step is None or self._tap is None:
             output = super().forward_backward_batch(data, loss_function, forward_only)
         else:
+            step.begin(steps_so_far)
             if config.optimizer_model == "adam":
                 group = self.optimizer.param_groups[0]
                 step.capo.set_optimizer(group["betas"], group["eps"])
@@ -129,7 +139,7 @@ class CapoEngineMixin:
             self.optimizer_zero_grad()
             return 0.0
         grad_norm = super().optimizer_step()
-        if self._step is not None:
+        if self._step is not None and self._measures:
             self._filter_seconds = self._step.optimizer_step()
         return grad_norm
 
@@ -137,6 +147,10 @@ class CapoEngineMixin:
         super().to(device=device, model=model, optimizer=optimizer, grad=grad)
         if optimizer and self._step is not None:
             self._step.capo.to("cpu" if device == "cpu" else torch.device(get_device_id()))
+
+    def _training_steps(self) -> int:
+        """So far, including those before a resume."""
+        return self._steps_before + self._optimizer_steps()
 
     def _agree_to_step(self, config: CapoConfig) -> None:
         """All ranks learn whether any of them met NaN or infinity; then all stop, or all skip the optimizer step.
@@ -149,7 +163,7 @@ class CapoEngineMixin:
         self._skip_batch = bool(findings)
         if not findings:
             return
-        what = describe(findings, self._optimizer_steps() + 1)
+        what = describe(findings, self._training_steps() + 1)
         if config.on_nonfinite == "error":
             raise RuntimeError(
                 f"{what}. Nothing was updated. Resume from the last checkpoint; "
@@ -182,6 +196,10 @@ class CapoEngineMixin:
 
     def load_checkpoint(self, local_path: str, *args: Any, **kwargs: Any) -> None:
         super().load_checkpoint(local_path, *args, **kwargs)
+        # verl restores Megatron's scheduler only with optim.use_checkpoint_opt_param_scheduler=True. Its trainer takes the step
+        # from the name of the folder as well.
+        names = re.findall(r"global_step_(\d+)", local_path)
+        self._steps_before = int(names[-1]) if names and not self._optimizer_steps() else 0
         self._loaded_from, self._loaded_state = local_path, self._load_state(local_path)
         if self._capo is not None:
             self._take_over_loaded_state(self._capo)

@@ -45,6 +45,10 @@ class FilteredStep:
         self._steps_without_tokens = 0
         self.discard()
 
+    def begin(self, step: int) -> None:
+        """Before the first micro-batch of an optimizer step; ``step``: the engine's count of training steps."""
+        self.capo.keep_for_batch_shifts = self.config.takes_batch_shifts(step)
+
     def discard(self) -> None:
         """Gradients were zeroed: forget what was evaluated since the last optimizer step."""
         self.capo.discard()
@@ -78,9 +82,7 @@ class FilteredStep:
                 sequence_ids=response.sequence_ids, num_sequences=response.num_sequences,
                 check_values=False,
             )  # fmt: skip
-            samples = response.samples[response.sequence_ids]
-            for what, bad in out.problems.items():
-                self._health.note(what, bad, samples)
+            self._health.note_tokens(out.problems, response.samples[response.sequence_ids])
             self._metrics.add(
                 out, response.advantages, response.response_mask, response.sequence_ids, response.num_sequences
             )
@@ -111,14 +113,19 @@ class FilteredStep:
 
     @torch.no_grad()
     def metrics(self) -> dict[str, float]:
-        """Of the micro-batches since the last optimizer step. Call it before that step, on every rank."""
-        metrics = self._metrics.compute()
-        if self.config.batch_shift_tokens != 0:
+        """Of the micro-batches since the last optimizer step. Call it before that step, on every rank.
+
+        Waits for the device once.
+        """
+        diagnostics: dict[str, Tensor] = {}
+        if self.capo.keep_for_batch_shifts:
             with self._stopwatch.running():
                 batch_shifts = self.capo.batch_shifts()
             for when, shifts in zip(("before", "after"), batch_shifts, strict=True):
-                metrics[f"capo/batch_objective_shift_{when}"] = float(shifts.objective)
-                metrics[f"capo/batch_policy_shift_{when}"] = float(shifts.policy)
+                diagnostics[f"capo/batch_objective_shift_{when}"] = shifts.objective
+                diagnostics[f"capo/batch_policy_shift_{when}"] = shifts.policy
+        metrics = self._metrics.compute(diagnostics)
+        if diagnostics:
             metrics["capo/batch_shift_coverage"] = self.capo.batch_shift_coverage
         self._warn_if_stuck(metrics)
         return metrics

@@ -8,7 +8,7 @@ small gather before the optimizer step tells every rank, and all do the same.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -61,11 +61,19 @@ class Health:
 
     def note(self, what: str, bad: Tensor, samples: Tensor | None = None) -> None:
         """Remember ``bad [...]`` bool, concerning ``samples [...]`` int64. Does not wait for the device."""
-        at = PROBLEMS.index(what)
-        self._count[at] += bad.sum()
-        if samples is not None and bad.numel():
-            first = torch.where(bad, samples, _NO_SAMPLE).min()
-            self._sample[at] = torch.minimum(self._sample[at], first)
+        self._note(PROBLEMS.index(what), bad[None], samples)
+
+    def note_tokens(self, problems: Mapping[str, Tensor], samples: Tensor) -> None:
+        """All of ``TOKEN_PROBLEMS`` of a micro-batch at once, ``[...]`` bool each. Does not wait for the device."""
+        self._note(0, torch.stack([problems[what] for what in TOKEN_PROBLEMS]), samples)
+
+    def _note(self, first: int, bad: Tensor, samples: Tensor | None) -> None:
+        """``bad [P, ...]``, concerning the problems from ``first`` on."""
+        rows = slice(first, first + len(bad))
+        self._count[rows] += bad.reshape(len(bad), -1).sum(-1)
+        if samples is not None and bad[0].numel():
+            concerned = torch.where(bad, samples, _NO_SAMPLE).reshape(len(bad), -1).amin(-1)
+            self._sample[rows] = torch.minimum(self._sample[rows], concerned)
 
     def note_loss(self, loss: Tensor, data: TensorDict, samples: Tensor) -> None:
         """The loss of a micro-batch and what it was computed from. ``samples [b]`` int64."""

@@ -8,7 +8,6 @@ from typing import NamedTuple
 import torch
 from tensordict import TensorDict
 from torch import Tensor
-from verl.workers.utils.padding import no_padding_2_padding, response_from_nested
 
 SAMPLE = "capo_sample"
 """Key of the index of each sample in this rank's share of the mini-batch, ``[b]`` int64."""
@@ -57,12 +56,11 @@ def response_fields(batch: TensorDict) -> Tensor:
     """
     offsets = batch["input_ids"].offsets()
     b, total = len(offsets) - 1, batch["input_ids"].values().shape[0]
-    at, valid = _response_positions(batch, offsets)
-    fields = torch.zeros(total, 3, device=offsets.device, dtype=torch.float32)
+    at = _response_positions(batch, offsets, total)
+    fields = torch.zeros(total + 1, 3, device=offsets.device, dtype=torch.float32)
     for column, name in enumerate(("advantages", "response_mask")):
-        values = batch[name]
-        values = values.values() if values.is_nested else values[valid]
-        fields[:, column].index_copy_(0, at, values.to(fields.dtype))
+        fields[:, column].index_copy_(0, at, _flat(batch[name]).to(fields.dtype))
+    fields = fields[:total]
     # Sample indices are exact in float32 up to 16 million.
     fields[:, 2] = torch.arange(b, device=offsets.device).repeat_interleave(offsets.diff(), output_size=total)
     return torch.nested.nested_tensor_from_jagged(fields, offsets=offsets)
@@ -72,12 +70,16 @@ def accepted_response(accepted: Tensor, data: TensorDict) -> Tensor:
     """Per-token results of the whole sequences, cut to the responses in the format of ``data["response_mask"]``.
 
     Args:
-        accepted: nested ``[b, prompt + response]``, as verl's engine returns per-token results.
+        accepted: nested ``[b, prompt + response]``, as verl's engine returns per-token results: at the position before the
+            token's. (verl's own functions for this wait for the device once per sequence.)
     """
-    response_mask = data["response_mask"]
+    response_mask, values = data["response_mask"], accepted.values()
+    at = _response_positions(data, accepted.offsets(), len(values))
+    # Moved to its token, with a 0 for padding; what the very last position says is about no token.
+    values = torch.nn.functional.pad(values[:-1], (1, 1))[at]
     if response_mask.is_nested:
-        return response_from_nested(accepted, response_mask)
-    return no_padding_2_padding(accepted, data)[:, : response_mask.shape[1]]
+        return torch.nested.nested_tensor_from_jagged(values, offsets=response_mask.offsets())
+    return values.view_as(response_mask)
 
 
 def mask_rejected(data: TensorDict, accepted: Tensor) -> TensorDict:
@@ -92,18 +94,25 @@ def mask_rejected(data: TensorDict, accepted: Tensor) -> TensorDict:
     return kept
 
 
-def _response_positions(batch: TensorDict, offsets: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Where each response value belongs among the flat tokens ``[R]``; and, for padded fields, which of them are real."""
-    response_mask = batch["response_mask"]
+def _flat(field: Tensor) -> Tensor:
+    """``[R]``, of a nested or padded field."""
+    return field.values() if field.is_nested else field.flatten()
+
+
+def _response_positions(batch: TensorDict, offsets: Tensor, total: int) -> Tensor:
+    """Where each response value belongs among the flat tokens: ``[R]`` int64, ``total`` for padding.
+
+    Args:
+        offsets: ``[b + 1]`` int64, of the sequences; total: number of their tokens.
+    """
+    response_mask, ends = batch["response_mask"], offsets[1:]
     if response_mask.is_nested:
-        starts, lengths, valid = response_mask.offsets()[:-1], response_mask.offsets().diff(), None
+        starts, lengths = response_mask.offsets()[:-1], response_mask.offsets().diff()
         count = response_mask.values().shape[0]
-    else:
-        width = response_mask.shape[1]
-        max_prompt = batch["prompts"].shape[1]
-        valid = batch["attention_mask"][:, max_prompt : max_prompt + width].bool()
-        lengths = valid.sum(-1)
-        starts, count = lengths.cumsum(0) - lengths, int(lengths.sum())
-    # A sequence is prompt + response, so its response begins `length` before its end.
-    shift = (offsets[1:] - lengths - starts).repeat_interleave(lengths, output_size=count)
-    return torch.arange(count, device=offsets.device) + shift, valid
+        # A sequence is prompt + response, so its response begins `length` before its end.
+        shift = (ends - lengths - starts).repeat_interleave(lengths, output_size=count)
+        return torch.arange(count, device=offsets.device) + shift
+    first = batch["prompts"].shape[1]
+    valid = batch["attention_mask"][:, first : first + response_mask.shape[1]].bool()
+    order = valid.cumsum(-1)
+    return torch.where(valid, (ends - order[:, -1])[:, None] + order - 1, total).flatten()

@@ -123,6 +123,8 @@ class CapoFilter:
             else SgdModel()
         )  # fmt: skip
         self._retained = RetainedTokens(config.batch_shift_tokens)
+        self.keep_for_batch_shifts = True
+        """Whether :meth:`evaluate` keeps what :meth:`batch_shifts` needs; set to False for steps that will not ask."""
 
     def set_optimizer(self, betas: tuple[float, float], eps: float) -> None:
         """Follow the real optimizer's hyper-parameters, should they change during training."""
@@ -198,7 +200,8 @@ class CapoFilter:
         accepted = inputs.mask if self.config.mode == "track" else verdict
 
         self.model.accumulate(inputs.hidden, inputs.advantages, support, accepted)
-        self._retained.add(inputs, support, verdict)
+        if self.keep_for_batch_shifts:
+            self._retained.add(inputs, support, verdict)
         stages = [Stage(s.granularity, *(inputs.restore(x) for x in s[1:])) for s in stages]
         return CapoOutput(
             objective_shift=stages[0].objective_shift,

@@ -3,25 +3,28 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from capo_verl.core import collectives
 from capo_verl.core.filter import CapoOutput
+from capo_verl.core.order_statistics import nearest_rank, ordered_keys
 
-QUANTILES = {"p01": 0.01, "p50": 0.5, "p90": 0.9, "p99": 0.99}
-
-
-class _Tokens(NamedTuple):
-    objective_shift: Tensor
-    policy_shift: Tensor
-    advantages: Tensor
-    kept: Tensor
-    objective_rejected: Tensor
-    policy_rejected: Tensor
-    in_support: Tensor
+QUANTILES = {"min": 0.0, "p01": 0.01, "p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
+SHIFTS = ("policy", "objective")
+_COUNTS = (
+    "tokens",
+    "rejected",
+    "objective_rejected",
+    "policy_rejected",
+    "positive",
+    "positive_rejected",
+    "negative",
+    "negative_rejected",
+    "outside",
+)
 
 
 class StepMetrics:
@@ -33,54 +36,62 @@ class StepMetrics:
 
     def __init__(self, dp_group: collectives.Group = None, cp_group: collectives.Group = None):
         self._dp_group, self._cp_group = dp_group, cp_group
-        self._tokens: list[_Tokens] = []
+        self._counts: list[Tensor] = []
+        self._sums: list[Tensor] = []
+        self._keys: list[Tensor] = []
         self._sequences: list[Tensor] = []
 
     def add(
         self, out: CapoOutput, advantages: Tensor, response_mask: Tensor, sequence_ids: Tensor, num_sequences: int
     ) -> None:
-        """One micro-batch. Shapes as in ``CapoFilter.evaluate``; ``advantages`` have the shape of the mask."""
+        """One micro-batch. Does not wait for the device.
+
+        Shapes as in ``CapoFilter.evaluate``; ``advantages`` have the shape of the mask.
+        """
         mask = response_mask.bool()
         alive, objective_rejected, policy_rejected = mask, torch.zeros_like(mask), torch.zeros_like(mask)
         for stage in out.stages:
             objective_rejected = objective_rejected | (alive & ~stage.objective_ok)
             policy_rejected = policy_rejected | (alive & ~stage.policy_ok)
             alive = alive & stage.objective_ok & stage.policy_ok
-        columns = (
-            out.objective_shift, out.policy_shift, advantages, out.in_trust_region, objective_rejected, policy_rejected,
-            out.in_support,
+        kept = out.in_trust_region
+        rejected, positive, negative = mask & ~kept, mask & (advantages > 0), mask & (advantages < 0)
+        counted = (
+            mask, rejected, objective_rejected, policy_rejected,
+            positive, positive & rejected, negative, negative & rejected, mask & ~out.in_support,
         )  # fmt: skip
-        self._tokens.append(_Tokens(*(x[mask] for x in columns)))
-        counts = torch.zeros(2, num_sequences, device=mask.device)
-        for row, which in zip(counts, (mask, out.in_trust_region), strict=True):
-            row.index_add_(0, sequence_ids.flatten(), which.flatten().to(row.dtype))
-        self._sequences.append(counts)
+        self._counts.append(torch.stack(counted).flatten(1).sum(-1))
+        shifts = torch.stack((out.policy_shift, out.objective_shift)).flatten(1)
+        mask = mask.flatten()
+        self._sums.append(torch.where(mask, shifts, 0.0).sum(-1, dtype=torch.float64))
+        self._keys.append(ordered_keys(shifts, mask))
+        tokens = torch.stack((mask, kept.flatten())).float()
+        self._sequences.append(tokens.new_zeros(2, num_sequences).index_add_(1, sequence_ids.flatten(), tokens))
 
-    def compute(self) -> dict[str, float]:
-        """The metrics of the step, equal on all data- and context-parallel ranks; names are in docs/metrics.md.
+    def compute(self, further: Mapping[str, Tensor] | None = None) -> dict[str, float]:
+        """The metrics of the step, equal on all data- and context-parallel ranks; names are in docs/metrics.md. Collective.
 
-        With no response token anywhere, shifts and rates are 0.
+        With no response token anywhere, shifts and rates are 0. Waits for the device once: all numbers come to the host in
+        one transfer.
+
+        Args:
+            further: scalars of the caller's, by name, which join the transfer and are returned as they are.
         """
+        further = further or {}
         groups = (self._dp_group, self._cp_group)
-        t = _Tokens(*(torch.cat(columns) for columns in zip(*self._tokens, strict=True)))
-        rejected, positive, negative = ~t.kept, t.advantages > 0, t.advantages < 0
-        sums = {
-            "tokens": torch.ones_like(t.kept),
-            "rejected": rejected,
-            "objective_rejected": t.objective_rejected,
-            "policy_rejected": t.policy_rejected,
-            "positive": positive,
-            "positive_rejected": positive & rejected,
-            "negative": negative,
-            "negative_rejected": negative & rejected,
-            "outside": ~t.in_support,
-            "policy": t.policy_shift,
-            "objective": t.objective_shift,
-        }
-        totals = collectives.sum_(torch.stack([x.double().sum() for x in sums.values()]), groups)
-        total = dict(zip(sums, totals.tolist(), strict=True))
         sequences = collectives.sum_(torch.cat(self._sequences, dim=1), (self._cp_group,))
-        emptied = collectives.sum_(((sequences[0] > 0) & (sequences[1] == 0)).sum(), (self._dp_group,)).item()
+        emptied = ((sequences[0] > 0) & (sequences[1] == 0)).sum(dim=0, keepdim=True)
+        if collectives.rank(self._cp_group) > 0:  # every context-parallel rank knows all of them
+            emptied.zero_()
+        columns = (torch.stack(self._counts).sum(0), torch.stack(self._sums).sum(0), emptied)
+        totals = collectives.sum_(torch.cat([x.double() for x in columns]), groups)
+        quantiles = nearest_rank(torch.cat(self._keys, dim=-1), totals[0], tuple(QUANTILES.values()), groups)
+
+        values = torch.cat((totals, quantiles.flatten().double(), *(x.reshape(1).double() for x in further.values())))
+        names = (
+            *_COUNTS, *SHIFTS, "emptied", *(f"{shift}_{label}" for shift in SHIFTS for label in QUANTILES), *further
+        )  # fmt: skip
+        total = dict(zip(names, values.tolist(), strict=True))
 
         def share(part: str, whole: str) -> float:
             return total[part] / total[whole] if total[whole] else 0.0
@@ -92,32 +103,13 @@ class StepMetrics:
             "capo/rejection_rate_positive_advantage": share("positive_rejected", "positive"),
             "capo/rejection_rate_negative_advantage": share("negative_rejected", "negative"),
             "capo/outside_support": share("outside", "tokens"),
-            "capo/sequences_emptied": float(emptied),
+            "capo/sequences_emptied": total["emptied"],
             "capo/accepted_tokens": total["tokens"] - total["rejected"],
             "capo/nothing_accepted": float(total["tokens"] == total["rejected"]),
         }
-        for name, values in (("policy", t.policy_shift), ("objective", t.objective_shift)):
-            ordered = self._gather(values).sort().values
-            prefix = f"capo/{name}_shift"
-            metrics[f"{prefix}_mean"] = share(name, "tokens")
-            metrics[f"{prefix}_max"] = _at(ordered, 1.0)
-            if name == "objective":  # m_F is never negative
-                metrics[f"{prefix}_min"] = _at(ordered, 0.0)
-            for label, q in QUANTILES.items():
-                metrics[f"{prefix}_{label}"] = _at(ordered, q)
-        return metrics
-
-    def _gather(self, values: Tensor) -> Tensor:
-        """All ranks' values. Ranks hold different numbers of tokens; NaN fills up and is taken out again."""
-        for group in (self._dp_group, self._cp_group):
-            if collectives.size(group) > 1:
-                longest = int(collectives.max_(torch.tensor(len(values), device=values.device), (group,)))
-                padded = torch.nn.functional.pad(values, (0, longest - len(values)), value=torch.nan)
-                gathered = collectives.gather(padded, group)
-                values = gathered[~gathered.isnan()]
-        return values
-
-
-def _at(ordered: Tensor, q: float) -> float:
-    """The q-quantile of sorted values: the value at the nearest rank."""
-    return float(ordered[round(q * (len(ordered) - 1))]) if len(ordered) else 0.0
+        for shift in SHIFTS:
+            metrics[f"capo/{shift}_shift_mean"] = share(shift, "tokens")
+            for label in QUANTILES:
+                if (shift, label) != ("policy", "min"):  # m_F is never negative
+                    metrics[f"capo/{shift}_shift_{label}"] = total[f"{shift}_{label}"]
+        return metrics | {name: total[name] for name in further}

@@ -41,15 +41,19 @@ def to_padded(values: Tensor, batch: TensorDict, length: int) -> Tensor:
 
 def from_padded(values: Tensor, batch: TensorDict) -> Tensor:
     """``[b, length]`` to ``[total]``, without the padding on the right."""
-    lengths = batch["input_ids"].offsets().diff()
-    return values[torch.arange(values.shape[1], device=values.device) < lengths[:, None]]
+    offsets, (b, length) = batch["input_ids"].offsets(), values.shape
+    total = batch["input_ids"].values().shape[0]
+    # Row i begins at i * length here and at offsets[i] there.
+    shift = torch.arange(b, device=values.device) * length - offsets[:-1]
+    at = torch.arange(total, device=values.device) + shift.repeat_interleave(offsets.diff(), output_size=total)
+    return values.flatten()[at]
 
 
 def _next_token_fields(batch: TensorDict) -> Tensor:
     """Advantage and response mask of the token after each token, 0 at the end of a sequence; its own sample. ``[total, 3]``"""
     fields, ends = response_fields(batch).values(), batch["input_ids"].offsets()[1:] - 1
     following = fields.roll(-1, 0)
-    following[ends] = 0
+    following.index_fill_(0, ends, 0)
     following[:, 2] = fields[:, 2]
     return following
 

@@ -111,6 +111,11 @@ def test_values_outside_the_mask_may_be_anything():
         ({"betas": 0.9}, "capo.betas=0.9: expected two numbers"),
         ({"eps": -1e-8}, "capo.eps=-1e-08: must be >= 0"),
         ({"batch_shift_tokens": -1}, "capo.batch_shift_tokens=-1: expected an integer >= 0"),
+        ({"batch_shift_every": 0}, "capo.batch_shift_every=0: expected an integer >= 1$"),
+        ({"batch_shift_every": None}, "capo.batch_shift_every=None: expected an integer >= 1$"),
+        ({"mode": "track", "track_every": 2.0}, "capo.track_every=2.0: expected an integer >= 1$"),
+        ({"mode": "track", "track_every": True}, "capo.track_every=True: expected an integer >= 1$"),
+        ({"track_every": 4}, "capo.track_every=4 needs capo.mode=track: capo.mode=filter decides in every step"),
         ({"policy_shift_mx": 1e-4}, "capo.policy_shift_mx is not a knob of CAPO. Did you mean 'policy_shift_max'\\? Valid keys: "),
     ],
 )  # fmt: skip

@@ -301,3 +301,23 @@ def test_a_micro_batch_without_response_tokens_is_legal_when_masked_tokens_are_s
         assert [float(x) for shifts in capo.batch_shifts() for x in shifts] == [0.0] * 4
         capo.step()
     assert capo.state_dict()["step"] == 0
+
+
+def test_nothing_is_kept_for_batch_shifts_nobody_will_ask_for():
+    batch = Batch.random(np.random.default_rng(9), 2, 5, 4, 12)
+    config = CapoConfig(top_k=4, policy_shift_max=None, objective_shift_max=None)
+    capo, reference = (CapoFilter(config, 12, 4) for _ in range(2))
+    capo.keep_for_batch_shifts = False
+    assert torch.equal(
+        capo.evaluate(*batch.arguments(0.1)).policy_shift, reference.evaluate(*batch.arguments(0.1)).policy_shift
+    )
+    assert reference._retained._kept and not capo._retained._kept
+    with pytest.raises(RuntimeError, match="found no tokens"):
+        capo.batch_shifts()
+    capo.step()
+    capo.keep_for_batch_shifts = True
+    reference.step()
+    for each in (capo, reference):
+        each.evaluate(*batch.arguments(0.1))
+    for a, b in zip(capo.batch_shifts(), reference.batch_shifts(), strict=True):
+        assert float(a.policy) == float(b.policy) > 0

@@ -12,6 +12,7 @@ from capo_verl import CapoConfig, CapoFilter
 from capo_verl.core.metrics import StepMetrics
 from tests.helpers.batches import Batch
 from tests.helpers.spawn import run_on_ranks
+from tests.helpers.syncs import recorded_syncs
 
 CONFIG = CapoConfig(top_k=6, policy_shift_max=3e-5, objective_shift_max=6e-3, granularity=("token", "sequence"))
 
@@ -63,6 +64,22 @@ def test_against_counting():
             found["capo/rejection_rate_objective_test"] + found["capo/rejection_rate_policy_test"]
             >= found["capo/rejection_rate"]
         )
+
+
+def test_waits_for_the_device_once():
+    """Adding a micro-batch never, computing for the one transfer; what the caller adds to it comes back unchanged."""
+    capo, metrics = CapoFilter(CONFIG, 20, 5), StepMetrics()
+    *tensors, lr = Batch.random(np.random.default_rng(1), 6, 7, 5, 20).arguments(0.02)
+    out, ids = capo.evaluate(*tensors, lr), torch.arange(6).repeat_interleave(7)
+    further = {"capo/batch": torch.tensor(0.1, dtype=torch.float64), "capo/other": torch.tensor(0.1)}
+    with recorded_syncs() as syncs:
+        for _ in range(2):
+            metrics.add(out, tensors[3], tensors[4], ids, 6)
+        assert syncs == []
+        found = metrics.compute(further)
+    assert [sync.operation for sync in syncs] == ["tolist"]
+    assert found["capo/batch"] == 0.1 and found["capo/other"] == float(np.float32(0.1))
+    assert found.keys() - further.keys() == metrics.compute().keys()
 
 
 def on_ranks() -> dict[str, float]:

@@ -9,11 +9,14 @@ import pytest
 import torch
 import verl  # noqa: F401  plugins first
 from tensordict import TensorDict
+from verl.workers.utils.padding import no_padding_2_padding, response_from_nested
 
 from capo_verl import CapoConfig, CapoFilter
+from capo_verl.core.validation import TOKEN_PROBLEMS
 from capo_verl.filtered_step import ACCEPTED, FilteredStep
 from capo_verl.health import Health, describe
 from capo_verl.response import SAMPLE, PackedResponse, accepted_response, mask_rejected, response_fields
+from tests.helpers.syncs import recorded_syncs
 
 PROMPTS, RESPONSES = (2, 3), (3, 1)
 NAN = float("nan")
@@ -48,7 +51,9 @@ def batch(request) -> TensorDict:
 
 
 def test_response_fields_land_on_their_tokens(batch):
-    values = response_fields(batch).values()
+    with recorded_syncs() as syncs:
+        values = response_fields(batch).values()
+    assert syncs == []
     assert values[:, 0].tolist() == [0, 0, 1.5, 1.5, 1.5, 0, 0, 0, -2.0]
     assert values[:, 1].tolist() == [0, 0, 1, 0, 1, 0, 0, 0, 1]
     assert values[:, 2].tolist() == [0, 0, 0, 0, 0, 1, 1, 1, 1]
@@ -56,8 +61,16 @@ def test_response_fields_land_on_their_tokens(batch):
 
 def test_decisions_come_back_to_the_responses(batch):
     # Position t of the engine's output belongs to token t + 1: the responses' decisions start one before them.
-    per_position = nested([0.0, 1.0, 1.0, 0.0, 0.0], [0.0, 0.0, 0.0, 1.0])
-    kept = mask_rejected(batch, accepted_response(per_position, batch))
+    per_position = nested([0.0, 1.0, 1.0, 0.0, 7.0], [0.0, 0.0, 0.0, 7.0])  # 7: about no token
+    with recorded_syncs() as syncs:
+        accepted = accepted_response(per_position, batch)
+        kept = mask_rejected(batch, accepted)
+    assert syncs == []
+    if accepted.is_nested:
+        assert torch.equal(accepted.values(), response_from_nested(per_position, batch["response_mask"]).values())
+        assert torch.equal(accepted.offsets(), batch["response_mask"].offsets())
+    else:
+        assert torch.equal(accepted, no_padding_2_padding(per_position, batch))
     mask = kept["response_mask"]
     rows = [row.tolist() for row in mask.unbind()] if mask.is_nested else mask.tolist()
     assert [row[:n] for row, n in zip(rows, RESPONSES, strict=True)] == [[1, 0, 0], [0]]
@@ -100,6 +113,24 @@ def test_what_the_loss_reads_is_looked_at_inside_the_mask_only(batch):
     )
     health.clear()
     assert health.agree(None) == []
+
+
+def test_problems_of_tokens_are_noted_with_the_first_sample_concerned():
+    health = Health(torch.device("cpu"))
+    none = torch.zeros(2, 3, dtype=torch.bool)
+    problems = dict.fromkeys(TOKEN_PROBLEMS, none) | {
+        "logits are not finite": torch.tensor([[0, 1, 0], [0, 1, 1]]).bool(),
+        "sequence_ids are out of range": torch.tensor([[0, 0, 0], [1, 0, 0]]).bool(),
+    }
+    with recorded_syncs() as syncs:
+        for samples in ([[5, 4, 5], [9, 9, 9]], [[8, 8, 8], [2, 7, 6]]):
+            health.note_tokens(problems, torch.as_tensor(samples))
+        health.note_tokens(dict.fromkeys(TOKEN_PROBLEMS, none[:, :0]), none[:, :0].long())
+    assert {sync.operation for sync in syncs} == {"as_tensor"}  # this test's own
+    assert [(f.what, f.count, f.sample) for f in health.agree(None)] == [
+        ("logits are not finite", 6, 4),
+        ("sequence_ids are out of range", 2, 2),
+    ]
 
 
 def test_a_gradient_norm_that_overflows_counts():

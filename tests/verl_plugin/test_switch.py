@@ -82,8 +82,10 @@ def test_every_knob_can_be_overridden(command_line):
         (
             [f"{CAPO}.policy_shift_mx=1"],
             "capo.policy_shift_mx is not a knob of CAPO. Did you mean 'policy_shift_max'"
-            ".*Valid keys: .*, mode, moments_dtype, on_nonfinite, batch_shift_tokens$",
+            ".*Valid keys: .*, mode, moments_dtype, on_nonfinite, batch_shift_tokens, batch_shift_every, track_every$",
         ),
+        ([f"{CAPO}.track_every=4"], "capo.track_every=4 needs capo.mode=track"),
+        ([f"{CAPO}.batch_shift_every=0"], "capo.batch_shift_every=0: expected an integer >= 1"),
         ([f"{CAPO}.policy_shift_max=-1"], "capo.policy_shift_max=-1: a threshold must be >= 0"),
         ([f"{CAPO}.policy_shift_max=tiny"], "capo.policy_shift_max='tiny': expected a finite number"),
         ([f"{CAPO}.top_k=0"], "capo.top_k=0: expected an integer >= 1"),

@@ -80,6 +80,8 @@ class FilteredStep:
                 hidden_states, logits, labels, response.advantages, response.response_mask, learning_rate,
                 temperature=temperature, skip_masked=True,
                 sequence_ids=response.sequence_ids, num_sequences=response.num_sequences,
+                # On a CPU the tokens can be counted.
+                max_tokens=None if labels.device.type == "cpu" else response.max_tokens,
                 check_values=False,
             )  # fmt: skip
             self._health.note_tokens(out.problems, response.samples[response.sequence_ids])

@@ -24,6 +24,9 @@ class PackedResponse(NamedTuple):
     samples: Tensor
     """``[num_sequences]`` int64, index of each sample in this rank's share of the mini-batch."""
 
+    max_tokens: int
+    """At most so many tokens are in the response mask; known from shapes."""
+
     @property
     def num_sequences(self) -> int:
         return len(self.samples)
@@ -92,6 +95,11 @@ def mask_rejected(data: TensorDict, accepted: Tensor) -> TensorDict:
     else:
         kept["response_mask"] = mask * (accepted > 0.5)
     return kept
+
+
+def max_response_tokens(batch: TensorDict) -> int:
+    """Of a micro-batch, from shapes alone: tokens of the responses, with their padding if they are padded."""
+    return _flat(batch["response_mask"]).shape[0]
 
 
 def _flat(field: Tensor) -> Tensor:

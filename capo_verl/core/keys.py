@@ -14,17 +14,20 @@ NON_FINITE = torch.iinfo(torch.int64).max
 _ID_MASK = 0xFFFFFFFF
 
 
+def flip_negative(bits: Tensor) -> Tensor:
+    """Bits of a float to a signed integer of the same order, and back."""
+    return bits ^ ((bits >> (8 * bits.itemsize - 1)) & torch.iinfo(bits.dtype).max)
+
+
 def keys_of(logits: Tensor, ids: Tensor) -> Tensor:
     """``logits`` of a dtype no wider than float32 and ``ids`` int64 of a broadcastable shape, to int64 keys."""
-    bits = (logits.float() + 0.0).view(torch.int32)  # + 0.0 makes -0.0 equal 0.0
-    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    ordered = flip_negative((logits.float() + 0.0).view(torch.int32))  # + 0.0 makes -0.0 equal 0.0
     return (ordered.long() << 32) | (_ID_MASK - ids)
 
 
 def logits_of(keys: Tensor) -> Tensor:
     """The float32 logits of keys."""
-    ordered = (keys >> 32).int()
-    return (ordered ^ ((ordered >> 31) & 0x7FFFFFFF)).view(torch.float32)
+    return flip_negative((keys >> 32).int()).view(torch.float32)
 
 
 def ids_of(keys: Tensor) -> Tensor:

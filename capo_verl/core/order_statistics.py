@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from capo_verl.core import collectives
+from capo_verl.core.keys import flip_negative
 
 _INTEGERS = {torch.float32: torch.int32, torch.float64: torch.int64}
 _RADIX_BITS = 8
@@ -31,7 +32,7 @@ def ordered_keys(values: Tensor, valid: Tensor) -> Tensor:
     values = values if values.dtype == torch.float64 else values.float()
     # + 0.0 makes -0.0 equal 0.0; NaN comes in many bit patterns.
     bits = torch.where(values.isnan(), torch.nan, values + 0.0).view(_INTEGERS[values.dtype])
-    return torch.where(valid, _flip_negative(bits), torch.iinfo(bits.dtype).max)
+    return torch.where(valid, flip_negative(bits), torch.iinfo(bits.dtype).max)
 
 
 def nearest_rank(
@@ -55,13 +56,8 @@ def nearest_rank(
     spread = any(collectives.size(group) > 1 for group in groups)
     found = _search(keys, at, groups) if spread else keys.gather(-1, at)
     floats = {integer: real for real, integer in _INTEGERS.items()}
-    values = _flip_negative(found).view(floats[found.dtype])
+    values = flip_negative(found).view(floats[found.dtype])
     return torch.where(count > 0, values, 0.0)
-
-
-def _flip_negative(bits: Tensor) -> Tensor:
-    """Bits of a float to an integer of the same order, and back."""
-    return bits ^ ((bits >> (8 * bits.itemsize - 1)) & torch.iinfo(bits.dtype).max)
 
 
 def _search(keys: Tensor, at: Tensor, groups: Sequence[collectives.Group]) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 from verl.utils.ulysses import ulysses_pad_and_slice_inputs
 from verl.workers.engine.utils import pad_packed_inputs
 
-from capo_verl.response import SAMPLE, PackedResponse, response_fields
+from capo_verl.response import SAMPLE, PackedResponse, max_response_tokens, response_fields
 
 
 def packed_response(engine: Any, batch: TensorDict) -> PackedResponse:
@@ -60,4 +60,6 @@ def _next_token_fields(batch: TensorDict) -> Tensor:
 
 def _unpack(fields: Tensor, batch: TensorDict) -> PackedResponse:
     advantages, mask, sequence = fields
-    return PackedResponse(advantages.contiguous(), mask > 0.5, sequence.long(), batch[SAMPLE])
+    return PackedResponse(
+        advantages.contiguous(), mask > 0.5, sequence.long(), batch[SAMPLE], max_response_tokens(batch)
+    )

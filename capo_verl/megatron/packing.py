@@ -14,7 +14,7 @@ from tensordict import TensorDict
 from verl.models.mcore.util import preprocess_bshd_engine, preprocess_thd_engine
 from verl.utils import tensordict_utils as tu
 
-from capo_verl.response import SAMPLE, PackedResponse, response_fields
+from capo_verl.response import SAMPLE, PackedResponse, max_response_tokens, response_fields
 
 
 def pack_response(batch: TensorDict, data_format: str, layout: dict[str, Any]) -> PackedResponse:
@@ -28,7 +28,9 @@ def pack_response(batch: TensorDict, data_format: str, layout: dict[str, Any]) -
     preprocess = preprocess_thd_engine if data_format == "thd" else preprocess_bshd_engine
     packed = preprocess(response_fields(batch), pre_process=True, need_roll=True, **layout)[0]
     advantages, mask, sequence = packed.unbind(-1)
-    return PackedResponse(advantages.contiguous(), mask > 0.5, sequence.long(), batch[SAMPLE])
+    return PackedResponse(
+        advantages.contiguous(), mask > 0.5, sequence.long(), batch[SAMPLE], max_response_tokens(batch)
+    )
 
 
 def label_layout(engine: Any, batch: TensorDict, data_format: str, unwrapped_model: Any) -> dict[str, Any]:

@@ -3,10 +3,15 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+
 import pytest
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 from capo_verl import CapoConfig, CapoFilter
+from capo_verl.core.kernels import fused
+from tests.helpers.syncs import recorded_syncs
 
 V, H, K, LR, TAU = 40, 24, 7, 0.02, 2e-3
 
@@ -84,6 +89,60 @@ def test_deterministic_mode_changes_no_bit(kernels, device):
     assert torch.equal(state["exp_avg"], ours["exp_avg"]) and torch.equal(state["exp_avg_sq"], ours["exp_avg_sq"])
 
 
+@pytest.mark.parametrize("folded", [False, True])
+@pytest.mark.parametrize("optimizer_model", ["adam", "sgd"])
+@pytest.mark.parametrize("moments_dtype", ["float32", "bfloat16"])
+def test_nothing_waits_for_the_device(folded, optimizer_model, moments_dtype, device, monkeypatch):
+    """By inspection of the operations; on a GPU, CUDA itself is asked to complain. Neither a first step nor a later one."""
+    monkeypatch.setattr("capo_verl.core.accepted.fold_limit", lambda rows, hidden_size: 0 if folded else 1 << 40)
+    # Operations are recorded by kernel launches as well: the interpreter's own do not count.
+    for name in ("_partial_sums_kernel", "_best_keys_kernel"):
+        module = fused.curvature_kernel if "partial" in name else fused.support_kernel
+        monkeypatch.setattr(module, name, Unrecorded(getattr(module, name)))
+    for name in ("_row_sums_kernel", "_update_kernel", "_move_kernel"):
+        monkeypatch.setattr(fused.moment_kernels, name, Unrecorded(getattr(fused.moment_kernels, name)))
+    config = CapoConfig(top_k=K, optimizer_model=optimizer_model, moments_dtype=moments_dtype)
+    capo = CapoFilter(config, V, H, device=device, kernels="triton")
+    capo.keep_for_batch_shifts = False
+    batch = mini_batch(torch.Generator().manual_seed(0), device)
+    batch = {n: x.float() if x.is_floating_point() else x for n, x in batch.items()}
+    options = {"skip_masked": True, "max_tokens": 24, "temperature": torch.ones(4, 6, device=device)}
+    for _ in range(2):
+        with recorded_syncs() as found, cuda_complains(device):
+            for _ in range(2):
+                out = capo.evaluate(**batch, **options, learning_rate=LR, check_values=False)
+            capo.step()
+        assert found == []
+        assert out.accepted.shape == (4, 6)
+    assert optimizer_model == "sgd" or capo.state_dict()["step"] > 0
+
+
+class Unrecorded:
+    """A kernel whose launch is not looked into."""
+
+    def __init__(self, kernel):
+        self._kernel = kernel
+
+    def __getitem__(self, grid):
+        def launch(*args, **kwargs):
+            with torch._C.DisableTorchFunction(), _disable_current_modes():
+                return self._kernel[grid](*args, **kwargs)
+
+        return launch
+
+
+@contextmanager
+def cuda_complains(device):
+    if device.type != "cuda":
+        yield
+        return
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 def test_too_small_a_bound_is_noticed(device):
     batch = mini_batch(torch.Generator().manual_seed(0), device)
     capo = CapoFilter(CapoConfig(top_k=K), V, H, device=device)
@@ -99,4 +158,4 @@ def test_kernels_are_chosen_by_device_or_name(device):
     assert choose(torch.device("cpu")) is plain and choose(torch.device("cuda")) is fused
     assert choose(device, "triton") is fused and choose(torch.device("cuda"), "torch") is plain
     with pytest.raises(ValueError, match="kernels=.cuda.: expected one of torch, triton"):
-        CapoFilter(CapoConfig(), V, H, kernels="cuda")
+        CapoFilter(CapoConfig(top_k=K), V, H, kernels="cuda")

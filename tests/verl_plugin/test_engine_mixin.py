@@ -27,8 +27,8 @@ class CapoEngine(CapoEngineMixin, Engine):
 
 
 def where(engine: CapoEngine) -> set[str]:
-    state = engine._step.capo.state_dict()
-    return {state[name].device.type for name in ("exp_avg", "exp_avg_sq")}
+    model = engine._step.capo.model
+    return {x.device.type for x in (model.exp_avg, model.exp_avg_sq)}
 
 
 def test_moments_move_with_the_optimizers_state(monkeypatch):

@@ -152,6 +152,7 @@ def test_a_run_that_accepts_nothing_is_told_so_once(caplog):
         torch.ones(1, 5, dtype=torch.bool),
         torch.zeros(1, 5, dtype=torch.int64),
         torch.zeros(1, dtype=torch.int64),
+        5,
     )
     with caplog.at_level(logging.WARNING):
         for at in range(5):

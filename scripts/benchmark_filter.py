@@ -15,7 +15,7 @@ from typing import NoReturn
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler's own lines would go between ours
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own lines would go between ours
 
 try:
     import torch

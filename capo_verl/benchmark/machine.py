@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from capo_verl.benchmark.measure import measure_seconds
+from capo_verl.benchmark.measure import clock, measure_seconds
 
 _COPY_BYTES = {"cpu": 1 << 28, "cuda": 1 << 31}
 
@@ -21,6 +21,7 @@ def environment(device: str) -> dict[str, str | int]:
     facts: dict[str, str | int] = {
         "processor": torch.cuda.get_device_name() if device == "cuda" else _cpu_name(),
         "device": device,
+        "clock": clock(device),
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count() or 0,
         "system": platform.platform(terse=True),

@@ -69,7 +69,7 @@ def markdown(report: Report) -> str:
     lines = [
         f"### {heading(report)}",
         "",
-        f"{e['processor']}{gpu}, torch {e['torch']}, commit {e['commit']}. Copy bandwidth {copy:,.1f} GB/s.",
+        f"{e['processor']}{gpu}, torch {e['torch']}, commit {e['commit']}. Time: {e['clock']}. Copy bandwidth {copy:,.1f} GB/s.",
         "",
         *_table(COLUMNS, cells(report)),
         "",

@@ -25,7 +25,7 @@ def profile(device: str, calls: Mapping[str, Callable[[], Any]]) -> str:
             call()
             if device == "cuda":
                 torch.cuda.synchronize()
-        order = f"self_{device}_time_total"
+        order = "self_cpu_time_total" if device == "cpu" else "self_device_time_total"
         parts.append(f"{name}: operators\n" + operators.key_averages().table(sort_by=order, row_limit=_SHOWN))
     if device == "cpu":  # on a GPU, functions return before their work is done
         for name, call in calls.items():

@@ -6,8 +6,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from capo_verl.benchmark.agreement import check_agreement
-from capo_verl.benchmark.batch import Batch, make_batch
-from capo_verl.benchmark.contenders import KINDS, Contender, Kind, accept_all
+from capo_verl.benchmark.batch import make_batch
+from capo_verl.benchmark.contenders import KINDS, Contender, Kind, Stages, accept_all
 from capo_verl.benchmark.machine import copy_bandwidth, environment, free_bytes
 from capo_verl.benchmark.measure import measure_seconds
 from capo_verl.benchmark.memory import measure_memory
@@ -24,7 +24,8 @@ _MARGIN = 1.2
 
 
 def run(workload: Workload, repeats: int, say: Callable[[str], None]) -> Report:
-    """Measure. The median needs few repetitions of what is slow: a cell is left after ``SECONDS_PER_CELL``.
+    """Measure. The median needs few repetitions of what is slow: a size is left after ``SECONDS_PER_CELL``
+    for each contender.
 
     Args:
         repeats: repetitions of every cell, at most.
@@ -61,16 +62,20 @@ def run(workload: Workload, repeats: int, say: Callable[[str], None]) -> Report:
         ],
         results=[],
     )  # fmt: skip
-    for kind in KINDS:
-        reason = kind.missing(workload)
-        contender = None if reason else _warm(kind, workload)
-        for n in workload.tokens:
-            skipped = reason or too_large.get(n) or _too_large(kind.tensor_bytes(workload, n), workload.device)
-            if skipped or contender is None:
-                report.results.append(Result(kind.key, n, skipped=skipped or ""))
-                continue
-            say(f"{kind.label}, {n:,} tokens")
-            report.results.append(_cell(kind, contender, batch.prefix(n), workload.device, repeats))
+    missing = {kind.key: kind.missing(workload) for kind in KINDS}
+    contenders = {kind.key: _warm(kind, workload) for kind in KINDS if not missing[kind.key]}
+    for n in workload.tokens:
+        say(f"measuring {n:,} tokens")
+        stages: dict[str, Stages] = {}
+        for kind in KINDS:
+            skipped = (
+                missing[kind.key] or too_large.get(n) or _too_large(kind.tensor_bytes(workload, n), workload.device)
+            )
+            if skipped:
+                report.results.append(Result(kind.key, n, skipped=skipped))
+            else:
+                stages[kind.key] = contenders[kind.key].stages(batch.prefix(n))
+        report.results.extend(_measure(stages, n, workload.device, repeats))
     return report
 
 
@@ -102,11 +107,15 @@ def _warm(kind: Kind, workload: Workload) -> Contender:
     return contender
 
 
-def _cell(kind: Kind, contender: Contender, batch: Batch, device: str, repeats: int) -> Result:
-    stages = contender.stages(batch)
-    memory = measure_memory(device, stages)  # also what compiles and warms up
-    seconds = measure_seconds(device, stages, repeats, SECONDS_PER_CELL)
-    return Result(kind.key, len(batch.actions), seconds, memory)
+def _measure(stages: dict[str, Stages], tokens: int, device: str, repeats: int) -> list[Result]:
+    """The contenders take turns in every repetition: what disturbs the machine for a while disturbs all of them."""
+    memory = {key: measure_memory(device, calls) for key, calls in stages.items()}  # also what compiles and warms up
+    turns = {(key, stage): call for key, calls in stages.items() for stage, call in calls.items()}
+    seconds = measure_seconds(device, turns, repeats, SECONDS_PER_CELL * len(stages))
+    return [
+        Result(key, tokens, {stage: seconds[key, stage] for stage in calls}, memory[key])
+        for key, calls in stages.items()
+    ]
 
 
 def _too_large(needed: int, device: str) -> str | None:

@@ -25,7 +25,13 @@ def report(processor: str = "A CPU") -> Report:
     return Report(
         title="cpu-small, TP 1",
         environment={
-            "processor": processor, "device": "cpu", "threads": 1, "cores": 2, "torch": "2.13.0", "commit": "abc",
+            "processor": processor,
+            "device": "cpu",
+            "clock": "wall clock",
+            "threads": 1,
+            "cores": 2,
+            "torch": "2.13.0",
+            "commit": "abc",
         },
         sizes={"preset": "cpu-small", "tp": 1, "top_k": 50},
         copy_bytes_per_second=10e9,

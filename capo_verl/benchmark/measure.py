@@ -11,7 +11,6 @@ import torch
 
 from capo_verl.stopwatch import Stopwatch
 
-
 Name = TypeVar("Name", bound=Hashable)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import cProfile
 import pstats
+import time
 from collections.abc import Callable, Mapping
 from pathlib import PurePath
 from typing import Any
@@ -29,12 +30,12 @@ def profile(device: str, calls: Mapping[str, Callable[[], Any]]) -> str:
         parts.append(f"{name}: operators\n" + operators.key_averages().table(sort_by=order, row_limit=_SHOWN))
     if device == "cpu":  # on a GPU, functions return before their work is done
         for name, call in calls.items():
-            parts.append(f"{name}: functions of capo_verl.core, seconds\n" + _functions(call))
+            parts.append(f"{name}: functions of capo_verl.core, seconds of processor time\n" + _functions(call))
     return "\n".join(parts)
 
 
 def _functions(call: Callable[[], Any]) -> str:
-    profiler = cProfile.Profile()
+    profiler = cProfile.Profile(time.process_time)
     profiler.runcall(call)
     lines = [f"{'cumulative':>10} {'own':>8} {'calls':>7}  function"]
     found = []

@@ -46,7 +46,7 @@ class Batch:
     @property
     def distinct_rows(self) -> int:
         """Vocabulary rows that are in some support."""
-        return self.support.unique().numel()
+        return len(self.support.unique())
 
 
 def make_batch(workload: Workload, tokens: int, seed: int, dtype: torch.dtype | None = None) -> Batch:

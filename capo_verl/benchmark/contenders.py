@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
@@ -73,15 +72,12 @@ def _naive(workload: Workload, config: CapoConfig, dtype: torch.dtype) -> Conten
 
 def _filter(kernels: str) -> Callable[[Workload, CapoConfig, torch.dtype], Contender]:
     def build(workload: Workload, config: CapoConfig, dtype: torch.dtype) -> Contender:
-        known = {"kernels": kernels} if "kernels" in inspect.signature(CapoFilter.__init__).parameters else {}
-        return _Filter(config, workload.rows, workload.hidden_size, device=workload.device, **known)
+        return _Filter(config, workload.rows, workload.hidden_size, device=workload.device, kernels=kernels)
 
     return build
 
 
 def _needs_a_gpu(workload: Workload) -> str | None:
-    if "kernels" not in inspect.signature(CapoFilter.__init__).parameters:
-        return "not in this version"
     return None if workload.device == "cuda" else "needs a GPU"
 
 

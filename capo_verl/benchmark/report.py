@@ -61,7 +61,7 @@ class Result:
 
     @property
     def evaluate_seconds(self) -> float:
-        return statistics.median(self.seconds["evaluate"])
+        return float(statistics.median(self.seconds["evaluate"]))
 
     @property
     def update_seconds(self) -> float:
@@ -137,12 +137,12 @@ class Report:
     def speedup(self, result: Result) -> float | None:
         """Time of evaluate of the published formulation over this one's; None if it was not measured at this size."""
         naive = self.result("naive", result.tokens)
-        return naive and naive.evaluate_seconds / result.evaluate_seconds
+        return None if naive is None else naive.evaluate_seconds / result.evaluate_seconds
 
     def memory_ratio(self, result: Result) -> float | None:
         """Extra memory over that of the published formulation; None likewise."""
         naive = self.result("naive", result.tokens)
-        return naive and result.extra_bytes / naive.extra_bytes
+        return None if naive is None else result.extra_bytes / naive.extra_bytes
 
     def growth(self, contender: str, stage: str) -> Growth | None:
         """Of ``evaluate`` or ``update``; None if fewer than two sizes were measured."""

@@ -20,7 +20,7 @@ WARM_UP_STEPS = 2
 SECONDS_PER_CELL = 6.0
 _GB = 1e9
 _MARGIN = 1.2
-"""Memory asked for over what is known to be needed: masks, sums, fragments."""
+"""Memory asked for over the tensors known beforehand: the rest of the work, and what other processes may take."""
 
 
 def run(workload: Workload, repeats: int, say: Callable[[str], None]) -> Report:
@@ -118,6 +118,6 @@ def _measure(stages: dict[str, Stages], tokens: int, device: str, repeats: int) 
     ]
 
 
-def _too_large(needed: int, device: str) -> str | None:
-    free = free_bytes(device)
-    return f"needs {needed / _GB:.1f} GB, {free / _GB:.1f} GB free" if needed * _MARGIN > free else None
+def _too_large(nbytes: int, device: str) -> str | None:
+    needed, free = nbytes * _MARGIN, free_bytes(device)
+    return f"needs {needed / _GB:.1f} GB, {free / _GB:.1f} GB free" if needed > free else None

@@ -12,6 +12,9 @@ from typing import Any
 
 import torch
 
+import capo_verl.core
+
+_CORE = PurePath(capo_verl.core.__file__).parent
 _SHOWN = 15
 
 
@@ -41,8 +44,10 @@ def _functions(call: Callable[[], Any]) -> str:
     found = []
     for (file, _, function), (_, calls, own, cumulative, _) in pstats.Stats(profiler).stats.items():  # type: ignore[attr-defined]
         path = PurePath(file)
-        if path.parts[-3:-1] == ("capo_verl", "core"):
-            found.append((cumulative, own, calls, f"{path.stem}.{function}"))
+        if path.is_relative_to(_CORE):
+            found.append(
+                (cumulative, own, calls, f"{'.'.join(path.relative_to(_CORE).with_suffix('').parts)}.{function}")
+            )
     for cumulative, own, calls, function in sorted(found, reverse=True):
         lines.append(f"{cumulative:10.4f} {own:8.4f} {calls:7}  {function}")
     return "\n".join(lines) + "\n"

@@ -67,7 +67,7 @@ class Result:
     def update_seconds(self) -> float:
         """All stages after ``evaluate``: accumulate and update."""
         later = (samples for stage, samples in self.seconds.items() if stage != "evaluate")
-        return statistics.median(sum(one) for one in zip(*later, strict=True))
+        return statistics.median(math.fsum(one) for one in zip(*later, strict=True))
 
     @property
     def extra_bytes(self) -> int:

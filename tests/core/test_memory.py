@@ -44,7 +44,9 @@ def test_the_formula_counts_the_tensors(dtype, tokens):
     )  # fmt: skip
     assert capo.model._accepted.nbytes == expected.row_sums
     # Both keep the same tensors; in particular, no logits.
-    together = held([capo._retained, capo.model._accepted._kept, capo.model._accepted._sums, capo.model._accepted._count])
+    together = held(
+        [capo._retained, capo.model._accepted._kept, capo.model._accepted._sums, capo.model._accepted._count]
+    )
     assert together == pytest.approx(expected.tokens + expected.row_sums, abs=8)  # a scalar or two
 
 

@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The machine that was measured on."""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+import subprocess
+from pathlib import Path
+
+import torch
+
+from capo_verl.benchmark.measure import clock, measure_seconds
+
+_COPY_BYTES = {"cpu": 1 << 28, "cuda": 1 << 31}
+
+
+def environment(device: str) -> dict[str, str | int]:
+    """Names and versions, for the record."""
+    facts: dict[str, str | int] = {
+        "processor": torch.cuda.get_device_name() if device == "cuda" else _cpu_name(),
+        "device": device,
+        "clock": clock(device),
+        "threads": torch.get_num_threads(),
+        "cores": os.cpu_count() or 0,
+        "system": platform.platform(terse=True),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "commit": _commit(),
+    }
+    if device == "cuda":
+        import triton
+
+        facts |= {"cuda": torch.version.cuda or "none", "triton": triton.__version__}
+    return facts
+
+
+def copy_bandwidth(device: str) -> float:
+    """Bytes per second of a large copy, read and written bytes both counted; median of ten."""
+    n = _COPY_BYTES[device]
+    source = torch.ones(n, device=device, dtype=torch.uint8)
+    target = torch.empty_like(source)
+    target.copy_(source)
+    seconds = measure_seconds(device, {"copy": lambda: target.copy_(source)}, repeats=10, limit=10.0)
+    return 2 * n / statistics.median(seconds["copy"])
+
+
+def free_bytes(device: str) -> int:
+    """Memory that can still be allocated, without what only this process's cache holds."""
+    if device == "cuda":
+        torch.cuda.empty_cache()
+        return torch.cuda.mem_get_info()[0]
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError("/proc/meminfo has no line MemAvailable: the benchmark needs Linux >= 3.14")
+
+
+def _cpu_name() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return " ".join(line.partition(":")[2].replace("(R)", "").replace("(TM)", "").split())
+    return platform.processor() or platform.machine()
+
+
+def _commit() -> str:
+    """Short hash of the source tree, ``+`` if it has changes; "unknown" outside a git repository."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return "unknown"
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ("git", "-C", str(root), *arguments), check=True, capture_output=True, text=True
+        ).stdout.strip()
+
+    return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "--", "capo_verl") else "")

@@ -163,8 +163,11 @@ def measure_engine(engine: Any, micro_batch_size: int = 1) -> Measured:
     return Measured(exported, export(engine), grad_norm, **outputs)
 
 
-def measure(layout: Layout, model_path: str, transformer_config: dict[str, Any] | None = None) -> Measured:
-    return measure_engine(make_engine(layout, model_path, override_transformer_config=transformer_config or {}))
+def measure(
+    layout: Layout, model_path: str, transformer_config: dict[str, Any] | None = None, fused: bool = False
+) -> Measured:
+    settings = {"override_transformer_config": transformer_config or {}, "use_fused_kernels": fused}
+    return measure_engine(make_engine(layout, model_path, **settings))
 
 
 def save_and_resume_engine(make: Callable[[], Any], directory: str) -> list[dict[str, torch.Tensor]]:

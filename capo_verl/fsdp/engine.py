@@ -32,9 +32,36 @@ from capo_verl.fused_head import NOT_CALLED, FusedCall, before_each_call, of_fus
 from capo_verl.hidden_states import HiddenStatesTap
 
 
+def check_fused_settings(model_config: Any, engine_config: Any) -> None:
+    """Refuse what verl 0.9.1 ends with an error about tensors, at its first log-prob.
+
+    Raises:
+        ValueError: naming the key of the config and the value to give it.
+    """
+    model = "actor_rollout_ref.model"
+    if not model_config.use_fused_kernels:
+        return
+    # It shards an untied LM head on its own, and reads the weight without calling the module: a DTensor.
+    if engine_config.strategy == "fsdp2" and not getattr(model_config.hf_config, "tie_word_embeddings", False):
+        raise ValueError(
+            f"{model}.use_fused_kernels=True needs a model with tied embeddings under FSDP2; set actor_rollout_ref.actor.strategy="
+            "fsdp, or use_fused_kernels=False"
+        )
+    # Its kernel returns [tokens], and [batch, length] is expected for padded batches.
+    if model_config.fused_kernel_options.get("impl_backend") == "triton" and not model_config.use_remove_padding:
+        raise ValueError(
+            f"{model}.fused_kernel_options.impl_backend=triton needs packed batches; set {model}.use_remove_padding=True, or "
+            "impl_backend=torch"
+        )
+
+
 @EngineRegistry.register(model_type="language_model", backend=["fsdp", "fsdp2"], device="cuda", vendor="nvidia")
 class CapoFSDPEngineWithLMHead(CapoEngineMixin, FSDPEngineWithLMHead):
     """``FSDPEngineWithLMHead`` that filters tokens while it trains."""
+
+    def __init__(self, model_config: Any, engine_config: Any, *args: Any, **kwargs: Any) -> None:
+        check_fused_settings(model_config, engine_config)
+        super().__init__(model_config, engine_config, *args, **kwargs)
 
     _fused_accepted: Tensor | None = None
     """What the fused forward pass of the micro-batch in flight has come to; the gathered LM head exists only within it."""

@@ -38,7 +38,7 @@ class CapoEngineMixin:
     """Put before a language-model engine of verl, it filters tokens while the engine trains.
 
     Without ``+capo`` on the command line every method hands over to verl's at once. The engine class supplies the methods
-    marked *engine*, and calls ``self._step.evaluate`` where it has hidden states and logits of a micro-batch.
+    marked *engine*, and calls ``self._step.evaluate`` where it has hidden states and logits (or the LM head) of a micro-batch.
     """
 
     _capo: CapoConfig | None = None
@@ -82,6 +82,11 @@ class CapoEngineMixin:
     def _load_state(self, checkpoint: str) -> State | None:
         """This rank's moments, on any device; None if the checkpoint was written without CAPO. Collective."""
         raise NotImplementedError
+
+    @property
+    def _filtering(self) -> bool:
+        """Whether a training step with CAPO is under way on a rank that holds the LM head."""
+        return self._step is not None and self._tap is not None and self._tap.active
 
     # ---- one training step ----
 

@@ -12,7 +12,7 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from capo_verl.config import CapoConfig
-from capo_verl.core import CapoFilter
+from capo_verl.core import CapoFilter, ProjectedLogits
 from capo_verl.core.metrics import StepMetrics
 from capo_verl.health import Health
 from capo_verl.response import SAMPLE, PackedResponse, accepted_response, mask_rejected
@@ -59,7 +59,7 @@ class FilteredStep:
     def evaluate(
         self,
         hidden_states: Tensor,
-        logits: Tensor,
+        logits: Tensor | ProjectedLogits,
         labels: Tensor,
         temperature: Tensor,
         response: PackedResponse,
@@ -68,8 +68,8 @@ class FilteredStep:
         """Decide about one micro-batch.
 
         Args:
-            hidden_states: ``[b, s, H]``; logits: ``[b, s, rows]`` before temperature; labels: ``[b, s]``; temperature:
-                ``[b, s]``; response: in the same layout.
+            hidden_states: ``[b, s, H]``; logits: ``[b, s, rows]`` before temperature, or the LM head; labels: ``[b, s]``;
+                temperature: ``[b, s]``; response: in the same layout.
             learning_rate: of the coming optimizer step.
 
         Returns:

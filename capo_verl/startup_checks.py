@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -17,6 +18,8 @@ logger = logging.getLogger(__name__)
 POLICY_LOSS = "actor_rollout_ref.actor.policy_loss"
 ENGINES = ("megatron", "fsdp", "fsdp2")
 """Values of ``actor.strategy`` whose engines have the filter."""
+FUSED_BACKENDS = ("torch", "triton")
+"""Values of ``fused_kernel_options.impl_backend`` with which the filter was tested; FSDP only, Megatron has one."""
 SEQUENCE_SPLITTERS = (
     "megatron.context_parallel_size",
     "fsdp_config.ulysses_sequence_parallel_size",
@@ -45,9 +48,9 @@ def check_run(config: DictConfig) -> None:
         return OmegaConf.select(config, path)
 
     actor, model = "actor_rollout_ref.actor", "actor_rollout_ref.model"
-    refused = [
+    refused: list[tuple[str, Callable[[Any], bool], str]] = [
         (f"{actor}.strategy", lambda x: x not in ENGINES, "set model_engine=megatron or model_engine=dp"),
-        (f"{model}.use_fused_kernels", bool, "its fused cross-entropy never materialises the logits; set it to False"),
+        *_refused_with_fused_kernels(config),
         (f"{actor}.megatron.dynamic_context_parallel", bool, "set it to False"),
         (f"{actor}.megatron.use_megatron_fsdp", bool, "set it to False"),
         (f"{model}.mtp.enable_train", bool, "its extra heads share the output layer; set it to False"),
@@ -91,6 +94,26 @@ def check_run(config: DictConfig) -> None:
                     "+capo=%s is defined with %s=%s, but the command line says %s, which wins: this is not the paper's "
                     "variant any more", preset, path, expected, value(path),
                 )  # fmt: skip
+
+
+def _refused_with_fused_kernels(config: DictConfig) -> list[tuple[str, Callable[[Any], bool], str]]:
+    """What does not go together with ``use_fused_kernels=True``: key, which values of it, what to do instead."""
+    actor, model = "actor_rollout_ref.actor", "actor_rollout_ref.model"
+    if not OmegaConf.select(config, f"{model}.use_fused_kernels"):
+        return []
+    if OmegaConf.select(config, f"{actor}.strategy") != "megatron":
+        backend = f"{model}.fused_kernel_options.impl_backend"
+        return [(backend, lambda x: x not in FUSED_BACKENDS, "set it to torch or triton, or use_fused_kernels=False")]
+    sharded = (OmegaConf.select(config, f"{actor}.megatron.tensor_model_parallel_size") or 1) > 1
+    packed = OmegaConf.select(config, f"{model}.use_remove_padding")  # otherwise verl does not fuse
+    return [
+        (
+            f"{actor}.megatron.sequence_parallel",
+            lambda x: bool(sharded and packed and not x),
+            "with use_fused_kernels=True and tensor parallelism verl leaves each rank its own part of the gradient of the "
+            "hidden states, which only sequence parallelism adds up; set it to True",
+        )
+    ]
 
 
 def _check_warmup(config: DictConfig) -> None:

@@ -52,7 +52,7 @@ class RetainedTokens:
         if self.max_tokens == 0 or (self._kept and self.max_tokens is not None and self._tokens + n > self.max_tokens):
             return
         self._tokens += n
-        no_logits = inputs.logits.new_empty(0)  # not a view: it would keep all of them alive
+        no_logits = inputs.hidden.new_empty(0)  # not a view of the logits: it would keep all of them alive
         self._kept.append((inputs._replace(logits=no_logits), support.snapshot(), verdict))
 
     def shifts(

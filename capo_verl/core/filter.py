@@ -16,6 +16,7 @@ from capo_verl.core.curvature import Shifts, sequence_sums, set_shifts, token_sh
 from capo_verl.core.kernels import choose
 from capo_verl.core.logit_rows import LogitRows, VocabShard
 from capo_verl.core.optimizer_model import AdamModel, OptimizerModel, SgdModel
+from capo_verl.core.projected_logits import ProjectedLogits, ProjectedRows
 from capo_verl.core.support import Support, find_support
 from capo_verl.core.trust_region import judge
 from capo_verl.core.validation import Inputs, check_inputs, find_problems, raise_for
@@ -135,7 +136,7 @@ class CapoFilter:
     def evaluate(
         self,
         hidden_states: Tensor,
-        logits: Tensor,
+        logits: Tensor | ProjectedLogits,
         actions: Tensor,
         advantages: Tensor,
         response_mask: Tensor,
@@ -153,7 +154,8 @@ class CapoFilter:
         Args:
             hidden_states: ``[..., H]``, input of the LM head at the position that predicts the token. Kept by reference until
                 :meth:`step`, unless ``skip_masked`` makes a copy; modifying it in place before is an error there.
-            logits: ``[..., rows]``, after temperature, this rank's vocabulary rows. Only read.
+            logits: ``[..., rows]``, after temperature, this rank's vocabulary rows. Only read. Or :class:`ProjectedLogits`: the
+                LM head, which the filter multiplies with the hidden states itself, a run of tokens at a time.
             actions: ``[...]`` integer, global ids of the taken tokens.
             advantages: ``[...]``, or of the same number of dimensions and broadcastable, or a scalar.
             response_mask: ``[...]`` bool or 0/1. Values outside it may be anything, also non-finite.
@@ -182,7 +184,11 @@ class CapoFilter:
             max_tokens=max_tokens if skip_masked else None, hidden_size=self.hidden_size, shard=self.shard,
         )  # fmt: skip
         dtype = torch.promote_types(self.model.dtype, inputs.dtype)
-        rows = LogitRows(inputs.logits, inputs.positions, inputs.temperature)
+        rows = (
+            ProjectedRows(inputs.logits, inputs.hidden, inputs.temperature)
+            if isinstance(inputs.logits, ProjectedLogits)
+            else LogitRows(inputs.logits, inputs.positions, inputs.temperature)
+        )
         support = find_support(rows, inputs.actions, self.config.top_k, self.shard, dtype, self.tp_group, self._kernels)
         problems = find_problems(inputs, support, self.shard)
         if check_values:

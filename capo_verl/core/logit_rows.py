@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -53,6 +54,10 @@ class LogitRows:
             return values
         temperature = self.temperature[tokens].to(values.dtype)
         return values / temperature.view(-1, *[1] * (values.dim() - 1))
+
+    def blocks(self) -> Iterator[LogitRows]:
+        """The same rows in parts, at least one, whose ``logits`` exist as a tensor: these are such a part."""
+        yield self
 
     def copy(self) -> LogitRows:
         everything = slice(None)

@@ -183,7 +183,8 @@ def find_support(
         # They cannot share an int64 with their id; they come from tests and analyses, where a stable sort is fast enough.
         values, ids, finite = _merge_sorted(collectives.gather(_sorted_candidates(logits, k, shard), tp_group), top_k)
     else:
-        values, ids, finite = _merge_keys(collectives.gather(kernels.best_keys(logits, k, shard), tp_group), top_k)
+        best = torch.cat([kernels.best_keys(block, k, shard) for block in logits.blocks()])
+        values, ids, finite = _merge_keys(collectives.gather(best, tp_group), top_k)
     return TopKSupport(ids, values.to(dtype).softmax(-1), finite, actions, shard)
 
 

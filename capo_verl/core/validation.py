@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from capo_verl.core.logit_rows import VocabShard
+from capo_verl.core.projected_logits import ProjectedLogits
 from capo_verl.core.support import Support
 
 TOKEN_PROBLEMS = (
@@ -30,7 +31,7 @@ class Inputs(NamedTuple):
 
     hidden: Tensor
     """``[N, H]``"""
-    logits: Tensor
+    logits: Tensor | ProjectedLogits
     """``[M, rows]``, all positions: they are too large to copy."""
     positions: Tensor | None
     """``[N]`` int64, position of each token among the M, -1 where there is none to fill the place; None if N = M."""
@@ -68,7 +69,7 @@ class Inputs(NamedTuple):
 
 def check_inputs(
     hidden_states: Tensor,
-    logits: Tensor,
+    logits: Tensor | ProjectedLogits,
     actions: Tensor,
     advantages: Tensor,
     response_mask: Tensor,
@@ -90,7 +91,12 @@ def check_inputs(
     shape = actions.shape
     if actions.is_floating_point() or actions.dtype == torch.bool or not shape:
         raise ValueError(f"actions: expected integer token ids with at least one dimension, got {_describe(actions)}")
-    for name, tensor, last in (("hidden_states", hidden_states, hidden_size), ("logits", logits, shard.rows)):
+    tensors = [("hidden_states", hidden_states, hidden_size)]
+    if isinstance(logits, ProjectedLogits):
+        logits.check(shard.rows, hidden_size)
+    else:
+        tensors.append(("logits", logits, shard.rows))
+    for name, tensor, last in tensors:
         if tensor.shape != (*shape, last) or not tensor.is_floating_point():
             raise ValueError(
                 f"{name}: expected a float tensor {[*shape, last]} (shape of actions, then "
@@ -126,7 +132,7 @@ def check_inputs(
 
     return Inputs(
         hidden=tokens(hidden_states.detach().reshape(m, hidden_size)),
-        logits=logits.detach().reshape(m, shard.rows),
+        logits=logits if isinstance(logits, ProjectedLogits) else logits.detach().reshape(m, shard.rows),
         positions=positions,
         temperature=None if temperature is None else tokens(temperature.reshape(m)),
         actions=tokens(actions.reshape(m)).long(),

@@ -11,6 +11,7 @@ would not touch them. ``capo_verl.plugin`` switches it on when ``VERL_PLATFORM=c
 ``attention.py``       exact causal attention for padded and packed batches
 ``rng.py``             Megatron-Core's random states, kept in the CPU generator
 ``bridge.py``          mbridge's architectures, built from Megatron-Core's own (non-TE) layers
+``linear_cross_entropy.py`` verl's fused LM head and cross-entropy, without Triton
 ``grad_clip.py``       Megatron-Core's gradient clipping, without its test for CUDA tensors
 ``distributed_optimizer.py`` Megatron-Core's distributed optimizer, without CUDA type names
 ``engine.py``          verl's Megatron engine, made of the pieces above

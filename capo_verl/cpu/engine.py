@@ -18,7 +18,7 @@ from verl.workers.engine.base import EngineRegistry
 from verl.workers.engine.megatron import transformer_impl
 
 from capo_verl import compat
-from capo_verl.cpu import distributed_optimizer
+from capo_verl.cpu import distributed_optimizer, linear_cross_entropy
 from capo_verl.cpu.bridge import ARCHITECTURES, TRANSFORMER_CONFIG, install_cpu_bridges
 from capo_verl.cpu.grad_clip import install_grad_clip
 from capo_verl.cpu.rng import seed_model_parallel
@@ -52,7 +52,15 @@ def check_cpu_settings(model_config: Any, engine_config: Any) -> None:
         (engine_config.dynamic_context_parallel, f"{megatron}.dynamic_context_parallel=True", "set it to False"),
         (engine_config.use_megatron_fsdp, f"{megatron}.use_megatron_fsdp=True", "set it to False"),
         (engine_config.qat.enable, f"{megatron}.qat.enable=True", "set it to False"),
-        (engine_config.use_fused_kernels, "actor_rollout_ref.model.use_fused_kernels=True", "set it to False"),
+        (
+            # verl's own kernels compute each rank's part of the gradient of the hidden states, too; see linear_cross_entropy.py.
+            engine_config.use_fused_kernels
+            and engine_config.use_remove_padding
+            and engine_config.tensor_model_parallel_size > 1
+            and not engine_config.sequence_parallel,
+            f"actor_rollout_ref.model.use_fused_kernels=True with {megatron}.sequence_parallel=False",
+            "set sequence_parallel=True",
+        ),
         (model_config.mtp.enable, "actor_rollout_ref.model.mtp.enable=True", "set it to False"),
         (model_config.get("lora", {}).get("rank", 0) > 0, "actor_rollout_ref.model.lora.rank > 0", "set it to 0"),
     ]
@@ -93,6 +101,7 @@ def patch_verl() -> None:
     # Loading with more than one data-parallel rank exchanges tensors after `.cuda()`
     # (megatron/core/dist_checkpointing/exchange_utils.py:336); here every rank reads what it needs.
     dist_checkpointing.FullyParallelLoadStrategyWrapper = lambda strategy, group: strategy
+    linear_cross_entropy.install_in_megatron()
 
 
 class CpuMegatronMixin:
@@ -105,11 +114,17 @@ class CpuMegatronMixin:
         compat.import_checkpoint_modules()
         install_grad_clip()
         redirect_cuda_to_cpu()
+        self._given_engine_config = engine_config
         super().__init__(model_config, cpu_engine_config(engine_config), optimizer_config, checkpoint_config)
 
     def _init_device_mesh(self) -> None:
         super()._init_device_mesh()
         seed_model_parallel(self.engine_config.seed)
+
+    def _maybe_enable_fused_kernels(self) -> None:
+        super()._maybe_enable_fused_kernels()
+        # verl switches them off for padded batches, in the config that its worker reads as well; ours is a copy.
+        self._given_engine_config.use_fused_kernels = self.engine_config.use_fused_kernels
 
     def _build_optimizer(self) -> Any:
         with distributed_optimizer.cuda_type_names():

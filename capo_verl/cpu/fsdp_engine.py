@@ -24,7 +24,7 @@ from verl.utils.fsdp_utils import merged_lora_context, normalize_peft_param_name
 from verl.utils.model import convert_weight_keys
 from verl.workers.engine.base import EngineRegistry
 
-from capo_verl.cpu import ulysses
+from capo_verl.cpu import linear_cross_entropy, ulysses
 from capo_verl.fsdp.engine import CapoFSDPEngineWithLMHead
 
 logger = logging.getLogger(__name__)
@@ -60,7 +60,11 @@ def check_cpu_settings(model_config: Any, engine_config: Any) -> None:
         ),
         (hasattr(hf_config, "vision_config"), f"the multi-modal model_type={hf_config.model_type}", "use a text model"),
         (engine_config.qat.enable, "actor_rollout_ref.actor.fsdp_config.qat.enable=True", "set it to False"),
-        (model_config.use_fused_kernels, f"{model}.use_fused_kernels=True", "set it to False"),
+        (
+            model_config.use_fused_kernels and model_config.fused_kernel_options.get("impl_backend") == "liger",
+            f"{model}.fused_kernel_options.impl_backend=liger",
+            "set it to torch",
+        ),
         (model_config.use_liger, f"{model}.use_liger=True", "set it to False"),
     ]
     for condition, what, instead in refused:
@@ -104,6 +108,7 @@ class CpuFsdpMixin:
     def __init__(self, model_config: Any, engine_config: Any, optimizer_config: Any, checkpoint_config: Any) -> None:
         check_cpu_settings(model_config, engine_config)
         patch_torch()
+        linear_cross_entropy.install()
         super().__init__(
             cpu_model_config(model_config, engine_config.ulysses_sequence_parallel_size),
             cpu_engine_config(engine_config),

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """verl's FSDP engine with CAPO. Importing this module registers it for NVIDIA GPUs, where it wins over verl's own.
 
-The parameters are sharded, but not the vocabulary: every rank sees whole logits and holds the moments of the whole LM head.
+The parameters are sharded, but not the vocabulary: every rank sees whole logits (or, with a fused
+cross-entropy, the whole LM head during the forward pass) and holds the moments of the whole LM head.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,51 +17,108 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from verl.utils import tensordict_utils as tu
 from verl.utils.device import get_device_id
+from verl.utils.experimental.torch_functional import FusedLinearForPPO
+from verl.utils.kernel import linear_cross_entropy
 from verl.workers.engine.base import EngineRegistry
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
 from capo_verl.config import CapoConfig
-from capo_verl.core import CapoFilter
+from capo_verl.core import CapoFilter, ProjectedLogits
 from capo_verl.engine_mixin import CapoEngineMixin, State
 from capo_verl.filtered_step import ACCEPTED
 from capo_verl.fsdp import checkpoint
 from capo_verl.fsdp.packing import from_padded, packed_response, padded_response, to_padded
+from capo_verl.fused_head import NOT_CALLED, FusedCall, before_each_call, of_fused_linear, of_linear_cross_entropy
 from capo_verl.hidden_states import HiddenStatesTap
+
+
+def check_fused_settings(model_config: Any, engine_config: Any) -> None:
+    """Refuse what verl 0.9.1 ends with an error about tensors, at its first log-prob.
+
+    Raises:
+        ValueError: naming the key of the config and the value to give it.
+    """
+    model = "actor_rollout_ref.model"
+    if not model_config.use_fused_kernels:
+        return
+    # It shards an untied LM head on its own, and reads the weight without calling the module: a DTensor.
+    if engine_config.strategy == "fsdp2" and not getattr(model_config.hf_config, "tie_word_embeddings", False):
+        raise ValueError(
+            f"{model}.use_fused_kernels=True needs a model with tied embeddings under FSDP2; set actor_rollout_ref.actor.strategy="
+            "fsdp, or use_fused_kernels=False"
+        )
+    # Its kernel returns [tokens], and [batch, length] is expected for padded batches.
+    if model_config.fused_kernel_options.get("impl_backend") == "triton" and not model_config.use_remove_padding:
+        raise ValueError(
+            f"{model}.fused_kernel_options.impl_backend=triton needs packed batches; set {model}.use_remove_padding=True, or "
+            "impl_backend=torch"
+        )
 
 
 @EngineRegistry.register(model_type="language_model", backend=["fsdp", "fsdp2"], device="cuda", vendor="nvidia")
 class CapoFSDPEngineWithLMHead(CapoEngineMixin, FSDPEngineWithLMHead):
     """``FSDPEngineWithLMHead`` that filters tokens while it trains."""
 
+    def __init__(self, model_config: Any, engine_config: Any, *args: Any, **kwargs: Any) -> None:
+        check_fused_settings(model_config, engine_config)
+        super().__init__(model_config, engine_config, *args, **kwargs)
+
+    _fused_accepted: Tensor | None = None
+    """What the fused forward pass of the micro-batch in flight has come to; the gathered LM head exists only within it."""
+
+    def forward_step(self, micro_batch: TensorDict, loss_function: Any, forward_only: bool) -> Any:
+        if not self._filtering or not _is_fused(micro_batch):
+            return super().forward_step(micro_batch, loss_function, forward_only)
+        micro_batch = micro_batch.to(get_device_id())
+        look = partial(self._evaluate_fused, batch=micro_batch)
+        with (
+            before_each_call(FusedLinearForPPO, "forward", of_fused_linear, look),
+            before_each_call(linear_cross_entropy, "linear_cross_entropy", of_linear_cross_entropy, look),
+        ):
+            return super().forward_step(micro_batch, loss_function, forward_only)
+
     def prepare_model_outputs(
         self, output: Any, output_args: dict[str, Any], micro_batch: TensorDict, logits_processor_func: Any
     ) -> dict[str, Tensor]:
-        if self._step is None or self._tap is None or not self._tap.active:
+        if not self._filtering:
             return super().prepare_model_outputs(output, output_args, micro_batch, logits_processor_func)
-        # verl's forward pass runs under autocast, which would compute the filter in bfloat16.
-        with torch.no_grad(), torch.autocast(torch.device(get_device_id()).type, enabled=False):
-            accepted = self._accepted(self._tap.take(), output.logits, output_args, micro_batch)
+        if _is_fused(micro_batch):
+            accepted, self._fused_accepted = self._fused_accepted, None
+            if accepted is None:
+                raise RuntimeError(NOT_CALLED)
+        else:
+            accepted = self._evaluate_logits(output.logits, output_args, micro_batch)
+        if _is_packed(micro_batch):
+            accepted = self._gather_and_unpad_packed(accepted[0], output_args["pad_size"])
+        else:
+            accepted = from_padded(accepted, micro_batch)
         model_output = super().prepare_model_outputs(output, output_args, micro_batch, logits_processor_func)
         offsets = micro_batch["input_ids"].offsets()
         model_output[ACCEPTED] = torch.nested.nested_tensor_from_jagged(accepted, offsets)
         return model_output
 
-    def _accepted(
-        self, hidden_states: Tensor, logits: Tensor, output_args: dict[str, Any], batch: TensorDict
-    ) -> Tensor:
-        """1 where a token of ``input_ids`` stays in the loss, at the position that predicts it; ``[total]`` float32."""
+    def _evaluate_logits(self, logits: Tensor, output_args: dict[str, Any], batch: TensorDict) -> Tensor:
         labels = output_args["input_ids_rmpad_rolled"]
-        if tu.get_non_tensor_data(data=batch, key="use_remove_padding", default=True):
-            response, temperature = packed_response(self, batch), output_args["temperature_rmpad"]
-            accepted = self._step.evaluate(
-                hidden_states, logits, labels[None], temperature[None], response, self._learning_rate()
-            )
-            return self._gather_and_unpad_packed(accepted[0], output_args["pad_size"])
-        length = logits.shape[1]
-        temperature = output_args["temperature"][:, None].expand(-1, length)
-        response, labels = padded_response(batch, length), to_padded(labels, batch, length)
-        accepted = self._step.evaluate(hidden_states, logits, labels, temperature, response, self._learning_rate())
-        return from_padded(accepted, batch)
+        if _is_packed(batch):
+            labels, temperature = labels[None], output_args["temperature_rmpad"][None]
+        else:
+            labels = to_padded(labels, batch, logits.shape[1])
+            temperature = output_args["temperature"][:, None].expand_as(labels)
+        return self._evaluate(self._tap.take(), logits, labels, temperature, batch)
+
+    def _evaluate_fused(self, call: FusedCall, batch: TensorDict) -> None:
+        self._fused_accepted = self._evaluate(
+            call.hidden_states, call.logits(), call.labels, call.temperatures(), batch
+        )
+
+    def _evaluate(
+        self, hidden_states: Tensor, logits: Tensor | ProjectedLogits, labels: Tensor, temperature: Tensor, batch: TensorDict
+    ) -> Tensor:  # fmt: skip
+        """1 where a token stays in the loss, at the position that predicts it; float32 in the layout of the model."""
+        response = packed_response(self, batch) if _is_packed(batch) else padded_response(batch, labels.shape[1])
+        # verl's forward pass runs under autocast, which would compute the filter in bfloat16.
+        with torch.no_grad(), torch.autocast(torch.device(get_device_id()).type, enabled=False):
+            return self._step.evaluate(hidden_states, logits, labels, temperature, response, self._learning_rate())
 
     def _lm_head(self) -> nn.Module:
         """Also through the wrappers of FSDP and PEFT, which forward what they do not have themselves."""
@@ -105,3 +164,11 @@ class CapoFSDPEngineWithLMHead(CapoEngineMixin, FSDPEngineWithLMHead):
 
     def _load_state(self, checkpoint_path: str) -> State | None:
         return checkpoint.load(checkpoint_path, self._lm_head_shape(), torch.device(get_device_id()))
+
+
+def _is_fused(batch: TensorDict) -> bool:
+    return bool(tu.get_non_tensor_data(data=batch, key="use_fused_kernels", default=False))
+
+
+def _is_packed(batch: TensorDict) -> bool:
+    return bool(tu.get_non_tensor_data(data=batch, key="use_remove_padding", default=True))

@@ -4,25 +4,29 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from megatron.core import parallel_state as mpu
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from tensordict import TensorDict
 from torch import Tensor, nn
+from verl.models.mcore import model_forward_fused
+from verl.utils.device import get_device_id
 from verl.utils.megatron.optimizer import get_megatron_last_lr
 from verl.utils.megatron_utils import unwrap_model
 from verl.workers.engine.base import EngineRegistry
 from verl.workers.engine.megatron.transformer_impl import MegatronEngineWithLMHead
 
+from capo_verl import fused_head
 from capo_verl.config import CapoConfig
 from capo_verl.core import CapoFilter
 from capo_verl.engine_mixin import CapoEngineMixin, State
 from capo_verl.filtered_step import ACCEPTED
 from capo_verl.hidden_states import HiddenStatesTap
 from capo_verl.megatron import checkpoint
-from capo_verl.megatron.packing import label_layout, pack_response
+from capo_verl.megatron.packing import label_layout, pack_response, unpack
 
 logger = logging.getLogger(__name__)
 
@@ -37,8 +41,42 @@ def output_layer_of(model: nn.Module) -> nn.Module:
 class CapoMegatronEngineWithLMHead(CapoEngineMixin, MegatronEngineWithLMHead):
     """``MegatronEngineWithLMHead`` that filters tokens on the last pipeline stage while it trains."""
 
+    def forward_step(
+        self,
+        batch_iter: Iterator[TensorDict],
+        model: nn.Module,
+        logits_processor_func: Any,
+        postprocess_micro_batch_func: Any,
+    ) -> Any:
+        if not self._filtering or not self.engine_config.use_fused_kernels:
+            return super().forward_step(batch_iter, model, logits_processor_func, postprocess_micro_batch_func)
+        batch = next(batch_iter).to(get_device_id())
+        accepted: list[Tensor] = []
+        with fused_head.before_each_call(
+            model_forward_fused, "linear_cross_entropy", fused_head.of_linear_cross_entropy,
+            lambda call: accepted.append(self._evaluate_fused(call, batch)),
+        ):  # fmt: skip
+            output, postprocess = super().forward_step(
+                iter((batch,)), model, logits_processor_func, postprocess_micro_batch_func
+            )
+        if unwrap_model(model).post_process:
+            if not accepted:
+                raise RuntimeError(fused_head.NOT_CALLED)
+            output[ACCEPTED] = accepted[0]
+        return output, postprocess
+
+    @torch.no_grad()
+    def _evaluate_fused(self, call: fused_head.FusedCall, batch: TensorDict) -> Tensor:
+        """1 where a token of ``input_ids`` stays in the loss, at the position that predicts it; nested ``[b, j]``."""
+        layout = label_layout(self, batch, "thd", unwrap_model(self.module[-1]))
+        accepted = self._step.evaluate(
+            call.hidden_states.transpose(0, 1), call.logits(), call.labels, call.temperatures(),
+            pack_response(batch, "thd", layout), self._learning_rate(),
+        )  # fmt: skip
+        return unpack(accepted, batch, layout)
+
     def _lm_head_logits_processor(self, logits: Tensor, label: Tensor, temperature: Tensor, **kwargs: Any) -> Any:
-        if self._step is None or self._tap is None or not self._tap.active:
+        if not self._filtering:
             return super()._lm_head_logits_processor(logits, label, temperature, **kwargs)
         # Before verl's own processing, which divides the logits by the temperature and overwrites them.
         batch, data_format = kwargs["batch"], kwargs["data_format"]

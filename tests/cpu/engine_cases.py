@@ -66,14 +66,24 @@ def make_batch(engine: Any, micro_batch_size: int = 1, rows: list[torch.Tensor] 
             "input_ids": nested(mine),
             "position_ids": nested([torch.arange(len(row)) for row in mine]),
             "loss_mask": nested([next_token_mask(len(row)) for row in mine]),
-            "temperature": torch.ones(len(mine)),
         },
         {"use_dynamic_bsz": False, "micro_batch_size_per_gpu": micro_batch_size, "calculate_entropy": True},
     )
+    set_temperature(batch, 1.0, bool(engine.engine_config.use_fused_kernels))
     tu.assign_non_tensor(
         batch, pad_mode=DatasetPadMode.NO_PADDING, use_remove_padding=engine.model_config.use_remove_padding
     )
     return batch
+
+
+def set_temperature(batch: Any, temperature: float, fused: bool) -> None:
+    """One per sequence, or one for all as verl's trainer has it, which is what its fused cross-entropy of FSDP allows."""
+    from verl.utils import tensordict_utils as tu
+
+    if fused:
+        tu.assign_non_tensor(batch, temperature=temperature, use_fused_kernels=True)
+    else:
+        batch["temperature"] = torch.full((len(batch),), temperature)
 
 
 def nll(model_output: dict, data: Any, dp_group: Any = None) -> tuple[torch.Tensor, dict]:
@@ -163,8 +173,11 @@ def measure_engine(engine: Any, micro_batch_size: int = 1) -> Measured:
     return Measured(exported, export(engine), grad_norm, **outputs)
 
 
-def measure(layout: Layout, model_path: str, transformer_config: dict[str, Any] | None = None) -> Measured:
-    return measure_engine(make_engine(layout, model_path, override_transformer_config=transformer_config or {}))
+def measure(
+    layout: Layout, model_path: str, transformer_config: dict[str, Any] | None = None, fused: bool = False
+) -> Measured:
+    settings = {"override_transformer_config": transformer_config or {}, "use_fused_kernels": fused}
+    return measure_engine(make_engine(layout, model_path, **settings))
 
 
 def save_and_resume_engine(make: Callable[[], Any], directory: str) -> list[dict[str, torch.Tensor]]:

@@ -17,7 +17,7 @@ MICRO_BATCH_SIZE = 2
 @dataclass(frozen=True)
 class FsdpLayout:
     """Generation of FSDP, data-parallel ranks, packed or padded batches, ranks of a shard group (-1: all), Ulysses ranks,
-    rank of a fresh LoRA adapter (0: none)."""
+    rank of a fresh LoRA adapter (0: none), backend of the fused cross-entropy (empty: not fused)."""
 
     strategy: str = "fsdp2"
     dp: int = 1
@@ -25,6 +25,7 @@ class FsdpLayout:
     fsdp_size: int = -1
     sp: int = 1
     lora_rank: int = 0
+    fused: str = ""
 
     @property
     def world_size(self) -> int:
@@ -34,7 +35,8 @@ class FsdpLayout:
         hybrid = f"-of{self.fsdp_size}" if self.fsdp_size > 0 else ""
         ulysses = f"-sp{self.sp}" if self.sp > 1 else ""
         lora = "-lora" if self.lora_rank else ""
-        return f"{self.strategy}-dp{self.dp}{ulysses}{hybrid}{lora}" + ("" if self.packed else "-padded")
+        fused = f"-fused-{self.fused}" if self.fused else ""
+        return f"{self.strategy}-dp{self.dp}{ulysses}{hybrid}{lora}{fused}" + ("" if self.packed else "-padded")
 
 
 def make_fsdp_engine(
@@ -60,10 +62,13 @@ def make_fsdp_engine(
         model_type="language_model",
         backend=layout.strategy,
         model_config=HFModelConfig(
-            path=model_path, use_remove_padding=layout.packed, **{"lora_rank": layout.lora_rank, **(model or {})}
+            path=model_path, use_remove_padding=layout.packed,
+            **{"use_fused_kernels": bool(layout.fused), "lora_rank": layout.lora_rank,
+               "fused_kernel_options": {"impl_backend": layout.fused}, **(model or {})},
         ),
         engine_config=FSDPEngineConfig(
-            strategy=layout.strategy, fsdp_size=layout.fsdp_size, ulysses_sequence_parallel_size=layout.sp, **fsdp
+            strategy=layout.strategy, fsdp_size=layout.fsdp_size, ulysses_sequence_parallel_size=layout.sp,
+            use_fused_kernels=bool(layout.fused), **fsdp,
         ),
         optimizer_config=FSDPOptimizerConfig(
             optimizer=optimizer, lr=lr, weight_decay=0.0, clip_grad=1.0, total_training_steps=100,

@@ -23,6 +23,12 @@ LAYOUTS = [
     *(FsdpLayout(strategy, sp=2) for strategy in ("fsdp2", "fsdp")),
     FsdpLayout("fsdp2", 2, fsdp_size=1),
 ]
+FUSED = [
+    *(FsdpLayout("fsdp", dp=2, fused=backend) for backend in ("torch", "triton")),
+    *(FsdpLayout("fsdp", sp=2, fused=backend) for backend in ("torch", "triton")),
+    FsdpLayout("fsdp", packed=False, fused="torch"),
+]
+"""Other combinations are refused, see below; of fsdp2 with tied embeddings, see ``test_other_architectures``."""
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +37,9 @@ def reference(tiny_qwen2: str) -> Reference:
 
 
 @pytest.mark.parametrize(
-    "layout", [*LAYOUTS, FsdpLayout("fsdp2", 2, fsdp_size=1), FsdpLayout(sp=2), FsdpLayout("fsdp", sp=2)], ids=str
+    "layout",
+    [*LAYOUTS, FsdpLayout("fsdp2", 2, fsdp_size=1), FsdpLayout(sp=2), FsdpLayout("fsdp", sp=2), *FUSED],
+    ids=str,
 )
 def test_matches_hugging_face(layout: FsdpLayout, tiny_qwen2: str, reference: Reference) -> None:
     check(run_on_ranks(measure_fsdp, layout.world_size, layout, tiny_qwen2, preload=PRELOAD), layout.dp, reference)
@@ -48,18 +56,28 @@ def test_padding_to_a_bucket_changes_nothing(tiny_qwen2: str, reference: Referen
     check(run_on_ranks(measure_fsdp, 1, FsdpLayout(), tiny_qwen2, preload=PRELOAD, **bucket), 1, reference)
 
 
-@pytest.mark.parametrize("model_type", ["llama", "qwen3", "qwen2-tied"])
-def test_other_architectures(model_type: str, tmp_path) -> None:
+@pytest.mark.parametrize(
+    ("model_type", "layout"),
+    [
+        *((name, FsdpLayout(dp=2)) for name in ("llama", "qwen3", "qwen2-tied")),
+        ("llama", FsdpLayout("fsdp", 2, fused="torch")),
+        *(("qwen2-tied", FsdpLayout("fsdp2", 2, fused=backend)) for backend in ("torch", "triton")),
+        ("qwen2-tied", FsdpLayout("fsdp2", packed=False, fused="torch")),
+        ("qwen2-tied", FsdpLayout("fsdp", sp=2, fused="torch")),
+    ],
+    ids=str,
+)
+def test_other_architectures(model_type: str, layout: FsdpLayout, tmp_path) -> None:
     from tests.helpers.tiny_model import make_tiny_model
 
     name, _, tied = model_type.partition("-")
     path = make_tiny_model(tmp_path, name, tie_word_embeddings=bool(tied))
     reference = make_reference(path)
-    ranks = run_on_ranks(measure_fsdp, 2, FsdpLayout(dp=2), path, preload=PRELOAD)
+    ranks = run_on_ranks(measure_fsdp, layout.world_size, layout, path, preload=PRELOAD)
     if tied:  # exported under both names
         for weights in (w for rank in ranks for w in (rank.exported, rank.stepped)):
             assert torch.equal(weights.pop("lm_head.weight"), weights["model.embed_tokens.weight"])
-    check(ranks, 2, reference)
+    check(ranks, layout.dp, reference)
 
 
 @pytest.mark.parametrize(
@@ -96,12 +114,30 @@ def test_checkpoint(layout: FsdpLayout, tiny_qwen2: str, tmp_path) -> None:
 @pytest.mark.parametrize(
     ("model", "fsdp", "named"),
     [
-        ({"use_fused_kernels": True}, {}, "actor_rollout_ref.model.use_fused_kernels=True"),
-        ({"use_liger": True}, {}, "actor_rollout_ref.model.use_liger=True"),
+        (
+            {"use_fused_kernels": True, "fused_kernel_options": {"impl_backend": "liger"}},
+            {},
+            "actor_rollout_ref.model.fused_kernel_options.impl_backend=liger is not supported on the CPU: set it to torch",
+        ),
+        (
+            {"use_fused_kernels": True},
+            {},
+            "use_fused_kernels=True needs a model with tied embeddings under FSDP2; set actor_rollout_ref.actor.strategy=fsdp",
+        ),
+        (
+            {"use_liger": True},
+            {},
+            "actor_rollout_ref.model.use_liger=True is not supported on the CPU: set it to False",
+        ),
     ],
-    ids=["fused-kernels", "liger"],
+    ids=["liger-backend", "untied-fsdp2", "liger"],
 )
 def test_what_a_cpu_cannot_do_is_named(model: dict, fsdp: dict, named: str, tiny_qwen2: str) -> None:
     with pytest.raises(RankError, match="ValueError") as error:
         run_on_ranks(make_fsdp_engine, 1, FsdpLayout(), tiny_qwen2, model=model, preload=PRELOAD, **fsdp)
-    assert named in str(error.value) and "set it to" in str(error.value)
+    assert named in str(error.value)
+
+
+def test_padded_batches_with_the_triton_backend_are_refused(tiny_qwen2: str) -> None:
+    with pytest.raises(RankError, match="impl_backend=triton needs packed batches; set .*use_remove_padding=True"):
+        run_on_ranks(make_fsdp_engine, 1, FsdpLayout("fsdp", packed=False, fused="triton"), tiny_qwen2, preload=PRELOAD)

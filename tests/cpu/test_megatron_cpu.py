@@ -20,14 +20,16 @@ PRELOAD = ("torch", "verl.workers.engine.megatron.transformer_impl", "capo_verl.
 
 @dataclass(frozen=True)
 class Case:
-    """A layout, the model in it, and whether activations are recomputed."""
+    """A layout, the model in it, whether activations are recomputed, whether the cross-entropy is fused."""
 
     layout: Layout
     model: str = "qwen2"
     recompute: bool = False
+    fused: bool = False
 
     def __str__(self) -> str:
-        return f"{self.layout}-{self.model}" + ("-recompute" if self.recompute else "")
+        options = ("-recompute" if self.recompute else "") + ("-fused" if self.fused else "")
+        return f"{self.layout}-{self.model}{options}"
 
 
 CASES = [
@@ -46,6 +48,15 @@ CASES = [
     Case(Layout(tp=2), model="llama"),
     Case(Layout(tp=2), model="qwen3"),
     Case(Layout(tp=2), recompute=True),
+    Case(Layout(), fused=True),
+    Case(Layout(packed=False), fused=True),  # verl falls back to logits
+    Case(Layout(tp=2, sp=True), fused=True),
+    Case(Layout(tp=2, sp=True), model="qwen2-tied", recompute=True, fused=True),
+    Case(Layout(tp=2, sp=True), model="llama", fused=True),
+    Case(Layout(pp=2), model="qwen2-tied", fused=True),
+    Case(Layout(pp=2, vpp=2), model="qwen2-deep", fused=True),
+    Case(Layout(dp=2), fused=True),
+    Case(Layout(cp=2), fused=True),
 ]
 
 
@@ -66,7 +77,7 @@ def measured(request, models):
     recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 
     def call_of(case: Case) -> tuple:
-        return case.layout, models[case.model], recompute if case.recompute else {}
+        return case.layout, models[case.model], recompute if case.recompute else {}, case.fused
 
     return launch_by_size(request, measure, call_of, preload=PRELOAD)
 
@@ -102,7 +113,12 @@ def test_checkpoint(layout: Layout, tiny_qwen2: str, tmp_path) -> None:
             {"lora": {"rank": 8}},
             "actor_rollout_ref.model.lora.rank > 0 is not supported on the CPU: set it to 0",
         ),
-        (Layout(), {"use_fused_kernels": True}, "actor_rollout_ref.model.use_fused_kernels"),
+        (
+            Layout(tp=2),
+            {"use_fused_kernels": True},
+            "actor_rollout_ref.model.use_fused_kernels=True with actor_rollout_ref.actor.megatron.sequence_parallel=False is not "
+            "supported on the CPU: set sequence_parallel=True",
+        ),
         (Layout(), {"use_megatron_fsdp": True}, "actor_rollout_ref.actor.megatron.use_megatron_fsdp"),
     ],
     ids=["lora", "fused-kernels", "fsdp"],

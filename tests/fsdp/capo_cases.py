@@ -49,19 +49,20 @@ def use_verls_engine(strategy: str) -> None:
     registry["cpu"] = type("VerlOnCpu", (CpuFsdpMixin, FSDPEngineWithLMHead), {})
 
 
-def filter_under_autocast(model_path: str) -> tuple[torch.Tensor, torch.Tensor, torch.dtype]:
+def filter_under_autocast(layout: FsdpLayout, model_path: str) -> tuple[torch.Tensor, torch.Tensor, torch.dtype]:
     """m_F of a micro-batch whose forward pass ran under bfloat16 autocast; the same in float64; the dtype of its logits."""
-    engine, seen = make(FsdpLayout(), model_path), {}
+    engine, seen = make(layout, model_path), {}
     knobs = {**KNOBS, "optimizer_model": "sgd"}
     train_once(engine, knobs)
     engine._autocast_dtype = torch.bfloat16
     evaluate = engine._step.capo.evaluate
 
-    def spy(hidden_states: torch.Tensor, logits: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    def spy(hidden_states: torch.Tensor, logits: Any, *args: Any, **kwargs: Any) -> Any:
         out = evaluate(hidden_states, logits, *args, **kwargs)
         if not seen:
             with torch.autocast("cpu", enabled=False):
-                exact = evaluate(hidden_states.double(), logits.double(), *args, **kwargs)
+                whole = hidden_states.to(logits.dtype) @ logits.weight.T if layout.fused else logits
+                exact = evaluate(hidden_states.double(), whole.double(), *args, **kwargs)
             seen.update(found=out.policy_shift, expected=exact.policy_shift, dtype=logits.dtype)
         return out
 

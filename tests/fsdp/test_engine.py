@@ -13,6 +13,7 @@ from tests.cpu.engine_cases import Layout
 from tests.cpu.fsdp_cases import FsdpLayout, write_adapter
 from tests.fsdp.capo_cases import filter_under_autocast, train
 from tests.helpers.spawn import run_on_ranks
+from tests.helpers.tiny_model import make_tiny_model
 from tests.megatron import capo_cases as megatron
 from tests.megatron.capo_cases import KNOBS
 from tests.megatron.capo_reference import Reference, check_meaningful, check_training, check_untouched, make_reference
@@ -22,6 +23,10 @@ PRELOAD = ("torch", "verl.workers.engine.fsdp.transformer_impl")
 LAYOUTS = [
     *(FsdpLayout(strategy, dp, packed) for strategy in ("fsdp2", "fsdp") for dp in (1, 2) for packed in (True, False)),
     *(FsdpLayout(strategy, sp=2) for strategy in ("fsdp2", "fsdp")),
+    FsdpLayout("fsdp", 2, fused="torch"),
+    FsdpLayout("fsdp", 2, fused="triton"),
+    FsdpLayout("fsdp", 2, packed=False, fused="torch"),
+    FsdpLayout("fsdp", sp=2, fused="torch"),
 ]
 
 
@@ -33,9 +38,23 @@ def references(tiny_qwen2) -> dict[float, Reference]:
     return results
 
 
+@pytest.fixture(scope="module")
+def tied_qwen2(tmp_path_factory) -> tuple[str, Reference]:
+    path = make_tiny_model(tmp_path_factory.mktemp("tied-qwen2"), tie_word_embeddings=True)
+    reference = make_reference(path, 1.0)
+    check_meaningful(reference)
+    return path, reference
+
+
 @pytest.mark.parametrize(
     ("layout", "temperature"),
-    [*((layout, 1.0) for layout in LAYOUTS), (FsdpLayout(dp=2), 0.7), (FsdpLayout("fsdp", packed=False), 0.7)],
+    [
+        *((layout, 1.0) for layout in LAYOUTS),
+        *(
+            (layout, 0.7)
+            for layout in (FsdpLayout(dp=2), FsdpLayout("fsdp", packed=False), FsdpLayout("fsdp", fused="torch"))
+        ),
+    ],
     ids=str,
 )
 def test_training_equals_hugging_face_with_the_float64_filter(layout, temperature, references, tiny_qwen2):
@@ -43,6 +62,23 @@ def test_training_equals_hugging_face_with_the_float64_filter(layout, temperatur
     check_training(ranks, layout.dp, references[temperature])
     for rank in ranks[1:]:
         assert torch.equal(rank["state"]["exp_avg"], ranks[0]["state"]["exp_avg"])
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        FsdpLayout("fsdp2", 2, fused="torch"),
+        FsdpLayout("fsdp2", packed=False, fused="torch"),
+        FsdpLayout(sp=2, fused="triton"),
+    ],
+    ids=str,
+)
+def test_tied_embeddings_with_fused_kernels(layout, tied_qwen2):
+    path, reference = tied_qwen2
+    ranks = run_on_ranks(train, layout.world_size, layout, path, "capo", KNOBS, preload=PRELOAD)
+    for rank in ranks:  # exported under both names
+        assert torch.equal(rank["weights"].pop("lm_head.weight"), rank["weights"]["model.embed_tokens.weight"])
+    check_training(ranks, layout.dp, reference)
 
 
 def test_fsdp_decides_like_megatron(tiny_qwen2):
@@ -64,7 +100,11 @@ def test_padding_to_a_bucket_changes_nothing(references, tiny_qwen2):
     check_training(ranks, 2, references[1.0])
 
 
-@pytest.mark.parametrize("layout", [FsdpLayout(dp=2), FsdpLayout("fsdp"), FsdpLayout("fsdp", 2)], ids=str)
+@pytest.mark.parametrize(
+    "layout",
+    [FsdpLayout(dp=2), FsdpLayout("fsdp"), FsdpLayout("fsdp", 2), FsdpLayout("fsdp", 2, fused="torch")],
+    ids=str,
+)
 def test_lora(layout, tiny_qwen2, tmp_path):
     """The LM head is frozen; its moments are those of the gradient that it would have had."""
     adapter = write_adapter(tiny_qwen2, str(tmp_path))
@@ -77,7 +117,9 @@ def test_lora(layout, tiny_qwen2, tmp_path):
     check_training(ranks, layout.dp, reference)
 
 
-@pytest.mark.parametrize("layout", [FsdpLayout(dp=2), FsdpLayout("fsdp", packed=False)], ids=str)
+@pytest.mark.parametrize(
+    "layout", [FsdpLayout(dp=2), FsdpLayout("fsdp", packed=False), FsdpLayout("fsdp", 2, fused="torch")], ids=str
+)
 def test_without_the_switch_it_is_verls_engine_bit_for_bit(layout, tiny_qwen2):
     ours, verls = (
         run_on_ranks(train, layout.world_size, layout, tiny_qwen2, "vanilla", None, own_engine=own, preload=PRELOAD)
@@ -96,9 +138,10 @@ def test_tracking_trains_bit_for_bit_like_no_switch_and_measures(tiny_qwen2):
     assert all(0 < report["capo/rejection_rate"][0] <= 1 for report in tracked[0]["reports"])
 
 
-def test_the_filter_does_not_run_under_autocast(tiny_qwen2):
+@pytest.mark.parametrize("layout", [FsdpLayout(), FsdpLayout("fsdp", fused="torch")], ids=str)
+def test_the_filter_does_not_run_under_autocast(layout, tiny_qwen2):
     """verl's forward pass does; the decisions are those of float64 on the logits that it made."""
-    ((found, expected, dtype),) = run_on_ranks(filter_under_autocast, 1, tiny_qwen2, preload=PRELOAD)
+    ((found, expected, dtype),) = run_on_ranks(filter_under_autocast, 1, layout, tiny_qwen2, preload=PRELOAD)
     assert dtype == torch.bfloat16
     torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-9)
 

@@ -99,7 +99,7 @@ def test_does_not_cry_wolf(name):
 
 def test_says_where(monkeypatch):
     """The line of the package that led to it."""
-    monkeypatch.setattr("capo_verl.core.order_statistics._flip_negative", lambda bits: bits[bits > 0])
+    monkeypatch.setattr("capo_verl.core.order_statistics.flip_negative", lambda bits: bits[bits > 0])
     with recorded_syncs() as syncs:
         ordered_keys(torch.ones(3), torch.ones(3, dtype=torch.bool))
     (sync,) = syncs

@@ -10,6 +10,7 @@ import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
 from capo_verl import CapoConfig, CapoFilter
+from capo_verl.core import ProjectedLogits
 from capo_verl.core.kernels import fused
 from tests.helpers.syncs import recorded_syncs
 
@@ -159,3 +160,25 @@ def test_kernels_are_chosen_by_device_or_name(device):
     assert choose(device, "triton") is fused and choose(torch.device("cuda"), "torch") is plain
     with pytest.raises(ValueError, match="kernels=.cuda.: expected one of torch, triton"):
         CapoFilter(CapoConfig(top_k=K), V, H, kernels="cuda")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_lm_head_in_place_of_logits(dtype, device, monkeypatch):
+    """In blocks of three tokens, with temperatures of their own: as on the whole product, bit for bit."""
+    monkeypatch.setattr("capo_verl.core.projected_logits.block_elements", lambda device: 3 * V)
+    generator = torch.Generator().manual_seed(2)
+    # Small integers: their products are exact in whatever order they are summed up.
+    weight, hidden = (torch.randint(-2, 3, s, generator=generator).to(device, dtype) for s in ((V, H), (4, 6, H)))
+    batch = mini_batch(generator, device) | {"hidden_states": hidden}
+    temperature = torch.rand(4, 6, generator=generator).to(device) + 0.5
+    config = CapoConfig(top_k=K, policy_shift_max=TAU, objective_shift_max=None)
+    found = []
+    for logits in (hidden @ weight.T, ProjectedLogits(weight)):
+        capo = CapoFilter(config, V, H, device=device, kernels="triton")
+        out = capo.evaluate(
+            **batch | {"logits": logits}, learning_rate=LR, temperature=temperature, skip_masked=True, max_tokens=22
+        )
+        found.append((out.objective_shift, out.policy_shift, out.in_support))
+    assert float(found[0][1].max()) > 0
+    for a, b in zip(*found, strict=True):
+        assert torch.equal(a, b)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from tests.cpu.engine_cases import Layout, export, make_engine
+from tests.cpu.engine_cases import Layout, export, make_engine, set_temperature
 from tests.helpers.recording import RecordedBatch
 
 PROMPTS, RESPONSES = (4, 3, 5, 4), (9, 7, 11, 3)
@@ -39,6 +39,7 @@ def make_batch(engine: Any, temperature: float, micro_batch_size: int = 1) -> An
         "use_dynamic_bsz": False,
         "micro_batch_size_per_gpu": micro_batch_size,
         "use_remove_padding": engine.model_config.use_remove_padding,
+        "use_fused_kernels": engine.engine_config.use_fused_kernels,
     }
     return to_verl(recorded(), mine, temperature, settings)
 
@@ -60,9 +61,9 @@ def to_verl(batch: RecordedBatch, mine: Sequence[int], temperature: float, setti
         "loss_mask": nested(batch.response_mask),
         "old_log_probs": nested(batch.old_log_probs),
         "advantages": nested(batch.advantages),
-        "temperature": torch.full((len(mine),), temperature),
     }
     data = tu.get_tensordict(fields, {"calculate_entropy": True, "global_batch_size": len(batch.ids), **settings})
+    set_temperature(data, temperature, settings.get("use_fused_kernels", False))
     tu.assign_non_tensor(data, pad_mode=DatasetPadMode.NO_PADDING)
     return data
 

@@ -26,6 +26,7 @@ class Case:
         reverse: the batch in the opposite order.
         pad: ``minibatch`` pads every micro-batch to the longest sequence of the mini-batch, a number to that length (padded
             batches) or to a multiple of it (packed batches). Default: to its own longest sequence.
+        fused: verl's fused cross-entropy, without logits.
     """
 
     layout: Layout
@@ -34,6 +35,7 @@ class Case:
     micro_batch: int | str = 2
     reverse: bool = False
     pad: int | str | None = None
+    fused: bool = False
 
     def __str__(self) -> str:
         options = [
@@ -42,6 +44,7 @@ class Case:
             f"micro-batch {self.micro_batch}" if self.micro_batch != 2 else "",
             "reversed" if self.reverse else "",
             f"pad {self.pad}" if self.pad else "",
+            "fused" if self.fused else "",
         ]
         return ", ".join([str(self.layout), *filter(None, options)])
 
@@ -76,7 +79,8 @@ def replay(case: Case, batch: RecordedBatch, model_path: str) -> Replay:
 
     engine = make_engine(
         case.layout, model_path, optimizer="adam", lr=LEARNING_RATES[0],
-        optimizer_overrides={"adam_beta1": BETAS[0], "adam_beta2": BETAS[1], "adam_eps": EPS}, **_padding(case),
+        optimizer_overrides={"adam_beta1": BETAS[0], "adam_beta2": BETAS[1], "adam_eps": EPS},
+        use_fused_kernels=case.fused, **_padding(case),
     )  # fmt: skip
     loss = make_loss("capo", KNOBS)
     data = make_batch(case, batch, mpu.get_data_parallel_rank())
@@ -125,7 +129,7 @@ def _train_step(engine: Any, data: Any, loss: Any) -> ReplayedStep:
         return own(engine)
 
     engine.optimizer_step = optimizer_step
-    with evaluations() as seen:
+    with evaluations(engine.engine_config.use_fused_kernels) as seen:
         output = engine.train_batch(data, loss)
     del engine.optimizer_step
     metrics = None
@@ -139,15 +143,20 @@ COLUMNS = ("advantages", "actions", "hidden_states", "objective_shift", "policy_
 
 
 @contextmanager
-def evaluations() -> Iterator[list[dict[str, torch.Tensor]]]:
-    """What goes into ``CapoFilter.evaluate`` and comes out of it, response tokens only, one entry per call."""
+def evaluations(fused: bool) -> Iterator[list[dict[str, torch.Tensor]]]:
+    """What goes into ``CapoFilter.evaluate`` and comes out of it, response tokens only, one entry per call.
+
+    With ``fused`` it must be given the LM head, otherwise logits.
+    """
     from capo_verl import CapoFilter
+    from capo_verl.core import ProjectedLogits
 
     evaluate, seen = CapoFilter.evaluate, []
 
     def recorded(self: Any, hidden_states: Any, logits: Any, actions: Any, advantages: Any, mask: Any, *args: Any,
                  **kwargs: Any) -> Any:  # fmt: skip
         out = evaluate(self, hidden_states, logits, actions, advantages, mask, *args, **kwargs)
+        assert isinstance(logits, ProjectedLogits) == fused
         mask = mask.bool()
         assert not out.accepted[~mask].any()
         seen.append(

@@ -69,6 +69,21 @@ CASES = [
     Case(Layout(pp=2, cp=2)),
     Case(Layout(dp=2, cp=2), reverse=True),
     Case(Layout(dp=2, cp=2, distributed_optimizer=True, packed=False)),
+    Case(Layout(), fused=True),
+    Case(Layout(), micro_batch="dynamic", pad=64, fused=True),
+    Case(Layout(), temperature=0.7, reverse=True, fused=True),
+    Case(Layout(), model="tied", fused=True),
+    Case(Layout(), model="odd-vocabulary", fused=True),
+    Case(Layout(tp=2, sp=True), micro_batch=1, fused=True),
+    Case(Layout(tp=2, sp=True), model="odd-vocabulary", temperature=0.7, fused=True),
+    Case(Layout(pp=2), model="tied", fused=True),
+    Case(Layout(pp=2, vpp=2), fused=True),
+    Case(Layout(dp=2, distributed_optimizer=True), fused=True),
+    Case(Layout(cp=2), micro_batch=1, fused=True),
+    Case(Layout(tp=4, sp=True), model="tied", fused=True),
+    Case(Layout(tp=2, pp=2, vpp=2, sp=True), fused=True),
+    Case(Layout(tp=2, cp=2, sp=True), micro_batch="dynamic", fused=True),
+    Case(Layout(dp=2, cp=2), reverse=True, fused=True),
 ]
 DOCUMENT = Path(__file__).parents[2] / "docs" / "parallelism.md"
 BEGIN, END = "<!-- matrix: begin -->", "<!-- matrix: end -->"

@@ -14,6 +14,8 @@ from capo_verl.config import PRESETS, CapoConfig
 from capo_verl.startup_checks import check_run
 
 CAPO = "actor_rollout_ref.actor.policy_loss.capo"
+MEGATRON = "actor_rollout_ref.actor.megatron"
+FUSED = ("actor_rollout_ref.model.use_fused_kernels=True", "actor_rollout_ref.model.use_remove_padding=True")
 FSDP = "actor_rollout_ref.actor.fsdp_config"
 BASE = (
     "model_engine=megatron",
@@ -90,7 +92,18 @@ def test_every_knob_can_be_overridden(command_line):
         ([f"{CAPO}.policy_shift_max=tiny"], "capo.policy_shift_max='tiny': expected a finite number"),
         ([f"{CAPO}.top_k=0"], "capo.top_k=0: expected an integer >= 1"),
         ([f"{CAPO}.betas=[0.9,0.95]"], "capo.betas is read from the actor's optimizer; set actor_rollout_ref.actor.optim"),
-        (["actor_rollout_ref.model.use_fused_kernels=True"], "use_fused_kernels=True: .* set it to False"),
+        (
+            [*FUSED, f"{MEGATRON}.tensor_model_parallel_size=2", f"{MEGATRON}.sequence_parallel=False"],
+            "megatron.sequence_parallel=False: with use_fused_kernels=True .* set it to True",
+        ),
+        (
+            ["model_engine=dp", *FUSED, "actor_rollout_ref.model.fused_kernel_options.impl_backend=liger"],
+            "impl_backend=liger: set it to torch or triton, or use_fused_kernels=False",
+        ),
+        (
+            ["model_engine=dp", *FUSED, "actor_rollout_ref.model.fused_kernel_options.impl_backend=null"],
+            "impl_backend=None: set it to torch or triton, or use_fused_kernels=False",
+        ),
         (["model_engine=torchtitan"], "actor_rollout_ref.actor.strategy=torchtitan: set model_engine=megatron or model_engine=dp"),
         ([f"{CAPO}.moments_dtype=float16"], "capo.moments_dtype='float16': expected one of float32, bfloat16"),
         ([f"{CAPO}.on_nonfinite=ignore"], "capo.on_nonfinite='ignore': expected one of error, skip_batch"),
@@ -122,6 +135,22 @@ def test_what_cannot_work_is_refused_in_one_sentence(command_line, overrides, me
     rest = [o for o in overrides if not o.startswith("model_engine")]
     with pytest.raises(ValueError, match=message):
         check_run(command_line(*engine, "+capo=grpo", *rest))
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["model_engine=megatron", *FUSED],
+        ["model_engine=megatron", *FUSED, f"{MEGATRON}.tensor_model_parallel_size=2"],
+        # Padded batches are not fused, whatever the switch says.
+        ["model_engine=megatron", FUSED[0], "actor_rollout_ref.model.use_remove_padding=False",
+         f"{MEGATRON}.tensor_model_parallel_size=2", f"{MEGATRON}.sequence_parallel=False"],
+        ["model_engine=dp", *FUSED],
+        ["model_engine=dp", *FUSED, "actor_rollout_ref.model.fused_kernel_options.impl_backend=triton"],
+    ],
+)  # fmt: skip
+def test_fused_kernels_are_accepted(command_line, overrides):
+    check_run(command_line(*overrides, "+capo=grpo"))
 
 
 def test_a_preset_contradicted_on_the_command_line_is_pointed_out(command_line, caplog):

@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Logits that never exist whole: hidden states and rows of the LM head, multiplied a run of tokens at a time.
+
+A trainer with a fused cross-entropy has no logits. The filter needs them for its support only, so it computes them once more,
+in the LM head's own dtype as the LM head would, and forgets each run as soon as its largest entries are known. For N tokens that
+costs ``2 * N * H * rows`` floating-point operations, once with a top-k support, and once per pass over the entries if the support
+is the whole vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from capo_verl.core.chunks import chunk_slices
+from capo_verl.core.logit_rows import LogitRows
+
+
+def block_elements(device: torch.device) -> int:
+    """Logits that exist at a time: every run of tokens reads the whole LM head, so a few hundred tokens of a large vocabulary."""
+    return 1 << 21 if device.type == "cpu" else 1 << 26
+
+
+@dataclass(frozen=True)
+class ProjectedLogits:
+    """``logits = hidden_states @ weight.T + bias``, in place of a tensor of logits for ``CapoFilter.evaluate``. Only read.
+
+    ``sequence`` and ``batch`` granularity and the batch shifts handle all tokens of a set at once; over the whole vocabulary
+    (``top_k=None``) they do hold all logits.
+    """
+
+    weight: Tensor
+    """``[rows, H]``, this rank's rows of the LM head. Its dtype is that of the logits; hidden states are converted to it."""
+    bias: Tensor | None = None
+    """``[rows]``"""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.weight.dtype
+
+    def check(self, rows: int, hidden_size: int) -> None:
+        """
+        Raises:
+            ValueError: unless these are ``rows`` rows of an LM head for hidden states of this size.
+        """
+        for name, tensor, shape in (("weight", self.weight, [rows, hidden_size]), ("bias", self.bias, [rows])):
+            if tensor is not None and (list(tensor.shape) != shape or not tensor.is_floating_point()):
+                dtype = str(tensor.dtype).removeprefix("torch.")
+                raise ValueError(
+                    f"logits: expected ProjectedLogits.{name} to be a float tensor {shape} (the vocabulary rows of this rank"
+                    f"{', H' if name == 'weight' else ''}), got {dtype} {list(tensor.shape)}"
+                )
+
+
+class ProjectedRows(LogitRows):
+    """:class:`LogitRows` of hidden states, computed when they are read.
+
+    Args:
+        projection: the LM head.
+        hidden_states: ``[N, H]``; neither they nor the LM head are copied.
+        temperature: ``[N]``, divides the logits in their own dtype; None = already done.
+    """
+
+    def __init__(self, projection: ProjectedLogits, hidden_states: Tensor, temperature: Tensor | None = None):
+        self._projection, self._hidden, self.temperature = projection, hidden_states, temperature
+        self.device, self.dtype = hidden_states.device, projection.dtype
+
+    def __len__(self) -> int:
+        return len(self._hidden)
+
+    def read(self, tokens: slice | Tensor, rows: int) -> Tensor:
+        """``[n, rows]``: the first ``rows`` columns of the given tokens, before temperature."""
+        weight, bias = self._projection.weight, self._projection.bias
+        hidden = self._hidden[tokens].to(weight.dtype)
+        return torch.nn.functional.linear(hidden, weight[:rows], None if bias is None else bias[:rows])
+
+    def blocks(self) -> Iterator[LogitRows]:
+        """One after the other, each with the logits of a run of tokens."""
+        rows = len(self._projection.weight)
+        runs = chunk_slices(len(self), max(1, block_elements(self.device) // rows)) if len(self) else [slice(0, 0)]
+        for tokens in runs:
+            yield LogitRows(
+                self.read(tokens, rows), temperature=None if self.temperature is None else self.temperature[tokens]
+            )
+
+    def copy(self) -> LogitRows:
+        """The logits themselves: the LM head may not be there any more when they are read, as with FSDP."""
+        everything = slice(None)
+        return LogitRows(self.cool(self.read(everything, len(self._projection.weight)), everything))

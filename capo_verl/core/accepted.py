@@ -162,9 +162,9 @@ class AcceptedTokens:
         """Every row is touched by every token: a matrix product, a run of tokens at a time."""
         self._count[: support.shard.real_rows] += accepted.sum()
         sums = self._all_sums()
-        for tokens, v in support.dense_v():
-            weight = torch.where(accepted[tokens], advantages[tokens], 0)
-            sums[: v.shape[1]].addmm_((weight[:, None] * v).T, hidden[tokens].to(self.dtype))
+        for tokens, probs, taken in support.dense():
+            weight = torch.where(accepted[tokens], advantages[tokens], 0)[:, None] * (taken.to(probs.dtype) - probs)
+            sums[: weight.shape[1]].addmm_(weight.T, hidden[tokens].to(self.dtype))
 
     def _all_sums(self) -> Tensor:
         if self._sums is None:

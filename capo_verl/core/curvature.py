@@ -20,7 +20,6 @@ from torch import Tensor
 
 from capo_verl.core import collectives
 from capo_verl.core.chunks import chunk_slices, scratch_elements
-from capo_verl.core.kernels.plain import add_sums
 from capo_verl.core.optimizer_model import OptimizerModel
 from capo_verl.core.segments import segment_sums
 from capo_verl.core.support import Pairs, Support
@@ -82,10 +81,7 @@ def set_shifts(
     """
     dtype, device = advantages.dtype, advantages.device
     rows_per_rank = support.shard.rows
-    pairs = next(support.pairs(include), None)
-    if pairs is None:
-        empty = torch.empty(0, device=device, dtype=torch.int64)
-        pairs = Pairs(slice(0, 0), empty, empty, empty.to(dtype), empty.bool())
+    pairs = support.pairs(include)
     key = group[pairs.token] * rows_per_rank + pairs.row
     # Segments: the (set, row) combinations that occur anywhere.
     if n_groups == 1:
@@ -114,7 +110,8 @@ def set_shifts(
             u[part] += torch.linalg.vecdot(direction[segment[part]], h[pairs.token[part]])
 
     sums = torch.zeros(len(advantages), 3, device=device, dtype=dtype)
-    add_sums(sums, pairs, u)
+    weighted, taken = pairs.probs * u, torch.where(pairs.taken, u, torch.zeros_like(u))
+    sums.index_add_(0, pairs.token, torch.stack((taken, weighted, weighted * u), 1))
     collectives.sum_(sums, (tp_group,))
     collectives.sum_(inner, (tp_group,))
     shifts = _shifts(sums, advantages, learning_rate, linear=learning_rate * inner[group])

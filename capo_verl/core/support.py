@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,10 +29,8 @@ if TYPE_CHECKING:
 class Pairs:
     """Flat list of the (token, row) entries held by this rank, ordered by token."""
 
-    tokens: slice
-    """The run of tokens covered."""
     token: Tensor
-    """``[P]`` int64, index of the token, within ``tokens``."""
+    """``[P]`` int64, index of the token."""
     row: Tensor
     """``[P]`` int64, row of this rank's shard."""
     probs: Tensor
@@ -44,6 +42,20 @@ class Pairs:
     def v(self) -> Tensor:
         """``[P]``: e - pi."""
         return self.taken.to(self.probs.dtype) - self.probs
+
+
+class Block(NamedTuple):
+    """c entries of each of n tokens, for arithmetic on whole tokens."""
+
+    tokens: slice
+    row: Tensor
+    """``[n, c]`` int64, rows of this rank's shard."""
+    probs: Tensor
+    """``[n, c]``"""
+    taken: Tensor
+    """``[n, c]`` bool"""
+    held: Tensor
+    """``[n, c]`` bool, False for entries that only fill up: row 0, nothing of the support."""
 
 
 class TopKSupport:
@@ -66,27 +78,25 @@ class TopKSupport:
         """``[N, k]``: e - pi."""
         return self.taken.to(self.probs.dtype) - self.probs
 
-    def pairs(self, include: Tensor | None = None, max_pairs: int | None = None) -> Iterator[Pairs]:
-        """Entries of the tokens in ``include [N]`` (all if None) whose rows this rank holds, a run of tokens at a time.
+    def pairs(self, include: Tensor) -> Pairs:
+        """Entries of the tokens in ``include [N]`` bool whose rows this rank holds. Waits for the device."""
+        row = self.ids - self.shard.start
+        held = (row >= 0) & (row < self.shard.rows) & include[:, None]
+        token, column = held.nonzero(as_tuple=True)
+        return Pairs(token, row[token, column], self.probs[token, column], self.taken[token, column])
 
-        Args:
-            include: ``[N]`` bool.
-            max_pairs: entries per run, before those of other ranks are left out; None = one run.
-        """
+    def blocks(self, entries: int) -> Iterator[Block]:
+        """The entries whose rows this rank holds, about ``entries`` at a time. Waits for the device."""
         n, k = self.ids.shape
-        for tokens in chunk_slices(n, max(1, (max_pairs or n * k) // k)):
-            here = self.held(tokens)
-            if include is not None:
-                here &= include[tokens, None]
-            at, column = here.nonzero(as_tuple=True)
-            probs, taken = self.probs[tokens][at, column], self.taken[tokens][at, column]
-            row = self.ids[tokens][at, column] - self.shard.start
-            yield Pairs(tokens, at + tokens.start, row, probs, taken)
-
-    def held(self, tokens: slice) -> Tensor:
-        """``[n, k]`` bool, entries of the given tokens whose rows this rank holds."""
-        row = self.ids[tokens] - self.shard.start
-        return (row >= 0) & (row < self.shard.rows)
+        row = self.ids - self.shard.start
+        held = (row >= 0) & (row < self.shard.rows)
+        probs, taken, c = self.probs, self.taken, int(held.sum(-1).max()) if n else 0
+        if c < k:  # those of other ranks last, and as few of them as can be
+            order = held.logical_not().byte().argsort(dim=-1, stable=True)[:, :c]
+            row, held, probs, taken = (x.gather(1, order) for x in (row, held, probs, taken))
+        row, taken = torch.where(held, row, 0), taken & held
+        for tokens in chunk_slices(n if c else 0, max(1, entries // max(1, c))):
+            yield Block(tokens, row[tokens], probs[tokens], taken[tokens], held[tokens])
 
     def snapshot(self) -> TopKSupport:
         """A support that stays valid after the caller has overwritten the logits: nothing to copy here."""
@@ -114,27 +124,30 @@ class FullSupport:
         self.actions, self.shard = actions, shard
         self.inside = torch.ones_like(finite)
 
-    def pairs(self, include: Tensor | None = None, max_pairs: int | None = None) -> Iterator[Pairs]:
+    def pairs(self, include: Tensor) -> Pairs:
         """As :meth:`TopKSupport.pairs`."""
-        n, rows = len(self.logits), self.shard.real_rows
-        if rows == 0:
-            return
-        row_ids = torch.arange(rows, device=self.logits.device)
-        for tokens in chunk_slices(n, max(1, (max_pairs or n * rows) // rows)):
-            at = torch.arange(tokens.start, tokens.stop, device=self.logits.device)
-            if include is not None:
-                at = at[include[tokens]]
-            probs = self._probs(at)
-            taken = row_ids == (self.actions[at, None] - self.shard.start)
-            yield Pairs(tokens, at.repeat_interleave(rows), row_ids.repeat(len(at)), probs.flatten(), taken.flatten())
+        token, rows = include.nonzero()[:, 0], self.shard.real_rows
+        row = torch.arange(rows, device=self.logits.device)
+        probs, taken = self._probs(token), row == (self.actions[token, None] - self.shard.start)
+        return Pairs(token.repeat_interleave(rows), row.repeat(len(token)), probs.flatten(), taken.flatten())
 
-    def dense_v(self) -> Iterator[tuple[slice, Tensor]]:
-        """A run of tokens and their ``v [n, real rows]``, until all have been."""
+    def blocks(self, entries: int) -> Iterator[Block]:
+        """As :meth:`TopKSupport.blocks`."""
+        row = torch.arange(self.shard.real_rows, device=self.logits.device)
+        for tokens, probs, taken in self.dense():
+            for part in chunk_slices(len(probs), max(1, entries // max(1, len(row)))):
+                for columns in chunk_slices(len(row), entries):
+                    piece = probs[part, columns]
+                    at = slice(tokens.start + part.start, tokens.start + part.stop)
+                    rows = row[columns].expand_as(piece)
+                    yield Block(at, rows, piece, taken[part, columns], torch.ones_like(piece, dtype=torch.bool))
+
+    def dense(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """A run of tokens, their ``probs [n, real rows]`` and ``taken [n, real rows]`` bool, until all have been."""
         rows = self.shard.real_rows
         row_ids = torch.arange(rows, device=self.logits.device) + self.shard.start
         for tokens in chunk_slices(len(self.logits), max(1, scratch_elements(self.logits.device) // max(1, rows))):
-            taken = (row_ids == self.actions[tokens, None]).to(self.log_normaliser.dtype)
-            yield tokens, taken - self._probs(tokens)
+            yield tokens, self._probs(tokens), row_ids == self.actions[tokens, None]
 
     def _probs(self, tokens: slice | Tensor) -> Tensor:
         logits = self.logits.cool(self.logits.read(tokens, self.shard.real_rows), tokens).to(self.log_normaliser.dtype)

@@ -157,8 +157,7 @@ def _positions(mask: Tensor, max_tokens: int | None) -> Tensor:
 def find_problems(inputs: Inputs, support: Support, shard: VocabShard) -> dict[str, Tensor]:
     """What is wrong with the values inside the mask: one of ``TOKEN_PROBLEMS`` -> ``[N]`` bool. Does not wait for the device."""
     if len(inputs.mask):
-        low, high = inputs.hidden.aminmax(dim=-1)
-        finite = low.isfinite() & high.isfinite()
+        finite = inputs.hidden.amin(-1).isfinite() & inputs.hidden.amax(-1).isfinite()
     else:
         finite = torch.ones_like(inputs.mask)
     bad = (

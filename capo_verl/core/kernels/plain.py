@@ -11,14 +11,16 @@ from torch import Tensor
 
 from capo_verl.core.chunks import chunk_slices, scratch_elements
 from capo_verl.core.entries import RowEntries
-from capo_verl.core.keys import LOWEST, NON_FINITE, ids_of, keys_of
+from capo_verl.core.keys import LOWEST, NON_FINITE, keys_of
 from capo_verl.core.logit_rows import LogitRows, VocabShard
 from capo_verl.core.moments import Moments
 from capo_verl.core.rounding import round_to_bfloat16
-from capo_verl.core.support import FullSupport, Pairs, Support
+from capo_verl.core.support import Block, Support
 
-MAX_PAIRS = 1 << 18
-"""Support entries looked at in one run: what is kept per entry, and the hidden states of the run, stay small."""
+BLOCK_ENTRIES = 1 << 18
+"""Entries of supports worked on at a time: what is kept per entry stays small."""
+TILE_ELEMENTS = 1 << 16
+"""Elements of the moments worked on at a time: they and what is made of them stay in a core's cache."""
 
 
 def best_keys(logits: LogitRows, k: int, shard: VocabShard) -> Tensor:
@@ -37,37 +39,50 @@ def best_keys(logits: LogitRows, k: int, shard: VocabShard) -> Tensor:
     """
     rows = shard.real_rows
     width = 1 << round(math.log2(rows / k) / 2) if rows > 8 * k else 1
-    chunk = max(1, scratch_elements(logits.device) // max(shard.rows, k * width))
-    parts = [_best_of(logits, part, k, width, shard) for part in chunk_slices(len(logits), chunk)]
-    return torch.cat(parts) if parts else torch.empty(0, k, device=logits.device, dtype=torch.int64)
+    chunk = max(1, 4 * scratch_elements(logits.device) // max(shard.rows, k * width))
+    keys = torch.empty(len(logits), k, device=logits.device, dtype=torch.int64)
+    for tokens in chunk_slices(len(logits), chunk):
+        keys[tokens] = _best_of(logits, tokens, k, width, shard) if rows else LOWEST
+    return keys
 
 
 def _best_of(source: LogitRows, tokens: slice, k: int, width: int, shard: VocabShard) -> Tensor:
     logits = source.read(tokens, shard.real_rows)
-    n, rows = logits.shape
-    if rows == 0:
-        return torch.full((n, k), LOWEST, device=logits.device, dtype=torch.int64)
-    ids = torch.arange(rows, device=logits.device)
+    rows = logits.shape[1]
     cut = rows // width * width
     maxima = logits if width == 1 else logits[:, :cut].unflatten(1, (-1, width)).amax(-1)
-    high = maxima = source.cool(maxima, tokens)
+    maxima, rest = source.cool(maxima, tokens).float(), source.cool(logits[:, cut:], tokens).float()
+    run = torch.arange(maxima.shape[1], device=logits.device)
     if width == 1:
-        keys = keys_of(maxima, ids + shard.start)
+        keys = keys_of(maxima, run + shard.start)
+        keys = torch.nn.functional.pad(keys, (0, max(0, k - rows)), value=LOWEST).topk(k).values
     else:
-        runs = ids_of(keys_of(maxima, ids[: maxima.shape[1]]).topk(k).values)
-        among = (runs[..., None] * width + ids[:width]).flatten(1)
-        keys = keys_of(source.cool(logits.gather(1, among), tokens), among + shard.start)
-        if cut < rows:
-            rest = source.cool(logits[:, cut:], tokens)
-            high = torch.cat((maxima, rest), dim=1)
-            keys = torch.cat((keys, keys_of(rest, ids[cut:] + shard.start)), dim=1)
-    if keys.shape[1] < k:
-        keys = torch.nn.functional.pad(keys, (0, k - keys.shape[1]), value=LOWEST)
-    keys = keys.topk(k).values
+        runs = _largest(maxima, run, k)
+        # Index arithmetic on rows of S: gather would look up every element.
+        among = logits[:, :cut].unflatten(1, (-1, width))[torch.arange(len(runs), device=runs.device)[:, None], runs]
+        among = torch.cat((source.cool(among, tokens).float().flatten(1), rest), dim=1)
+        ids = (runs[..., None] * width + torch.arange(width, device=runs.device)).flatten(1)
+        ids = torch.cat((ids, torch.arange(cut, rows, device=ids.device).expand(len(ids), -1)), dim=1)
+        at = _largest(among, ids, k)
+        keys = keys_of(among.gather(1, at), ids.gather(1, at) + shard.start).sort(descending=True).values
     # NaN passes through extrema.
-    finite = high.amax(-1).isfinite() & source.cool(logits.amin(-1), tokens).isfinite()
-    keys[:, 0].masked_fill_(~finite, NON_FINITE)
+    high, low = torch.cat((maxima, rest), dim=1).amax(-1), source.cool(logits.amin(-1), tokens)
+    keys[:, 0].masked_fill_(~(high.isfinite() & low.isfinite()), NON_FINITE)
     return keys
+
+
+def _largest(values: Tensor, ids: Tensor, k: int) -> Tensor:
+    """``[n, k]`` int64, where the k largest ``values [n, m]`` are; of equal ones those of lower ``ids [..., m]``.
+
+    Comparing floats is several times as fast as comparing keys, and says when it was not enough.
+    """
+    found = values.topk(min(k + 1, values.shape[1]))
+    at = found.indices[:, :k]
+    if values.shape[1] > k:
+        tied = (found.values[:, k] == found.values[:, k - 1]).nonzero()[:, 0]
+        if len(tied):
+            at[tied] = keys_of(values[tied], ids if ids.dim() == 1 else ids[tied]).topk(k).indices
+    return at
 
 
 def partial_sums(hidden: Tensor, advantages: Tensor, support: Support, moments: Moments) -> Tensor:
@@ -82,44 +97,75 @@ def partial_sums(hidden: Tensor, advantages: Tensor, support: Support, moments: 
     updates = int(moments.steps)
     if updates == 0:
         return identity_sums(hidden, advantages, support)
-    dtype = advantages.dtype
     old1, new1, old2, new2 = moments.corrected(updates + 1)
-    sums = torch.zeros(len(advantages), 3, device=hidden.device, dtype=dtype)
-    for pairs in support.pairs(max_pairs=MAX_PAIRS):
-        weight = advantages[pairs.token] * pairs.v
+    # old x + new y as old (x + new / old y): one pass over x instead of two.
+    ratios = new1 / old1 if old1 else new1, new2 / old2 if old2 else new2
+    scales = old1 or 1.0, math.sqrt(old2) or 1.0
+    keep = old1 > 0, old2 > 0
+    sums = torch.zeros(len(advantages), 3, device=hidden.device, dtype=advantages.dtype)
+    tile = _Tile(hidden.shape[1], hidden.device, advantages.dtype)
+    for block in support.blocks(BLOCK_ENTRIES):
+        weight, h = _weights(advantages, block)[..., None], hidden[block.tokens].to(advantages.dtype)
+        gradient = weight * ratios[0], h[:, None]
+        squared = weight.square() * ratios[1], h.square()[:, None]
         u = torch.empty_like(weight)
-        for part in chunk_slices(len(weight), _rows_at_once(hidden)):
-            row = pairs.row[part]
-            h = hidden.index_select(0, pairs.token[part]).to(dtype)
-            g = h * weight[part, None]
-            first = moments.exp_avg.index_select(0, row).to(dtype).mul_(old1).add_(g, alpha=new1)
-            second = moments.exp_avg_sq.index_select(0, row).to(dtype).mul_(old2).addcmul_(g, g, value=new2)
-            u[part] = torch.linalg.vecdot(first.div_(second.sqrt_().add_(moments.eps)), h)
-        add_sums(sums, pairs, u)
+        for part in chunk_slices(len(u), tile.tokens(u.shape[1])):
+            first, second = tile.gather(moments, block.row[part])
+            for x, (a, b), is_kept in ((first, gradient, keep[0]), (second, squared, keep[1])):
+                if is_kept:
+                    x.addcmul_(a[part], b[part])
+                else:
+                    torch.mul(a[part], b[part], out=x)
+            first.div_(second.sqrt_().add_(moments.eps / scales[1]))
+            torch.bmm(first, h[part, :, None], out=u[part])
+        _add_sums(sums, block, u[..., 0].mul_(scales[0] / scales[1]))
     return sums
 
 
 def identity_sums(hidden: Tensor, advantages: Tensor, support: Support) -> Tensor:
     """As :func:`partial_sums` for ``P(g) = g``, where ``u = A |h|^2 v``: no work per entry on H."""
-    scale = advantages * _squared_norms(hidden, advantages.dtype)
-    if isinstance(support, FullSupport):
-        sums = torch.zeros(len(advantages), 3, device=hidden.device, dtype=advantages.dtype)
-        for pairs in support.pairs(max_pairs=MAX_PAIRS):
-            add_sums(sums, pairs, scale[pairs.token] * pairs.v)
-        return sums
-    sums = torch.empty(len(advantages), 3, device=hidden.device, dtype=advantages.dtype)
-    for tokens in chunk_slices(len(advantages), max(1, MAX_PAIRS // support.ids.shape[1])):
-        probs, taken = support.probs[tokens], support.taken[tokens].to(advantages.dtype)
-        u = scale[tokens, None] * (taken - probs) * support.held(tokens)
-        sums[tokens] = torch.stack(((u * taken).sum(-1), (probs * u).sum(-1), (probs * u * u).sum(-1)), dim=-1)
+    sums = torch.zeros(len(advantages), 3, device=hidden.device, dtype=advantages.dtype)
+    norms = _squared_norms(hidden, advantages.dtype)
+    for block in support.blocks(BLOCK_ENTRIES):
+        _add_sums(sums, block, norms[block.tokens, None] * _weights(advantages, block))
     return sums
 
 
-def add_sums(sums: Tensor, pairs: Pairs, u: Tensor) -> None:
-    """Add the entries ``u [P]`` to their tokens' three sums ``[N, 3]``."""
-    weighted = pairs.probs * u
-    taken = torch.where(pairs.taken, u, torch.zeros_like(u))
-    sums.index_add_(0, pairs.token, torch.stack((taken, weighted, weighted * u), 1))
+def _weights(advantages: Tensor, block: Block) -> Tensor:
+    """A v: ``[n, c]``"""
+    return advantages[block.tokens, None] * (block.taken.to(block.probs.dtype) - block.probs)
+
+
+def _add_sums(sums: Tensor, block: Block, u: Tensor) -> None:
+    u = torch.where(block.held, u, 0)
+    weighted = block.probs * u
+    of_taken = torch.where(block.taken, u, 0)
+    sums[block.tokens] += torch.stack((of_taken.sum(-1), weighted.sum(-1), (weighted * u).sum(-1)), dim=-1)
+
+
+class _Tile:
+    """Memory for gathered moments, taken once: what the allocator returns to the system costs more than the arithmetic."""
+
+    def __init__(self, hidden_size: int, device: torch.device, dtype: torch.dtype):
+        self._hidden_size = hidden_size
+        self._memory = torch.empty(2, 0, hidden_size, device=device, dtype=dtype)
+
+    def tokens(self, entries: int) -> int:
+        """How many tokens of so many entries to work on at a time."""
+        return max(1, TILE_ELEMENTS // (entries * self._hidden_size))
+
+    def gather(self, moments: Moments, row: Tensor) -> tuple[Tensor, Tensor]:
+        """Both moments of the rows ``row [n, c]``: ``[n, c, H]`` in the compute dtype, valid until the next call."""
+        flat = row.flatten()
+        if self._memory.shape[1] < len(flat):
+            self._memory = self._memory.new_empty(2, len(flat), self._hidden_size)
+        first, second = self._memory[0, : len(flat)], self._memory[1, : len(flat)]
+        for x, memory in ((moments.exp_avg, first), (moments.exp_avg_sq, second)):
+            if x.dtype == memory.dtype:
+                torch.index_select(x, 0, flat, out=memory)
+            else:
+                memory.copy_(x.index_select(0, flat))
+        return first.view(*row.shape, -1), second.view(*row.shape, -1)
 
 
 def row_sums(entries: RowEntries, rows: Tensor, hidden: Tensor) -> Tensor:

@@ -92,7 +92,7 @@ class AcceptedTokens:
         """
         if self._sums is not None:
             self._fold()
-        entries = self._entries()
+        entries = self._entries(self._kept) if self._kept else None
         count = self._count.clone()
         if entries is not None:
             count[:-1] += entries.counts
@@ -134,35 +134,29 @@ class AcceptedTokens:
         parts = [m.hidden[:, columns] for m in self._kept]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def _entries(self) -> RowEntries | None:
-        if not self._kept:
-            return None
-        for m in self._kept:
+    def _entries(self, kept: Sequence[_MicroBatch]) -> RowEntries:
+        for m in kept:
             if m.version != _version(m.hidden):
                 raise RuntimeError(
                     "hidden_states were modified in place between CapoFilter.evaluate() and step(); they are needed for "
                     "the moments until then: pass a copy to evaluate()"
                 )
-        supports, shard = [m.support for m in self._kept], self._kept[0].support.shard
-        row = torch.cat([s.ids for s in supports]) - shard.start
-        weight = torch.cat([m.advantages[:, None] * m.support.v for m in self._kept])
-        return sort_by_row(row, weight, torch.cat([m.accepted for m in self._kept]), self._rows)
+        row = torch.cat([m.support.ids for m in kept]) - kept[0].support.shard.start
+        weight = torch.cat([m.advantages[:, None] * m.support.v for m in kept])
+        return sort_by_row(row, weight, torch.cat([m.accepted for m in kept]), self._rows)
 
     def _fold(self) -> None:
-        entries = self._entries()
-        if entries is None:
-            return
-        self._count[:-1] += entries.counts
-        sums = self._all_sums()
-        for columns in self._columns(self._tokens):
-            self._kernels.add_row_sums(entries, self._hidden(columns), sums[:, columns])
+        for m in self._kept:
+            entries = self._entries([m])
+            self._count[:-1] += entries.counts
+            self._kernels.add_row_sums(entries, m.hidden, self._all_sums())
         self._kept = []
 
     def _fold_full(self, hidden: Tensor, advantages: Tensor, support: FullSupport, accepted: Tensor) -> None:
         """Every row is touched by every token: a matrix product, a run of tokens at a time."""
         self._count[: support.shard.real_rows] += accepted.sum()
         sums = self._all_sums()
-        for tokens, probs, taken in support.dense():
+        for tokens, probs, taken in support.all_rows():
             weight = torch.where(accepted[tokens], advantages[tokens], 0)[:, None] * (taken.to(probs.dtype) - probs)
             sums[: weight.shape[1]].addmm_(weight.T, hidden[tokens].to(self.dtype))
 

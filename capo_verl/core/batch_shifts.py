@@ -37,7 +37,7 @@ class RetainedTokens:
         self.clear()
 
     def clear(self) -> None:
-        self._kept: list[tuple[Inputs, Support, Tensor]] = []
+        self._kept: list[tuple[Inputs, list[Support], Tensor]] = []
         self._tokens = self._seen = 0
 
     @property
@@ -45,15 +45,15 @@ class RetainedTokens:
         """Share of this rank's tokens that is kept."""
         return self._tokens / self._seen if self._seen else 1.0
 
-    def add(self, inputs: Inputs, support: Support, verdict: Tensor) -> None:
-        """Keep one micro-batch. ``verdict [N]`` bool: inside the trust region."""
+    def add(self, inputs: Inputs, supports: list[Support], verdict: Tensor) -> None:
+        """Keep one micro-batch. ``supports``: of its tokens, in parts; ``verdict [N]`` bool: inside the trust region."""
         n = len(verdict)
         self._seen += n
         if self.max_tokens == 0 or (self._kept and self.max_tokens is not None and self._tokens + n > self.max_tokens):
             return
         self._tokens += n
         no_logits = inputs.hidden.new_empty(0)  # not a view of the logits: it would keep all of them alive
-        self._kept.append((inputs._replace(logits=no_logits), support.snapshot(), verdict))
+        self._kept.append((inputs._replace(logits=no_logits), [s.snapshot() for s in supports], verdict))
 
     def shifts(
         self,
@@ -72,7 +72,7 @@ class RetainedTokens:
         if not self._kept:
             raise RuntimeError("batch_shifts() found no tokens: call evaluate() before it, and step() after it")
         inputs = [kept[0] for kept in self._kept]
-        support = _concatenate([kept[1] for kept in self._kept])
+        support = _concatenate([support for kept in self._kept for support in kept[1]])
         sequence = _number_sequences(inputs)
         num_sequences = sum(i.num_sequences for i in inputs)
         advantages = torch.cat([i.advantages for i in inputs])

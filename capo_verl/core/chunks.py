@@ -13,6 +13,11 @@ def scratch_elements(device: torch.device) -> int:
     return 1 << 17 if device.type == "cpu" else 1 << 23
 
 
+def block_tokens(device: torch.device) -> int:
+    """Tokens evaluated at a time: few on a CPU, all of a usual micro-batch on a GPU."""
+    return 1 << 10 if device.type == "cpu" else 1 << 15
+
+
 def chunk_slices(n: int, size: int) -> Iterator[slice]:
     """``0..n`` in slices of ``size``; none if n is 0."""
     for start in range(0, n, size):

@@ -12,6 +12,7 @@ from torch import Tensor
 from capo_verl.config import CapoConfig
 from capo_verl.core import collectives
 from capo_verl.core.batch_shifts import BatchShifts, RetainedTokens
+from capo_verl.core.chunks import block_tokens, chunk_slices
 from capo_verl.core.curvature import Shifts, sequence_sums, set_shifts, token_shifts
 from capo_verl.core.kernels import choose
 from capo_verl.core.logit_rows import LogitRows, VocabShard
@@ -34,6 +35,8 @@ class Stage(NamedTuple):
     """bool, the m_H test was passed."""
     policy_ok: Tensor
     """bool, the m_F test was passed."""
+    verdict: Tensor
+    """bool, inside the mask and passed both tests of this and of all earlier stages."""
 
 
 @dataclass(frozen=True)
@@ -189,34 +192,40 @@ class CapoFilter:
             if isinstance(inputs.logits, ProjectedLogits)
             else LogitRows(inputs.logits, inputs.positions, inputs.temperature)
         )
-        support = find_support(rows, inputs.actions, self.config.top_k, self.shard, dtype, self.tp_group, self._kernels)
-        problems = find_problems(inputs, support, self.shard)
+        # Decisions about tokens are made a block at a time: scratch memory does not grow with the tokens of a call.
+        size = block_tokens(inputs.hidden.device) if self.config.stages == ("token",) else len(inputs.mask)
+        blocks = list(chunk_slices(len(inputs.mask), max(1, size))) or [slice(0, 0)]
+        supports = [
+            find_support(
+                rows.part(tokens), inputs.actions[tokens], self.config.top_k, self.shard, dtype, self.tp_group, self._kernels
+            )
+            for tokens in blocks
+        ]  # fmt: skip
+        problems = find_problems(inputs, _joined([s.finite for s in supports]), self.shard)
         if check_values:
             raise_for(problems, inputs, self.shard)
         self.model.promote(dtype)
         inputs = inputs._replace(advantages=inputs.advantages.to(dtype))
 
-        stages: list[Stage] = []
-        verdict = inputs.mask
-        for granularity in self.config.stages:
-            shifts = self._shifts(granularity, inputs, support, verdict)
-            objective_ok, policy_ok = judge(self.config, shifts)
-            stages.append(Stage(granularity, *shifts, objective_ok, policy_ok))
-            verdict = verdict & objective_ok & policy_ok
+        decisions = [
+            self._decide(inputs.part(tokens), support) for tokens, support in zip(blocks, supports, strict=True)
+        ]
+        verdict = _joined([stages[-1].verdict for stages in decisions])
         accepted = inputs.mask if self.config.mode == "track" else verdict
-
-        self.model.accumulate(inputs.hidden, inputs.advantages, support, accepted)
         if self.keep_for_batch_shifts:
-            self._retained.add(inputs, support, verdict)
-        stages = [Stage(s.granularity, *(inputs.restore(x) for x in s[1:])) for s in stages]
+            self._retained.add(inputs, supports, verdict)
+        stages = tuple(
+            Stage(same[0].granularity, *(inputs.restore(_joined(list(x))) for x in zip(*(s[1:] for s in same), strict=True)))
+            for same in zip(*decisions, strict=True)
+        )  # fmt: skip
         return CapoOutput(
             objective_shift=stages[0].objective_shift,
             policy_shift=stages[0].policy_shift,
             accepted=inputs.restore(accepted),
             in_trust_region=inputs.restore(verdict),
-            in_support=inputs.restore(support.inside),
+            in_support=inputs.restore(_joined([s.inside for s in supports])),
             problems={what: inputs.restore(bad) for what, bad in problems.items()},
-            stages=tuple(stages),
+            stages=stages,
         )
 
     @torch.no_grad()
@@ -268,6 +277,19 @@ class CapoFilter:
         """
         self.model.load_state_dict(state)
 
+    def _decide(self, inputs: Inputs, support: Support) -> list[Stage]:
+        """Apply all granularities to a block of tokens, and remember the accepted ones for :meth:`step`."""
+        stages: list[Stage] = []
+        verdict = inputs.mask
+        for granularity in self.config.stages:
+            shifts = self._shifts(granularity, inputs, support, verdict)
+            objective_ok, policy_ok = judge(self.config, shifts)
+            verdict = verdict & objective_ok & policy_ok
+            stages.append(Stage(granularity, *shifts, objective_ok, policy_ok, verdict))
+        accepted = inputs.mask if self.config.mode == "track" else verdict
+        self.model.accumulate(inputs.hidden, inputs.advantages, support, accepted)
+        return stages
+
     def _shifts(self, granularity: str, inputs: Inputs, support: Support, include: Tensor) -> Shifts:
         if granularity == "token":
             return token_shifts(
@@ -286,3 +308,7 @@ class CapoFilter:
             means = [(x.sum() / (tokens > 0).sum().clamp(min=1)).expand_as(x) for x in means]
         zero = torch.zeros((), device=include.device, dtype=means[0].dtype)
         return Shifts(*(torch.where(include, x[inputs.sequence], zero) for x in means))
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)

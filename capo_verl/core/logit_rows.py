@@ -55,6 +55,13 @@ class LogitRows:
         temperature = self.temperature[tokens].to(values.dtype)
         return values / temperature.view(-1, *[1] * (values.dim() - 1))
 
+    def part(self, tokens: slice) -> LogitRows:
+        """Those of some tokens; nothing is copied."""
+        temperature = None if self.temperature is None else self.temperature[tokens]
+        if self.positions is None:
+            return LogitRows(self.logits[tokens], None, temperature)
+        return LogitRows(self.logits, self.positions[tokens], temperature)
+
     def blocks(self) -> Iterator[LogitRows]:
         """The same rows in parts, at least one, whose ``logits`` exist as a tensor: these are such a part."""
         yield self

@@ -77,6 +77,11 @@ class ProjectedRows(LogitRows):
         hidden = self._hidden[tokens].to(weight.dtype)
         return torch.nn.functional.linear(hidden, weight[:rows], None if bias is None else bias[:rows])
 
+    def part(self, tokens: slice) -> ProjectedRows:
+        """Those of some tokens; nothing is computed yet."""
+        temperature = None if self.temperature is None else self.temperature[tokens]
+        return ProjectedRows(self._projection, self._hidden[tokens], temperature)
+
     def blocks(self) -> Iterator[LogitRows]:
         """One after the other, each with the logits of a run of tokens."""
         rows = len(self._projection.weight)

@@ -85,13 +85,17 @@ class TopKSupport:
         token, column = held.nonzero(as_tuple=True)
         return Pairs(token, row[token, column], self.probs[token, column], self.taken[token, column])
 
-    def blocks(self, entries: int) -> Iterator[Block]:
-        """The entries whose rows this rank holds, about ``entries`` at a time. Waits for the device."""
+    def blocks(self, entries: int, dense: bool = False) -> Iterator[Block]:
+        """The entries whose rows this rank holds, about ``entries`` at a time.
+
+        Args:
+            dense: with as few others among them as possible, for which the device is waited for.
+        """
         n, k = self.ids.shape
         row = self.ids - self.shard.start
         held = (row >= 0) & (row < self.shard.rows)
-        probs, taken, c = self.probs, self.taken, int(held.sum(-1).max()) if n else 0
-        if c < k:  # those of other ranks last, and as few of them as can be
+        probs, taken, c = self.probs, self.taken, int(held.sum(-1).max()) if dense and n else k
+        if c < k:
             order = held.logical_not().byte().argsort(dim=-1, stable=True)[:, :c]
             row, held, probs, taken = (x.gather(1, order) for x in (row, held, probs, taken))
         row, taken = torch.where(held, row, 0), taken & held
@@ -131,10 +135,10 @@ class FullSupport:
         probs, taken = self._probs(token), row == (self.actions[token, None] - self.shard.start)
         return Pairs(token.repeat_interleave(rows), row.repeat(len(token)), probs.flatten(), taken.flatten())
 
-    def blocks(self, entries: int) -> Iterator[Block]:
-        """As :meth:`TopKSupport.blocks`."""
+    def blocks(self, entries: int, dense: bool = False) -> Iterator[Block]:
+        """As :meth:`TopKSupport.blocks`; all entries are held here."""
         row = torch.arange(self.shard.real_rows, device=self.logits.device)
-        for tokens, probs, taken in self.dense():
+        for tokens, probs, taken in self.all_rows():
             for part in chunk_slices(len(probs), max(1, entries // max(1, len(row)))):
                 for columns in chunk_slices(len(row), entries):
                     piece = probs[part, columns]
@@ -142,7 +146,7 @@ class FullSupport:
                     rows = row[columns].expand_as(piece)
                     yield Block(at, rows, piece, taken[part, columns], torch.ones_like(piece, dtype=torch.bool))
 
-    def dense(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    def all_rows(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """A run of tokens, their ``probs [n, real rows]`` and ``taken [n, real rows]`` bool, until all have been."""
         rows = self.shard.real_rows
         row_ids = torch.arange(rows, device=self.logits.device) + self.shard.start

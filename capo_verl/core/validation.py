@@ -11,7 +11,6 @@ from torch import Tensor
 
 from capo_verl.core.logit_rows import VocabShard
 from capo_verl.core.projected_logits import ProjectedLogits
-from capo_verl.core.support import Support
 
 TOKEN_PROBLEMS = (
     "logits are not finite",
@@ -57,6 +56,18 @@ class Inputs(NamedTuple):
         """float64 if the model's tensors are, else float32."""
         wide = torch.float64 in (self.hidden.dtype, self.logits.dtype)
         return torch.float64 if wide else torch.float32
+
+    def part(self, tokens: slice) -> Inputs:
+        """Those of some of the N tokens; nothing is copied. Logits are read elsewhere."""
+        return self._replace(
+            hidden=self.hidden[tokens],
+            positions=None if self.positions is None else self.positions[tokens],
+            temperature=None if self.temperature is None else self.temperature[tokens],
+            actions=self.actions[tokens],
+            advantages=self.advantages[tokens],
+            mask=self.mask[tokens],
+            sequence=self.sequence[tokens],
+        )
 
     def restore(self, x: Tensor) -> Tensor:
         """``[N]`` to the shape of ``actions``; zero at positions that were not evaluated."""
@@ -154,14 +165,18 @@ def _positions(mask: Tensor, max_tokens: int | None) -> Tensor:
     return torch.nonzero_static(mask, size=size, fill_value=-1)[:, 0]
 
 
-def find_problems(inputs: Inputs, support: Support, shard: VocabShard) -> dict[str, Tensor]:
-    """What is wrong with the values inside the mask: one of ``TOKEN_PROBLEMS`` -> ``[N]`` bool. Does not wait for the device."""
+def find_problems(inputs: Inputs, finite_logits: Tensor, shard: VocabShard) -> dict[str, Tensor]:
+    """What is wrong with the values inside the mask: one of ``TOKEN_PROBLEMS`` -> ``[N]`` bool. Does not wait for the device.
+
+    Args:
+        finite_logits: ``[N]`` bool, of the support.
+    """
     if len(inputs.mask):
         finite = inputs.hidden.amin(-1).isfinite() & inputs.hidden.amax(-1).isfinite()
     else:
         finite = torch.ones_like(inputs.mask)
     bad = (
-        ~support.finite,
+        ~finite_logits,
         ~finite,
         ~inputs.advantages.isfinite(),
         (inputs.actions < 0) | (inputs.actions >= shard.vocab_size),

@@ -56,6 +56,7 @@ def test_equals_oracle(seed, shape, top_k, optimizer_model, granularity, tau_f, 
         if tiny_scratch:  # many chunks even at these sizes
             for module in ("curvature", "segments", "support", "kernels.plain"):
                 patch.setattr(f"capo_verl.core.{module}.scratch_elements", lambda device: 7)
+            patch.setattr("capo_verl.core.filter.block_tokens", lambda device: 3)
             patch.setattr("capo_verl.core.kernels.plain.TILE_ELEMENTS", 5)
             patch.setattr("capo_verl.core.kernels.plain.BLOCK_ENTRIES", 7)
             patch.setattr("capo_verl.core.accepted.SCRATCH_ELEMENTS", 5)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from capo_verl import CapoConfig, CapoFilter
 from capo_verl.core import ProjectedLogits, chunks
-from capo_verl.core.kernels.plain import MAX_PAIRS
+from capo_verl.core.kernels.plain import BLOCK_ENTRIES
 from capo_verl.core.projected_logits import ProjectedRows
 from tests.core.test_filter import kept_tokens, make
 from tests.helpers.batches import Batch, oracle_decision
@@ -106,7 +106,7 @@ def _tiny_scratch(patch: pytest.MonkeyPatch) -> None:
     for module in ("curvature", "segments", "support", "kernels.plain"):
         patch.setattr(f"capo_verl.core.{module}.scratch_elements", lambda device: 7)
     patch.setattr("capo_verl.core.projected_logits.block_elements", lambda device: 7)
-    patch.setattr("capo_verl.core.kernels.plain.MAX_PAIRS", 5)
+    patch.setattr("capo_verl.core.kernels.plain.BLOCK_ENTRIES", 5)
     patch.setattr("capo_verl.core.accepted.SCRATCH_ELEMENTS", 5)
 
 
@@ -162,8 +162,8 @@ def test_logits_never_exist_whole(top_k, monkeypatch):
     if batch_shift_tokens:
         capo.batch_shifts()
     capo.step()
-    assert tokens * v > 5 * max(bound, MAX_PAIRS)
-    assert 0 < largest <= max(bound, MAX_PAIRS) and most_alive <= 2
+    assert tokens * v > 5 * max(bound, BLOCK_ENTRIES)
+    assert 0 < largest <= max(bound, BLOCK_ENTRIES) and most_alive <= 2
     if top_k is not None:
         assert reads == 2 * -(-tokens // (bound // v))  # every token once
 

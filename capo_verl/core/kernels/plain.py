@@ -104,7 +104,7 @@ def partial_sums(hidden: Tensor, advantages: Tensor, support: Support, moments: 
     keep = old1 > 0, old2 > 0
     sums = torch.zeros(len(advantages), 3, device=hidden.device, dtype=advantages.dtype)
     tile = _Tile(hidden.shape[1], hidden.device, advantages.dtype)
-    for block in support.blocks(BLOCK_ENTRIES):
+    for block in support.blocks(BLOCK_ENTRIES, dense=True):
         weight, h = _weights(advantages, block)[..., None], hidden[block.tokens].to(advantages.dtype)
         gradient = weight * ratios[0], h[:, None]
         squared = weight.square() * ratios[1], h.square()[:, None]

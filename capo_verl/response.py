@@ -69,6 +69,15 @@ def response_fields(batch: TensorDict) -> Tensor:
     return torch.nested.nested_tensor_from_jagged(fields, offsets=offsets)
 
 
+def next_token_fields(batch: TensorDict) -> Tensor:
+    """Advantage and response mask of the token after each token, 0 at the end of a sequence; its own sample. ``[total, 3]``"""
+    fields, ends = response_fields(batch).values(), batch["input_ids"].offsets()[1:] - 1
+    following = fields.roll(-1, 0)
+    following.index_fill_(0, ends, 0)
+    following[:, 2] = fields[:, 2]
+    return following
+
+
 def accepted_response(accepted: Tensor, data: TensorDict) -> Tensor:
     """Per-token results of the whole sequences, cut to the responses in the format of ``data["response_mask"]``.
 

@@ -16,12 +16,12 @@ from torch import Tensor
 from verl.utils.ulysses import ulysses_pad_and_slice_inputs
 from verl.workers.engine.utils import pad_packed_inputs
 
-from capo_verl.response import SAMPLE, PackedResponse, max_response_tokens, response_fields
+from capo_verl.response import SAMPLE, PackedResponse, max_response_tokens, next_token_fields
 
 
 def packed_response(engine: Any, batch: TensorDict) -> PackedResponse:
     """Advantages and response mask ``[1, total]`` (of this Ulysses rank), laid out like ``input_ids_rmpad_rolled``."""
-    fields = _next_token_fields(batch).T
+    fields = next_token_fields(batch).T
     fields, _ = pad_packed_inputs(fields, None, engine._get_packed_pad_size(fields.shape[1]))
     if engine.use_ulysses_sp:
         fields, _, _ = ulysses_pad_and_slice_inputs(fields, None, engine.ulysses_sequence_parallel_size)
@@ -30,7 +30,7 @@ def packed_response(engine: Any, batch: TensorDict) -> PackedResponse:
 
 def padded_response(batch: TensorDict, length: int) -> PackedResponse:
     """Advantages and response mask ``[b, length]``."""
-    return _unpack(to_padded(_next_token_fields(batch), batch, length).movedim(-1, 0), batch)
+    return _unpack(to_padded(next_token_fields(batch), batch, length).movedim(-1, 0), batch)
 
 
 def to_padded(values: Tensor, batch: TensorDict, length: int) -> Tensor:
@@ -47,15 +47,6 @@ def from_padded(values: Tensor, batch: TensorDict) -> Tensor:
     shift = torch.arange(b, device=values.device) * length - offsets[:-1]
     at = torch.arange(total, device=values.device) + shift.repeat_interleave(offsets.diff(), output_size=total)
     return values.flatten()[at]
-
-
-def _next_token_fields(batch: TensorDict) -> Tensor:
-    """Advantage and response mask of the token after each token, 0 at the end of a sequence; its own sample. ``[total, 3]``"""
-    fields, ends = response_fields(batch).values(), batch["input_ids"].offsets()[1:] - 1
-    following = fields.roll(-1, 0)
-    following.index_fill_(0, ends, 0)
-    following[:, 2] = fields[:, 2]
-    return following
 
 
 def _unpack(fields: Tensor, batch: TensorDict) -> PackedResponse:

@@ -21,12 +21,12 @@ from verl.workers.engine.megatron.transformer_impl import MegatronEngineWithLMHe
 
 from capo_verl import fused_head
 from capo_verl.config import CapoConfig
-from capo_verl.core import CapoFilter
+from capo_verl.core import CapoFilter, ProjectedLogits
 from capo_verl.engine_mixin import CapoEngineMixin, State
 from capo_verl.filtered_step import ACCEPTED
 from capo_verl.hidden_states import HiddenStatesTap
 from capo_verl.megatron import checkpoint
-from capo_verl.megatron.packing import label_layout, pack_response, unpack
+from capo_verl.megatron.packing import label_layout, pack_response, token_positions, unpack
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +41,9 @@ def output_layer_of(model: nn.Module) -> nn.Module:
 class CapoMegatronEngineWithLMHead(CapoEngineMixin, MegatronEngineWithLMHead):
     """``MegatronEngineWithLMHead`` that filters tokens on the last pipeline stage while it trains."""
 
+    _accepted: Tensor | None = None
+    """1 where a token stays in the loss, at the position that predicts it, of the micro-batch in flight; nested ``[b, j]``."""
+
     def forward_step(
         self,
         batch_iter: Iterator[TensorDict],
@@ -48,46 +51,48 @@ class CapoMegatronEngineWithLMHead(CapoEngineMixin, MegatronEngineWithLMHead):
         logits_processor_func: Any,
         postprocess_micro_batch_func: Any,
     ) -> Any:
-        if not self._filtering or not self.engine_config.use_fused_kernels:
+        if not self._filtering:
             return super().forward_step(batch_iter, model, logits_processor_func, postprocess_micro_batch_func)
         batch = next(batch_iter).to(get_device_id())
-        accepted: list[Tensor] = []
+        self._accepted = None
         with fused_head.before_each_call(
             model_forward_fused, "linear_cross_entropy", fused_head.of_linear_cross_entropy,
-            lambda call: accepted.append(self._evaluate_fused(call, batch)),
+            lambda call: self._evaluate(
+                call.hidden_states.transpose(0, 1), call.logits(), call.labels, call.temperatures(), batch, "thd"
+            ),
         ):  # fmt: skip
             output, postprocess = super().forward_step(
                 iter((batch,)), model, logits_processor_func, postprocess_micro_batch_func
             )
         if unwrap_model(model).post_process:
-            if not accepted:
+            if self._accepted is None:
                 raise RuntimeError(fused_head.NOT_CALLED)
-            output[ACCEPTED] = accepted[0]
+            # Not through verl's output processing, which unpacks one sequence after the other.
+            output[ACCEPTED], self._accepted = self._accepted, None
         return output, postprocess
 
-    @torch.no_grad()
-    def _evaluate_fused(self, call: fused_head.FusedCall, batch: TensorDict) -> Tensor:
-        """1 where a token of ``input_ids`` stays in the loss, at the position that predicts it; nested ``[b, j]``."""
-        layout = label_layout(self, batch, "thd", unwrap_model(self.module[-1]))
-        accepted = self._step.evaluate(
-            call.hidden_states.transpose(0, 1), call.logits(), call.labels, call.temperatures(),
-            pack_response(batch, "thd", layout), self._learning_rate(),
-        )  # fmt: skip
-        return unpack(accepted, batch, layout)
-
     def _lm_head_logits_processor(self, logits: Tensor, label: Tensor, temperature: Tensor, **kwargs: Any) -> Any:
-        if not self._filtering:
-            return super()._lm_head_logits_processor(logits, label, temperature, **kwargs)
-        # Before verl's own processing, which divides the logits by the temperature and overwrites them.
-        batch, data_format = kwargs["batch"], kwargs["data_format"]
-        layout = label_layout(self, batch, data_format, unwrap_model(self.module[-1]))
-        response = pack_response(batch, data_format, layout)
+        if self._filtering:
+            # Before verl's own processing, which divides the logits by the temperature and overwrites them.
+            self._evaluate(self._hidden_states(), logits, label, temperature, kwargs["batch"], kwargs["data_format"])
+        return super()._lm_head_logits_processor(logits, label, temperature, **kwargs)
+
+    @torch.no_grad()
+    def _evaluate(
+        self,
+        hidden_states: Tensor,
+        logits: Tensor | ProjectedLogits,
+        labels: Tensor,
+        temperature: Tensor,
+        batch: TensorDict,
+        data_format: str,
+    ) -> None:
+        layout = label_layout(self, data_format, unwrap_model(self.module[-1]))
+        at = token_positions(batch, labels.shape, **layout)
         accepted = self._step.evaluate(
-            self._hidden_states(), logits, label, temperature, response, self._learning_rate()
+            hidden_states, logits, labels, temperature, pack_response(batch, at), self._learning_rate()
         )
-        output = super()._lm_head_logits_processor(logits, label, temperature, **kwargs)
-        output[ACCEPTED] = accepted
-        return output
+        self._accepted = unpack(accepted, batch, at)
 
     @torch.no_grad()
     def _hidden_states(self) -> Tensor:

@@ -72,7 +72,7 @@ def replay(
     from verl.models.mcore.util import preprocess_bshd_engine, preprocess_thd_engine
 
     from capo_verl import CapoConfig, CapoFilter
-    from capo_verl.megatron.packing import pack_response
+    from capo_verl.megatron.packing import pack_response, token_positions, unpack
 
     tp, cp, dp = sizes
     if layout.get("cp_layout") == "contiguous":
@@ -101,7 +101,12 @@ def replay(
             logits = torch.nn.functional.pad(logits, (0, -VOCAB % tp), value=99.0).chunk(tp, -1)[
                 mpu.get_tensor_model_parallel_rank()
             ]
-            response = pack_response(fields, data_format, layout)
+            ours = {name: layout[name] for name in ("use_fp8_padding", "cp_layout") if name in layout}
+            places = token_positions(fields, label.shape, data_format, **ours)
+            response = pack_response(fields, places)
+            # Every token sits in one place on one rank, and finds its way back.
+            back = unpack(places.float(), fields, places)
+            assert torch.equal(back.values(), torch.arange(len(back.values())).float())
             out = capo.evaluate(
                 hidden, logits, label, response.advantages, response.response_mask, learning_rate, skip_masked=True,
                 sequence_ids=response.sequence_ids, num_sequences=response.num_sequences,

@@ -126,9 +126,8 @@ class FilteredStep:
             for when, shifts in zip(("before", "after"), batch_shifts, strict=True):
                 diagnostics[f"capo/batch_objective_shift_{when}"] = shifts.objective
                 diagnostics[f"capo/batch_policy_shift_{when}"] = shifts.policy
+            diagnostics["capo/batch_shift_coverage"] = self.capo.batch_shift_coverage
         metrics = self._metrics.compute(diagnostics)
-        if diagnostics:
-            metrics["capo/batch_shift_coverage"] = self.capo.batch_shift_coverage
         self._warn_if_stuck(metrics)
         return metrics
 

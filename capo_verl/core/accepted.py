@@ -23,7 +23,9 @@ from capo_verl.core.moments import Moments
 from capo_verl.core.support import FullSupport, Support, TopKSupport
 
 SCRATCH_ELEMENTS = 1 << 24
-"""Elements of one reduction and of the hidden states gathered for it: 64 MiB of float32. What exceeds it is cut."""
+"""Elements of one reduction, and of hidden states joined for it: 64 MiB of float32. What exceeds it is cut into columns."""
+COLUMNS = 64
+"""Columns are cut at multiples of this: kernels are compiled for aligned widths."""
 
 
 class _MicroBatch(NamedTuple):
@@ -112,13 +114,18 @@ class AcceptedTokens:
         """Of the rows that any rank touched, as many columns at a time as one reduction may hold."""
         # The one place that waits for the device: the number of rows, without which all of them would be reduced.
         rows = count.nonzero()[:, 0]
-        for columns in self._columns(max(len(rows), self._tokens)):
-            if entries is not None:
-                sums = self._kernels.row_sums(entries, rows, self._hidden(columns))
-            elif self._sums is not None:
+        if not len(rows):
+            return
+        # All ranks cut alike: by the rows, which they agree on, and not by their own tokens.
+        for columns in self._columns(len(rows)):
+            if self._sums is not None:
                 sums = self._sums[rows, columns]
             else:
                 sums = torch.zeros(len(rows), columns.stop - columns.start, device=count.device, dtype=self.dtype)
+            if entries is not None:
+                for part in self._columns(self._tokens, columns):
+                    inner = slice(part.start - columns.start, part.stop - columns.start)
+                    sums[:, inner] = self._kernels.row_sums(entries, rows, self._hidden(part))
             collectives.sum_(sums, groups)
             self._kernels.move(moments, columns, rows, sums, count[rows])
 
@@ -126,8 +133,12 @@ class AcceptedTokens:
     def _tokens(self) -> int:
         return sum(len(m.hidden) for m in self._kept)
 
-    def _columns(self, rows: int) -> Iterator[slice]:
-        return chunk_slices(self._hidden_size, max(1, min(self._hidden_size, SCRATCH_ELEMENTS // max(1, rows))))
+    def _columns(self, rows: int, within: slice | None = None) -> Iterator[slice]:
+        """Columns of H, or of a part of them, so many at a time that ``rows`` of them are no more than ``SCRATCH_ELEMENTS``."""
+        first, last = (0, self._hidden_size) if within is None else (within.start, within.stop)
+        width = max(COLUMNS, SCRATCH_ELEMENTS // max(1, rows) // COLUMNS * COLUMNS)
+        for part in chunk_slices(last - first, width):
+            yield slice(first + part.start, first + part.stop)
 
     def _hidden(self, columns: slice) -> Tensor:
         """``[N, c]``, in columns so that several micro-batches can be joined without holding all of them twice."""
@@ -157,8 +168,10 @@ class AcceptedTokens:
         self._count[: support.shard.real_rows] += accepted.sum()
         sums = self._all_sums()
         for tokens, probs, taken in support.all_rows():
-            weight = torch.where(accepted[tokens], advantages[tokens], 0)[:, None] * (taken.to(probs.dtype) - probs)
-            sums[: weight.shape[1]].addmm_(weight.T, hidden[tokens].to(self.dtype))
+            # What is not accepted may be anything, NaN included: 0 times NaN would not do.
+            keep = accepted[tokens, None]
+            weight = torch.where(keep, advantages[tokens, None] * (taken.to(probs.dtype) - probs), 0)
+            sums[: weight.shape[1]].addmm_(weight.T, hidden[tokens].to(self.dtype).masked_fill(~keep, 0))
 
     def _all_sums(self) -> Tensor:
         if self._sums is None:

@@ -28,8 +28,8 @@ class RetainedTokens:
     """Keeps what :meth:`shifts` needs: the direction of the batch is known only after its last micro-batch.
 
     Args:
-        max_tokens: tokens to keep per rank; micro-batches which would exceed it are left out, except the first.
-            0 = off, None = no limit.
+        max_tokens: tokens to keep per rank; micro-batches which would exceed it are left out, except the first. Places
+            that hold no token count as well. 0 = off, None = no limit.
     """
 
     def __init__(self, max_tokens: int | None):
@@ -38,20 +38,29 @@ class RetainedTokens:
 
     def clear(self) -> None:
         self._kept: list[tuple[Inputs, list[Support], Tensor]] = []
-        self._tokens = self._seen = 0
+        self._places = 0
+        self._tokens: list[Tensor] = []
+        self._seen: list[Tensor] = []
 
     @property
-    def coverage(self) -> float:
-        """Share of this rank's tokens that is kept."""
-        return self._tokens / self._seen if self._seen else 1.0
+    def coverage(self) -> Tensor:
+        """Share of this rank's response tokens that is kept: scalar, 1 if there were none."""
+        if not self._seen:
+            return torch.ones(())
+        kept, seen = (
+            torch.stack(x).sum() if x else torch.zeros_like(self._seen[0]) for x in (self._tokens, self._seen)
+        )
+        return torch.where(seen > 0, kept / seen, 1.0)
 
     def add(self, inputs: Inputs, supports: list[Support], verdict: Tensor) -> None:
         """Keep one micro-batch. ``supports``: of its tokens, in parts; ``verdict [N]`` bool: inside the trust region."""
         n = len(verdict)
-        self._seen += n
-        if self.max_tokens == 0 or (self._kept and self.max_tokens is not None and self._tokens + n > self.max_tokens):
+        tokens = inputs.mask.sum()
+        self._seen.append(tokens)
+        if self.max_tokens == 0 or (self._kept and self.max_tokens is not None and self._places + n > self.max_tokens):
             return
-        self._tokens += n
+        self._places += n
+        self._tokens.append(tokens)
         no_logits = inputs.hidden.new_empty(0)  # not a view of the logits: it would keep all of them alive
         self._kept.append((inputs._replace(logits=no_logits), [s.snapshot() for s in supports], verdict))
 

@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from functools import wraps
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -21,6 +23,19 @@ from capo_verl.core.projected_logits import ProjectedLogits, ProjectedRows
 from capo_verl.core.support import Support, find_support
 from capo_verl.core.trust_region import judge
 from capo_verl.core.validation import Inputs, check_inputs, find_problems, raise_for
+
+_Method = TypeVar("_Method", bound=Callable[..., Any])
+
+
+def _exact(method: _Method) -> _Method:
+    """Without gradients, and without autocast, which would compute some sums in half precision."""
+
+    @wraps(method)
+    def wrapper(self: CapoFilter, *args: Any, **kwargs: Any) -> Any:
+        with torch.no_grad(), torch.autocast(self._device.type, enabled=False):
+            return method(self, *args, **kwargs)
+
+    return cast(_Method, wrapper)
 
 
 class Stage(NamedTuple):
@@ -116,7 +131,7 @@ class CapoFilter:
         self.hidden_size = hidden_size
         self.shard = VocabShard(vocab_size, rows, collectives.rank(tp_group) * rows)
         self.tp_group, self.dp_group, self.cp_group = tp_group, dp_group, cp_group
-        device = torch.device(device or "cpu")
+        self._device = device = torch.device(device or "cpu")
         self._kernels = choose(device, kernels)
         self.model: OptimizerModel = (
             AdamModel(
@@ -135,7 +150,7 @@ class CapoFilter:
         if isinstance(self.model, AdamModel):
             self.model.betas, self.model.eps = betas, eps
 
-    @torch.no_grad()
+    @_exact
     def evaluate(
         self,
         hidden_states: Tensor,
@@ -205,7 +220,9 @@ class CapoFilter:
         if check_values:
             raise_for(problems, inputs, self.shard)
         self.model.promote(dtype)
-        inputs = inputs._replace(advantages=inputs.advantages.to(dtype))
+        inputs = inputs._replace(
+            advantages=inputs.advantages.to(dtype), sequence=inputs.sequence.clamp(0, max(0, inputs.num_sequences - 1))
+        )
 
         decisions = [
             self._decide(inputs.part(tokens), support) for tokens, support in zip(blocks, supports, strict=True)
@@ -228,7 +245,7 @@ class CapoFilter:
             stages=stages,
         )
 
-    @torch.no_grad()
+    @_exact
     def step(self) -> None:
         """Update the moments with the accepted gradients since the last call, over all data- and context-parallel ranks.
 
@@ -240,7 +257,7 @@ class CapoFilter:
         self.model.update((self.dp_group, self.cp_group))
         self._retained.clear()
 
-    @torch.no_grad()
+    @_exact
     def batch_shifts(self) -> BatchShifts:
         """m_H and m_F of all tokens since the last :meth:`step` as one batch, ``before`` and ``after`` filtering.
 
@@ -252,8 +269,8 @@ class CapoFilter:
         return self._retained.shifts(self.model, self.tp_group, self.dp_group, self.cp_group)
 
     @property
-    def batch_shift_coverage(self) -> float:
-        """Share of this rank's tokens since the last :meth:`step` which :meth:`batch_shifts` covers."""
+    def batch_shift_coverage(self) -> Tensor:
+        """Share of this rank's response tokens since the last :meth:`step` which :meth:`batch_shifts` covers, scalar."""
         return self._retained.coverage
 
     def discard(self) -> None:

@@ -116,9 +116,7 @@ class CapoFSDPEngineWithLMHead(CapoEngineMixin, FSDPEngineWithLMHead):
     ) -> Tensor:  # fmt: skip
         """1 where a token stays in the loss, at the position that predicts it; float32 in the layout of the model."""
         response = packed_response(self, batch) if _is_packed(batch) else padded_response(batch, labels.shape[1])
-        # verl's forward pass runs under autocast, which would compute the filter in bfloat16.
-        with torch.no_grad(), torch.autocast(torch.device(get_device_id()).type, enabled=False):
-            return self._step.evaluate(hidden_states, logits, labels, temperature, response, self._learning_rate())
+        return self._step.evaluate(hidden_states, logits, labels, temperature, response, self._learning_rate())
 
     def _lm_head(self) -> nn.Module:
         """Also through the wrappers of FSDP and PEFT, which forward what they do not have themselves."""

@@ -24,7 +24,9 @@ class Call(NamedTuple):
     group: str
 
 
-def count(tokens: int, vocab_size: int, top_k: int | None, micro_batches: int = 1, scratch: int = 1 << 24) -> dict:
+def count(
+    tokens: int, vocab_size: int, top_k: int | None, micro_batches: int = 1, scratch: int = 1 << 24, granule: int = 64
+) -> dict:
     """What one of four ranks, TP2 x DP2, communicates for a mini-batch."""
     rank = dist.get_rank()
     tp = [dist.new_group([0, 1]), dist.new_group([2, 3])][rank // 2]
@@ -45,7 +47,7 @@ def count(tokens: int, vocab_size: int, top_k: int | None, micro_batches: int = 
     originals = {name: original for name, original in originals.items() if callable(original)}
     for name, original in originals.items():
         setattr(dist, name, recorded(name, original))
-    accepted.SCRATCH_ELEMENTS = scratch
+    accepted.SCRATCH_ELEMENTS, accepted.COLUMNS = scratch, granule
     try:
         config = CapoConfig(top_k=top_k, policy_shift_max=None, objective_shift_max=None, batch_shift_tokens=0)
         capo = CapoFilter(config, vocab_size, H, tp_group=tp, dp_group=dp)
@@ -88,5 +90,42 @@ def test_whole_vocabulary_needs_a_normaliser_only():
 
 
 def test_more_than_fits_is_reduced_some_columns_at_a_time():
-    for rank in run_on_ranks(count, 4, 7, 32, None, scratch=2 * 16):
+    for rank in run_on_ranks(count, 4, 7, 32, None, scratch=2 * 16, granule=1):
         assert [call.bytes for call in rank["step"][1:]] == [16 * 2 * 4] * 3
+
+
+def uneven(tokens: list[int], scratch: int, fold_at: int, top_k: int | None, tau: float | None) -> dict:
+    """A step of two data-parallel ranks with so many tokens each; the number of reductions, and the moments."""
+    rank = dist.get_rank()
+    accepted.SCRATCH_ELEMENTS, accepted.COLUMNS = scratch, 2
+    accepted.fold_limit = lambda rows, hidden_size: fold_at
+    capo = CapoFilter(
+        CapoConfig(top_k=top_k, policy_shift_max=tau, objective_shift_max=None), 24, H, dp_group=dist.group.WORLD
+    )
+    generator = torch.Generator().manual_seed(5)
+    n, first = sum(tokens), sum(tokens[:rank])
+    hidden, logits = (torch.randn(n, x, generator=generator) for x in (H, 24))
+    actions = torch.randint(24, (n,), generator=generator)
+    at = slice(first, first + tokens[rank])
+    if tokens[rank]:
+        ones = torch.ones(tokens[rank])
+        capo.evaluate(hidden[at], logits[at], actions[at], ones, ones, LR)
+    capo.step()
+    dist.all_reduce(torch.ones(1))  # whatever the trainer does next
+    whole = CapoFilter(CapoConfig(top_k=top_k, policy_shift_max=tau, objective_shift_max=None), 24, H)
+    whole.evaluate(hidden, logits, actions, torch.ones(n), torch.ones(n), LR)
+    whole.step()
+    return {"mine": capo.state_dict(), "whole": whole.state_dict()}
+
+
+@pytest.mark.parametrize("tokens", [[40, 2], [9, 0], [0, 5]], ids=str)
+@pytest.mark.parametrize("fold_at", [1 << 40, 0, 40 * H], ids=["kept", "folded", "folded on one rank"])
+@pytest.mark.parametrize(
+    ("top_k", "tau"), [(4, None), (None, None), (4, 1e-30)], ids=["top 4", "all", "nothing accepted"]
+)
+def test_ranks_with_unequal_tokens_reduce_alike(tokens, fold_at, top_k, tau):
+    for rank in run_on_ranks(uneven, 2, tokens, 48, fold_at, top_k, tau):
+        assert rank["mine"]["step"] == rank["whole"]["step"] == (0 if tau else 1)
+        for name in ("exp_avg", "exp_avg_sq"):
+            assert bool(rank["whole"][name].any()) != bool(tau)
+            torch.testing.assert_close(rank["mine"][name], rank["whole"][name], rtol=1e-5, atol=1e-8)

@@ -323,3 +323,71 @@ def test_nothing_is_kept_for_batch_shifts_nobody_will_ask_for():
         each.evaluate(*batch.arguments(0.1))
     for a, b in zip(capo.batch_shifts(), reference.batch_shifts(), strict=True):
         assert float(a.policy) == float(b.policy) > 0
+
+
+@pytest.mark.parametrize("top_k", [4, None])
+@pytest.mark.parametrize("name", ["hidden_states", "logits", "advantages", "temperature"])
+def test_what_is_outside_the_mask_leaves_no_trace(top_k, name):
+    states = []
+    for poison in (None, float("nan"), float("inf")):
+        generator = torch.Generator().manual_seed(0)
+        fields = {
+            "hidden_states": torch.randn(2, 5, 8, generator=generator),
+            "logits": torch.randn(2, 5, 12, generator=generator),
+            "actions": torch.randint(12, (2, 5), generator=generator),
+            "advantages": torch.randn(2, 5, generator=generator),
+            "response_mask": torch.ones(2, 5).index_fill(1, torch.tensor([3]), 0),
+            "temperature": torch.ones(2, 5),
+        }
+        if poison is not None:
+            fields[name][:, 3] = 0.0 if name == "temperature" else poison
+        capo = CapoFilter(CapoConfig(top_k=top_k, policy_shift_max=None, objective_shift_max=None), 12, 8)
+        for _ in range(2):
+            out = capo.evaluate(**fields, learning_rate=LR)
+            shifts = torch.stack([x for pair in capo.batch_shifts() for x in pair])
+            capo.step()
+        states.append((out.policy_shift[fields["response_mask"] > 0], shifts, capo.state_dict()["exp_avg"]))
+    for clean, *poisoned in zip(*states, strict=True):
+        assert clean.isfinite().all() and clean.any()
+        for x in poisoned:
+            torch.testing.assert_close(x, clean)
+
+
+@pytest.mark.parametrize("granularity", ["token", "sequence", ("token", "batch")])
+@pytest.mark.parametrize("optimizer_model", ["adam", "sgd"])
+def test_autocast_around_it_changes_nothing(granularity, optimizer_model):
+    config = CapoConfig(
+        top_k=6, policy_shift_max=None, objective_shift_max=None, granularity=granularity, optimizer_model=optimizer_model
+    )  # fmt: skip
+    found = []
+    for autocast in (False, True):
+        rng = np.random.default_rng(0)
+        capo = CapoFilter(config, vocab_size=30, hidden_size=16)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            for _ in range(2):
+                out = capo.evaluate(*Batch.random(rng, 3, 5, 16, 30).arguments(LR, torch.float32))
+                shifts = capo.batch_shifts()
+                capo.step()
+        found.append((out.objective_shift, out.policy_shift, *shifts.before, *shifts.after))
+    for a, b in zip(*found, strict=True):
+        assert torch.equal(a, b) and a.any()
+
+
+def test_coverage_of_the_batch_shifts_counts_tokens_and_not_places():
+    capo = CapoFilter(CapoConfig(top_k=4, policy_shift_max=None, batch_shift_tokens=14), 12, 8)
+    mask = torch.zeros(1, 10)
+    for tokens, covered in ((6, 1.0), (3, 6 / 9)):
+        mask[:, :tokens], mask[:, tokens:] = 1, 0
+        fields = torch.randn(1, 10, 8), torch.randn(1, 10, 12), torch.randint(12, (1, 10)), torch.ones(1, 10), mask, LR
+        capo.evaluate(*fields, skip_masked=True, max_tokens=8)  # 8 places each: the second call does not fit into 14
+        assert float(capo.batch_shift_coverage) == pytest.approx(covered)
+
+
+def test_marked_sequence_ids_do_not_break_what_looks_them_up():
+    capo = CapoFilter(CapoConfig(top_k=4, granularity="sequence"), 12, 8)
+    ids = torch.tensor([[0, 0, 7, 1, -3]])
+    out = capo.evaluate(
+        torch.randn(1, 5, 8), torch.randn(1, 5, 12), torch.zeros(1, 5, dtype=torch.int64), torch.ones(1, 5),
+        torch.ones(1, 5), LR, sequence_ids=ids, num_sequences=2, check_values=False,
+    )  # fmt: skip
+    assert out.problems["sequence_ids are out of range"].tolist() == [[False, False, True, False, True]]

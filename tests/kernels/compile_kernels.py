@@ -32,7 +32,7 @@ def variants() -> dict:
     }  # fmt: skip
     support = {"logits": BF16, "positions": I64, "temperatures": BF16, "keys": I64}
     rows = {"token": I64, "weight": F32, "offsets": I64, "rows": I64, "hidden": BF16, "sums": F32, "counts": I64}
-    betas = {"beta1": "fp32", "beta2": "fp32", "steps": I64}
+    betas = {"beta1": "fp32", "rest1": "fp32", "beta2": "fp32", "rest2": "fp32", "steps": I64}
     blocks = {"BLOCK_ENTRIES": moment_kernels.BLOCK_ENTRIES, "BLOCK_H": moment_kernels.BLOCK_H}
     k, n_rows, hidden_size = 50, 152_064, 3_584
     found = {}

@@ -144,6 +144,28 @@ def cuda_complains(device):
         torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.parametrize("kernels", ["torch", "triton"])
+def test_strided_inputs_are_read_as_they_are(kernels, device):
+    batch = mini_batch(torch.Generator().manual_seed(3), device)
+    batch = {n: x.float() if x.is_floating_point() else x for n, x in batch.items()}
+    apart = dict(batch)
+    for name in ("actions", "hidden_states", "logits", "response_mask"):
+        wide = batch[name].repeat_interleave(2, dim=-1)
+        apart[name] = wide[..., ::2]
+        assert torch.equal(apart[name], batch[name]) and not apart[name].is_contiguous()
+    temperature = torch.tensor(0.7, device=device).expand(4, 6)  # strides of 0
+    found = []
+    for fields, t in ((batch, temperature.contiguous()), (apart, temperature)):
+        capo = CapoFilter(CapoConfig(top_k=K, policy_shift_max=None), V, H, device=device, kernels=kernels)
+        for _ in range(2):
+            out = capo.evaluate(**fields, learning_rate=LR, temperature=t)
+            capo.step()
+        found.append((out.policy_shift, out.in_support, capo.state_dict()["exp_avg"]))
+    assert found[0][1].any()
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-9)
+
+
 def test_too_small_a_bound_is_noticed(device):
     batch = mini_batch(torch.Generator().manual_seed(0), device)
     capo = CapoFilter(CapoConfig(top_k=K), V, H, device=device)

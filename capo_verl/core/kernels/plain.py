@@ -15,7 +15,7 @@ from capo_verl.core.keys import LOWEST, NON_FINITE, keys_of
 from capo_verl.core.logit_rows import LogitRows, VocabShard
 from capo_verl.core.moments import Moments
 from capo_verl.core.rounding import round_to_bfloat16
-from capo_verl.core.support import Block, Support
+from capo_verl.core.support import Block, Support, TopKSupport
 
 BLOCK_ENTRIES = 1 << 18
 """Entries of supports worked on at a time: what is kept per entry stays small."""
@@ -104,7 +104,9 @@ def partial_sums(hidden: Tensor, advantages: Tensor, support: Support, moments: 
     keep = old1 > 0, old2 > 0
     sums = torch.zeros(len(advantages), 3, device=hidden.device, dtype=advantages.dtype)
     tile = _Tile(hidden.shape[1], hidden.device, advantages.dtype)
-    for block in support.blocks(BLOCK_ENTRIES, dense=True):
+    # Of a whole vocabulary a tile's worth at a time: its rows of the moments are gathered at once.
+    entries = BLOCK_ENTRIES if isinstance(support, TopKSupport) else max(1, TILE_ELEMENTS // hidden.shape[1])
+    for block in support.blocks(entries, dense=True):
         weight, h = _weights(advantages, block)[..., None], hidden[block.tokens].to(advantages.dtype)
         gradient = weight * ratios[0], h[:, None]
         squared = weight.square() * ratios[1], h.square()[:, None]
@@ -172,7 +174,7 @@ def row_sums(entries: RowEntries, rows: Tensor, hidden: Tensor) -> Tensor:
     """Sums of the given rows.
 
     Args:
-        rows: ``[R]`` int64, each with at least one entry, ascending.
+        rows: ``[R]`` int64, ascending; every row between the first and the last that has entries is among them.
         hidden: ``[N, c]``, the columns wanted, any float dtype.
 
     Returns:
@@ -181,7 +183,7 @@ def row_sums(entries: RowEntries, rows: Tensor, hidden: Tensor) -> Tensor:
     hidden = hidden.to(entries.weight.dtype)
     if len(rows) == 0:
         return hidden.new_zeros(0, hidden.shape[1])
-    # Rows in between have no entries of their own, so those of the given rows are contiguous.
+    # So the entries of the given rows follow each other.
     starts, end = entries.offsets[rows], entries.offsets[rows[-1] + 1]
     token, weight = entries.token[starts[0] : end], entries.weight[starts[0] : end]
     return torch.nn.functional.embedding_bag(token, hidden, starts - starts[0], mode="sum", per_sample_weights=weight)

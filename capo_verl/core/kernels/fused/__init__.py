@@ -23,8 +23,9 @@ def best_keys(logits: LogitRows, k: int, shard: VocabShard) -> Tensor:
     """See ``plain``."""
     if k > MAX_K or shard.real_rows == 0 or logits.logits.stride(-1) != 1:
         return plain.best_keys(logits, k, shard)
-    temperature = None if logits.temperature is None else logits.temperature.to(logits.dtype)
-    candidates = launch_best_keys(logits.logits, logits.positions, temperature, k, shard.real_rows, shard.start)
+    temperature = None if logits.temperature is None else logits.temperature.to(logits.dtype).contiguous()
+    with torch.cuda.device_of(logits.logits):  # Triton launches on the current device; no matter on a CPU
+        candidates = launch_best_keys(logits.logits, logits.positions, temperature, k, shard.real_rows, shard.start)
     return candidates.topk(k).values
 
 
@@ -32,7 +33,8 @@ def partial_sums(hidden: Tensor, advantages: Tensor, support: Support, moments: 
     """See ``plain``."""
     if not isinstance(support, TopKSupport) or advantages.dtype == torch.float64:
         return plain.partial_sums(hidden, advantages, support, moments)
-    return launch_partial_sums(hidden, advantages, support, moments)
+    with torch.cuda.device_of(hidden):
+        return launch_partial_sums(hidden, advantages, support, moments)
 
 
 def row_sums(entries: RowEntries, rows: Tensor, hidden: Tensor) -> Tensor:
@@ -40,7 +42,8 @@ def row_sums(entries: RowEntries, rows: Tensor, hidden: Tensor) -> Tensor:
     if entries.weight.dtype == torch.float64:
         return plain.row_sums(entries, rows, hidden)
     sums = torch.empty(len(rows), hidden.shape[1], device=hidden.device, dtype=torch.float32)
-    launch_row_sums(entries, rows, hidden, sums, add=False)
+    with torch.cuda.device_of(sums):
+        launch_row_sums(entries, rows, hidden, sums, add=False)
     return sums
 
 
@@ -48,7 +51,8 @@ def add_row_sums(entries: RowEntries, hidden: Tensor, sums: Tensor) -> None:
     """See ``plain``."""
     if entries.weight.dtype == torch.float64:
         plain.add_row_sums(entries, hidden, sums)
-    else:
+        return
+    with torch.cuda.device_of(sums):
         launch_row_sums(entries, None, hidden, sums, add=True)
 
 
@@ -56,7 +60,8 @@ def move(moments: Moments, columns: slice, rows: Tensor | None, sums: Tensor, co
     """See ``plain``."""
     if sums.dtype == torch.float64:
         plain.move(moments, columns, rows, sums, counts)
-    else:
+        return
+    with torch.cuda.device_of(sums):
         launch_move(moments, columns, rows, sums, counts)
 
 
@@ -64,5 +69,6 @@ def update(moments: Moments, columns: slice, entries: RowEntries, hidden: Tensor
     """See ``plain``."""
     if entries.weight.dtype == torch.float64:
         plain.update(moments, columns, entries, hidden)
-    else:
+        return
+    with torch.cuda.device_of(hidden):
         launch_update(moments, columns, entries, hidden)

@@ -81,7 +81,7 @@ def launch_partial_sums(hidden: Tensor, advantages: Tensor, support: TopKSupport
     corrected = torch.stack(moments.corrected((moments.steps + 1).double())).float()
     block_k, block_h = blocks(k, hidden.shape[1])
     _partial_sums_kernel[(n,)](
-        hidden, hidden.stride(0), support.ids.contiguous(), support.probs.contiguous(), support.actions,
+        hidden, hidden.stride(0), support.ids.contiguous(), support.probs.contiguous(), support.actions.contiguous(),
         advantages.contiguous(), moments.exp_avg, moments.exp_avg_sq, moments.exp_avg.stride(0), corrected, moments.steps,
         sums, support.shard.start, support.shard.rows, moments.eps,
         K=k, H=hidden.shape[1], BLOCK_K=block_k, BLOCK_H=block_h,

@@ -53,12 +53,12 @@ def _rounded(x, row, column, step, SALT: tl.constexpr):
 
 @triton.jit
 def _move_row(
-    g, exp_avg, exp_avg_sq, stride, row, first_row, column, first_column, columns, beta1, beta2, steps,
+    g, exp_avg, exp_avg_sq, stride, row, first_row, column, first_column, columns, beta1, rest1, beta2, rest2, steps,
     STOCHASTIC: tl.constexpr,
 ):  # fmt: skip
     at = row * stride + first_column + column
-    first = beta1 * tl.load(exp_avg + at, mask=column < columns, other=0.0).to(tl.float32) + (1 - beta1) * g
-    second = beta2 * tl.load(exp_avg_sq + at, mask=column < columns, other=0.0).to(tl.float32) + (1 - beta2) * g * g
+    first = beta1 * tl.load(exp_avg + at, mask=column < columns, other=0.0).to(tl.float32) + rest1 * g
+    second = beta2 * tl.load(exp_avg_sq + at, mask=column < columns, other=0.0).to(tl.float32) + rest2 * g * g
     if STOCHASTIC:
         step = tl.load(steps)
         first = _rounded(first, first_row + row, first_column + column, step, 0)
@@ -91,7 +91,7 @@ def _row_sums_kernel(
 @triton.jit
 def _update_kernel(
     token, weight, offsets, hidden, hidden_stride, columns, first_column,
-    exp_avg, exp_avg_sq, stride, first_row, beta1, beta2, steps,
+    exp_avg, exp_avg_sq, stride, first_row, beta1, rest1, beta2, rest2, steps,
     STOCHASTIC: tl.constexpr, BLOCK_ENTRIES: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -103,7 +103,7 @@ def _update_kernel(
         )  # fmt: skip
         mean = total / (end - start).to(tl.float32)
         _move_row(
-            mean, exp_avg, exp_avg_sq, stride, row, first_row, column, first_column, columns, beta1, beta2, steps,
+            mean, exp_avg, exp_avg_sq, stride, row, first_row, column, first_column, columns, beta1, rest1, beta2, rest2, steps,
             STOCHASTIC,
         )  # fmt: skip
 
@@ -111,7 +111,7 @@ def _update_kernel(
 @triton.jit
 def _move_kernel(
     sums, sums_stride, counts, rows, columns, first_column,
-    exp_avg, exp_avg_sq, stride, first_row, beta1, beta2, steps,
+    exp_avg, exp_avg_sq, stride, first_row, beta1, rest1, beta2, rest2, steps,
     ALL_ROWS: tl.constexpr, STOCHASTIC: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     source = tl.program_id(0).to(tl.int64)
@@ -124,7 +124,7 @@ def _move_kernel(
         total = tl.load(sums + source * sums_stride + column, mask=column < columns, other=0.0)
         _move_row(
             total / count.to(tl.float32), exp_avg, exp_avg_sq, stride, row, first_row, column, first_column, columns,
-            beta1, beta2, steps, STOCHASTIC,
+            beta1, rest1, beta2, rest2, steps, STOCHASTIC,
         )  # fmt: skip
 
 
@@ -145,7 +145,7 @@ def launch_update(moments: Moments, columns: slice, entries: RowEntries, hidden:
     hidden = _columns_contiguous(hidden)
     _update_kernel[_grid(len(moments.exp_avg), hidden.shape[1])](
         entries.token, entries.weight, entries.offsets, hidden, hidden.stride(0), hidden.shape[1], columns.start,
-        moments.exp_avg, moments.exp_avg_sq, moments.exp_avg.stride(0), moments.first_row, *moments.betas, moments.steps,
+        moments.exp_avg, moments.exp_avg_sq, moments.exp_avg.stride(0), moments.first_row, *_decay(moments), moments.steps,
         STOCHASTIC=_is_stochastic(moments), BLOCK_ENTRIES=BLOCK_ENTRIES, BLOCK_H=BLOCK_H,
     )  # fmt: skip
 
@@ -156,9 +156,15 @@ def launch_move(moments: Moments, columns: slice, rows: Tensor | None, sums: Ten
         return
     _move_kernel[_grid(len(sums), sums.shape[1])](
         sums, sums.stride(0), counts, rows, sums.shape[1], columns.start,
-        moments.exp_avg, moments.exp_avg_sq, moments.exp_avg.stride(0), moments.first_row, *moments.betas, moments.steps,
+        moments.exp_avg, moments.exp_avg_sq, moments.exp_avg.stride(0), moments.first_row, *_decay(moments), moments.steps,
         ALL_ROWS=rows is None, STOCHASTIC=_is_stochastic(moments), BLOCK_H=BLOCK_H,
     )  # fmt: skip
+
+
+def _decay(moments: Moments) -> tuple[float, float, float, float]:
+    """beta and 1 - beta of both moments. Subtracted in float32, as the kernel would, 1 - 0.999 is off by 1e-5 of itself."""
+    beta1, beta2 = moments.betas
+    return beta1, 1 - beta1, beta2, 1 - beta2
 
 
 def _grid(rows: int, columns: int) -> tuple[int, int]:

@@ -10,14 +10,14 @@ from matplotlib.figure import Figure
 from capo_verl.benchmark.contenders import LABELS
 from capo_verl.benchmark.markdown import heading
 from capo_verl.benchmark.report import Report
-from capo_verl.quickstart.figure import BLUE, GREEN, ORANGE
+from capo_verl.quickstart.figure import BLUE, GREEN, GREY, ORANGE
 
-COLORS = dict(zip(LABELS, (ORANGE, BLUE, GREEN), strict=True))
+COLORS = dict(zip(LABELS, (ORANGE, GREY, BLUE, GREEN), strict=True))
 _MIB = 1 << 20
 
 
 def draw(report: Report) -> Figure:
-    """Left: seconds of evaluate (solid) and of accumulate + update (dashed). Right: extra memory (solid), scratch (dashed)."""
+    """Left: seconds of evaluate (solid) and of accumulate + update (dashed). Right: extra memory (solid), its scratch (dashed)."""
     figure = Figure(figsize=(10.0, 4.4), layout="constrained")  # no pyplot: no global state, no display
     time, memory = figure.subplots(1, 2)
     figure.suptitle(heading(report), fontsize=11, fontweight="bold", x=0.01, ha="left")
@@ -31,7 +31,9 @@ def draw(report: Report) -> Figure:
         time.plot(tokens, [r.evaluate_seconds * 1e3 for r in results], label=f"{label}: evaluate", **solid)
         time.plot(tokens, [r.update_seconds * 1e3 for r in results], label=f"{label}: accumulate + update", **dashed)
         memory.plot(tokens, [r.extra_bytes / _MIB for r in results], label=f"{label}: peak", **solid)
-        memory.plot(tokens, [r.scratch_bytes / _MIB for r in results], label=f"{label}: scratch", **dashed)
+        memory.plot(
+            tokens, [r.evaluate_scratch_bytes / _MIB for r in results], label=f"{label}: evaluate's scratch", **dashed
+        )
     time.set(ylabel="time (ms, median)")
     memory.set(ylabel="memory beside moments and inputs (MiB)")
     for panel in (time, memory):

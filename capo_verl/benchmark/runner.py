@@ -55,7 +55,7 @@ def run(workload: Workload, repeats: int, say: Callable[[str], None]) -> Report:
         agreement=agreement,
         traffic=[
             traffic(
-                n, batch.prefix(n).distinct_rows, workload.rows, workload.top_k, workload.hidden_size,
+                n, batch.part(slice(n)).distinct_rows, workload.rows, workload.top_k, workload.hidden_size,
                 workload.model_dtype.itemsize, MOMENT_BYTES,
             )
             for n in sizes
@@ -74,7 +74,7 @@ def run(workload: Workload, repeats: int, say: Callable[[str], None]) -> Report:
             if skipped:
                 report.results.append(Result(kind.key, n, skipped=skipped))
             else:
-                stages[kind.key] = contenders[kind.key].stages(batch.prefix(n))
+                stages[kind.key] = contenders[kind.key].stages(batch.part(slice(n)))
         report.results.extend(_measure(stages, n, workload.device, repeats))
     return report
 

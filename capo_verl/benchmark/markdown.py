@@ -65,6 +65,8 @@ def markdown(report: Report) -> str:
     """One run: where, table, growth, targets."""
     e = report.environment
     gpu = f", CUDA {e['cuda']}, Triton {e['triton']}" if "cuda" in e else f", {e['threads']} of {e['cores']} cores"
+    if e["allocator"] != "default":
+        gpu += f", {e['allocator']}"
     copy = report.copy_bytes_per_second / _GB
     lines = [
         f"### {heading(report)}",

@@ -31,6 +31,7 @@ def report(processor: str = "A CPU") -> Report:
             "threads": 1,
             "cores": 2,
             "torch": "2.13.0",
+            "allocator": "default",
             "commit": "abc",
         },
         sizes={"preset": "cpu-small", "tp": 1, "top_k": 50},
@@ -122,6 +123,13 @@ def test_table_and_targets():
     assert [(v.measured, v.met) for v in judge_targets(report())] == [("5.00", True), ("0.050", True), ("1.00", True)]
     slow = replace(report(), copy_bytes_per_second=1.0, sizes={**report().sizes, "tp": 4})
     assert judge_targets(slow) == []  # the targets are of TP 1
+
+
+def test_other_settings_of_the_allocator_are_named():
+    r = report()
+    assert "MALLOC" not in markdown(r)
+    changed = replace(r, environment={**r.environment, "allocator": "MALLOC_MMAP_MAX_=0"})
+    assert "1 of 2 cores, MALLOC_MMAP_MAX_=0, torch 2.13.0" in markdown(changed)
 
 
 def test_a_missed_target_says_so():

@@ -104,6 +104,15 @@ def _built_with(arguments):
     return build
 
 
+def test_the_naive_formulation_is_left_out_where_it_would_take_too_long(monkeypatch):
+    workload = Workload("tiny", 500, 16, 1, 20, (64, 128), "cpu")
+    monkeypatch.setattr(runner, "NAIVE_SECONDS", 1e-9)
+    report = runner.run(workload, repeats=1, say=lambda text: None)
+    skipped = {(r.contender, r.tokens): r.skipped for r in report.results if r.contender != "triton" and r.skipped}
+    assert skipped == dict.fromkeys([("naive", 128), ("naive_reused", 128)], "would take 0 s")
+    assert report.result("torch", 128) and report.speedup(report.result("torch", 128)) is None
+
+
 def test_batches_are_the_same_for_every_size_and_have_the_stated_support():
     workload = Workload("tiny", 3000, 8, 1, 20, (256,), "cpu")
     batch, again = make_batch(workload, 256, seed=5), make_batch(workload, 256, seed=5)

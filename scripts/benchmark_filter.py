@@ -98,8 +98,8 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Workload]:
 def show(report: Report, console: Console) -> None:
     table, rows = Table(title=markdown.heading(report), title_justify="left"), markdown.cells(report)
     for i, column in enumerate(markdown.COLUMNS):
-        head, _, unit = column.rpartition(" ")
-        table.add_column(f"{head}\n{unit}", justify="left" if i == 1 else "right", no_wrap=True)
+        words = column.replace(" ", "\n")
+        table.add_column(words, justify="left" if i == 1 else "right", no_wrap=i != 1, vertical="bottom")
     for row, following in zip(rows, [*rows[1:], rows[-1]], strict=True):
         table.add_row(*row, end_section=row[0] != following[0])
     console.print(table)

@@ -3,7 +3,7 @@
 
 ``workload``   presets: sizes, dtypes, how many tokens
 ``batch``      random logits with a realistic support, hidden states, actions
-``naive``      the method as published: four tensors ``[tokens, k, H]``
+``naive``      the method as published, with tensors ``[tokens, k, H]``, in two forms
 ``contenders`` who is measured, under one interface
 ``agreement``  before anything is timed, all contenders must give the same numbers
 ``memory``     exact peak and held memory of a call

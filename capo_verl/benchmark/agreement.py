@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from capo_verl.benchmark.batch import Batch, make_batch
-from capo_verl.benchmark.contenders import FUSED, NAIVE, TORCH, Contender, Kind, accept_all
+from capo_verl.benchmark.contenders import FUSED, NAIVE, NAIVE_REUSED, TORCH, Contender, Kind, accept_all
 from capo_verl.benchmark.workload import Workload
 
 TOKENS = 256
@@ -36,7 +36,7 @@ def check_agreement(workload: Workload) -> dict[str, float]:
     Raises:
         DisagreementError: if a deviation exceeds its tolerance or a token is accepted by one contender only.
     """
-    deviations = _compare([NAIVE, TORCH, FUSED], workload, torch.float32)
+    deviations = _compare([NAIVE, NAIVE_REUSED, TORCH, FUSED], workload, torch.float32)
     if workload.model_dtype != torch.float32:
         deviations |= _compare([TORCH, FUSED], workload, workload.model_dtype)
     return deviations

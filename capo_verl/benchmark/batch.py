@@ -39,9 +39,9 @@ class Batch:
     support: Tensor
     """``[N, k]`` int32, ids of the k largest logits."""
 
-    def prefix(self, n: int) -> Batch:
-        """The first ``n`` tokens, without copying."""
-        return Batch(*(getattr(self, name)[:n] for name in self.__dataclass_fields__))
+    def part(self, tokens: slice) -> Batch:
+        """Some of the tokens, without copying."""
+        return Batch(*(getattr(self, name)[tokens] for name in self.__dataclass_fields__))
 
     @property
     def distinct_rows(self) -> int:

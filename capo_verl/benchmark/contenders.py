@@ -1,21 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who is measured: the formulation as published, and CapoFilter with either set of kernels."""
+"""Who is measured: the formulation as published in two forms, and CapoFilter with either set of kernels."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import torch
 
 from capo_verl.benchmark.batch import LEARNING_RATE, Batch
-from capo_verl.benchmark.naive import NaiveFilter
+from capo_verl.benchmark.naive import BATCH_TOKENS, NaiveFilter
 from capo_verl.benchmark.workload import Workload
 from capo_verl.config import CapoConfig
+from capo_verl.core.chunks import chunk_slices
 from capo_verl.core.filter import CapoFilter
 
 Stages = dict[str, Callable[[], Any]]
-"""Name of a stage -> what it runs, in order. ``evaluate`` comes first and returns m_H, m_F and the accepted tokens."""
+"""Name of a stage -> what it runs, in order. ``evaluate`` comes first and returns m_H, m_F and the accepted tokens. Names that
+begin with it belong to it: ``evaluate 2`` is the second batch of tokens, of a contender that cannot take them all at once."""
 
 
 def accept_all(workload: Workload) -> CapoConfig:
@@ -35,11 +38,13 @@ class Contender(Protocol):
 
 class _Naive(NaiveFilter):
     def stages(self, batch: Batch) -> Stages:
-        return {
-            "evaluate": lambda: self.evaluate(*_arguments(batch)),
-            "accumulate": self.accumulate,
-            "update": self.update,
-        }
+        stages: Stages = {}
+        for i, part in enumerate(chunk_slices(len(batch.actions), BATCH_TOKENS)):
+            number = f" {i + 1}" if i else ""
+            arguments = _arguments(batch.part(part))
+            stages[f"evaluate{number}"] = partial(self.evaluate, *arguments)
+            stages[f"accumulate{number}"] = self.accumulate
+        return {**stages, "update": self.update}
 
 
 class _Filter(CapoFilter):
@@ -66,8 +71,17 @@ def _arguments(batch: Batch) -> tuple[Any, ...]:
     )  # fmt: skip
 
 
-def _naive(workload: Workload, config: CapoConfig, dtype: torch.dtype) -> Contender:
-    return _Naive(config, workload.rows, workload.hidden_size, device=workload.device, dtype=dtype)
+def _naive(key: str, label: str, reuse_temporaries: bool) -> Kind:
+    def build(workload: Workload, config: CapoConfig, dtype: torch.dtype) -> Contender:
+        return _Naive(
+            config, workload.rows, workload.hidden_size, device=workload.device, dtype=dtype,
+            reuse_temporaries=reuse_temporaries,
+        )  # fmt: skip
+
+    def tensor_bytes(workload: Workload, tokens: int) -> int:
+        return NaiveFilter.nbytes(tokens, workload.top_k, workload.hidden_size, workload.model_dtype, reuse_temporaries)
+
+    return Kind(key, label, build, tensor_bytes=tensor_bytes)
 
 
 def _filter(kernels: str) -> Callable[[Workload, CapoConfig, torch.dtype], Contender]:
@@ -81,11 +95,9 @@ def _needs_a_gpu(workload: Workload) -> str | None:
     return None if workload.device == "cuda" else "needs a GPU"
 
 
-NAIVE = Kind(
-    "naive", "(a) as published", _naive,
-    tensor_bytes=lambda workload, n: NaiveFilter.nbytes(n, workload.top_k, workload.hidden_size, workload.model_dtype),
-)  # fmt: skip
+NAIVE = _naive("naive", "(a) as published", reuse_temporaries=False)
+NAIVE_REUSED = _naive("naive_reused", "(a') temporaries reused", reuse_temporaries=True)
 TORCH = Kind("torch", "(b) chunked torch", _filter("torch"))
 FUSED = Kind("triton", "(c) fused", _filter("triton"), missing=_needs_a_gpu)
-KINDS = (NAIVE, TORCH, FUSED)
+KINDS = (NAIVE, NAIVE_REUSED, TORCH, FUSED)
 LABELS = {kind.key: kind.label for kind in KINDS}

@@ -27,6 +27,7 @@ def environment(device: str) -> dict[str, str | int]:
         "system": platform.platform(terse=True),
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "allocator": _allocator_settings() or "default",
         "commit": _commit(),
     }
     if device == "cuda":
@@ -55,6 +56,12 @@ def free_bytes(device: str) -> int:
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) * 1024
     raise RuntimeError("/proc/meminfo has no line MemAvailable: the benchmark needs Linux >= 3.14")
+
+
+def _allocator_settings() -> str:
+    """Of the C library: they decide how often large tensors are new to the system, which costs time on a CPU."""
+    names = sorted(name for name in os.environ if name.startswith("MALLOC_") or name == "GLIBC_TUNABLES")
+    return " ".join(f"{name}={os.environ[name]}" for name in names)
 
 
 def _cpu_name() -> str:

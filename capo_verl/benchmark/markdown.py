@@ -12,8 +12,8 @@ from capo_verl.benchmark.targets import judge_targets
 
 BEGIN, END = "<!-- benchmark: begin -->", "<!-- benchmark: end -->"
 COLUMNS = (
-    "tokens", "contender", "evaluate ms", "update ms", "times (a)'s speed", "extra MiB", "of (a)'s", "held MiB", "scratch MiB",
-    "evaluate GB/s", "rows once GB/s", "update GB/s",
+    "tokens", "contender", "evaluate ms", "update ms", "times (a)'s speed", "times (a')'s speed", "extra MiB", "of (a)'s",
+    "held MiB", "scratch MiB", "update scratch MiB", "evaluate GB/s", "rows once GB/s", "update GB/s",
 )  # fmt: skip
 _MIB, _GB = 1 << 20, 1e9
 
@@ -28,16 +28,16 @@ def cells(report: Report) -> list[list[str]]:
             row = ["all" if everywhere else f"{r.tokens:,}", f"{LABELS[r.contender]}: {r.skipped}"]
             (never if everywhere else rows)[tuple(row)] = row + ["—"] * (len(COLUMNS) - 2)
             continue
-        speedup, memory_ratio, bandwidth = report.speedup(r), report.memory_ratio(r), report.bandwidth(r)
+        memory_ratio, bandwidth = report.memory_ratio(r), report.bandwidth(r)
         row = [
             f"{r.tokens:,}",
             LABELS[r.contender],
             _number(r.evaluate_seconds * 1e3),
             _number(r.update_seconds * 1e3),
-            "—" if speedup is None else f"{speedup:.2f}",
+            *("—" if x is None else f"{x:.2f}" for x in (report.speedup(r), report.speedup(r, over="naive_reused"))),
             _number(r.extra_bytes / _MIB),
             "—" if memory_ratio is None else f"{memory_ratio:.3f}",
-            *(_number(x / _MIB) for x in (r.held_bytes, r.scratch_bytes)),
+            *(_number(x / _MIB) for x in (r.held_bytes, r.evaluate_scratch_bytes, r.update_scratch_bytes)),
             *(_number(bandwidth[x] / _GB) for x in ("evaluate", "evaluate_rows_once", "update")),
         ]
         rows[tuple(row)] = row
@@ -65,6 +65,8 @@ def markdown(report: Report) -> str:
     """One run: where, table, growth, targets."""
     e = report.environment
     gpu = f", CUDA {e['cuda']}, Triton {e['triton']}" if "cuda" in e else f", {e['threads']} of {e['cores']} cores"
+    if e["allocator"] != "default":
+        gpu += f", {e['allocator']}"
     copy = report.copy_bytes_per_second / _GB
     lines = [
         f"### {heading(report)}",

@@ -13,7 +13,7 @@ from typing import Any
 
 from capo_verl.benchmark.memory import Usage, scratch
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Result:
     contender: str
     tokens: int
     seconds: dict[str, list[float]] = field(default_factory=dict)
-    """Stage -> every repetition; the first stage is ``evaluate``."""
+    """Stage -> every repetition. The first stage is ``evaluate``; those that begin with this name are its other batches."""
     memory: dict[str, Usage] = field(default_factory=dict)
     """Stage -> bytes beside moments and inputs."""
     skipped: str = ""
@@ -61,13 +61,12 @@ class Result:
 
     @property
     def evaluate_seconds(self) -> float:
-        return float(statistics.median(self.seconds["evaluate"]))
+        return self._median(evaluate=True)
 
     @property
     def update_seconds(self) -> float:
-        """All stages after ``evaluate``: accumulate and update."""
-        later = (samples for stage, samples in self.seconds.items() if stage != "evaluate")
-        return statistics.median(math.fsum(one) for one in zip(*later, strict=True))
+        """All other stages: accumulate and update."""
+        return self._median(evaluate=False)
 
     @property
     def extra_bytes(self) -> int:
@@ -77,14 +76,28 @@ class Result:
     @property
     def held_bytes(self) -> int:
         """What evaluate leaves allocated until the update."""
-        return self.memory["evaluate"].held
+        return max(usage.held for stage, usage in self.memory.items() if _is_evaluate(stage))
 
     @property
-    def scratch_bytes(self) -> int:
-        """The most needed temporarily, in any stage."""
+    def evaluate_scratch_bytes(self) -> int:
+        """The most that evaluate needs temporarily."""
+        return self._scratch(evaluate=True)
+
+    @property
+    def update_scratch_bytes(self) -> int:
+        """The most that accumulate and update need temporarily."""
+        return self._scratch(evaluate=False)
+
+    def _median(self, evaluate: bool) -> float:
+        """Of the sums of a repetition."""
+        stages = (samples for stage, samples in self.seconds.items() if _is_evaluate(stage) == evaluate)
+        return statistics.median(math.fsum(one) for one in zip(*stages, strict=True))
+
+    def _scratch(self, evaluate: bool) -> int:
         before, most = 0, 0
-        for usage in self.memory.values():
-            most = max(most, scratch(before, usage))
+        for stage, usage in self.memory.items():
+            if _is_evaluate(stage) == evaluate:
+                most = max(most, scratch(before, usage))
             before = usage.held
         return most
 
@@ -134,13 +147,13 @@ class Report:
             "update": t.update / result.update_seconds,
         }
 
-    def speedup(self, result: Result) -> float | None:
-        """Time of evaluate of the published formulation over this one's; None if it was not measured at this size."""
-        naive = self.result("naive", result.tokens)
-        return None if naive is None else naive.evaluate_seconds / result.evaluate_seconds
+    def speedup(self, result: Result, over: str = "naive") -> float | None:
+        """Time of another contender's evaluate over this one's; None if that was not measured at this size."""
+        other = self.result(over, result.tokens)
+        return None if other is None else other.evaluate_seconds / result.evaluate_seconds
 
     def memory_ratio(self, result: Result) -> float | None:
-        """Extra memory over that of the published formulation; None likewise."""
+        """Extra memory over that of the formulation as published; None likewise."""
         naive = self.result("naive", result.tokens)
         return None if naive is None else result.extra_bytes / naive.extra_bytes
 
@@ -163,9 +176,11 @@ class Report:
                     "update_s": r.update_seconds,
                     "extra_bytes": r.extra_bytes,
                     "held_bytes": r.held_bytes,
-                    "scratch_bytes": r.scratch_bytes,
+                    "evaluate_scratch_bytes": r.evaluate_scratch_bytes,
+                    "update_scratch_bytes": r.update_scratch_bytes,
                     **{f"{stage}_bytes_per_s": value for stage, value in self.bandwidth(r).items()},
                     "evaluate_speedup_over_naive": self.speedup(r),
+                    "evaluate_speedup_over_naive_reused": self.speedup(r, over="naive_reused"),
                     "extra_memory_over_naive": self.memory_ratio(r),
                 }
             )
@@ -193,6 +208,10 @@ class Report:
             for r in content["results"]
         ]
         return cls(**content)
+
+
+def _is_evaluate(stage: str) -> bool:
+    return stage.startswith("evaluate")
 
 
 def _slope(points: Sequence[tuple[int, float]]) -> float:

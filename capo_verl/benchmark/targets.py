@@ -41,8 +41,8 @@ def _cpu(report: Report) -> list[Verdict]:
         ]
     low, high = report.result("torch", 1024), report.result("torch", 65536)
     if low and high:
-        growth = high.scratch_bytes / max(low.scratch_bytes, 1)
-        verdicts.append(_at_most("scratch memory: 65,536 over 1,024 tokens", growth, 1.1, "{:.2f}"))
+        growth = high.evaluate_scratch_bytes / max(low.evaluate_scratch_bytes, 1)
+        verdicts.append(_at_most("evaluate's scratch memory: 65,536 over 1,024 tokens", growth, 1.1, "{:.2f}"))
     return verdicts
 
 

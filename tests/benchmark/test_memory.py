@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
+from capo_verl.benchmark import contenders
 from capo_verl.benchmark.batch import make_batch
-from capo_verl.benchmark.contenders import NAIVE, accept_all
+from capo_verl.benchmark.contenders import NAIVE, NAIVE_REUSED, Kind, accept_all
 from capo_verl.benchmark.memory import Usage, measure_memory, scratch
-from capo_verl.benchmark.naive import NaiveFilter
 from capo_verl.benchmark.workload import Workload
 
 KIB = 1024
@@ -65,13 +66,36 @@ def test_temporaries_inside_an_operator_count():
     assert 1024 * KIB < usage.peak < 1100 * KIB  # exp(x - max) exists only inside the operator
 
 
-def test_the_naive_formulation_holds_its_four_tensors():
-    workload = Workload("tiny", 400, 32, 1, 20, (64,), "cpu")
-    naive = NAIVE.build(workload, accept_all(workload), torch.float32)
-    batch = make_batch(workload, 64, seed=0)
-    for call in naive.stages(batch).values():
-        call()
-    four = NaiveFilter.nbytes(64, 20, 32, torch.float32)
-    usage = measure_memory("cpu", {"evaluate": naive.stages(batch)["evaluate"]})["evaluate"]
-    assert four <= usage.peak <= 1.15 * four  # the rest: support, probabilities, results
-    assert four / 4 <= usage.held <= 1.15 * four / 4
+N, K, H = 64, 20, 96
+TENSOR = N * K * H * 4
+WORKLOAD = Workload("tiny", 400, H, 1, K, (N,), "cpu")
+
+
+def measure_naive(kind: Kind, tokens: int) -> dict[str, Usage]:
+    naive = kind.build(WORKLOAD, accept_all(WORKLOAD), torch.float32)
+    stages = naive.stages(make_batch(WORKLOAD, tokens, seed=0))
+    for call in stages.values():
+        call()  # from now on P(g) is Adam's
+    return measure_memory("cpu", stages)
+
+
+@pytest.mark.parametrize(("kind", "tensors"), [(NAIVE, 7), (NAIVE_REUSED, 4)])
+def test_the_tensors_that_the_naive_formulation_holds_at_once(kind, tensors):
+    usage = measure_naive(kind, N)
+    assert kind.tensor_bytes(WORKLOAD, N) == tensors * TENSOR
+    assert tensors <= usage["evaluate"].peak / TENSOR < tensors + 0.2  # the rest: support, probabilities, results
+    assert 1 <= usage["evaluate"].held / TENSOR < 1.2  # the gradient
+    assert max(usage[stage].peak for stage in ("accumulate", "update")) < usage["evaluate"].peak
+
+
+@pytest.mark.parametrize("kind", [NAIVE, NAIVE_REUSED])
+def test_several_batches_need_the_tensors_of_one(kind, monkeypatch):
+    monkeypatch.setattr(contenders, "BATCH_TOKENS", N)
+    one, usage = measure_naive(kind, N), measure_naive(kind, 2 * N + N // 2)
+    assert list(usage) == [
+        "evaluate", "accumulate", "evaluate 2", "accumulate 2", "evaluate 3", "accumulate 3", "update",
+    ]  # fmt: skip
+    sums = one["accumulate"].held
+    assert 400 * H * 4 < sums < 500 * H * 4  # V rows, and the results
+    assert max(u.peak for u in usage.values()) <= one["evaluate"].peak + 1.1 * sums
+    assert usage["evaluate 3"].peak - sums < 0.55 * one["evaluate"].peak  # half a batch

@@ -31,6 +31,7 @@ def report(processor: str = "A CPU") -> Report:
             "threads": 1,
             "cores": 2,
             "torch": "2.13.0",
+            "allocator": "default",
             "commit": "abc",
         },
         sizes={"preset": "cpu-small", "tp": 1, "top_k": 50},
@@ -41,6 +42,9 @@ def report(processor: str = "A CPU") -> Report:
             result("naive", 1024, 1.0, {"accumulate": [0.1] * 3, "update": [0.2] * 3}, 700, 100),
             result("naive", 2048, 2.0, {"accumulate": [0.1, 0.5, 0.3], "update": [0.4, 0.1, 0.2]}, 1400, 200),
             Result("naive", 65536, skipped="needs 47.0 GB, 9.0 GB free"),
+            result("naive_reused", 1024, 0.5, {"accumulate": [0.1] * 3, "update": [0.1] * 3}, 400, 100),
+            result("naive_reused", 2048, 1.2, {"accumulate": [0.1] * 3, "update": [0.1] * 3}, 800, 200),
+            result("naive_reused", 65536, 38.4, {"accumulate": [3.0] * 3, "update": [1.0] * 3}, 25600, 6400),
             result("torch", 1024, 0.25, {"step": [0.05] * 3}, 60, 20),
             result("torch", 2048, 0.4, {"step": [0.05] * 3}, 70, 30),
             result("torch", 65536, 12.8, {"step": [0.05] * 3}, 90, 50),
@@ -55,12 +59,30 @@ def test_medians_ratios_memory_and_bandwidth():
     assert naive.evaluate_seconds == 2.0
     assert naive.update_seconds == pytest.approx(0.5)  # median of 0.5, 0.6, 0.5: of the sums, not the sum of medians
     assert (torch_.extra_bytes, torch_.held_bytes) == (70 * MIB, 30 * MIB)
-    assert torch_.scratch_bytes == 40 * MIB  # evaluate: 70 - 30; step: 35 - 30
+    assert torch_.evaluate_scratch_bytes == 40 * MIB  # 70 - 30
+    assert torch_.update_scratch_bytes == 5 * MIB  # 35 - 30
     assert r.speedup(torch_) == pytest.approx(5.0) and r.speedup(r.result("torch", 65536)) is None
+    assert r.speedup(torch_, over="naive_reused") == pytest.approx(3.0)
+    assert r.speedup(r.result("torch", 65536), over="naive_reused") == pytest.approx(3.0)
     assert r.memory_ratio(torch_) == pytest.approx(0.05)
     assert r.bandwidth(torch_) == pytest.approx(
         {"evaluate": 2048 * 1000 / 0.4, "evaluate_rows_once": 2048 * 500 / 0.4, "update": 2048 * 200 / 0.05}
     )
+
+
+def test_stages_of_several_batches():
+    seconds = {
+        "evaluate": [1.0, 2.0, 9.0], "accumulate": [0.1, 0.2, 0.3], "evaluate 2": [5.0, 3.0, 1.0],
+        "accumulate 2": [0.3, 0.1, 0.4], "update": [0.2, 0.2, 0.2],
+    }  # fmt: skip
+    usage = {"evaluate": (700, 100), "accumulate": (230, 30), "evaluate 2": (430, 80), "accumulate 2": (95, 31)}
+    memory = {stage: Usage(*x) for stage, x in usage.items()} | {"update": Usage(38, 1)}
+    result = Result("naive", 40_000, seconds, memory)
+    assert result.evaluate_seconds == pytest.approx(6.0)  # of 6, 5, 10
+    assert result.update_seconds == pytest.approx(0.6)  # of 0.6, 0.5, 0.9
+    assert (result.extra_bytes, result.held_bytes) == (700, 100)
+    assert result.evaluate_scratch_bytes == 600  # 700 - 100; 430 - 80
+    assert result.update_scratch_bytes == 130  # 230 - 100; 95 - 80; 38 - 31
 
 
 def test_growth_exponents():
@@ -83,19 +105,31 @@ def test_json_round_trip(tmp_path):
     report().save(path)
     assert Report.load(path) == report()
     path.write_text('{"format": 99}')
-    with pytest.raises(ValueError, match="not a benchmark report of format 1"):
+    with pytest.raises(ValueError, match="not a benchmark report of format 2"):
         Report.load(path)
 
 
 def test_table_and_targets():
     rows = cells(report())
     assert all(len(row) == len(COLUMNS) for row in rows)
-    assert rows[1][:7] == ["1,024", "(b) chunked torch", "250", "50.0", "4.00", "60.0", "0.086"]
+    assert dict(zip(COLUMNS, rows[2], strict=True)).items() >= {
+        "tokens": "1,024", "contender": "(b) chunked torch", "evaluate ms": "250", "update ms": "50.0",
+        "times (a)'s speed": "4.00", "times (a')'s speed": "2.00", "extra MiB": "60.0", "of (a)'s": "0.086",
+        "held MiB": "20.0", "scratch MiB": "40.0", "update scratch MiB": "5.00",
+    }.items()  # fmt: skip
+    assert rows[-2][1] == "(b) chunked torch" and rows[-2][4:6] == ["—", "3.00"]  # (a) does not fit, (a') does
     assert ["65,536", "(a) as published: needs 47.0 GB, 9.0 GB free"] in [row[:2] for row in rows]
     assert [row[:2] for row in rows if "GPU" in row[1]] == [["all", "(c) fused: needs a GPU"]]
     assert [(v.measured, v.met) for v in judge_targets(report())] == [("5.00", True), ("0.050", True), ("1.00", True)]
     slow = replace(report(), copy_bytes_per_second=1.0, sizes={**report().sizes, "tp": 4})
     assert judge_targets(slow) == []  # the targets are of TP 1
+
+
+def test_other_settings_of_the_allocator_are_named():
+    r = report()
+    assert "MALLOC" not in markdown(r)
+    changed = replace(r, environment={**r.environment, "allocator": "MALLOC_MMAP_MAX_=0"})
+    assert "1 of 2 cores, MALLOC_MMAP_MAX_=0, torch 2.13.0" in markdown(changed)
 
 
 def test_a_missed_target_says_so():

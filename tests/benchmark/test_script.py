@@ -40,7 +40,7 @@ def test_a_small_run_writes_json_markdown_figure_and_profile(tmp_path):
     stem = "V500-H16-tp1-cpu"
     report = Report.load(tmp_path / f"{stem}.json")
     assert [(r.contender, r.tokens) for r in report.results if not r.skipped] == [
-        ("naive", 64), ("torch", 64), ("naive", 128), ("torch", 128),
+        (contender, n) for n in (64, 128) for contender in ("naive", "naive_reused", "torch")
     ]  # fmt: skip
     for row in json.loads((tmp_path / f"{stem}.json").read_text())["derived"]:
         numbers = {k: v for k, v in row.items() if k != "contender"}
@@ -104,12 +104,21 @@ def _built_with(arguments):
     return build
 
 
+def test_the_naive_formulation_is_left_out_where_it_would_take_too_long(monkeypatch):
+    workload = Workload("tiny", 500, 16, 1, 20, (64, 128), "cpu")
+    monkeypatch.setattr(runner, "NAIVE_SECONDS", 1e-9)
+    report = runner.run(workload, repeats=1, say=lambda text: None)
+    skipped = {(r.contender, r.tokens): r.skipped for r in report.results if r.contender != "triton" and r.skipped}
+    assert skipped == dict.fromkeys([("naive", 128), ("naive_reused", 128)], "would take 0 s")
+    assert report.result("torch", 128) and report.speedup(report.result("torch", 128)) is None
+
+
 def test_batches_are_the_same_for_every_size_and_have_the_stated_support():
     workload = Workload("tiny", 3000, 8, 1, 20, (256,), "cpu")
     batch, again = make_batch(workload, 256, seed=5), make_batch(workload, 256, seed=5)
     assert torch.equal(batch.logits, again.logits) and torch.equal(batch.actions, again.actions)
     assert torch.equal(batch.support.long(), batch.logits.topk(20).indices)
-    assert batch.prefix(10).logits.data_ptr() == batch.logits.data_ptr()
+    assert batch.part(slice(10)).logits.data_ptr() == batch.logits.data_ptr()
     assert batch.distinct_rows == len(set(batch.support.flatten().tolist())) < 0.5 * batch.support.numel()
     inside = (batch.support == batch.actions[:, None]).any(-1).float().mean()
     assert 0.9 < inside < 1.0

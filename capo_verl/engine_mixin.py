@@ -99,8 +99,6 @@ class CapoEngineMixin:
     def forward_backward_batch(self, data: TensorDict, loss_function: Any, forward_only: bool = False) -> Any:
         config = None if forward_only else capo_config_of(loss_function)
         if config is None:
-            if not forward_only:
-                self._loaded_state = None  # a run without CAPO: what its checkpoint held is out of date from here on
             return super().forward_backward_batch(data, loss_function, forward_only)
         if self._capo is None:
             self._switch_on(config)

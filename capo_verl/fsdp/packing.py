@@ -14,13 +14,15 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 from verl.utils.ulysses import ulysses_pad_and_slice_inputs
-from verl.workers.engine.utils import pad_packed_inputs
 
 from capo_verl.response import SAMPLE, PackedResponse, max_response_tokens, next_token_fields
 
 
 def packed_response(engine: Any, batch: TensorDict) -> PackedResponse:
     """Advantages and response mask ``[1, total]`` (of this Ulysses rank), laid out like ``input_ids_rmpad_rolled``."""
+    # Here and not above: loading verl's engines loads ours, which imports this module.
+    from verl.workers.engine.utils import pad_packed_inputs
+
     fields = next_token_fields(batch).T
     fields, _ = pad_packed_inputs(fields, None, engine._get_packed_pad_size(fields.shape[1]))
     if engine.use_ulysses_sp:

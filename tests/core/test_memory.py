@@ -47,7 +47,9 @@ def test_the_formula_counts_the_tensors(dtype, tokens):
     together = held(
         [capo._retained, capo.model._accepted._kept, capo.model._accepted._sums, capo.model._accepted._count]
     )
-    assert together == pytest.approx(expected.tokens + expected.row_sums, abs=8)  # a scalar or two
+    assert together == pytest.approx(
+        expected.tokens + expected.row_sums, abs=32
+    )  # a few scalars, less than a token takes
 
 
 def table() -> str:

@@ -105,4 +105,4 @@ def test_says_where(monkeypatch):
     (sync,) = syncs
     assert sync.operation == "index" and sync.where.startswith("core/order_statistics.py:")
     line = int(sync.where.split(":")[1])
-    assert "_flip_negative(bits)" in (PACKAGE / "core/order_statistics.py").read_text().splitlines()[line - 1]
+    assert "flip_negative(bits)" in (PACKAGE / "core/order_statistics.py").read_text().splitlines()[line - 1]

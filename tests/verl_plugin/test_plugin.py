@@ -38,7 +38,9 @@ def test_capos_engines_win(platform):
         assert "CapoFSDPEngineWithLMHead" in classes and ("CpuFsdpEngine" in classes) == (platform == "cpu")
 
 
-@pytest.mark.parametrize("first", ["megatron.engine", "cpu.engine", "fsdp.engine", "cpu.fsdp_engine"])
+@pytest.mark.parametrize(
+    "first", ["megatron.engine", "cpu.engine", "fsdp.engine", "cpu.fsdp_engine", "fsdp.packing", "megatron.packing"]
+)
 def test_our_engines_may_be_imported_before_verls(first):
     code = (
         f"import verl, importlib; importlib.import_module('capo_verl.{first}')\n"

@@ -20,8 +20,9 @@ from torch import Tensor
 
 from capo_verl.core import collectives
 from capo_verl.core.chunks import chunk_slices, scratch_elements
+from capo_verl.core.entries import sort_by_row
+from capo_verl.core.kernels import plain
 from capo_verl.core.optimizer_model import OptimizerModel
-from capo_verl.core.segments import segment_sums
 from capo_verl.core.support import Pairs, Support
 
 
@@ -94,6 +95,8 @@ def set_shifts(
         segments, segment, count = key.unique(return_inverse=True, return_counts=True)
     segment_rows, segment_groups = segments % rows_per_rank, segments // rows_per_rank
     weight = advantages[pairs.token] * pairs.v
+    entries = sort_by_row(segment[:, None], weight[:, None], torch.ones_like(pairs.taken), len(segments))
+    entries = entries._replace(token=pairs.token[entries.token])
 
     u = torch.zeros_like(weight)
     inner = torch.zeros(n_groups, device=device, dtype=dtype)
@@ -101,8 +104,7 @@ def set_shifts(
     for columns in chunk_slices(hidden[0].shape[1], width):
         h = torch.cat([part[:, columns].to(dtype) for part in hidden])
         gradient = torch.zeros(len(segments), h.shape[1], device=device, dtype=dtype)
-        for at, total in segment_sums(h, pairs.token, segment, weight):
-            gradient[at] = total
+        plain.add_row_sums(entries, h, gradient)
         collectives.sum_(gradient, reduce_groups).div_(count[:, None])
         direction = model.precondition(segment_rows, gradient, columns)
         inner.index_add_(0, segment_groups, torch.linalg.vecdot(gradient, direction))

@@ -54,7 +54,7 @@ def test_equals_oracle(seed, shape, top_k, optimizer_model, granularity, tau_f, 
     capo, oracle = make(config, v, h)
     with pytest.MonkeyPatch.context() as patch:
         if tiny_scratch:  # many chunks even at these sizes
-            for module in ("curvature", "segments", "support", "kernels.plain"):
+            for module in ("curvature", "support", "kernels.plain"):
                 patch.setattr(f"capo_verl.core.{module}.scratch_elements", lambda device: 7)
             patch.setattr("capo_verl.core.filter.block_tokens", lambda device: 3)
             patch.setattr("capo_verl.core.kernels.plain.TILE_ELEMENTS", 5)

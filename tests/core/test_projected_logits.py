@@ -103,7 +103,7 @@ def test_equals_oracle(
 
 
 def _tiny_scratch(patch: pytest.MonkeyPatch) -> None:
-    for module in ("curvature", "segments", "support", "kernels.plain"):
+    for module in ("curvature", "support", "kernels.plain"):
         patch.setattr(f"capo_verl.core.{module}.scratch_elements", lambda device: 7)
     patch.setattr("capo_verl.core.projected_logits.block_elements", lambda device: 7)
     patch.setattr("capo_verl.core.kernels.plain.BLOCK_ENTRIES", 5)

@@ -15,6 +15,7 @@ import torch
 from tests.helpers.grouped import in_turn
 from tests.helpers.recording import BETAS, EPS, KNOBS, LEARNING_RATES, RecordedBatch, RecordedStep, record
 from tests.helpers.spawn import run_on_ranks
+from tests.helpers.syncs import recorded_syncs
 from tests.helpers.tiny_model import make_tiny_model
 
 PRELOAD = ("torch", "verl.workers.engine.megatron.transformer_impl", "capo_verl.cpu.bridge")
@@ -102,10 +103,12 @@ def replay(
                 mpu.get_tensor_model_parallel_rank()
             ]
             ours = {name: layout[name] for name in ("use_fp8_padding", "cp_layout") if name in layout}
-            places = token_positions(fields, label.shape, data_format, **ours)
-            response = pack_response(fields, places)
-            # Every token sits in one place on one rank, and finds its way back.
-            back = unpack(places.float(), fields, places)
+            with recorded_syncs() as found:
+                places = token_positions(fields, label.shape, data_format, **ours)
+                response = pack_response(fields, places)
+                # Every token sits in one place on one rank, and finds its way back.
+                back = unpack(places.float(), fields, places)
+            assert found == []
             assert torch.equal(back.values(), torch.arange(len(back.values())).float())
             out = capo.evaluate(
                 hidden, logits, label, response.advantages, response.response_mask, learning_rate, skip_masked=True,

@@ -16,6 +16,8 @@ from types import ModuleType
 
 import wrapt
 
+from capo_verl.launch import stop
+
 logger = logging.getLogger(__name__)
 
 FAILURES: dict[str, Exception] = {}
@@ -85,6 +87,7 @@ def register() -> None:
     )
     _when_imported("verl.utils.py_functional", "metric names", _keep_metric_names)
     _when_imported("verl.utils.config", "start-up checks", _check_before_start)
+    _when_imported("verl.trainer.ppo.v1.trainer_sync", "stop requests", stop.install)
     verl_engine = "verl.workers.engine.{}.transformer_impl"
     _when_imported(verl_engine.format("megatron"), "Megatron engine", _import("capo_verl.megatron.engine"))
     _when_imported(verl_engine.format("fsdp"), "FSDP engine", _import("capo_verl.fsdp.engine"))

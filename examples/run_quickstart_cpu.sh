@@ -4,9 +4,12 @@
 #
 #   capo-verl quickstart --prepare-only        # makes the data and the model, prints the two paths to export
 #   bash examples/run_quickstart_cpu.sh                                          # GRPO
-#   CAPO=actor_rollout_ref.actor.policy_loss.capo
-#   bash examples/run_quickstart_cpu.sh +capo=grpo $CAPO.policy_shift_max=5e-4 $CAPO.objective_shift_max=6e-2   # CAPO
+#   KNOBS=actor_rollout_ref.actor.policy_loss.capo
+#   CAPO=grpo bash examples/run_quickstart_cpu.sh $KNOBS.policy_shift_max=5e-4 $KNOBS.objective_shift_max=6e-2   # CAPO
 #   MODEL_ENGINE=dp bash examples/run_quickstart_cpu.sh                          # with verl's FSDP engine
+#   DRY_RUN=1 bash examples/run_quickstart_cpu.sh                                # prints what it would do
+#
+# Further variables (nodes, checkpoints, resuming): examples/common.sh.
 
 set -euo pipefail
 

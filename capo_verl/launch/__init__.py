@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Starting, stopping and resuming runs: what the scripts in ``examples/`` and ``scripts/slurm/`` need in Python."""
+"""What happens around a run: planning it, checking it, starting it."""

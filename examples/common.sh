@@ -1,0 +1,124 @@
+# shellcheck shell=bash disable=SC2034,SC2154
+# SPDX-License-Identifier: Apache-2.0
+# Sourced by common_cpu.sh and common_megatron_gpu.sh: what every launcher shares.
+#
+# CAPO               off (default), grpo, dr_grpo, reinforce or track; the same as +capo=NAME on the command line
+# DRY_RUN            1: print the resolved configuration and the plan, start nothing
+# NNODES             nodes of the run (default: those of the Slurm job, else 1)
+# OUTPUT_DIR         checkpoints, metrics, Hydra's copy of the configuration; on a file system that all nodes share
+# SAVE_FREQ          write a checkpoint every so many steps; -1: none
+# RESUME_MODE        auto (continue from the latest checkpoint in OUTPUT_DIR, if any), disable, or resume_path
+# MAX_CKPT_TO_KEEP   older checkpoints are removed; null keeps all
+# VERL_FILE_LOGGER_PATH   metrics of this attempt (default: $OUTPUT_DIR/metrics.jsonl, metrics.2.jsonl after a restart, ...)
+# RAY_ADDRESS        join this Ray cluster instead of starting one
+# PYTHON             interpreter (default python3)
+
+# refuse MESSAGE: one line, exit code 2.
+refuse() {
+    echo "$(basename "$0"): $1" >&2
+    exit 2
+}
+
+CAPO=${CAPO:-off}
+NNODES=${NNODES:-${SLURM_JOB_NUM_NODES:-1}}
+[[ $NNODES =~ ^[1-9][0-9]*$ ]] || refuse "NNODES=$NNODES: set it to the number of nodes"
+save_freq=${SAVE_FREQ:-$default_save_freq}
+if [[ $save_freq =~ ^[1-9] ]]; then default_resume_mode=auto; else default_resume_mode=disable; fi
+resume_mode=${RESUME_MODE:-$default_resume_mode}
+# Ray's workers may have another working directory.
+[[ $OUTPUT_DIR == /* ]] || OUTPUT_DIR=$PWD/$OUTPUT_DIR
+
+REF=()
+
+CHECKPOINTS=(
+    trainer.default_local_dir="'$OUTPUT_DIR/checkpoints'"
+    trainer.save_freq="$save_freq"
+    trainer.resume_mode="$resume_mode"
+    trainer.max_actor_ckpt_to_keep="${MAX_CKPT_TO_KEEP:-null}"
+)
+# verl would start Megatron's schedule anew after a resume; FSDP's is always restored.
+if [[ $model_engine == megatron ]]; then
+    CHECKPOINTS+=(actor_rollout_ref.actor.optim.use_checkpoint_opt_param_scheduler=True)
+fi
+
+# Environment variables that the workers need. Those of a cluster that already runs have its environment, not ours.
+FORWARDED=(VERL_FILE_LOGGER_PATH)
+
+# choose_algorithm "$@": fills ALGORITHM. A preset brings its own settings, and explicit ones would win over it.
+choose_algorithm() {
+    local argument on_command_line=
+    for argument in "$@"; do
+        if [[ $argument == +capo=* ]]; then on_command_line=${argument#+capo=}; fi
+    done
+    if [[ -n $on_command_line ]]; then
+        if [[ $CAPO != off && $CAPO != "$on_command_line" ]]; then
+            refuse "CAPO=$CAPO and +capo=$on_command_line contradict each other: drop one of them"
+        fi
+        CAPO=$on_command_line
+    fi
+    ALGORITHM=(algorithm.use_kl_in_reward=False)
+    case $CAPO in
+        grpo | dr_grpo | reinforce) ;;
+        off | track)
+            ALGORITHM+=(
+                algorithm.adv_estimator=grpo
+                algorithm.norm_adv_by_std_in_grpo=True
+                actor_rollout_ref.actor.loss_agg_mode=seq-mean-token-mean
+            )
+            ;;
+        *) refuse "CAPO=$CAPO: choose one of grpo, dr_grpo, reinforce, track, off" ;;
+    esac
+    if [[ $CAPO != off && -z $on_command_line ]]; then ALGORITHM+=("+capo=$CAPO"); fi
+}
+
+# verl empties the file it writes to: every attempt gets its own.
+metrics_of_this_attempt() {
+    local file=$OUTPUT_DIR/metrics.jsonl attempt=2
+    while [[ -e $file ]]; do
+        file=$OUTPUT_DIR/metrics.$attempt.jsonl
+        attempt=$((attempt + 1))
+    done
+    echo "$file"
+}
+
+# forward_environment: fills FORWARD with what hands the variables named in FORWARDED to the workers.
+forward_environment() {
+    FORWARD=()
+    local name quote="'"
+    for name in "${FORWARDED[@]}"; do
+        if [[ -n ${!name:-} ]]; then
+            FORWARD+=("+ray_kwargs.ray_init.runtime_env.env_vars.$name='${!name//$quote/\\$quote}'")
+        fi
+    done
+}
+
+# launch "$@": the arrays, then what was given on the command line, which wins.
+launch() {
+    local module=verl.trainer.main_ppo
+    choose_algorithm "$@"
+    if [[ ${DRY_RUN:-0} == 1 ]]; then
+        module=capo_verl.launch.dry_run
+    elif ! mkdir -p "$OUTPUT_DIR" 2>/dev/null || [[ ! -w $OUTPUT_DIR ]]; then
+        refuse "OUTPUT_DIR=$OUTPUT_DIR cannot be written to: set it to a folder of yours"
+    fi
+    export VERL_FILE_LOGGER_PATH=${VERL_FILE_LOGGER_PATH:-$(metrics_of_this_attempt)}
+    if [[ -n ${RAY_ADDRESS:-} ]]; then
+        forward_environment
+    else
+        FORWARD=("${LOCAL_RAY[@]}")
+    fi
+    exec "${PYTHON:-python3}" -W ignore -m "$module" \
+        "${ALGORITHM[@]}" \
+        "${DATA[@]}" \
+        "${MODEL[@]}" \
+        "${ACTOR[@]}" \
+        "${ROLLOUT[@]}" \
+        ${REF[@]+"${REF[@]}"} \
+        "${REWARD[@]}" \
+        "${TRAINER[@]}" \
+        "${CHECKPOINTS[@]}" \
+        "${EXTRA[@]}" \
+        "${FORWARD[@]}" \
+        "hydra.run.dir='$OUTPUT_DIR/hydra'" \
+        "$@"
+}

@@ -13,13 +13,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.tiny_inputs import make_inputs
+
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.e2e
-
-REWARD = """
-def compute_score(data_source, solution_str, ground_truth, extra_info=None, **kwargs):
-    return {"score": float(sum(c.isdigit() for c in solution_str)) / max(len(solution_str), 1), "acc": 0.0}
-"""
 
 # Python imports it in every process of the run, Ray's workers included.
 SABOTAGE = """
@@ -68,27 +65,7 @@ CAPO_AND_CHECKPOINTS = (
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory) -> Path:
-    """A random tiny model, a few prompts, a reward that varies."""
-    import pandas as pd
-
-    from tests.helpers.tiny_model import make_tiny_qwen2
-
-    folder = tmp_path_factory.mktemp("inputs")
-    make_tiny_qwen2(folder / "model")
-    rows = [
-        {
-            "data_source": "digits",
-            "prompt": [{"role": "user", "content": f"{i}+{i}="}],
-            "ability": "math",
-            "reward_model": {"style": "rule", "ground_truth": str(2 * i)},
-            "extra_info": {"index": i},
-        }
-        for i in range(16)
-    ]
-    for split in ("train", "test"):
-        pd.DataFrame(rows).to_parquet(folder / f"{split}.parquet")
-    (folder / "reward.py").write_text(REWARD)
-    return folder
+    return make_inputs(tmp_path_factory.mktemp("inputs"))
 
 
 @pytest.fixture

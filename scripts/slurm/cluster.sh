@@ -1,0 +1,167 @@
+# shellcheck shell=bash disable=SC2154
+# SPDX-License-Identifier: Apache-2.0
+# Sourced by examples/slurm/train.sbatch: a Ray cluster over the nodes of a Slurm job. Its knobs are listed there.
+
+# say MESSAGE: to the job's output, with the time.
+say() { echo "[$(date +%H:%M:%S) job ${SLURM_JOB_ID} attempt ${attempt}] $*"; }
+
+# fail MESSAGE [EXIT_CODE]: ends the job; the EXIT trap stops Ray.
+fail() {
+    say "ERROR: $1" >&2
+    exit "${2:-1}"
+}
+
+# on_node NODE LOG COMMAND...: a step on one node, inside the container if there is one. Replaces the (sub)shell it is called in, so
+# that a signal to that process reaches srun.
+# --overlap: the steps share the job's GPUs. Since Slurm 22.05 srun does not inherit the number of CPUs from sbatch, and bound to
+# one CPU Ray's workers never register.
+on_node() {
+    local node=$1 log=$2
+    shift 2
+    if [[ -n $ray_leash ]]; then exec {ray_leash}>&-; fi
+    exec srun --quiet --overlap --nodes=1 --ntasks=1 --nodelist="$node" --cpus-per-task="$cpus_per_node" \
+        --export=ALL --output="$log" --error="$log" --open-mode=append "${SRUN_OPTIONS[@]}" "${IN_ENVIRONMENT[@]}" "$@"
+}
+
+# choose_environment: fills SRUN_OPTIONS and IN_ENVIRONMENT, which put a command into the venv, conda environment or container.
+choose_environment() {
+    SRUN_OPTIONS=() IN_ENVIRONMENT=()
+    local chosen=0 variable
+    for variable in VENV CONDA_ENV CONTAINER_IMAGE; do
+        if [[ -n ${!variable:-} ]]; then chosen=$((chosen + 1)); fi
+    done
+    ((chosen <= 1)) || fail "set only one of VENV, CONDA_ENV and CONTAINER_IMAGE" 2
+    if [[ -n ${SETUP:-} ]]; then
+        [[ -r $SETUP ]] || fail "SETUP=$SETUP cannot be read: set it to a file to be sourced, e.g. with your 'module load' lines" 2
+        # shellcheck disable=SC1090
+        source "$SETUP"
+    fi
+    if [[ -n ${VENV:-} ]]; then
+        [[ -x $VENV/bin/python ]] || fail "VENV=$VENV has no bin/python: set it to a virtual environment all nodes see" 2
+        export VIRTUAL_ENV=$VENV PATH=$VENV/bin:$PATH
+    elif [[ -n ${CONDA_ENV:-} ]]; then
+        command -v conda >/dev/null || fail "CONDA_ENV=$CONDA_ENV, but there is no conda: load its module in SETUP" 2
+        IN_ENVIRONMENT=(conda run --no-capture-output -n "$CONDA_ENV")
+        if [[ $CONDA_ENV == */* ]]; then IN_ENVIRONMENT[3]=-p; fi
+    elif [[ -n ${CONTAINER_IMAGE:-} ]]; then
+        local mounts="$root,$OUTPUT_DIR,$RAY_TMP_ROOT${CONTAINER_MOUNTS:+,$CONTAINER_MOUNTS}"
+        case ${CONTAINER_RUNTIME:-pyxis} in
+            pyxis)
+                local mount pyxis_mounts=
+                for mount in ${mounts//,/ }; do
+                    [[ $mount == *:* ]] || mount=$mount:$mount
+                    pyxis_mounts+=${pyxis_mounts:+,}$mount
+                done
+                SRUN_OPTIONS=(--container-image="$CONTAINER_IMAGE" --container-mounts="$pyxis_mounts" --container-workdir="$PWD")
+                ;;
+            apptainer | singularity)
+                command -v "$CONTAINER_RUNTIME" >/dev/null || fail "CONTAINER_RUNTIME=$CONTAINER_RUNTIME is not installed" 2
+                IN_ENVIRONMENT=("$CONTAINER_RUNTIME" exec --nv --bind "$mounts" --pwd "$PWD" "$CONTAINER_IMAGE")
+                ;;
+            *) fail "CONTAINER_RUNTIME=$CONTAINER_RUNTIME: choose pyxis, apptainer or singularity" 2 ;;
+        esac
+    fi
+}
+
+# GPUs that Slurm gave this job on each node; the same everywhere, or refused.
+detect_gpus() {
+    if [[ -n ${NGPUS_PER_NODE:-} ]]; then
+        echo "$NGPUS_PER_NODE"
+    elif [[ -n ${SLURM_GPUS_ON_NODE:-} ]]; then
+        echo "$SLURM_GPUS_ON_NODE"
+    elif [[ -n ${SLURM_JOB_GPUS:-} ]]; then
+        tr ',' '\n' <<<"$SLURM_JOB_GPUS" | grep -c .
+    else
+        fail "no GPUs in this job: ask for them (--gres=gpu:8), or set NGPUS_PER_NODE (on CPUs: ranks per node)" 2
+    fi
+}
+
+# The IPv4 address under which the other nodes reach the head.
+find_head_address() {
+    local head=${nodes[0]} address
+    if [[ -n ${HEAD_ADDRESS:-} ]]; then
+        echo "$HEAD_ADDRESS"
+        return
+    fi
+    if [[ -n ${NIC:-} ]]; then
+        address=$(ip -4 -o addr show dev "$NIC" 2>/dev/null | sed -n 's/.* inet \([0-9.]*\).*/\1/p' | head -n 1)
+        [[ -n $address ]] || fail "NIC=$NIC has no IPv4 address on $head: 'ip -4 addr' there lists what there is" 2
+        echo "$address"
+        return
+    fi
+    # The address at which Slurm itself reaches the node. A host name may resolve to the loopback on the host itself.
+    address=$(scontrol show node "$head" --oneliner | sed -n 's/.* NodeAddr=\([^ ]*\).*/\1/p')
+    address=$(getent ahostsv4 "${address:-$head}" | awk 'NR == 1 { print $1 }')
+    if [[ -z $address || $address == 127.* ]] && ((${#nodes[@]} > 1)); then
+        local other
+        other=$(scontrol show node "${nodes[1]}" --oneliner | sed -n 's/.* NodeAddr=\([^ ]*\).*/\1/p')
+        other=$(getent ahostsv4 "$other" | awk 'NR == 1 { print $1 }')
+        if [[ -n $other && $other != 127.* ]]; then
+            address=$(ip -4 -o route get "$other" | sed -n 's/.* src \([0-9.]*\).*/\1/p')
+        fi
+    fi
+    [[ -n $address ]] || fail "the address of $head is unknown: set HEAD_ADDRESS or NIC" 2
+    echo "$address"
+}
+
+# The first of three free ports, below the range that the system takes for clients; where to begin follows from the job's id.
+find_port() {
+    local first=$((20000 + SLURM_JOB_ID * 8 % 12000)) attempts port offset
+    for attempts in {0..99}; do
+        port=$((20000 + (first - 20000 + attempts * 8) % 12000))
+        for offset in 0 1 2; do
+            if (exec 3<>"/dev/tcp/127.0.0.1/$((port + offset))") 2>/dev/null ||
+                (exec 3<>"/dev/tcp/$head_address/$((port + offset))") 2>/dev/null; then continue 2; fi
+        done
+        echo "$port"
+        return
+    done
+    fail "no free port between 20000 and 32000 on ${nodes[0]}"
+}
+
+# start_ray: one step per node, in the background; fills ray_steps. They run as long as this shell holds the other end of their
+# standard input: a signal would go to all processes of a step at once, and Ray could not end in order.
+start_ray() {
+    local index role fifo
+    fifo=$(mktemp -u "$RAY_TMP_ROOT/leash.XXXXXX")
+    mkfifo -m 600 "$fifo"
+    exec {ray_leash}<>"$fifo"
+    for index in "${!nodes[@]}"; do
+        role=worker
+        if ((index == 0)); then role="head"; fi
+        on_node "${nodes[index]}" "$logs/ray-${nodes[index]}.log" bash "$root/scripts/slurm/ray_node.sh" \
+            "$role" "${nodes[index]}" "$head_address" "$port" "$gpus_per_node" "$ray_cpus" "$ray_temp.$index" <"$fifo" &
+        ray_steps[index]=$!
+        # The others need somebody to join; they try for a while by themselves.
+        if ((index == 0)); then sleep "${HEAD_START_SECONDS:-5}" & wait $! || true; fi
+    done
+    rm "$fifo"
+}
+
+# Whether all of Ray's steps still run; otherwise says which ended, with the end of its log.
+ray_is_whole() {
+    local index
+    for index in "${!ray_steps[@]}"; do
+        if ! kill -0 "${ray_steps[index]}" 2>/dev/null; then
+            say "ERROR: Ray on node ${nodes[index]} ended; last lines of $logs/ray-${nodes[index]}.log:" >&2
+            tail -n 20 "$logs/ray-${nodes[index]}.log" | cut -c1-400 | sed 's/^/    /' >&2
+            return 1
+        fi
+    done
+}
+
+# stop_ray: on all nodes, on every way out of the job.
+stop_ray() {
+    local pids=("${driver_step:-}" "${ray_steps[@]}") pid deadline=$((SECONDS + 45))
+    if [[ -n ${driver_step:-} ]]; then kill -TERM "$driver_step" 2>/dev/null || true; fi
+    if [[ -n $ray_leash ]]; then exec {ray_leash}>&-; fi
+    ray_leash=""
+    for pid in "${pids[@]}"; do
+        [[ -n $pid ]] || continue
+        while kill -0 "$pid" 2>/dev/null && ((SECONDS < deadline)); do sleep 0.5; done
+        kill -KILL "$pid" 2>/dev/null || true
+        wait "$pid" 2>/dev/null || true
+    done
+    driver_step=""
+    ray_steps=()
+}

@@ -122,20 +122,18 @@ find_port() {
 # start_ray: one step per node, in the background; fills ray_steps. They run as long as this shell holds the other end of their
 # standard input: a signal would go to all processes of a step at once, and Ray could not end in order.
 start_ray() {
-    local index role fifo
-    fifo=$(mktemp -u "$RAY_TMP_ROOT/leash.XXXXXX")
-    mkfifo -m 600 "$fifo"
-    exec {ray_leash}<>"$fifo"
+    local index role
+    mkfifo -m 600 "$ray_temp.leash"
+    exec {ray_leash}<>"$ray_temp.leash"
     for index in "${!nodes[@]}"; do
         role=worker
         if ((index == 0)); then role="head"; fi
         on_node "${nodes[index]}" "$logs/ray-${nodes[index]}.log" bash "$root/scripts/slurm/ray_node.sh" \
-            "$role" "${nodes[index]}" "$head_address" "$port" "$gpus_per_node" "$ray_cpus" "$ray_temp.$index" <"$fifo" &
+            "$role" "${nodes[index]}" "$head_address" "$port" "$gpus_per_node" "$ray_cpus" "$ray_temp.$index" <"$ray_temp.leash" &
         ray_steps[index]=$!
         # The others need somebody to join; they try for a while by themselves.
         if ((index == 0)); then sleep "${HEAD_START_SECONDS:-5}" & wait $! || true; fi
     done
-    rm "$fifo"
 }
 
 # Whether all of Ray's steps still run; otherwise says which ended, with the end of its log.
@@ -144,7 +142,7 @@ ray_is_whole() {
     for index in "${!ray_steps[@]}"; do
         if ! kill -0 "${ray_steps[index]}" 2>/dev/null; then
             say "ERROR: Ray on node ${nodes[index]} ended; last lines of $logs/ray-${nodes[index]}.log:" >&2
-            tail -n 20 "$logs/ray-${nodes[index]}.log" | cut -c1-400 | sed 's/^/    /' >&2
+            tail -n 20 "$logs/ray-${nodes[index]}.log" 2>&1 | cut -c1-400 | sed 's/^/    /' >&2
             return 1
         fi
     done
@@ -156,6 +154,7 @@ stop_ray() {
     if [[ -n ${driver_step:-} ]]; then kill -TERM "$driver_step" 2>/dev/null || true; fi
     if [[ -n $ray_leash ]]; then exec {ray_leash}>&-; fi
     ray_leash=""
+    rm -f "$ray_temp.leash"
     for pid in "${pids[@]}"; do
         [[ -n $pid ]] || continue
         while kill -0 "$pid" 2>/dev/null && ((SECONDS < deadline)); do sleep 0.5; done

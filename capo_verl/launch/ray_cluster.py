@@ -117,10 +117,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         wait_for(ray_cluster, args.nodes, args.gpus_per_node, args.timeout, lambda line: print(line, flush=True))
     except NotReady as e:
-        print(e, file=sys.stderr)
         for node in e.nodes:
             path = Path(args.log.format(node=node))
             print(f"  last lines of {path}:\n{tail(path)}", file=sys.stderr)
+        print(e, file=sys.stderr)  # last, where the job's own output shows it
         return 3
     finally:
         ray.shutdown()

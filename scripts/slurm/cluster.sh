@@ -26,16 +26,16 @@ on_node() {
 # choose_environment: fills SRUN_OPTIONS and IN_ENVIRONMENT, which put a command into the venv, conda environment or container.
 choose_environment() {
     SRUN_OPTIONS=() IN_ENVIRONMENT=()
-    local chosen=0 variable
-    for variable in VENV CONDA_ENV CONTAINER_IMAGE; do
-        if [[ -n ${!variable:-} ]]; then chosen=$((chosen + 1)); fi
-    done
-    ((chosen <= 1)) || fail "set only one of VENV, CONDA_ENV and CONTAINER_IMAGE" 2
     if [[ -n ${SETUP:-} ]]; then
         [[ -r $SETUP ]] || fail "SETUP=$SETUP cannot be read: set it to a file to be sourced, e.g. with your 'module load' lines" 2
         # shellcheck disable=SC1090
         source "$SETUP"
     fi
+    local chosen=0 variable
+    for variable in VENV CONDA_ENV CONTAINER_IMAGE; do
+        if [[ -n ${!variable:-} ]]; then chosen=$((chosen + 1)); fi
+    done
+    ((chosen <= 1)) || fail "set only one of VENV, CONDA_ENV and CONTAINER_IMAGE" 2
     if [[ -n ${VENV:-} ]]; then
         [[ -x $VENV/bin/python ]] || fail "VENV=$VENV has no bin/python: set it to a virtual environment all nodes see" 2
         export VIRTUAL_ENV=$VENV PATH=$VENV/bin:$PATH

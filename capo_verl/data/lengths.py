@@ -21,7 +21,7 @@ class Lengths:
     """Prompts above the limit: verl leaves them out (``data.filter_overlong_prompts``) or stops."""
 
 
-def load_tokenizer(path: str) -> Any:
+def load_tokenizer(path: str, option: str = "--tokenizer") -> Any:
     """
     Raises:
         ValueError: if there is no tokenizer with a chat template.
@@ -31,9 +31,9 @@ def load_tokenizer(path: str) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
-        raise ValueError(f"--tokenizer {path}: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"{option} {path}: {str(error).splitlines()[0]}") from error
     if not tokenizer.chat_template:
-        raise ValueError(f"--tokenizer {path}: it has no chat template, so a prompt's length cannot be told")
+        raise ValueError(f"{option} {path}: it has no chat template, so a prompt's length cannot be told")
     return tokenizer
 
 

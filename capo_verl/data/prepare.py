@@ -202,6 +202,11 @@ def write_parquet(rows: Sequence[Row], path: Path) -> None:
     _write_atomically(path, lambda scratch: parquet.write_table(pa.Table.from_pylist(list(rows)), scratch))
 
 
+def write_json(value: Any, path: Path) -> None:
+    """One JSON file, whole or not at all."""
+    _write_atomically(path, lambda scratch: scratch.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8"))
+
+
 def _write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
     descriptor, scratch = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     os.close(descriptor)
@@ -261,7 +266,7 @@ def _write_report(path: Path, report: dict[str, dict[str, Any]]) -> None:
     """Add to the report of earlier calls with the same folder."""
     earlier = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     merged = {part: {**earlier.get(part, {}), **values} for part, values in report.items()}
-    _write_atomically(path, lambda scratch: scratch.write_text(json.dumps(merged, indent=2) + "\n", encoding="utf-8"))
+    write_json(merged, path)
 
 
 def _show(console: Console, output, files, found, measured, args) -> None:  # type: ignore[no-untyped-def]

@@ -64,7 +64,7 @@ class DataSet:
 
 
 GYM_LICENCE = "Apache-2.0 (reasoning-gym)"
-MAA = "none stated; problems by the Mathematical Association of America"
+MAA = "not checked; problems by the Mathematical Association of America"
 NEMO_GYM = ("nemo-gym", "0.7.0", "cce78fc3fd048f36b4c465fe8e9fe3cc5e7afb6f6e287bfe831f156988508a70")
 COMPETITIONS = "resources_servers/ns_tools/data/compmath_test.jsonl"
 
@@ -80,7 +80,7 @@ _ALL = (
         answer_form="hashes",
     ),
     DataSet(
-        "math500", "MATH-500", "HuggingFaceH4/MATH-500", "MIT (hendrycks/math, openai/prm800k)", {"test": 500},
+        "math500", "MATH-500", "HuggingFaceH4/MATH-500", "MIT (hendrycks/math, of which it is a part)", {"test": 500},
         hub=HubSource("HuggingFaceH4/MATH-500"),
     ),
     DataSet("amc23", "AMC23", "math-ai/amc23", MAA, {"test": 40}, hub=HubSource("math-ai/amc23")),
@@ -97,7 +97,7 @@ _ALL = (
         answer=("answer", "expected_answer"),
     ),
     DataSet(
-        "minerva", "Minerva Math", "math-ai/minervamath", "none stated; problems from MIT OpenCourseWare", {"test": 272},
+        "minerva", "Minerva Math", "math-ai/minervamath", "not checked; problems from MIT OpenCourseWare", {"test": 272},
         hub=HubSource("math-ai/minervamath"),
     ),
     DataSet(
@@ -106,11 +106,11 @@ _ALL = (
         question=("question",), context=("context",), answer=("final_answer", "answer"),
     ),
     DataSet(
-        "college_math", "CollegeMath", "di-zhang-fdu/College_Math_Test", "none stated; problems from college textbooks",
+        "college_math", "CollegeMath", "di-zhang-fdu/College_Math_Test", "not checked; problems from college textbooks",
         {"test": 2818}, hub=HubSource("di-zhang-fdu/College_Math_Test"),
     ),
     DataSet(
-        "gaokao2023en", "GaoKao 2023 En", "MARIO-Math-Reasoning/Gaokao2023-Math-En", "none stated; translated exam problems",
+        "gaokao2023en", "GaoKao 2023 En", "MARIO-Math-Reasoning/Gaokao2023-Math-En", "not checked; translated exam problems",
         {"test": 385}, hub=HubSource("MARIO-Math-Reasoning/Gaokao2023-Math-En", splits={"test": "train"}),
     ),
     DataSet(

@@ -20,6 +20,7 @@ SOURCE_PREFIX = "reasoning_gym/"
 GENERATOR = "spell_backward"
 DATA_SOURCE = SOURCE_PREFIX + GENERATOR
 SPLITS = ("test", "train", "sft")
+TUPLE = "__tuple__"
 
 Entry = Mapping[str, Any]
 """A problem of reasoning-gym: ``question``, ``answer``, ``metadata``."""
@@ -107,6 +108,24 @@ def generate(config: TaskConfig) -> dict[str, list[Entry]]:
     )
 
 
+def dump_entry(entry: Entry) -> str:
+    """An entry as JSON. Tuples are marked: some scorers compare with them. Other objects become their text."""
+    return json.dumps(_mark_tuples(entry), default=str)
+
+
+def load_entry(text: str) -> dict[str, Any]:
+    """What :func:`dump_entry` was given, but for objects that JSON does not have."""
+    return json.loads(text, object_hook=lambda value: tuple(value[TUPLE]) if value.keys() == {TUPLE} else value)
+
+
+def _mark_tuples(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return {TUPLE: [_mark_tuples(v) for v in value]}
+    if isinstance(value, list):
+        return [_mark_tuples(v) for v in value]
+    return {k: _mark_tuples(v) for k, v in value.items()} if isinstance(value, Mapping) else value
+
+
 def to_row(entry: Entry, index: int, split: str, prompt: Messages, ability: str) -> dict[str, Any]:
     """One row in verl's parquet schema. ``extra_info.entry`` is what the scorer needs, as JSON."""
     return {
@@ -114,7 +133,7 @@ def to_row(entry: Entry, index: int, split: str, prompt: Messages, ability: str)
         "prompt": prompt,
         "ability": ability,
         "reward_model": {"style": "rule", "ground_truth": entry["answer"]},
-        "extra_info": {"index": index, "split": split, "entry": json.dumps(entry)},
+        "extra_info": {"index": index, "split": split, "entry": dump_entry(entry)},
     }
 
 
@@ -182,13 +201,14 @@ def compute_score(
         raise ValueError(f"data_source={data_source!r}: expected {SOURCE_PREFIX}<generator>")
     if not extra_info or "entry" not in extra_info:
         raise ValueError("extra_info.entry is missing: write the data with capo_verl.quickstart.task.cached_data")
-    score = float(_scorer(data_source[len(SOURCE_PREFIX) :])(solution_str, json.loads(extra_info["entry"])))
+    score = float(scorer(data_source[len(SOURCE_PREFIX) :])(solution_str, load_entry(extra_info["entry"])))
     acc = float(score >= 1.0)
     return {"score": score if partial_credit else acc, "acc": acc}
 
 
 @lru_cache(maxsize=8)
-def _scorer(generator: str) -> Any:
+def scorer(generator: str) -> Any:
+    """reasoning-gym's scorer: (answer, entry) to a number in [0, 1]."""
     import reasoning_gym
 
     return reasoning_gym.get_score_answer_fn(generator)

@@ -1,0 +1,10 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rewards for what ``scripts/prepare_data.py`` writes.
+
+``math_answers``  the reward function that verl calls
+``extraction``    the final answer in a response
+``pool``          worker processes, killed and replaced when an answer takes too long
+``worker``        what runs in them
+``guard``         what they may not do
+``equivalence``   whether two answers are equal, by math-verify
+"""

@@ -29,6 +29,7 @@ resume_mode=${RESUME_MODE:-$default_resume_mode}
 [[ $OUTPUT_DIR == /* ]] || OUTPUT_DIR=$PWD/$OUTPUT_DIR
 
 REF=()
+ON_CPU=()
 
 CHECKPOINTS=(
     trainer.default_local_dir="'$OUTPUT_DIR/checkpoints'"
@@ -43,6 +44,32 @@ fi
 
 # Environment variables that the workers need. Those of a cluster that already runs have its environment, not ours.
 FORWARDED=(VERL_FILE_LOGGER_PATH)
+# For a cluster that starts with the run.
+LOCAL_RAY=(+ray_kwargs.ray_init.include_dashboard=False)
+
+# use_cpu RANKS: verl on CPUs, with the engines and the rollout server of capo_verl/cpu.
+use_cpu() {
+    export VERL_PLATFORM=cpu
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+    export PYTHONUNBUFFERED=1
+    export HF_HUB_OFFLINE=1
+    export RAY_USAGE_STATS_ENABLED=0
+    export TOKENIZERS_PARALLELISM=false
+    # Ray would start one idle worker per logical CPU, each importing torch.
+    export RAY_enable_worker_prestart=0
+    export RAY_prestart_worker_first_driver=0
+    # Ray runs its workers at nice 15: on a busy machine they would hardly run at all.
+    export RAY_worker_niceness=${RAY_worker_niceness:-0}
+    FORWARDED+=(VERL_PLATFORM OMP_NUM_THREADS PYTHONUNBUFFERED HF_HUB_OFFLINE TOKENIZERS_PARALLELISM
+        MALLOC_ARENA_MAX MALLOC_MMAP_THRESHOLD_)
+    # Ray counts logical CPUs and "GPUs" (here: one per rank of the trainer); they need not exist.
+    LOCAL_RAY+=(ray_kwargs.ray_init.num_cpus=12 "+ray_kwargs.ray_init.num_gpus=$1")
+    ON_CPU=(
+        transfer_queue.backend.SimpleStorage.num_data_storage_units=1
+        trainer.v1.sampler.custom_sampler.path=pkg://capo_verl.cpu.replay_buffer
+        trainer.v1.sampler.custom_sampler.name=FastReplayBuffer
+    )
+}
 
 # choose_algorithm "$@": fills ALGORITHM. A preset brings its own settings, and explicit ones would win over it.
 choose_algorithm() {

@@ -65,6 +65,7 @@ use_cpu() {
     # Ray counts logical CPUs and "GPUs" (here: one per rank of the trainer); they need not exist.
     LOCAL_RAY+=(ray_kwargs.ray_init.num_cpus=12 "+ray_kwargs.ray_init.num_gpus=$1")
     ON_CPU=(
+        data.dataloader_num_workers=0
         transfer_queue.backend.SimpleStorage.num_data_storage_units=1
         trainer.v1.sampler.custom_sampler.path=pkg://capo_verl.cpu.replay_buffer
         trainer.v1.sampler.custom_sampler.name=FastReplayBuffer

@@ -24,7 +24,6 @@ DATA=(
     data.train_batch_size="$train_batch_size"
     data.max_prompt_length="$max_prompt_length"
     data.max_response_length="$max_response_length"
-    data.dataloader_num_workers=0
 )
 
 MODEL=(

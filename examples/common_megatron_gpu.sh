@@ -68,8 +68,6 @@ ACTOR=(
     actor_rollout_ref.actor.ppo_mini_batch_size="${PPO_MINI_BATCH_SIZE:-$train_batch_size}"
     actor_rollout_ref.actor.use_dynamic_bsz=True
     actor_rollout_ref.actor.ppo_max_token_len_per_gpu="$ppo_max_token_len_per_gpu"
-    # 2,048 tokens at a time: the entropy that verl reports would need the logits three times over.
-    actor_rollout_ref.actor.entropy_from_logits_with_chunking=True
     actor_rollout_ref.actor.megatron.tensor_model_parallel_size="$actor_tp"
     actor_rollout_ref.actor.megatron.pipeline_model_parallel_size="$actor_pp"
     actor_rollout_ref.actor.megatron.context_parallel_size="$actor_cp"
@@ -90,6 +88,8 @@ ROLLOUT=(
     actor_rollout_ref.rollout.temperature=1.0
     actor_rollout_ref.rollout.tensor_model_parallel_size="$rollout_tp"
     actor_rollout_ref.rollout.gpu_memory_utilization="$rollout_gpu_mem_util"
+    # Otherwise as long as the model allows.
+    actor_rollout_ref.rollout.max_model_len=$((max_prompt_length + max_response_length))
     actor_rollout_ref.rollout.log_prob_use_dynamic_bsz=True
     actor_rollout_ref.rollout.log_prob_max_token_len_per_gpu="$ppo_max_token_len_per_gpu"
     actor_rollout_ref.rollout.val_kwargs.do_sample=True

@@ -179,7 +179,7 @@ def test_lora_is_allowed_and_commented_on(command_line, caplog, engine):
 def test_verl_runs_the_checks_when_it_validates_its_config(command_line):
     from verl.utils.config import validate_config
 
-    with pytest.raises(ValueError, match="capo.top_k=0"):
+    with pytest.raises(SystemExit, match="^capo_verl: refused before start: capo.top_k=0: expected an integer"):
         validate_config(command_line(*BASE, "+capo=grpo", f"{CAPO}.top_k=0"), False, False)
 
 

@@ -8,6 +8,16 @@
 #   REGIME=aggressive CAPO=grpo bash examples/run_qwen2_5_32b_megatron.sh
 #   DRY_RUN=1 bash examples/run_qwen2_5_32b_megatron.sh                   # prints the configuration and the plan
 #
+# Layouts for H100-80GB (79.6 GiB; 6 of them are kept free for CUDA, NCCL and fragmentation), as scripts/plan.py estimates
+# them for CAPO=grpo, REGIME=conservative: GiB per GPU in the four phases and of CAPO's moments, GiB of host memory per
+# node for what is offloaded, thousands of tokens for which a rollout replica has room. The first is the default.
+#
+#   nodes                   rollout            weight   log-              CAPO            KV
+#   x GPUs   TP  PP         TP    rollout     sync    probs   update  moments   host  tokens
+#   2 x 8     8   1        4       47.8     24.9     10.4     51.5      0.7    250      532
+#   4 x 8     8   1        4       47.8     24.9     10.4     40.1      0.7    158      532
+#   4 x 8     4   2        4       47.8     24.9     13.2     43.9      1.5    164      532
+#
 # Further variables: examples/common.sh and examples/common_megatron_gpu.sh.
 
 set -euo pipefail

@@ -8,6 +8,16 @@
 #   REGIME=aggressive CAPO=grpo bash examples/run_qwen2_5_math_7b_megatron.sh
 #   DRY_RUN=1 bash examples/run_qwen2_5_math_7b_megatron.sh                   # prints the configuration and the plan
 #
+# Layouts for H100-80GB (79.6 GiB; 6 of them are kept free for CUDA, NCCL and fragmentation), as scripts/plan.py estimates
+# them for CAPO=grpo, REGIME=conservative: GiB per GPU in the four phases and of CAPO's moments, GiB of host memory per
+# node for what is offloaded, thousands of tokens for which a rollout replica has room. The first is the default.
+#
+#   nodes                   rollout            weight   log-              CAPO            KV
+#   x GPUs   TP  PP         TP    rollout     sync    probs   update  moments   host  tokens
+#   1 x 8     2   1        1       47.8     23.3     17.6     47.5      2.0    158      628
+#   1 x 4     2   1        1       47.8     23.3     17.6     58.2      2.0    122      628
+#   4 x 8     2   1        1       47.8     23.3     17.6     38.5      2.0     94      628
+#
 # Further variables: examples/common.sh and examples/common_megatron_gpu.sh.
 
 set -euo pipefail

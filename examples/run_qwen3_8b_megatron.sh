@@ -8,6 +8,16 @@
 #   REGIME=aggressive CAPO=grpo bash examples/run_qwen3_8b_megatron.sh
 #   DRY_RUN=1 bash examples/run_qwen3_8b_megatron.sh                   # prints the configuration and the plan
 #
+# Layouts for H100-80GB (79.6 GiB; 6 of them are kept free for CUDA, NCCL and fragmentation), as scripts/plan.py estimates
+# them for CAPO=grpo, REGIME=conservative: GiB per GPU in the four phases and of CAPO's moments, GiB of host memory per
+# node for what is offloaded, thousands of tokens for which a rollout replica has room. The first is the default.
+#
+#   nodes                   rollout            weight   log-              CAPO            KV
+#   x GPUs   TP  PP         TP    rollout     sync    probs   update  moments   host  tokens
+#   1 x 8     2   1        1       47.8     24.9     17.9     50.9      2.3    171      236
+#   1 x 4     4   1        1       47.8     21.1      8.9     42.9      1.2    111      236
+#   4 x 8     2   1        1       47.8     24.9     17.9     41.2      2.3    102      236
+#
 # Further variables: examples/common.sh and examples/common_megatron_gpu.sh.
 
 set -euo pipefail

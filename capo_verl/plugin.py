@@ -19,6 +19,7 @@ from types import ModuleType
 import wrapt
 
 from capo_verl.launch import stop
+from capo_verl.launch.outcome import REFUSED
 
 logger = logging.getLogger(__name__)
 
@@ -94,7 +95,8 @@ def _check_before_start(module: ModuleType) -> None:
             ray = sys.modules.get("ray")
             if not str(e) or (ray is not None and ray.is_initialized()):
                 raise
-            raise SystemExit(refusal(e)) from e
+            print(refusal(e), file=sys.stderr)
+            raise SystemExit(REFUSED) from e
 
     module.validate_config = validate
 

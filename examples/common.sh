@@ -3,7 +3,8 @@
 # Sourced by common_cpu.sh and common_megatron_gpu.sh: what every launcher shares.
 #
 # CAPO               off (default), grpo, dr_grpo, reinforce or track; the same as +capo=NAME on the command line
-# DRY_RUN            1: print the resolved configuration and the plan, start nothing
+# DRY_RUN            1: print the resolved configuration and the plan, start nothing; strict: look at data and folders, too
+# SEED               order of the data and sampling (default: verl's)
 # NNODES             nodes of the run (default: those of the Slurm job, else 1)
 # OUTPUT_DIR         checkpoints, metrics, Hydra's copy of the configuration; on a file system that all nodes share
 # SAVE_FREQ          write a checkpoint every so many steps; -1: none
@@ -41,6 +42,9 @@ CHECKPOINTS=(
 if [[ $model_engine == megatron ]]; then
     CHECKPOINTS+=(actor_rollout_ref.actor.optim.use_checkpoint_opt_param_scheduler=True)
 fi
+
+SEEDS=()
+if [[ -n ${SEED:-} ]]; then SEEDS=(data.seed="$SEED" actor_rollout_ref.rollout.seed="$SEED"); fi
 
 # Environment variables that the workers need. Those of a cluster that already runs have its environment, not ours.
 FORWARDED=(VERL_FILE_LOGGER_PATH)
@@ -124,9 +128,12 @@ forward_environment() {
 launch() {
     local module=verl.trainer.main_ppo
     choose_algorithm "$@"
-    if [[ ${DRY_RUN:-0} == 1 ]]; then
-        module=capo_verl.launch.dry_run
-    elif ! mkdir -p "$OUTPUT_DIR" 2>/dev/null || [[ ! -w $OUTPUT_DIR ]]; then
+    case ${DRY_RUN:-0} in
+        0) ;;
+        1 | strict) module=capo_verl.launch.dry_run ;;
+        *) refuse "DRY_RUN=$DRY_RUN: choose one of 1, strict, 0" ;;
+    esac
+    if [[ ${DRY_RUN:-0} == 0 ]] && { ! mkdir -p "$OUTPUT_DIR" 2>/dev/null || [[ ! -w $OUTPUT_DIR ]]; }; then
         refuse "OUTPUT_DIR=$OUTPUT_DIR cannot be written to: set it to a folder of yours"
     fi
     export VERL_FILE_LOGGER_PATH=${VERL_FILE_LOGGER_PATH:-$(metrics_of_this_attempt)}
@@ -145,6 +152,7 @@ launch() {
         "${REWARD[@]}" \
         "${TRAINER[@]}" \
         "${CHECKPOINTS[@]}" \
+        ${SEEDS[@]+"${SEEDS[@]}"} \
         "${EXTRA[@]}" \
         "${FORWARD[@]}" \
         "hydra.run.dir='$OUTPUT_DIR/hydra'" \

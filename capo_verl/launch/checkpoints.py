@@ -69,5 +69,10 @@ def check_resume(config: DictConfig) -> None:
     """
     folder = OmegaConf.select(config, "trainer.default_local_dir")
     asynchronous = OmegaConf.select(config, "actor_rollout_ref.actor.checkpoint.async_save")
-    if OmegaConf.select(config, "trainer.resume_mode") == "auto" and folder and not asynchronous and "://" not in folder:
+    if (
+        OmegaConf.select(config, "trainer.resume_mode") == "auto"
+        and folder
+        and not asynchronous
+        and "://" not in folder
+    ):
         repair_tracker(Path(folder).absolute())

@@ -2,7 +2,8 @@
 """``python -m capo_verl.launch.dry_run key=value ...``: what verl's ``main_ppo`` would run, without starting anything.
 
 Prints the resolved configuration (YAML) and, as comments under it, the plan. The launchers call it for ``DRY_RUN=1``.
-``GPU_MEMORY_GIB`` says which GPUs to plan for (default: an H100-80GB).
+``DRY_RUN=strict`` also refuses what only this machine cannot run: data files that are not here, a folder that cannot be
+written to. ``GPU_MEMORY_GIB`` says which GPUs to plan for (default: an H100-80GB).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from capo_verl import plugin
 from capo_verl.launch import preflight, run_spec
+from capo_verl.launch.outcome import REFUSED
 from capo_verl.launch.plan import H100_80GB, make_plan
 from capo_verl.launch.plan_cli import machine_memory
 from capo_verl.launch.shapes import find_shape
@@ -84,6 +86,8 @@ def dry_run(overrides: Sequence[str]) -> tuple[str, list[str]]:
     with contextlib.redirect_stdout(sys.stderr):  # verl's checks print
         config = compose(overrides)
         notes = validate(config)
+        if os.environ.get("DRY_RUN") == "strict":
+            preflight.check_files(config)
     planned = "".join(f"# {line}\n" for line in plan(config).splitlines())
     return OmegaConf.to_yaml(config, resolve=True) + planned, notes
 
@@ -96,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         printed, notes = dry_run(sys.argv[1:] if argv is None else argv)
     except (ValueError, AssertionError, RuntimeError, HydraException, OmegaConfBaseException) as e:
         print(plugin.refusal(e), file=sys.stderr)
-        return 1
+        return REFUSED
     print(printed, end="")
     for note in notes:
         print(f"note: {note}", file=sys.stderr)

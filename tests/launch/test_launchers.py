@@ -112,7 +112,7 @@ def test_one_process_prints_all_and_starts_nothing(tmp_path, tiny_model):
     assert "# Plan: model" in done.stdout
     assert not (tmp_path / "run").exists()
     refused = call("run_quickstart_cpu.sh", tmp_path, "actor_rollout_ref.actor.optim.learning_rate=1", **variables)
-    assert refused.returncode == 1 and refused.stdout == ""
+    assert refused.returncode == 2 and refused.stdout == ""
     assert refused.stderr.splitlines()[-1].startswith("capo_verl: refused before start: Could not override")
 
 
@@ -121,8 +121,26 @@ def test_dry_run_of_a_gpu_launcher_as_a_process(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "# Plan: Qwen2.5-Math-7B, 7.62 B parameters, 1 node(s) x 8 GPUs, TP2 PP1 CP1 DP4" in done.stdout
     refused = call("run_qwen2_5_math_7b_megatron.sh", tmp_path, DRY_RUN=1, PYTHON=sys.executable, GPU_MEMORY_GIB=40)
-    assert refused.returncode == 1
+    assert refused.returncode == 2
     assert "Qwen2.5-Math-7B does not fit: " in refused.stderr.splitlines()[-1]
+
+
+def test_a_strict_dry_run_looks_at_the_data(tmp_path, tiny_model, platform, monkeypatch):
+    _, *overrides = command_line("run_quickstart_cpu.sh", tmp_path, MODEL_PATH=tiny_model, DRY_RUN="strict")
+    platform(cpu=True)
+    monkeypatch.setenv("DRY_RUN", "strict")
+    with pytest.raises(ValueError, match="data/train.parquet does not exist"):
+        dry_run(overrides)
+    refused = call("run_quickstart_cpu.sh", tmp_path, MODEL_PATH="m", DRY_RUN="yes")
+    assert refused.returncode == 2 and "DRY_RUN=yes: choose one of 1, strict, 0" in refused.stderr
+
+
+@pytest.mark.parametrize("script", [*GPU, *CPU])
+def test_seed(script, tmp_path):
+    keys = ("data.seed", "actor_rollout_ref.rollout.seed")
+    given = settings(command_line(script, tmp_path, MODEL_PATH="m", SEED=7)[1:])
+    assert [given[key] for key in keys] == ["7", "7"]
+    assert not set(keys) & set(settings(command_line(script, tmp_path, MODEL_PATH="m")[1:]))
 
 
 @pytest.mark.parametrize("script", [*GPU, *CPU])

@@ -145,7 +145,7 @@ def test_a_refused_run_ends_at_once_with_one_line(data, tiny_model, tmp_path, va
     """Through verl's own main_ppo: no Ray, no traceback, nothing of Hydra's."""
     variables = {"MODEL_PATH": tiny_model, "DATA_DIR": data, "PYTHON": sys.executable, **variables}
     done = call("run_quickstart_cpu.sh", tmp_path, "data.train_batch_size=8", **variables)
-    assert done.returncode == 1
+    assert done.returncode == 2
     lines = [line for line in done.stderr.splitlines() if "Platform override" not in line]
     assert len(lines) == 1, done.stderr
     assert lines[0].startswith("capo_verl: refused before start: ") and message in lines[0]
@@ -155,7 +155,7 @@ def test_a_refused_run_ends_at_once_with_one_line(data, tiny_model, tmp_path, va
 def test_what_verl_refuses_itself_is_one_line_too(data, tiny_model, tmp_path):
     variables = {"MODEL_PATH": tiny_model, "DATA_DIR": data, "PYTHON": sys.executable}
     done = call("run_quickstart_cpu.sh", tmp_path, "actor_rollout_ref.rollout.temperature=0", **variables)
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith("capo_verl: refused before start: validation gen temperature should")
     assert "Traceback" not in done.stderr
 

@@ -8,15 +8,18 @@ them, and a run with CAPO switched on refuses to start.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import logging
 import os
+import sys
 from collections.abc import Callable
 from types import ModuleType
 
 import wrapt
 
 from capo_verl.launch import stop
+from capo_verl.launch.outcome import REFUSED
 
 logger = logging.getLogger(__name__)
 
@@ -67,15 +70,33 @@ def _keep_metric_names(module: ModuleType) -> None:
     module.rename_dict = rename
 
 
+def refusal(error: BaseException) -> str:
+    """One line for an error that says what to change."""
+    return f"capo_verl: refused before start: {' '.join(str(error).split())}"
+
+
 def _check_before_start(module: ModuleType) -> None:
-    """Let CAPO's own checks run where verl validates its config: in the driver, before Ray starts."""
+    """Check where verl validates its config: in the driver, before Ray starts. What is refused there ends it with one line."""
     validate_config = module.validate_config
 
+    @functools.wraps(validate_config)
     def validate(config, *args, **kwargs):  # type: ignore[no-untyped-def]
+        from hydra.errors import HydraException
+
+        from capo_verl.launch.preflight import check_files
         from capo_verl.startup_checks import check_run
 
-        check_run(config)
-        return validate_config(config, *args, **kwargs)
+        try:
+            check_run(config)
+            check_files(config)
+            return validate_config(config, *args, **kwargs)
+        except (ValueError, AssertionError, RuntimeError, HydraException) as e:
+            # In a Ray worker (verl's legacy trainer) the exception is what reaches the driver.
+            ray = sys.modules.get("ray")
+            if not str(e) or (ray is not None and ray.is_initialized()):
+                raise
+            print(refusal(e), file=sys.stderr)
+            raise SystemExit(REFUSED) from e
 
     module.validate_config = validate
 

@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from capo_verl import plugin
 from capo_verl.config import PRESETS
+from capo_verl.launch.preflight import check_sizes
 from capo_verl.policy_loss_config import parse_knobs
 
 logger = logging.getLogger(__name__)
@@ -29,13 +30,14 @@ SEQUENCE_SPLITTERS = (
 
 
 def check_run(config: DictConfig) -> None:
-    """Check verl's whole config. If CAPO is not switched on, only what Megatron answers with a bare assertion.
+    """Check verl's whole config. If CAPO is not switched on, only what would fail later and say less.
 
     Raises:
-        ValueError: for invalid knobs or a combination that is not supported, saying what to set.
+        ValueError: for sizes that do not divide, invalid knobs or a combination that is not supported, saying what to set.
         RuntimeError: if the plugin is not registered properly.
     """
     _check_warmup(config)
+    check_sizes(config)
     knobs = OmegaConf.select(config, f"{POLICY_LOSS}.capo")
     if knobs is None:
         return

@@ -3,7 +3,8 @@
 # Sourced by common_cpu.sh and common_megatron_gpu.sh: what every launcher shares.
 #
 # CAPO               off (default), grpo, dr_grpo, reinforce or track; the same as +capo=NAME on the command line
-# DRY_RUN            1: print the resolved configuration and the plan, start nothing
+# DRY_RUN            1: print the resolved configuration and the plan, start nothing; strict: look at data and folders, too
+# SEED               order of the data and sampling (default: verl's)
 # NNODES             nodes of the run (default: those of the Slurm job, else 1)
 # OUTPUT_DIR         checkpoints, metrics, Hydra's copy of the configuration; on a file system that all nodes share
 # SAVE_FREQ          write a checkpoint every so many steps; -1: none
@@ -29,6 +30,7 @@ resume_mode=${RESUME_MODE:-$default_resume_mode}
 [[ $OUTPUT_DIR == /* ]] || OUTPUT_DIR=$PWD/$OUTPUT_DIR
 
 REF=()
+ON_CPU=()
 
 CHECKPOINTS=(
     trainer.default_local_dir="'$OUTPUT_DIR/checkpoints'"
@@ -41,8 +43,38 @@ if [[ $model_engine == megatron ]]; then
     CHECKPOINTS+=(actor_rollout_ref.actor.optim.use_checkpoint_opt_param_scheduler=True)
 fi
 
+SEEDS=()
+if [[ -n ${SEED:-} ]]; then SEEDS=(data.seed="$SEED" actor_rollout_ref.rollout.seed="$SEED"); fi
+
 # Environment variables that the workers need. Those of a cluster that already runs have its environment, not ours.
 FORWARDED=(VERL_FILE_LOGGER_PATH)
+# For a cluster that starts with the run.
+LOCAL_RAY=(+ray_kwargs.ray_init.include_dashboard=False)
+
+# use_cpu RANKS: verl on CPUs, with the engines and the rollout server of capo_verl/cpu.
+use_cpu() {
+    export VERL_PLATFORM=cpu
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+    export PYTHONUNBUFFERED=1
+    export HF_HUB_OFFLINE=1
+    export RAY_USAGE_STATS_ENABLED=0
+    export TOKENIZERS_PARALLELISM=false
+    # Ray would start one idle worker per logical CPU, each importing torch.
+    export RAY_enable_worker_prestart=0
+    export RAY_prestart_worker_first_driver=0
+    # Ray runs its workers at nice 15: on a busy machine they would hardly run at all.
+    export RAY_worker_niceness=${RAY_worker_niceness:-0}
+    FORWARDED+=(VERL_PLATFORM OMP_NUM_THREADS PYTHONUNBUFFERED HF_HUB_OFFLINE TOKENIZERS_PARALLELISM
+        MALLOC_ARENA_MAX MALLOC_MMAP_THRESHOLD_)
+    # Ray counts logical CPUs and "GPUs" (here: one per rank of the trainer); they need not exist.
+    LOCAL_RAY+=(ray_kwargs.ray_init.num_cpus=12 "+ray_kwargs.ray_init.num_gpus=$1")
+    ON_CPU=(
+        data.dataloader_num_workers=0
+        transfer_queue.backend.SimpleStorage.num_data_storage_units=1
+        trainer.v1.sampler.custom_sampler.path=pkg://capo_verl.cpu.replay_buffer
+        trainer.v1.sampler.custom_sampler.name=FastReplayBuffer
+    )
+}
 
 # choose_algorithm "$@": fills ALGORITHM. A preset brings its own settings, and explicit ones would win over it.
 choose_algorithm() {
@@ -96,9 +128,12 @@ forward_environment() {
 launch() {
     local module=verl.trainer.main_ppo
     choose_algorithm "$@"
-    if [[ ${DRY_RUN:-0} == 1 ]]; then
-        module=capo_verl.launch.dry_run
-    elif ! mkdir -p "$OUTPUT_DIR" 2>/dev/null || [[ ! -w $OUTPUT_DIR ]]; then
+    case ${DRY_RUN:-0} in
+        0) ;;
+        1 | strict) module=capo_verl.launch.dry_run ;;
+        *) refuse "DRY_RUN=$DRY_RUN: choose one of 1, strict, 0" ;;
+    esac
+    if [[ ${DRY_RUN:-0} == 0 ]] && { ! mkdir -p "$OUTPUT_DIR" 2>/dev/null || [[ ! -w $OUTPUT_DIR ]]; }; then
         refuse "OUTPUT_DIR=$OUTPUT_DIR cannot be written to: set it to a folder of yours"
     fi
     export VERL_FILE_LOGGER_PATH=${VERL_FILE_LOGGER_PATH:-$(metrics_of_this_attempt)}
@@ -117,6 +152,7 @@ launch() {
         "${REWARD[@]}" \
         "${TRAINER[@]}" \
         "${CHECKPOINTS[@]}" \
+        ${SEEDS[@]+"${SEEDS[@]}"} \
         "${EXTRA[@]}" \
         "${FORWARD[@]}" \
         "hydra.run.dir='$OUTPUT_DIR/hydra'" \

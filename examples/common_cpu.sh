@@ -1,25 +1,14 @@
 # shellcheck shell=bash disable=SC2034,SC2154
 # SPDX-License-Identifier: Apache-2.0
-# Sourced by the launchers for a CPU, after their user-adjustable block: the environment, and one array per concern.
+# Sourced by the launchers for a CPU, after their user-adjustable block: one array per concern.
 
 default_save_freq=-1
 # shellcheck source=examples/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
-export VERL_PLATFORM=cpu
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-export PYTHONUNBUFFERED=1
-export HF_HUB_OFFLINE=1
-export RAY_USAGE_STATS_ENABLED=0
-export TOKENIZERS_PARALLELISM=false
-# Ray would start one idle worker per logical CPU, each importing torch.
-export RAY_enable_worker_prestart=0
-export RAY_prestart_worker_first_driver=0
-# Ray runs its workers at nice 15: on a busy machine they would hardly run at all.
-export RAY_worker_niceness=${RAY_worker_niceness:-0}
-FORWARDED+=(VERL_PLATFORM OMP_NUM_THREADS PYTHONUNBUFFERED HF_HUB_OFFLINE TOKENIZERS_PARALLELISM
-    MALLOC_ARENA_MAX MALLOC_MMAP_THRESHOLD_)
+use_cpu "$nprocs"
 
+# Ranks of the trainer, spread over the nodes.
 ((nprocs % NNODES == 0)) || refuse "NPROCS=$nprocs ranks cannot be spread evenly over NNODES=$NNODES: change one of them"
 NGPUS_PER_NODE=${NGPUS_PER_NODE:-$((nprocs / NNODES))}
 if ((NGPUS_PER_NODE * NNODES != nprocs)); then
@@ -35,7 +24,6 @@ DATA=(
     data.train_batch_size="$train_batch_size"
     data.max_prompt_length="$max_prompt_length"
     data.max_response_length="$max_response_length"
-    data.dataloader_num_workers=0
 )
 
 MODEL=(
@@ -88,18 +76,9 @@ TRAINER=(
     trainer.val_before_train="$val_before_train"
     trainer.test_freq="$test_freq"
     trainer.total_training_steps="$total_training_steps"
-    trainer.v1.sampler.custom_sampler.path=pkg://capo_verl.cpu.replay_buffer
-    trainer.v1.sampler.custom_sampler.name=FastReplayBuffer
 )
 
 EXTRA=(
     model_engine="$model_engine"
-    transfer_queue.backend.SimpleStorage.num_data_storage_units=1
-)
-
-# Ray counts logical CPUs and "GPUs" (here: one per rank of the trainer); they need not exist.
-LOCAL_RAY=(
-    ray_kwargs.ray_init.num_cpus=12
-    +ray_kwargs.ray_init.include_dashboard=False
-    +ray_kwargs.ray_init.num_gpus="$nprocs"
+    "${ON_CPU[@]}"
 )

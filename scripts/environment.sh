@@ -35,7 +35,7 @@ make_environment() {
             exit 2
         fi
     fi
-    local installed="$VENV/.capo-verl-$(tr -dc 'a-z' <<<"$1")"
+    local installed="$VENV/.capo-verl-${1//[^[:lower:]]/}"
     if [ "${CAPO_SKIP_INSTALL:-0}" != 1 ] && [ "$(cat "$installed" 2>/dev/null)" != "$(stamp "$@")" ]; then
         echo "Installing $1 into $VENV (about 2 GB, once)"
         local index=()

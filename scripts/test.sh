@@ -17,7 +17,8 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} PYTHONPATH="${PYTHONPATH:-}"
 if [ $# -eq 0 ]; then
     echo "== ruff";  "$VENV/bin/ruff" check . && "$VENV/bin/ruff" format --check .
     echo "== mypy";  "$VENV/bin/mypy"
-    echo "== bash";  for script in scripts/*.sh examples/*.sh; do bash -n "$script"; done
+    echo "== bash";  git ls-files -z '*.sh' '*.sbatch' .ci/run | xargs -0 -n1 bash -n
+    git ls-files -z '*.sh' '*.sbatch' .ci/run | xargs -0 "$VENV/bin/shellcheck" -x
     echo "== pytest"
 fi
 exec "$VENV/bin/python" -m pytest --durations=10 "$@"

@@ -1,12 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m capo_verl.launch.dry_run key=value ...``: what verl's ``main_ppo`` would run, without starting anything."""
+"""``python -m capo_verl.launch.dry_run key=value ...``: what verl's ``main_ppo`` would run, without starting anything.
+
+Prints the resolved configuration (YAML) and, as comments under it, the plan. The launchers call it for ``DRY_RUN=1``.
+``DRY_RUN=strict`` also refuses what only this machine cannot run: data files that are not here, a folder that cannot be
+written to. ``GPU_MEMORY_GIB`` says which GPUs to plan for (default: an H100-80GB).
+"""
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
 from collections.abc import Sequence
 
 from omegaconf import DictConfig, OmegaConf
+
+from capo_verl import plugin
+from capo_verl.launch import preflight, run_spec
+from capo_verl.launch.outcome import REFUSED
+from capo_verl.launch.plan import H100_80GB, make_plan
+from capo_verl.launch.plan_cli import machine_memory
+from capo_verl.launch.shapes import find_shape
 
 
 def compose(overrides: Sequence[str]) -> DictConfig:
@@ -21,8 +35,11 @@ def compose(overrides: Sequence[str]) -> DictConfig:
         return compose("ppo_trainer", overrides=list(overrides))
 
 
-def validate(config: DictConfig) -> None:
-    """verl's own checks, and in front of them this project's (``capo_verl.startup_checks``).
+def validate(config: DictConfig) -> list[str]:
+    """verl's own checks and this project's, but for those of files which a run on another machine may have.
+
+    Returns:
+        What a run on this machine would be refused for, none of it an error here.
 
     Raises:
         ValueError, AssertionError: what verl's ``main_ppo`` would refuse before it starts Ray.
@@ -30,13 +47,63 @@ def validate(config: DictConfig) -> None:
     from verl.trainer.ppo.utils import need_critic, need_reference_policy
     from verl.utils.config import validate_config
 
-    validate_config(config, need_reference_policy(config), need_critic(config))
+    from capo_verl.startup_checks import check_run
+
+    check_run(config)
+    for problem in preflight.model_problems(config):
+        raise ValueError(problem)
+    # Behind the hook of this project's plugin, which checks files as well.
+    unchecked = getattr(validate_config, "__wrapped__", validate_config)
+    unchecked(config, need_reference_policy(config), need_critic(config))
+    return [*preflight.cache_problems(config), *preflight.data_problems(config)]
+
+
+def plan(config: DictConfig) -> str:
+    """The plan as text, or why there is none.
+
+    Raises:
+        ValueError: if the run cannot fit.
+    """
+    run = run_spec.from_config(config, plugin.on_cpu())
+    if run.engine not in preflight.PLANNED:
+        return f"No plan for actor_rollout_ref.actor.strategy={run.engine}."
+    try:
+        shape = find_shape(run.model)
+    except ValueError as e:
+        return f"No plan: {e}."
+    if shape is None:
+        return f"No plan: the sizes of {run.model} are not known here; scripts/plan.py takes them as arguments."
+    memory = machine_memory() if run.cpu else float(os.environ.get("GPU_MEMORY_GIB", H100_80GB))
+    return make_plan(run, shape, memory).table()
+
+
+def dry_run(overrides: Sequence[str]) -> tuple[str, list[str]]:
+    """What is printed to standard output, and notes.
+
+    Raises:
+        ValueError, AssertionError, hydra.errors.HydraException: in one sentence, why the run is refused.
+    """
+    with contextlib.redirect_stdout(sys.stderr):  # verl's checks print
+        config = compose(overrides)
+        notes = validate(config)
+        if os.environ.get("DRY_RUN") == "strict":
+            preflight.check_files(config)
+    planned = "".join(f"# {line}\n" for line in plan(config).splitlines())
+    return OmegaConf.to_yaml(config, resolve=True) + planned, notes
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    config = compose(sys.argv[1:] if argv is None else argv)
-    validate(config)
-    print(OmegaConf.to_yaml(config, resolve=True), end="")
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        printed, notes = dry_run(sys.argv[1:] if argv is None else argv)
+    except (ValueError, AssertionError, RuntimeError, HydraException, OmegaConfBaseException) as e:
+        print(plugin.refusal(e), file=sys.stderr)
+        return REFUSED
+    print(printed, end="")
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
     return 0
 
 

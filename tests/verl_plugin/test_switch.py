@@ -176,11 +176,13 @@ def test_lora_is_allowed_and_commented_on(command_line, caplog, engine):
     assert "with LoRA the LM head is not trained" in caplog.text
 
 
-def test_verl_runs_the_checks_when_it_validates_its_config(command_line):
+def test_verl_runs_the_checks_when_it_validates_its_config(command_line, capsys):
     from verl.utils.config import validate_config
 
-    with pytest.raises(ValueError, match="capo.top_k=0"):
+    with pytest.raises(SystemExit) as ended:
         validate_config(command_line(*BASE, "+capo=grpo", f"{CAPO}.top_k=0"), False, False)
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.startswith("capo_verl: refused before start: capo.top_k=0: expected an integer")
 
 
 def test_all_presets_are_listed():

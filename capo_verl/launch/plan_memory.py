@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bytes on one rank: formulas, each with its source. What they make of a run is in :mod:`capo_verl.launch.plan`.
+
+Narayanan et al. 2021: arXiv 2104.04473. Korthikanti et al. 2022: arXiv 2205.05198.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from capo_verl.core.memory import FilterMemory, filter_memory
+from capo_verl.launch.run_spec import RunSpec
+from capo_verl.launch.shapes import ModelShape
+
+FLOAT32 = 4
+ADAM_MOMENTS = 2 * FLOAT32
+
+
+@dataclass(frozen=True)
+class States:
+    """What a rank holds between steps, in bytes."""
+
+    parameters: int
+    gradients: int
+    optimizer: int
+    """Adam's moments and, in bfloat16 training, the float32 copy of the parameters."""
+
+
+def width(run: RunSpec) -> int:
+    """Bytes of an activation or a weight: bfloat16, or float32 on a CPU."""
+    return FLOAT32 if run.cpu else 2
+
+
+def states(run: RunSpec, shape: ModelShape, stage: int) -> States:
+    """
+    Megatron (``megatron/core/distributed/param_and_grad_buffer.py``, ``megatron/core/optimizer/distrib_optimizer.py``):
+    bfloat16 parameters and float32 gradients (verl's default ``grad_reduce_in_fp32``) whole on every rank; the optimizer's
+    float32 copy and moments split over data- and context-parallel ranks by the distributed optimizer. In float32 training
+    there is no copy.
+
+    FSDP (``verl/workers/engine/fsdp/transformer_impl.py``, ``model_dtype`` fp32): all of it in float32, split over all
+    ranks; one layer at a time is gathered, which :func:`gathered_layer` counts.
+    """
+    if run.engine != "megatron":
+        share = -(-shape.parameters() // run.world)
+        return States(share * FLOAT32, share * FLOAT32, share * ADAM_MOMENTS)
+    held = shape.parameters(run.tp, stage, run.pp)
+    split = run.dp * run.cp if run.distributed_optimizer else 1
+    copy = 0 if run.cpu else FLOAT32
+    return States(held * width(run), held * FLOAT32, -(-held // split) * (copy + ADAM_MOMENTS))
+
+
+def gathered_layer(run: RunSpec, shape: ModelShape) -> int:
+    """FSDP's working copies: a layer that is computed and one that is fetched, or the LM head, which is larger or not."""
+    if run.engine == "megatron":
+        return 0
+    return 2 * width(run) * max(shape.layer_parameters(), shape.vocab * shape.hidden)
+
+
+def layer_activations(run: RunSpec, shape: ModelShape, tokens: int) -> int:
+    """What the backward pass of one layer needs, with flash attention, which keeps no scores.
+
+    Korthikanti et al. 2022 (section 4) count 34 bytes per token and hidden unit for LayerNorm, a GELU of width 4h and as many
+    key-value heads as heads. The same count for RMSNorm, SwiGLU and grouped queries: the inputs of both norms and of the two
+    column-parallel matrices (4h), queries, keys, values and the attention's output, gate, up and their product. Tensor
+    parallelism splits all of it if the sequence is split too, and all but the 4h if not.
+    """
+    kept_whole = 4 * shape.hidden
+    kept_split = (2 * shape.heads + 2 * shape.kv_heads) * shape.head_dim + 3 * shape.intermediate
+    per_token = kept_split / run.tp + kept_whole / (run.tp if run.sequence_parallel else 1)
+    return int(tokens * width(run) * per_token)
+
+
+def activations(run: RunSpec, shape: ModelShape, tokens: int, stage: int) -> int:
+    """Of the micro-batches in flight on a stage: ``stages - stage`` of them (1F1B; Narayanan et al. 2021, section 2.2).
+
+    Full recomputation in whole layers keeps a layer's input, and all of one layer while that is computed again
+    (Korthikanti et al. 2022, section 5). Selective recomputation saves nothing here: flash attention keeps no scores.
+    """
+    layers = -(-shape.layers // run.pp)
+    in_flight = run.pp - stage
+    if run.vpp > 1:  # interleaved: (p - 1) / (p m) more (Korthikanti et al. 2022, section 4.2.3)
+        in_flight = int(in_flight * (1 + (run.pp - 1) / (run.pp * run.vpp)) + 1)
+    if run.recompute != "full":
+        return in_flight * layers * layer_activations(run, shape, tokens)
+    inputs = tokens * shape.hidden * width(run) // (run.tp if run.sequence_parallel else 1)
+    return in_flight * layers * inputs + layer_activations(run, shape, tokens)
+
+
+def logits(run: RunSpec, shape: ModelShape, tokens: int, update: bool) -> int:
+    """Of the last stage, for ``tokens`` times this rank's rows of the vocabulary.
+
+    verl's ``_lm_head_logits_processor`` and Megatron's vocabulary-parallel cross-entropy hold at once: the logits, their
+    float32 softmax, and in the update the gradient in the logits' own precision; without gradients, instead of that, the
+    copy for the entropy. The entropy's own softmax stays for the backward pass if ``entropy_coeff`` is not 0.
+    """
+    if run.fused_head:
+        return 0
+    one = 2 * width(run) + FLOAT32 + (width(run) if update and run.keeps_entropy_graph else 0)
+    return int(tokens * shape.vocab / run.tp) * one
+
+
+def capo_filter(run: RunSpec, shape: ModelShape) -> FilterMemory:
+    """Of the last stage, for the response tokens of one optimizer step on this rank (``capo_verl.core.memory``)."""
+    if run.capo is None:
+        return FilterMemory(0, 0, 0)
+    completions = run.mini_batch * run.completions_per_prompt / run.dp
+    limit = run.capo.get("batch_shift_tokens")
+    tokens = int(completions * run.response_length / run.cp)
+    return filter_memory(
+        shape.vocab,
+        shape.hidden,
+        tokens=tokens,
+        tp=run.tp,
+        moments_dtype=run.capo["moments_dtype"],
+        top_k=run.capo["top_k"] or shape.vocab,
+        batch_shift_tokens=tokens if limit is None else limit,
+        hidden_bytes=width(run),
+    )
+
+
+def kv_cache_per_token(run: RunSpec, shape: ModelShape) -> int:
+    """Keys and values of one token on one GPU of the rollout engine (Kwon et al. 2023, arXiv 2309.06180, section 1).
+
+    More GPUs than key-value heads hold copies.
+    """
+    heads = max(shape.kv_heads // run.rollout_tp, 1)
+    return 2 * -(-shape.layers // run.rollout_pp) * heads * shape.head_dim * width(run)
+
+
+def rollout_weights(run: RunSpec, shape: ModelShape) -> int:
+    """On the fullest GPU of the rollout engine."""
+    last = run.rollout_pp - 1
+    held = max(shape.parameters(run.rollout_tp, stage, run.rollout_pp) for stage in {0, last})
+    return held * width(run)
+
+
+def tokens_of_micro_batch(run: RunSpec, log_prob: bool = False) -> int:
+    """Most tokens of a micro-batch on one rank: full-length sequences, spread over the context-parallel ranks."""
+    whole_batch = (run.prompts if log_prob else run.mini_batch) * run.completions_per_prompt / run.dp
+    limit = run.log_prob_tokens_per_gpu if log_prob else run.tokens_per_gpu
+    completions = (run.log_prob_micro_batch if log_prob else run.micro_batch) or whole_batch
+    tokens = -(-min(completions, whole_batch) * run.sequence_length // run.cp)
+    return int(min(tokens, limit)) if limit else int(tokens)

@@ -1,0 +1,54 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
+# GRPO or CAPO | Qwen3-8B, MATH | vLLM, SGLang rollout | Megatron training | H100-80GB
+#
+#   python scripts/prepare_data.py math --output data           # train.parquet and test.parquet
+#   bash examples/run_qwen3_8b_megatron.sh                             # GRPO
+#   CAPO=grpo bash examples/run_qwen3_8b_megatron.sh                   # CAPO; also dr_grpo, reinforce, track
+#   REGIME=aggressive CAPO=grpo bash examples/run_qwen3_8b_megatron.sh
+#   DRY_RUN=1 bash examples/run_qwen3_8b_megatron.sh                   # prints the configuration and the plan
+#
+# Layouts for H100-80GB (79.6 GiB; 6 of them are kept free for CUDA, NCCL and fragmentation), as scripts/plan.py estimates
+# them for CAPO=grpo, REGIME=conservative: GiB per GPU in the four phases and of CAPO's moments, GiB of host memory per
+# node for what is offloaded, thousands of tokens for which a rollout replica has room. The first is the default.
+#
+#   nodes                   rollout            weight   log-              CAPO            KV
+#   x GPUs   TP  PP         TP    rollout     sync    probs   update  moments   host  tokens
+#   1 x 8     2   1        1       47.8     24.9     17.9     50.9      2.3    171      236
+#   1 x 4     4   1        1       47.8     21.1      8.9     42.9      1.2    111      236
+#   4 x 8     2   1        1       47.8     24.9     17.9     41.2      2.3    102      236
+#
+# Further variables: examples/common.sh and examples/common_megatron_gpu.sh.
+
+set -euo pipefail
+
+# ---- user-adjustable ----
+MODEL_PATH=${MODEL_PATH:-Qwen/Qwen3-8B}
+DATA_DIR=${DATA_DIR:-data}
+OUTPUT_DIR=${OUTPUT_DIR:-outputs/qwen3_8b}
+
+REGIME=${REGIME:-conservative}
+LOSS_MODE=${LOSS_MODE:-vanilla}
+INFER_BACKEND=${INFER_BACKEND:-vllm}
+
+NNODES=${NNODES:-${SLURM_JOB_NUM_NODES:-1}}
+NGPUS_PER_NODE=${NGPUS_PER_NODE:-8}
+
+actor_tp=${ACTOR_TP:-2}
+actor_pp=${ACTOR_PP:-1}
+actor_cp=${ACTOR_CP:-1}
+# Tokens of one micro-batch.
+ppo_max_token_len_per_gpu=${PPO_MAX_TOKEN_LEN_PER_GPU:-16384}
+
+rollout_tp=${ROLLOUT_TP:-1}
+rollout_gpu_mem_util=${ROLLOUT_GPU_MEM_UTIL:-0.6}
+
+project_name=${PROJECT_NAME:-capo_verl}
+experiment_name=${EXPERIMENT_NAME:-qwen3_8b_${CAPO:-off}_$REGIME}
+# ---- end user-adjustable ----
+
+# shellcheck source=examples/common_megatron_gpu.sh
+source "$(dirname "${BASH_SOURCE[0]}")/common_megatron_gpu.sh"
+# Thoughts would not fit into 1,024 tokens.
+DATA+=("+data.apply_chat_template_kwargs.enable_thinking=${ENABLE_THINKING:-False}")
+launch "$@"

@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The plan's formulas against numbers worked out by hand, and against what the engine on a CPU allocates."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+
+from capo_verl.config import verl_knobs
+from capo_verl.launch import plan_cli, plan_memory
+from capo_verl.launch.plan import GIB, PlanError, make_plan
+from capo_verl.launch.run_spec import RunSpec
+from capo_verl.launch.shapes import KNOWN, find_shape
+from tests.cpu.engine_cases import Layout
+from tests.helpers.spawn import run_on_ranks
+from tests.launch.state_cases import held_bytes
+
+PRELOAD = ("torch", "verl.workers.engine.megatron.transformer_impl", "capo_verl.cpu.bridge")
+QWEN_7B = KNOWN["qwen/qwen2.5-math-7b"]
+RUN = RunSpec(
+    gpus_per_node=8, tp=2, prompts=144, completions_per_prompt=8, mini_batch=144, tokens_per_gpu=16384,
+    log_prob_tokens_per_gpu=16384, recompute="full", offload_parameters=True, offload_optimizer=True, rollout_memory=0.6,
+    capo=verl_knobs("grpo"),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [Layout(), Layout(tp=2), Layout(pp=2), Layout(dp=2), Layout(dp=2, distributed_optimizer=True)],
+    ids=str,
+)
+def test_states_are_what_the_engine_holds(layout, tiny_model):
+    run = RunSpec(
+        cpu=True, gpus_per_node=layout.world_size, tp=layout.tp, pp=layout.pp,
+        distributed_optimizer=layout.distributed_optimizer,
+    )  # fmt: skip
+    shape = find_shape(str(tiny_model))
+    for held in run_on_ranks(held_bytes, layout.world_size, layout, str(tiny_model), preload=PRELOAD):
+        planned = plan_memory.states(run, shape, held["stage"])
+        assert held["parameters"] == planned.parameters
+        # The distributed optimizer starts every tensor at a multiple of 64 elements, and rounds its buckets up.
+        padding = (64 * held["tensors"] + 256 * layout.dp) * 4 if layout.distributed_optimizer else 0
+        assert planned.gradients <= held["gradients"] <= planned.gradients + padding
+        if layout.distributed_optimizer:
+            assert held["optimizer"] == pytest.approx(planned.optimizer, rel=0.1)  # the cut follows the padded buffer
+        else:
+            assert held["optimizer"] == planned.optimizer
+
+
+def test_distributed_optimizer_states_add_up(tiny_model):
+    layout = Layout(dp=2, distributed_optimizer=True)
+    ranks = run_on_ranks(held_bytes, 2, layout, str(tiny_model), preload=PRELOAD)
+    run = RunSpec(cpu=True, gpus_per_node=2)
+    planned = plan_memory.states(run, find_shape(str(tiny_model)), 0).optimizer
+    assert sum(held["optimizer"] for held in ranks) == 2 * planned
+
+
+def test_gpu_states_by_hand():
+    """Two bytes for a parameter, four for its gradient, twelve for Adam over the four data-parallel ranks."""
+    held = (7_615_616_512 + (2 * 28 + 1) * 3584) // 2  # norms are on both ranks
+    states = plan_memory.states(RUN, QWEN_7B, 0)
+    assert (states.parameters, states.gradients, states.optimizer) == (2 * held, 4 * held, 12 * held / 4)
+    whole = plan_memory.states(dataclasses.replace(RUN, distributed_optimizer=False), QWEN_7B, 0)
+    assert whole.optimizer == 12 * held
+
+
+def test_activations_by_hand():
+    tokens, run = 1000, RUN
+    layer = 2 * tokens * (4 * 3584 + 2 * 3584 + 2 * 4 * 128 + 3 * 18944) / 2
+    assert plan_memory.layer_activations(run, QWEN_7B, tokens) == layer
+    assert plan_memory.activations(run, QWEN_7B, tokens, 0) == 28 * 2 * tokens * 3584 / 2 + layer
+    kept = dataclasses.replace(run, recompute="none")
+    assert plan_memory.activations(kept, QWEN_7B, tokens, 0) == 28 * layer
+    # Without sequence parallelism both ranks hold the norms' inputs and outputs whole.
+    whole = dataclasses.replace(run, sequence_parallel=False)
+    assert plan_memory.layer_activations(whole, QWEN_7B, tokens) == layer + 2 * tokens * 4 * 3584 / 2
+    # 1F1B: the first of four stages holds four micro-batches, the last one.
+    deep = dataclasses.replace(kept, pp=4)
+    assert plan_memory.activations(deep, QWEN_7B, tokens, 0) == 4 * 7 * layer
+    assert plan_memory.activations(deep, QWEN_7B, tokens, 3) == 7 * layer
+
+
+def test_logits_filter_and_cache_by_hand():
+    tokens, rows = 1000, 152064 // 2
+    assert plan_memory.logits(RUN, QWEN_7B, tokens, update=True) == tokens * rows * (2 + 4 + 2)
+    fused = dataclasses.replace(RUN, fused_head=True)
+    assert plan_memory.logits(fused, QWEN_7B, tokens, update=True) == 0
+    assert plan_memory.capo_filter(RUN, QWEN_7B).moments == 2 * rows * 3584 * 4
+    assert plan_memory.capo_filter(dataclasses.replace(RUN, capo=None), QWEN_7B).moments == 0
+    assert plan_memory.kv_cache_per_token(RUN, QWEN_7B) == 2 * 28 * 4 * 128 * 2
+    assert plan_memory.kv_cache_per_token(dataclasses.replace(RUN, rollout_tp=2), QWEN_7B) == 28 * 4 * 128 * 2
+    assert plan_memory.kv_cache_per_token(dataclasses.replace(RUN, rollout_tp=7), QWEN_7B) == 2 * 28 * 128 * 2
+
+
+def test_micro_batches_are_no_larger_than_the_batch():
+    assert plan_memory.tokens_of_micro_batch(RUN) == 16384
+    small = dataclasses.replace(RUN, prompts=1, mini_batch=1)
+    assert plan_memory.tokens_of_micro_batch(small) == 2 * 1536
+    fixed = dataclasses.replace(RUN, tokens_per_gpu=None, micro_batch=3)
+    assert plan_memory.tokens_of_micro_batch(fixed) == 3 * 1536
+    assert plan_memory.tokens_of_micro_batch(dataclasses.replace(fixed, cp=2)) == 3 * 1536 / 2
+
+
+def test_phases():
+    plan = make_plan(RUN, QWEN_7B)
+    update, rollout = plan.phases["update"], plan.phases["rollout"]
+    assert sum(rollout.values()) == int(0.6 * 79.6 * GIB)  # nothing of the trainer is left
+    assert plan.kv_tokens == (int(0.6 * 79.6 * GIB) - 2 * QWEN_7B.parameters()) // (2 * 28 * 4 * 128 * 2)
+    assert plan.host == 8 * (update["parameters"] + update["optimizer"] + update["CAPO moments"])
+    assert plan.phases["log-probs"]["gradients"] == plan.phases["log-probs"]["optimizer"] == 0
+    resident = make_plan(
+        dataclasses.replace(RUN, offload_parameters=False, offload_optimizer=False, rollout_memory=0.35), QWEN_7B
+    )
+    assert resident.host == 0
+    trainer = sum(update[name] for name in ("parameters", "gradients", "optimizer", "CAPO moments"))
+    assert sum(resident.phases["rollout"].values()) == trainer + int(0.35 * 79.6 * GIB)
+    awake = make_plan(dataclasses.replace(RUN, rollout_sleeps=False, rollout_memory=0.25), QWEN_7B)
+    assert sum(awake.phases["update"].values()) == sum(update.values()) + int(0.25 * 79.6 * GIB)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tp": 1}, "does not fit: update needs .* GiB per GPU .*parameters 14.2.* of 73.6: raise the tensor"),
+        ({"rollout_memory": 0.15}, "leaves room for 0 tokens of KV cache .57344 bytes each. beside 14.2 GiB of weights"),
+        ({"rollout_memory": 0.95}, "does not fit: rollout needs 75.6 .* lower .*gpu_memory_utilization=0.95"),
+        ({"tp": 8}, "28 attention heads, which do not divide by .*tensor_model_parallel_size=8"),
+        ({"response_length": 4096}, "= 4608 tokens are more than the 4096 positions of Qwen2.5-Math-7B"),
+    ],
+)  # fmt: skip
+def test_what_cannot_work_is_refused_with_its_numbers(change, message):
+    run = dataclasses.replace(RUN, **change)
+    if change == {"tp": 1}:
+        run = dataclasses.replace(run, gpus_per_node=1, distributed_optimizer=True)
+    with pytest.raises(PlanError, match=message):
+        make_plan(run, QWEN_7B)
+
+
+def test_command_line(capsys, tmp_path):
+    assert plan_cli.main(["Qwen2.5-Math-7B", "--tp", "2", "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed == json.loads(json.dumps(make_plan(RUN, QWEN_7B).as_dict()))
+    assert printed["parameters"] == 7_615_616_512
+    assert plan_cli.main(["Qwen2.5-Math-7B", "--tp", "2"]) == 0
+    table = capsys.readouterr().out
+    assert "7.62 B parameters" in table and "CAPO moments" in table
+    assert plan_cli.main(["Qwen2.5-Math-7B", "--tp", "2", "--no-capo"]) == 0
+    assert "CAPO" not in capsys.readouterr().out
+    sizes = {"layers": 28, "hidden": 3584, "heads": 28, "kv-heads": 4, "intermediate": 18944, "vocab": 152064}
+    arguments = [part for name, size in sizes.items() for part in (f"--{name}", str(size))]
+    assert plan_cli.main([*arguments, "--tp", "2", "--json"]) == 0
+    # Without the biases of queries, keys and values.
+    assert json.loads(capsys.readouterr().out)["parameters"] == 7_615_616_512 - 28 * (28 + 2 * 4) * 128
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["no/model"], "no/model is no folder with a config.json and not known: give --layers"),
+        ([], "name a model"),
+        (["--layers", "2"], "--hidden is missing: give all sizes"),
+        (["--config", "nowhere.yaml"], "nowhere.yaml"),
+        (["Qwen2.5-32B", "--tp", "8", "--rollout-tp", "4"], "does not fit: update needs"),
+        (["Qwen3-8B", "--tp", "3"], "8 GPUs do not divide by"),
+        (["Qwen3-8B", "--tp", "0"], "tensor_model_parallel_size=0: set it to a positive integer"),
+    ],
+)
+def test_command_line_refuses_in_one_line(arguments, message, capsys):
+    assert plan_cli.main(arguments) == 1
+    error = capsys.readouterr().err
+    assert message in error and error.startswith("plan.py: ") and error.count("\n") == 1

@@ -11,7 +11,7 @@ TWO_NODES = ("--nodes=2", "--time=30")
 ONE_NODE = ("--nodes=1", "--time=30")
 
 ASK = """
-if [[ ${DRY_RUN:-0} == 1 ]]; then exit 0; fi
+if [[ ${DRY_RUN:-0} != 0 ]]; then exit 0; fi
 """
 
 

@@ -83,12 +83,14 @@ def _check_before_start(module: ModuleType) -> None:
     def validate(config, *args, **kwargs):  # type: ignore[no-untyped-def]
         from hydra.errors import HydraException
 
+        from capo_verl.launch.checkpoints import check_resume
         from capo_verl.launch.preflight import check_files
         from capo_verl.startup_checks import check_run
 
         try:
             check_run(config)
             check_files(config)
+            check_resume(config)
             return validate_config(config, *args, **kwargs)
         except (ValueError, AssertionError, RuntimeError, HydraException) as e:
             # In a Ray worker (verl's legacy trainer) the exception is what reaches the driver.

@@ -21,6 +21,10 @@ H100_80GB = 79.6
 RESERVE = 6.0
 """GiB per GPU for the CUDA context, NCCL's buffers, workspaces and fragmentation."""
 
+CPU_PROCESSES, CPU_RANK = 3.3, 0.5
+"""GiB of everything around a training on a CPU (driver, Ray, trainer, rewards, server), and of a rank, without model and
+activations: the quickstart's, whose model takes 10 MiB, measured with two ranks as the sum of PSS (4.3 GiB)."""
+
 
 class PlanError(ValueError):
     """The run cannot work; the message names the numbers."""
@@ -92,7 +96,7 @@ class Plan:
         phase, peak = self.peak()
         notes = [f"  peak: {phase}, {_gib(peak):.{digits}f} GiB"]
         if run.cpu:
-            notes[0] += " besides the processes'" + (f", of {self.memory:.1f} on this machine" if self.memory else "")
+            notes[0] += f", of {self.memory:.1f} on this machine" if self.memory else ""
         else:
             notes[0] += f" + {self.reserve:.0f} reserved, of {self.memory:.1f}"
             notes += [
@@ -219,18 +223,22 @@ def _on_gpu(run: RunSpec, shape: ModelShape, memory: float, reserve: float) -> P
 
 
 def _on_cpu(run: RunSpec, shape: ModelShape, memory: float) -> Plan:
-    """Nothing is offloaded and nothing sleeps: ranks and server share the machine's memory throughout.
+    """Nothing is offloaded and nothing sleeps: ranks and servers share the machine's memory throughout.
 
-    A server holds the model in float32 and the keys and values of the batch it generates (``capo_verl/cpu/sampling.py``).
+    A server holds the model in float32 and the keys and values of the batch it generates (``capo_verl/cpu/sampling.py``). It
+    receives the weights through Ray's object store, from copies of one bucket (``capo_verl/cpu/rollout_replica.py``).
     """
-    ranks = [_update(run, shape, stage) for stage in range(run.pp)]
-    fullest = _fullest(ranks)
+    fullest = _fullest([_update(run, shape, stage) for stage in range(run.pp)])
     per_node = {name: size * run.gpus_per_node for name, size in fullest.items()}
     servers = max(run.gpus_per_node // run.rollout_ranks, 1)
-    whole = plan_memory.RunSpec(cpu=True)
-    batch = run.prompts * run.completions_per_prompt // max(run.world // run.rollout_ranks, 1)
-    per_node["rollout weights"] = servers * plan_memory.rollout_weights(whole, shape)
-    per_node["KV cache"] = servers * batch * run.sequence_length * plan_memory.kv_cache_per_token(whole, shape)
+    server = RunSpec(cpu=True)
+    completions = run.prompts * run.completions_per_prompt // max(run.world // run.rollout_ranks, 1)
+    weights = plan_memory.rollout_weights(server, shape)
+    cache = completions * run.sequence_length * plan_memory.kv_cache_per_token(server, shape)
+    per_node["rollout weights"] = servers * weights
+    per_node["KV cache"] = servers * cache
+    per_node["weight sync"] = servers * (weights + min(weights, run.sync_bucket_bytes))
+    per_node["processes"] = int((CPU_PROCESSES + CPU_RANK * run.gpus_per_node) * GIB)
     return Plan(run, shape, memory, 0, {"update": per_node}, 0, 0)
 
 

@@ -120,6 +120,24 @@ def test_phases():
     assert sum(awake.phases["update"].values()) == sum(update.values()) + int(0.25 * 79.6 * GIB)
 
 
+def test_a_run_on_a_cpu():
+    """SmolLM2 as its launcher trains it took 9.9 GiB (docs/plan.md); its heads are 12 over 4 there, to divide by two."""
+    shape = dataclasses.replace(KNOWN["huggingfacetb/smollm2-135m"], heads=12, kv_heads=4)
+    run = RunSpec(
+        cpu=True, gpus_per_node=2, tp=2, prompts=4, mini_batch=4, completions_per_prompt=8, prompt_length=128,
+        response_length=16, micro_batch=4, log_prob_micro_batch=4, rollout="hf", rollout_tp=2, pads_vocab=False,
+        capo=verl_knobs("grpo"),
+    )  # fmt: skip
+    (parts,) = make_plan(run, shape, memory=24).phases.values()
+    held = 2 * shape.parameters(2)
+    assert (parts["parameters"], parts["gradients"], parts["optimizer"]) == (4 * held, 4 * held, 8 * held)
+    assert parts["rollout weights"] == 4 * shape.parameters()
+    assert parts["KV cache"] == 32 * 144 * 2 * 30 * 4 * 64 * 4
+    assert sum(parts.values()) / GIB == pytest.approx(9.9, rel=0.1)
+    with pytest.raises(PlanError, match="does not fit: update needs .* GiB per node .* of 8.0: use a smaller model"):
+        make_plan(run, shape, memory=8)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

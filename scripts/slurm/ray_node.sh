@@ -53,7 +53,7 @@ ray=$!
 ) <&0 &
 leash=$!
 # Slurm signals all processes of a step. Ray would wait 30 s for its own head, as long as Slurm does before it kills the rest.
-# shellcheck disable=SC2317 # called by the trap
+# shellcheck disable=SC2317,SC2329 # called by the trap
 on_cancel() {
     trap '' TERM INT
     sleep 5

@@ -296,9 +296,14 @@ def header_row(variables, overrides):
 
 @pytest.mark.parametrize("script", GPU)
 def test_headers_say_what_the_plan_computes(script, tmp_path):
+    """And docs/plan.md says what the headers do."""
     rows = list(header_rows(script))
     assert len(rows) >= 3
+    documented = (ROOT / "docs/plan.md").read_text()
     for variables, line in rows:
+        nodes, _, gpus, tp, pp, *figures, tokens = line.split()[1:]
+        cells = [f"{nodes} × {gpus}", f"{tp}, {pp}", *figures, f"{tokens},000"]
+        assert f"| {' | '.join(cells)} |" in documented
         _, *overrides = command_line(script, tmp_path, CAPO="grpo", REGIME="conservative", **variables)
         assert line == header_row(variables, overrides)
     default = settings(command_line(script, tmp_path)[1:])

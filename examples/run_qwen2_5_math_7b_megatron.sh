@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # GRPO or CAPO | Qwen2.5-Math-7B, MATH | vLLM, SGLang rollout | Megatron training | H100-80GB
 #
-#   python scripts/prepare_data.py math --output data           # train.parquet and test.parquet
+#   python scripts/prepare_data.py math --output data           # data/math/train.parquet and test.parquet
 #   bash examples/run_qwen2_5_math_7b_megatron.sh                             # GRPO
 #   CAPO=grpo bash examples/run_qwen2_5_math_7b_megatron.sh                   # CAPO; also dr_grpo, reinforce, track
 #   REGIME=aggressive CAPO=grpo bash examples/run_qwen2_5_math_7b_megatron.sh
@@ -24,7 +24,7 @@ set -euo pipefail
 
 # ---- user-adjustable ----
 MODEL_PATH=${MODEL_PATH:-Qwen/Qwen2.5-Math-7B}
-DATA_DIR=${DATA_DIR:-data}
+DATA_DIR=${DATA_DIR:-data/math}
 OUTPUT_DIR=${OUTPUT_DIR:-outputs/qwen2_5_math_7b}
 
 REGIME=${REGIME:-conservative}

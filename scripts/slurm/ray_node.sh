@@ -47,10 +47,8 @@ chmod 700 "$temp"
 # Ray's workers inherit the variable: a helper process that a killed rank leaves behind is found by it.
 CAPO_VERL_RAY_NODE=$temp ray start --block "${options[@]}" &
 ray=$!
-(
-    cat >/dev/null
-    kill -TERM "$ray" 2>/dev/null
-) <&0 &
+# Ends when the job closes its end. Whatever outlives this script must not hold the step's output, or srun would wait for it.
+cat <&0 >/dev/null 2>&1 &
 leash=$!
 # Slurm signals all processes of a step. Ray would wait 30 s for its own head, as long as Slurm does before it kills the rest.
 # shellcheck disable=SC2317,SC2329 # called by the trap
@@ -60,13 +58,19 @@ on_cancel() {
     kill -KILL "$ray" 2>/dev/null
 }
 trap on_cancel TERM INT
-code=0
+asked=0
 while kill -0 "$ray" 2>/dev/null; do
-    wait "$ray"
-    code=$?
+    if ((asked == 0)) && ! kill -0 "$leash" 2>/dev/null; then
+        asked=1
+        kill -TERM "$ray" 2>/dev/null
+    fi
+    wait -n "$ray" "$leash" 2>/dev/null
 done
-# Asked for: then Ray's own exit code, 1 after a signal, is no error.
-if ! kill "$leash" 2>/dev/null; then code=0; fi
+wait "$ray"
+code=$?
+kill "$leash" 2>/dev/null
+# Ray's own exit code, 1 after a signal, is no error when it was asked to end.
+if ((asked)); then code=0; fi
 
 for environment in /proc/[0-9]*/environ; do
     if grep -qzsx "CAPO_VERL_RAY_NODE=$temp" "$environment"; then

@@ -15,7 +15,6 @@ from tests.helpers.tiny_inputs import make_inputs
 from tests.slurm.two_nodes import TwoNodes, why_not
 
 ROOT = Path(__file__).parents[2]
-TRAIN = "examples/slurm/train.sbatch"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -127,4 +126,5 @@ def submit(cluster, inputs, tmp_path):
         numbers = [int(line.split()[1].rstrip(":")) for line in printed.splitlines() if line.startswith("job ")]
         return Job(cluster, numbers[0], Path(variables["OUTPUT_DIR"]), log)
 
-    return submitted
+    yield submitted
+    cluster.cancel_all()  # of a test that failed

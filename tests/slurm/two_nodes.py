@@ -126,10 +126,7 @@ class TwoNodes:
 
     def stop(self) -> None:
         """Cancel what runs, then end the daemons, each after those that need it."""
-        subprocess.run(["scancel", "-u", "root"], env=self.environment, timeout=30)
-        deadline = time.monotonic() + 40
-        while self.call("squeue", "-h", "-o", "%T").strip() and time.monotonic() < deadline:
-            time.sleep(0.5)
+        self.cancel_all()
         for path in self._pid_files:
             if not path.exists():
                 continue
@@ -139,6 +136,15 @@ class TwoNodes:
                 if not Path(f"/proc/{pid}").exists():
                     break
                 time.sleep(0.1)
+
+    def cancel_all(self) -> None:
+        """Cancel all jobs and wait until they are gone."""
+        self.call("scancel", "--user=root")
+        deadline = time.monotonic() + 60
+        while self.call("squeue", "--noheader", "--format=%T").strip():
+            if time.monotonic() > deadline:
+                raise RuntimeError("jobs do not end: " + self.call("squeue"))
+            time.sleep(0.5)
 
     def call(self, *command: str, environment: Mapping[str, str] | None = None) -> str:
         """The output of one of Slurm's commands, or of one that calls them.

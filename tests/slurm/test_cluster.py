@@ -134,7 +134,7 @@ def test_container_commands(submit, tmp_path):
         "ray_node.sh head n1",
         "capo_verl.launch.ray_cluster",
         "run_test.sh",
-        "DRY_RUN=1",
+        "DRY_RUN=strict",
         "capo_verl.launch.outcome",
     ):
         assert any(part in line for line in lines), part

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """``python -m capo_verl.launch.outcome``: what a batch job should do now that its driver has ended.
 
-A run that was asked to stop is continued. One that failed is tried again, unless it failed before at the same step: then the
-cause is not the machine. What was refused as a configuration (exit code 2) would be refused again.
+A run that was asked to stop, or whose job was preempted, is continued. One that failed is tried again, unless it failed before
+at the same step: then the cause is not the machine. What was refused as a configuration (exit code 2) would be refused again.
 """
 
 from __future__ import annotations
@@ -19,16 +19,27 @@ from capo_verl.launch.progress import Progress
 REFUSED = 2
 """Exit code of a run whose configuration was refused before it started."""
 FINISHED, REQUEUE, GIVE_UP = "finished", "requeue", "give up"
+STANDSTILLS = 3
+"""So many attempts in a row that were asked to stop, and failed or left no new checkpoint, end the job."""
 
 
 @dataclass(frozen=True)
-class Failure:
-    """One attempt that failed; a line of the history file."""
+class Attempt:
+    """One attempt that did not complete the run; a line of the history file."""
 
-    attempt: str
-    step: int
-    """The last step that was completed, by this or an earlier attempt; 0 before the first."""
+    name: str
     exit_code: int
+    stop_requested: bool
+    trained: bool
+    """Whether it completed a step."""
+    step: int
+    """The last step that it completed; without one, the step that it resumed from."""
+    checkpoint: int
+    """Step of the newest checkpoint after it, 0 if there is none."""
+
+    @property
+    def failed(self) -> bool:
+        return self.exit_code != 0 and not self.stop_requested
 
 
 @dataclass(frozen=True)
@@ -38,57 +49,82 @@ class Outcome:
     reason: str
 
 
-def read_failures(history: Path) -> list[Failure]:
-    """Earlier failures of this run, oldest first."""
-    if not history.exists():
-        return []
-    return [Failure(**json.loads(line)) for line in history.read_text().splitlines()]
-
-
-def decide(
-    exit_code: int, progress: Progress | None, stop_requested: bool, failures: Sequence[Failure]
-) -> tuple[Outcome, Failure | None]:
-    """What to do, and the failure to remember, if it was one.
+def decide(this: Attempt, progress: Progress | None, earlier: Sequence[Attempt]) -> Outcome:
+    """What to do.
 
     Args:
-        exit_code: of the driver, or of what failed before it.
-        progress: what the run wrote about itself, None if it has not completed a step.
-        stop_requested: whether the job was warned.
-        failures: earlier ones.
+        this: the attempt that has just ended.
+        progress: what it wrote about the run, None if it did not complete a step.
+        earlier: those before it, oldest first.
     """
-    step = progress.step if progress else 0
-    if exit_code == 0:
-        if progress is not None and progress.finished:
-            return Outcome(FINISHED, f"all {progress.total_steps} steps are done"), None
-        if stop_requested:
-            done = f"step {step} of {progress.total_steps}" if progress else "nothing"
-            return Outcome(REQUEUE, f"stopped as requested, {done} done"), None
-        return Outcome(FINISHED, "the driver ended without error"), None
-    if exit_code == REFUSED:
-        return Outcome(GIVE_UP, "the configuration was refused; it would be refused again"), None
-    failure = Failure("", step, exit_code)
-    if any(earlier.step == step for earlier in failures):
-        return Outcome(
-            GIVE_UP, f"failed twice at the same step ({step + 1}): not requeued; see both attempts' logs"
-        ), failure
-    return Outcome(REQUEUE, f"failed at step {step + 1} with exit code {exit_code}, for the first time there"), failure
+    where = f"at step {this.step + 1}" if this.trained else "before its first step"
+    if this.exit_code == REFUSED:
+        return Outcome(GIVE_UP, "the configuration was refused; it would be refused again")
+    if this.exit_code == 0 and (not this.stop_requested or (progress is not None and progress.finished)):
+        done = f"all {progress.total_steps} steps are done" if progress and progress.finished else "without error"
+        return Outcome(FINISHED, done)
+    if this.stop_requested:
+        standing = [this]
+        for attempt in reversed(earlier):
+            if not attempt.stop_requested or attempt.checkpoint != this.checkpoint:
+                break
+            standing.append(attempt)
+        if len(standing) >= STANDSTILLS:
+            return Outcome(
+                GIVE_UP, f"{len(standing)} attempts in a row had to stop without a new checkpoint: not requeued"
+            )
+        if this.exit_code != 0:
+            return Outcome(REQUEUE, f"ended {where} with exit code {this.exit_code} after it was asked to stop")
+        of = f" of {progress.total_steps}" if progress else ""
+        return Outcome(REQUEUE, f"stopped as requested, step {this.step}{of} done")
+    if any(a.failed and (a.trained, a.step) == (this.trained, this.step) for a in earlier):
+        what = f"at the same step ({this.step + 1})" if this.trained else "before its first step"
+        return Outcome(GIVE_UP, f"failed twice {what}: not requeued; see both attempts' logs")
+    return Outcome(REQUEUE, f"failed {where} with exit code {this.exit_code}, for the first time there")
+
+
+def read_attempts(history: Path) -> list[Attempt]:
+    """Earlier attempts of this run, oldest first."""
+    if not history.exists():
+        return []
+    return [Attempt(**json.loads(line)) for line in history.read_text().splitlines()]
+
+
+def newest_checkpoint(checkpoints: Path) -> int:
+    """The step that verl's tracker names; 0 without one."""
+    tracker = checkpoints / "latest_checkpointed_iteration.txt"
+    text = tracker.read_text().strip() if tracker.exists() else ""
+    return int(text) if text.isdecimal() else 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the action on one line and the reason on the next."""
     parser = argparse.ArgumentParser(prog="python -m capo_verl.launch.outcome", description=__doc__)
     parser.add_argument("--checkpoints", required=True, type=Path, help="trainer.default_local_dir")
-    parser.add_argument("--history", required=True, type=Path, help="file that remembers failures")
+    parser.add_argument(
+        "--before", required=True, type=Path, help="copy of progress.json from before the attempt, or no file"
+    )
+    parser.add_argument("--resumed-from", required=True, type=int, help="newest checkpoint before the attempt, or 0")
+    parser.add_argument("--history", required=True, type=Path, help="file that remembers attempts")
     parser.add_argument("--attempt", required=True, help="name of this attempt")
     parser.add_argument("--exit-code", required=True, type=int)
     parser.add_argument("--stop-requested", action="store_true")
     args = parser.parse_args(argv)
-    outcome, failure = decide(
-        args.exit_code, Progress.read(args.checkpoints), args.stop_requested, read_failures(args.history)
+    now = Progress.read(args.checkpoints)
+    before = Progress(**json.loads(args.before.read_text())) if args.before.exists() else None
+    progress = None if now == before else now
+    this = Attempt(
+        args.attempt,
+        args.exit_code,
+        args.stop_requested,
+        trained=progress is not None,
+        step=progress.step if progress else args.resumed_from,
+        checkpoint=newest_checkpoint(args.checkpoints),
     )
-    if failure is not None:
+    outcome = decide(this, progress, read_attempts(args.history))
+    if outcome.action != FINISHED:
         with args.history.open("a") as file:
-            file.write(json.dumps({**asdict(failure), "attempt": args.attempt}) + "\n")
+            file.write(json.dumps(asdict(this)) + "\n")
     print(outcome.action)
     print(outcome.reason)
     return 0

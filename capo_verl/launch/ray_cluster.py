@@ -8,14 +8,18 @@ as far as its log tells.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from packaging.version import Version
+
 Cluster = Mapping[str, float]
 """Name of each living node, and how many GPUs Ray found there."""
 
+FIRST_WITH_TOKENS = "2.52"
 POLL_SECONDS = 1.0
 TAIL_LINES = 20
 
@@ -108,6 +112,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     import ray
 
+    if os.environ.get("RAY_AUTH_MODE") == "token" and Version(ray.__version__) < Version(FIRST_WITH_TOKENS):
+        print(
+            f"Ray {ray.__version__} knows no tokens ({FIRST_WITH_TOKENS} does): whoever reaches its ports can run code"
+        )
     try:
         ray.init(address=args.address, log_to_driver=False, logging_level="ERROR")
     except ConnectionError as e:

@@ -53,7 +53,10 @@ def _folder(trainer: Any) -> Path:
 def _obey(trainer: Any) -> bool:
     """Save and make this the last step, if asked to."""
     request = _folder(trainer) / REQUEST
-    if trainer.global_steps >= trainer.total_training_steps or not request.exists():
+    if not request.exists():
+        return False
+    if trainer.global_steps >= trainer.total_training_steps:
+        request.unlink()  # it ends anyway; a longer run that resumes from here must not
         return False
     # With Megatron's asynchronous checkpoints the process must not end while one is being written.
     if OmegaConf.select(trainer.config, "actor_rollout_ref.actor.checkpoint.async_save"):

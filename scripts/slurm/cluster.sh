@@ -20,7 +20,7 @@ on_node() {
     shift 2
     if [[ -n $ray_leash ]]; then exec {ray_leash}>&-; fi
     exec srun --quiet --overlap --nodes=1 --ntasks=1 --nodelist="$node" --cpus-per-task="$cpus_per_node" \
-        --export=ALL --output="$log" --error="$log" --open-mode=append "${SRUN_OPTIONS[@]}" "${IN_ENVIRONMENT[@]}" "$@"
+        --export=ALL --output="${log//%/%%}" --error="${log//%/%%}" --open-mode=append "${SRUN_OPTIONS[@]}" "${IN_ENVIRONMENT[@]}" "$@"
 }
 
 # choose_environment: fills SRUN_OPTIONS and IN_ENVIRONMENT, which put a command into the venv, conda environment or container.
@@ -28,8 +28,10 @@ choose_environment() {
     SRUN_OPTIONS=() IN_ENVIRONMENT=()
     if [[ -n ${SETUP:-} ]]; then
         [[ -r $SETUP ]] || fail "SETUP=$SETUP cannot be read: set it to a file to be sourced, e.g. with your 'module load' lines" 2
+        set +eu # module systems and conda's hooks rely on that
         # shellcheck disable=SC1090
         source "$SETUP"
+        set -eu
     fi
     local chosen=0 variable
     for variable in VENV CONDA_ENV CONTAINER_IMAGE; do
@@ -74,6 +76,44 @@ detect_gpus() {
     else
         fail "no GPUs in this job: ask for them (--gres=gpu:8), or set NGPUS_PER_NODE (on CPUs: ranks per node)" 2
     fi
+}
+
+# CPUs of this job on each node: of nodes that differ, the fewest. SLURM_JOB_CPUS_PER_NODE is like "64(x2),32".
+detect_cpus() { tr ',' '\n' <<<"$SLURM_JOB_CPUS_PER_NODE" | sed 's/(.*//' | sort -n | head -n 1; }
+
+# One job at a time may write to OUTPUT_DIR.
+claim_output_dir() {
+    local file=$OUTPUT_DIR/slurm_job other
+    other=$(cat "$file" 2>/dev/null || true)
+    if [[ -n $other && $other != "$job" ]] && [[ $(squeue --noheader --jobs="$other" --format=%T 2>/dev/null) == RUNNING ]]; then
+        fail "job $other is running in OUTPUT_DIR=$OUTPUT_DIR: set another one, or wait" 2
+    fi
+    echo "$job" >"$file"
+}
+
+# Slurm's time limit, as seen from here, has to hold one step at least, or the job would be warned and restarted for ever.
+check_time_limit() {
+    local step_seconds=${STEP_SECONDS:-1800} seconds_left
+    seconds_left=$(squeue --noheader --jobs="$job" --format=%L | awk -F'[-:]' '
+        /INVALID|UNLIMITED|NOT_SET/ { exit } { if ($0 ~ /-/) { days = $1; sub(/^[0-9]*-/, "") } n = split($0, t, ":");
+        for (i = 1; i <= n; i++) s = s * 60 + t[i]; print days * 86400 + s }') || seconds_left=""
+    if [[ -n $seconds_left ]] && ((seconds_left < step_seconds)); then
+        fail "the time limit leaves $seconds_left s, but one step takes up to STEP_SECONDS=$step_seconds: raise --time, or lower STEP_SECONDS" 2
+    fi
+}
+
+# Whether Slurm is taking the nodes away: then what ended was not the run's fault.
+was_preempted() {
+    local time
+    time=$(scontrol show job "$job" --oneliner 2>/dev/null | sed -n 's/.* PreemptTime=\([^ ]*\).*/\1/p')
+    [[ -n $time && $time != None ]]
+}
+
+# shellcheck disable=SC2034,SC2317,SC2329 # called by a trap
+on_warning() {
+    stop_requested=1
+    say "warned by Slurm (USR1): the current step is finished, then a checkpoint written"
+    touch "$checkpoints/stop"
 }
 
 # The IPv4 address under which the other nodes reach the head.
@@ -123,13 +163,14 @@ find_port() {
 # standard input: a signal would go to all processes of a step at once, and Ray could not end in order.
 start_ray() {
     local index role
-    mkfifo -m 600 "$ray_temp.leash"
-    exec {ray_leash}<>"$ray_temp.leash"
+    leash_folder=$(mktemp -d "$RAY_TMP_ROOT/leash.XXXXXX")
+    mkfifo -m 600 "$leash_folder/leash"
+    exec {ray_leash}<>"$leash_folder/leash"
     for index in "${!nodes[@]}"; do
         role=worker
         if ((index == 0)); then role="head"; fi
         on_node "${nodes[index]}" "$logs/ray-${nodes[index]}.log" bash "$root/scripts/slurm/ray_node.sh" \
-            "$role" "${nodes[index]}" "$head_address" "$port" "$gpus_per_node" "$ray_cpus" "$ray_temp.$index" <"$ray_temp.leash" &
+            "$role" "${nodes[index]}" "$head_address" "$port" "$gpus_per_node" "$ray_cpus" "$ray_temp.$index" <"$leash_folder/leash" &
         ray_steps[index]=$!
         # The others need somebody to join; they try for a while by themselves.
         if ((index == 0)); then sleep "${HEAD_START_SECONDS:-5}" & wait $! || true; fi
@@ -154,7 +195,7 @@ stop_ray() {
     if [[ -n ${driver_step:-} ]]; then kill -TERM "$driver_step" 2>/dev/null || true; fi
     if [[ -n $ray_leash ]]; then exec {ray_leash}>&-; fi
     ray_leash=""
-    rm -f "$ray_temp.leash"
+    if [[ -n ${leash_folder:-} ]]; then rm -rf "$leash_folder"; fi
     for pid in "${pids[@]}"; do
         [[ -n $pid ]] || continue
         while kill -0 "$pid" 2>/dev/null && ((SECONDS < deadline)); do sleep 0.5; done
@@ -163,4 +204,35 @@ stop_ray() {
     done
     driver_step=""
     ray_steps=()
+}
+
+# run_step NAME LOG COMMAND...: on the first node, beside Ray; its exit code, or 1 as soon as a part of Ray ends.
+run_step() {
+    local name=$1 log=$2 code=0 i
+    shift 2
+    on_node "${nodes[0]}" "$log" "$@" </dev/null &
+    driver_step=$!
+    while kill -0 "$driver_step" 2>/dev/null; do
+        if ! ray_is_whole; then
+            # What Ray itself reports about its loss belongs into the log.
+            for ((i = 0; i < 60; i++)); do
+                kill -0 "$driver_step" 2>/dev/null || break
+                sleep 1 & wait $! || true
+            done
+            return 1
+        fi
+        sleep 1 & wait $! || true
+    done
+    wait "$driver_step" || code=$?
+    driver_step=""
+    if ((code != 0)); then
+        say "ERROR: $name ended with exit code $code; last lines of $log:" >&2
+        tail -n 20 "$log" | cut -c1-400 | sed 's/^/    /' >&2
+        # A node that went down takes the training with it, and is noticed a moment later.
+        for ((i = 0; i < 10; i++)); do
+            ray_is_whole || break
+            sleep 1 & wait $! || true
+        done
+    fi
+    return "$code"
 }

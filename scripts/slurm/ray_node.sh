@@ -42,8 +42,11 @@ fi
 # Slurm sets AMD's variables with every kind of GPU, and verl refuses them beside CUDA's (verl/single_controller/base/worker.py).
 if [[ ! -e /dev/kfd ]]; then unset ROCR_VISIBLE_DEVICES GPU_DEVICE_ORDINAL ZE_AFFINITY_MASK; fi
 
-mkdir -p "$temp"
-chmod 700 "$temp"
+# The name can be guessed: a folder that is there already is not ours.
+if ! mkdir -m 700 "$temp"; then
+    echo "$name: the temporary folder $temp cannot be made: set RAY_TMP_ROOT to another one" >&2
+    exit 1
+fi
 # Ray's workers inherit the variable: a helper process that a killed rank leaves behind is found by it.
 CAPO_VERL_RAY_NODE=$temp ray start --block "${options[@]}" &
 ray=$!

@@ -3,46 +3,76 @@ from __future__ import annotations
 
 import pytest
 
-from capo_verl.launch.outcome import FINISHED, GIVE_UP, REQUEUE, Failure, decide, main, read_failures
+from capo_verl.launch.outcome import FINISHED, GIVE_UP, REQUEUE, Attempt, decide, main, read_attempts
 from capo_verl.launch.progress import Progress
 
 AT_4 = Progress(step=4, total_steps=10, checkpoint=3, step_seconds=60.0)
+STOPPED = Progress(step=4, total_steps=10, checkpoint=4, step_seconds=60.0, stopped=True)
 DONE = Progress(step=10, total_steps=10, checkpoint=10, step_seconds=60.0)
 
 
+def attempt(exit_code=1, stop=False, trained=True, step=4, checkpoint=3) -> Attempt:
+    return Attempt("7.0", exit_code, stop, trained, step, checkpoint)
+
+
+def failed_at(step: int, trained: bool = True) -> Attempt:
+    return attempt(step=step, trained=trained)
+
+
 @pytest.mark.parametrize(
-    ("exit_code", "progress", "stop", "failed_at", "action", "part"),
+    ("this", "progress", "earlier", "action", "part"),
     [
-        (0, DONE, False, (), FINISHED, "all 10 steps are done"),
-        (0, DONE, True, (), FINISHED, "all 10 steps are done"),  # warned during the last step
-        (0, AT_4, True, (), REQUEUE, "step 4 of 10 done"),
-        (0, None, True, (), REQUEUE, "nothing done"),
-        (0, AT_4, False, (), FINISHED, "without error"),
-        (2, None, False, (), GIVE_UP, "refused"),
-        (1, AT_4, False, (), REQUEUE, "failed at step 5 with exit code 1"),
-        (1, AT_4, False, (3,), REQUEUE, "failed at step 5"),
-        (1, AT_4, False, (3, 4), GIVE_UP, "failed twice at the same step (5)"),
-        (3, None, False, (0,), GIVE_UP, "failed twice at the same step (1)"),
-        (137, None, True, (), REQUEUE, "failed at step 1 with exit code 137"),
+        (attempt(0, step=10), DONE, [], FINISHED, "all 10 steps are done"),
+        (attempt(0, stop=True, step=10), DONE, [], FINISHED, "all 10 steps are done"),  # warned during the last step
+        (attempt(0), AT_4, [], FINISHED, "without error"),
+        (attempt(0, trained=False, step=10), None, [], FINISHED, "without error"),  # was complete before
+        (attempt(0, stop=True), STOPPED, [], REQUEUE, "stopped as requested, step 4 of 10 done"),
+        # Warned while the nodes joined: what an earlier attempt wrote does not count.
+        (attempt(0, stop=True, trained=False, step=3), None, [], REQUEUE, "stopped as requested, step 3 done"),
+        (attempt(2, trained=False), None, [], GIVE_UP, "refused"),
+        (attempt(), AT_4, [], REQUEUE, "failed at step 5 with exit code 1"),
+        (attempt(), AT_4, [failed_at(3)], REQUEUE, "failed at step 5"),
+        (attempt(), AT_4, [failed_at(3), failed_at(4)], GIVE_UP, "failed twice at the same step (5)"),
+        # An attempt that did not get as far as a step failed elsewhere.
+        (attempt(3, trained=False), None, [failed_at(4)], REQUEUE, "failed before its first step with exit code 3"),
+        (attempt(3, trained=False), None, [failed_at(4, False)], GIVE_UP, "failed twice before its first step"),
+        # Preempted: killed after a warning is no failure of the run.
+        (attempt(143, stop=True), AT_4, [failed_at(4)], REQUEUE, "after it was asked to stop"),
+        (attempt(), AT_4, [attempt(143, stop=True)], REQUEUE, "failed at step 5"),
+        (attempt(143, stop=True), AT_4, [attempt(143, stop=True)], REQUEUE, "after it was asked to stop"),
+        (attempt(1, stop=True), AT_4, [attempt(0, stop=True)] * 2, GIVE_UP, "3 attempts in a row had to stop"),
+        (attempt(0, stop=True), STOPPED, [attempt(0, stop=True, checkpoint=2)] * 4, REQUEUE, "stopped as requested"),
+        (attempt(0, stop=True), STOPPED, [attempt(0, stop=True), failed_at(4)] * 2, REQUEUE, "stopped as requested"),
     ],
 )
-def test_decide(exit_code, progress, stop, failed_at, action, part):
-    outcome, failure = decide(exit_code, progress, stop, [Failure("1.0", step, 1) for step in failed_at])
+def test_decide(this, progress, earlier, action, part):
+    outcome = decide(this, progress, earlier)
     assert outcome.action == action and part in outcome.reason
-    assert (failure is not None) == (exit_code not in (0, 2))
-    if failure is not None:
-        assert failure.step == (progress.step if progress else 0) and failure.exit_code == exit_code
 
 
-def test_command_remembers_failures(tmp_path, capsys):
+def test_command(tmp_path, capsys):
+    """Two failures at step 5, then one before any step; a copy of what was there before tells them apart."""
+    history, before = tmp_path / "attempts.jsonl", tmp_path / "before.json"
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("3")
+
+    def call(name: str, exit_code: int, *more: str) -> list[str]:
+        code = main(["--checkpoints", str(tmp_path), "--history", str(history), "--attempt", name, "--exit-code",
+                     str(exit_code), "--before", str(before), "--resumed-from", "3", *more])  # fmt: skip
+        assert code == 0
+        return capsys.readouterr().out.splitlines()
+
     AT_4.write(tmp_path)
-    history = tmp_path / "failures.jsonl"
-    arguments = ["--checkpoints", str(tmp_path), "--history", str(history), "--exit-code", "1", "--attempt"]
-    assert main([*arguments, "7.0"]) == 0
-    assert capsys.readouterr().out.splitlines()[0] == REQUEUE
-    assert main([*arguments, "7.1"]) == 0
-    assert capsys.readouterr().out.splitlines()[0] == GIVE_UP
-    assert read_failures(history) == [Failure("7.0", 4, 1), Failure("7.1", 4, 1)]
+    assert call("7.0", 1) == [REQUEUE, "failed at step 5 with exit code 1, for the first time there"]
+    before.write_text((tmp_path / "progress.json").read_text())
+    assert call("7.1", 3) == [REQUEUE, "failed before its first step with exit code 3, for the first time there"]
+    before.unlink()
+    assert call("7.2", 1) == [GIVE_UP, "failed twice at the same step (5): not requeued; see both attempts' logs"]
+    assert read_attempts(history) == [
+        Attempt("7.0", 1, False, True, 4, 3), Attempt("7.1", 3, False, False, 3, 3), Attempt("7.2", 1, False, True, 4, 3)
+    ]  # fmt: skip
+    DONE.write(tmp_path)
+    assert call("7.3", 0, "--stop-requested")[0] == FINISHED
+    assert len(read_attempts(history)) == 3
 
 
 def test_progress_survives_the_disk(tmp_path):

@@ -96,6 +96,7 @@ def test_a_request_during_the_last_step_changes_nothing(trainer_class, tmp_path)
     assert run.events == ["begin 1", "sync 1", "begin 2", "sync 2"]
     progress = Progress.read(tmp_path)
     assert progress.finished and progress.checkpoint is None
+    assert not (tmp_path / stop.REQUEST).exists()  # nor does it stop a longer run that resumes from here
 
 
 def test_without_a_request_progress_is_all_that_is_written(trainer_class, tmp_path):

@@ -42,13 +42,13 @@ def test_a_missing_node_is_named_and_a_second_failure_at_the_same_step_ends_the_
     printed = job.printed
     assert printed.count("after 8 s: node n2 has not joined Ray") == 2, printed
     assert "waiting for the file system" in printed
-    assert "requeue: failed at step 1 with exit code 3, for the first time there" in printed
-    assert "give up: failed twice at the same step (1): not requeued" in printed
+    assert "requeue: failed before its first step with exit code 3, for the first time there" in printed
+    assert "give up: failed twice before its first step: not requeued" in printed
     assert "never" not in printed and not (job.logs(0) / "driver.log").exists()
     assert job.left_behind() == []
-    failures = [json.loads(line) for line in (job.output / "failures.jsonl").read_text().splitlines()]
-    assert [(f["attempt"], f["step"], f["exit_code"]) for f in failures] == [
-        (f"{job.number}.0", 0, 3), (f"{job.number}.1", 0, 3)]  # fmt: skip
+    attempts = [json.loads(line) for line in (job.output / "attempts.jsonl").read_text().splitlines()]
+    assert [(a["name"], a["trained"], a["exit_code"]) for a in attempts] == [
+        (f"{job.number}.0", False, 3), (f"{job.number}.1", False, 3)]  # fmt: skip
 
 
 def test_nodes_that_lack_their_gpus_are_named(submit, tmp_path):

@@ -53,11 +53,23 @@ def test_time_limit_below_one_step(cluster, tmp_path):
     )
 
 
+def test_too_few_cpus_for_verl(submit):
+    job = submit(options=ONE_NODE, name="cpus", RAY_CPUS_PER_NODE=4)
+    assert "4 CPUs per node, but verl reserves three for each GPU: ask for --cpus-per-task=5" in refused(job)
+
+
+def test_a_run_that_would_begin_anew_after_every_requeue(submit):
+    assert "RESUME_MODE=disable would begin anew" in refused(
+        submit(options=ONE_NODE, name="anew", RESUME_MODE="disable")
+    )
+
+
 def by_hand(cluster: TwoNodes, folder: Path, **environment: str) -> Job:
     """The template given to sbatch directly, for a minute."""
     log, output = folder / "by_hand.out", folder / "by_hand"
     number = cluster.call(
         "sbatch", "--parsable", "--nodes=1", "--gres=gpu:1", "--time=1", f"--chdir={ROOT}", f"--output={log}",
-        str(ROOT / TRAIN), SCRIPT, environment={"OUTPUT_DIR": str(output), "CAPO_VERL_ROOT": str(ROOT), **environment},
+        str(ROOT / TRAIN), SCRIPT,
+        environment={"RAY_CPUS_PER_NODE": "8", "OUTPUT_DIR": str(output), "CAPO_VERL_ROOT": str(ROOT), **environment},
     )  # fmt: skip
     return Job(cluster, int(number), output, log)

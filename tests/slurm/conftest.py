@@ -105,7 +105,7 @@ def submit(cluster, inputs, tmp_path):
         variables = {
             "VENV": os.environ.get("VIRTUAL_ENV") or sys.prefix, "PYTHONPATH": str(ROOT),
             "DATA_DIR": inputs, "MODEL_PATH": inputs / "model", "OUTPUT_DIR": tmp_path / name,
-            "RAY_TMP_ROOT": cluster.folder, "RAY_CPUS_PER_NODE": 8, "STEP_SECONDS": 60, "VERL_PLATFORM": "cpu",
+            "RAY_TMP_ROOT": cluster.folder, "RAY_CPUS_PER_NODE": 12, "STEP_SECONDS": 60, "VERL_PLATFORM": "cpu",
             # Two nodes share two cores: as few processes as possible, and not those at low priority.
             "RAY_enable_worker_prestart": 0, "RAY_prestart_worker_first_driver": 0, "RAY_worker_niceness": 0,
             "TRAIN_BATCH_SIZE": 4, "ROLLOUT_N": 4, "MAX_RESPONSE_LENGTH": 8, "LR_WARMUP_STEPS": 2, "ACTOR_LR": 3e-3,

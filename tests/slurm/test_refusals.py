@@ -70,6 +70,6 @@ def by_hand(cluster: TwoNodes, folder: Path, **environment: str) -> Job:
     number = cluster.call(
         "sbatch", "--parsable", "--nodes=1", "--gres=gpu:1", "--time=1", f"--chdir={ROOT}", f"--output={log}",
         str(ROOT / TRAIN), SCRIPT,
-        environment={"RAY_CPUS_PER_NODE": "8", "OUTPUT_DIR": str(output), "CAPO_VERL_ROOT": str(ROOT), **environment},
+        environment={"RAY_CPUS_PER_NODE": "12", "OUTPUT_DIR": str(output), "CAPO_VERL_ROOT": str(ROOT), **environment},
     )  # fmt: skip
     return Job(cluster, int(number), output, log)

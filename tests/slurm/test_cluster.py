@@ -86,9 +86,7 @@ def test_array_of_seeds_with_a_cluster_each(submit, tmp_path):
     assert len(tasks[3]["RAY_AUTH_TOKEN"]) == 64 and tasks[3]["RAY_AUTH_TOKEN"] != tasks[4]["RAY_AUTH_TOKEN"]
 
 
-def test_chain_continues_a_stopped_job_and_is_dropped_after_a_complete_one(submit, tmp_path):
-    """Three jobs of one run: the first is warned, the second completes it, the third is not needed."""
-    body = """
+STEPS = """
 from=$(sed -n 's/.*"step": \\([0-9]*\\).*/\\1/p' "$OUTPUT_DIR/checkpoints/progress.json" 2>/dev/null || true)
 echo "from ${from:-0}" >>"$OUTPUT_DIR/starts"
 for ((step = ${from:-0} + 1; step <= 5; step++)); do
@@ -97,10 +95,31 @@ for ((step = ${from:-0} + 1; step <= 5; step++)); do
     if [[ -e $OUTPUT_DIR/checkpoints/stop ]]; then stopped=true; rm "$OUTPUT_DIR/checkpoints/stop"; fi
     echo "{\\"step\\": $step, \\"total_steps\\": 5, \\"checkpoint\\": $step, \\"step_seconds\\": 1, \\"stopped\\": $stopped}" \\
         >"$OUTPUT_DIR/checkpoints/progress.json"
+    echo $step >"$OUTPUT_DIR/checkpoints/latest_checkpointed_iteration.txt"
     if $stopped; then exit 0; fi
 done
 """
-    job = submit(options=(*ONE_NODE, "--chain=3"), script=script(tmp_path, body), name="chain")
+"""A run of five steps which, the first time, waits in its second until it is asked to stop."""
+
+
+def test_preempted_by_a_job_of_higher_priority(submit, cluster, tmp_path):
+    job = submit(options=TWO_NODES, script=script(tmp_path, STEPS), name="preempted")
+    starts = job.output / "starts"
+    job.wait_until(starts.exists, 60)
+    urgent = cluster.call(
+        "sbatch", "--parsable", "--partition=urgent", "--nodes=2", "--output=/dev/null", "--wrap=sleep 2"
+    )
+    job.wait_until(lambda: job.state["Restarts"] == "1", 60)
+    job.wait_until(lambda: cluster.state(int(urgent))["JobState"] == "COMPLETED", 60)
+    assert "warned by Slurm (USR1)" in job.printed and "requeue: stopped as requested, step 2 of 5 done" in job.printed
+    assert job.wait(90) == "COMPLETED"
+    assert starts.read_text().splitlines() == ["from 0", "from 2"]
+    assert job.left_behind() == []
+
+
+def test_chain_continues_a_stopped_job_and_is_dropped_after_a_complete_one(submit, tmp_path):
+    """Three jobs of one run: the first is warned, the second completes it, the third is not needed."""
+    job = submit(options=(*ONE_NODE, "--chain=3"), script=script(tmp_path, STEPS), name="chain")
     starts = job.output / "starts"
     job.wait_until(starts.exists, 60)
     job.cluster.call("scancel", "--batch", "--signal=USR1", str(job.number))

@@ -113,7 +113,6 @@ def test_usr1_requeue_and_a_killed_raylet_change_nothing(submit, cluster):
                 assert found[step][name] == pytest.approx(value, rel=1e-4, abs=1e-6), (step, name)
                 compared += 1
     assert compared >= 8 * 20
-    assert (
-        len({values["actor/lr"] for values in expected.values()}) > 1
-    )  # warm-up: a schedule that starts anew would show
-    assert 0 < expected[8]["capo/rejection_rate"] < 1
+    # A schedule that starts anew would show, and so would a filter that has forgotten its moments.
+    assert len({values["actor/lr"] for values in expected.values()}) > 1
+    assert 0 < max(values["capo/rejection_rate"] for values in expected.values()) < 1

@@ -236,6 +236,50 @@ def test_every_attempt_gets_its_own_metrics(tmp_path):
         assert path() == f"{tmp_path}/run/{expected}"
         (tmp_path / "run" / expected).touch()
     assert path(VERL_FILE_LOGGER_PATH="/mine") == "/mine"
+    for given, expected in (("of.a/mine.json", "of.a/mine.2.json"), ("of.a/mine", "of.a/mine.2")):
+        (tmp_path / given).parent.mkdir(exist_ok=True)
+        (tmp_path / given).touch()
+        assert path(VERL_FILE_LOGGER_PATH=tmp_path / given) == f"{tmp_path}/{expected}"
+
+
+@pytest.mark.parametrize("script", GPU)
+def test_every_experiment_has_its_own_folder(script, tmp_path):
+    def folder(*arguments, **variables):
+        given = settings(command_line(script, tmp_path, *arguments, OUTPUT_DIR="", **variables)[1:])
+        name = given["trainer.experiment_name"].strip("'")
+        assert given["trainer.default_local_dir"] == f"'{tmp_path}/outputs/{name}/checkpoints'"
+        assert given["hydra.run.dir"] == f"'{tmp_path}/outputs/{name}/hydra'"
+        return name
+
+    model = script.removeprefix("run_").removesuffix("_megatron.sh")
+    assert folder() == f"{model}_off_conservative"
+    assert (
+        folder(CAPO="grpo") == folder("+capo=grpo") == folder("+capo=grpo", CAPO="grpo") == f"{model}_grpo_conservative"
+    )
+    assert folder(REGIME="aggressive", CAPO="track") == f"{model}_track_aggressive"
+    assert folder(LOSS_MODE="gspo", SEED=3) == f"{model}_off_conservative_gspo_seed3"
+    assert folder(MODEL_PATH="/models/My Model-1.5/") == "my_model_1_5_off_conservative"
+    assert folder(EXPERIMENT_NAME="mine", CAPO="grpo") == "mine"
+
+
+@pytest.mark.parametrize("script", [*GPU, *CPU])
+def test_paths_may_contain_anything(script, tmp_path):
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    odd = tmp_path / "it's [a]=\\'b, {c} \\"
+    variables = {
+        "OUTPUT_DIR": odd / "run", "DATA_DIR": odd, "MODEL_PATH": odd, "EXPERIMENT_NAME": "it's", "RAY_ADDRESS": "head:1",
+    }  # fmt: skip
+    overrides = command_line(script, tmp_path, **variables)[1:]
+    received = {o.key_or_group: o.value() for o in OverridesParser.create().parse_overrides(overrides)}
+    assert received["trainer.default_local_dir"] == f"{odd}/run/checkpoints"
+    assert received["hydra.run.dir"] == f"{odd}/run/hydra"
+    assert received["data.train_files"] == [f"{odd}/train.parquet"]
+    assert received["data.val_files"] == [f"{odd}/test.parquet"]
+    assert received["actor_rollout_ref.model.path"] == str(odd)
+    assert received["trainer.experiment_name"] == "it's"
+    metrics = received["ray_kwargs.ray_init.runtime_env.env_vars.VERL_FILE_LOGGER_PATH"]
+    assert metrics == f"{odd}/run/metrics.jsonl"
 
 
 def test_an_output_folder_that_cannot_be_written_is_refused(tmp_path):

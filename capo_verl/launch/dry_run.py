@@ -3,7 +3,7 @@
 
 Prints the resolved configuration (YAML) and, as comments under it, the plan. The launchers call it for ``DRY_RUN=1``.
 ``DRY_RUN=strict`` also refuses what only this machine cannot run: data files that are not here, a folder that cannot be
-written to. ``GPU_MEMORY_GIB`` says which GPUs to plan for (default: an H100-80GB).
+written to or holds another run's checkpoints. ``GPU_MEMORY_GIB`` says which GPUs to plan for (default: an H100-80GB).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from omegaconf import DictConfig, OmegaConf
 
 from capo_verl import plugin
-from capo_verl.launch import preflight, run_spec
+from capo_verl.launch import identity, preflight, run_spec
 from capo_verl.launch.outcome import REFUSED
 from capo_verl.launch.plan import H100_80GB, make_plan
 from capo_verl.launch.plan_cli import machine_memory
@@ -88,6 +88,7 @@ def dry_run(overrides: Sequence[str]) -> tuple[str, list[str]]:
         notes = validate(config)
         if os.environ.get("DRY_RUN") == "strict":
             preflight.check_files(config)
+            identity.check_identity(config)
     planned = "".join(f"# {line}\n" for line in plan(config).splitlines())
     return OmegaConf.to_yaml(config, resolve=True) + planned, notes
 

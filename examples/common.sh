@@ -4,6 +4,8 @@
 #
 # CAPO               off (default), grpo, dr_grpo, reinforce or track; the same as +capo=NAME on the command line
 # DRY_RUN            1: print the resolved configuration and the plan, start nothing; strict: look at data and folders, too
+# GPU_MEMORY_GIB     GiB of a GPU, for the plan (default: 79.6, an H100-80GB; strict: of the smallest that nvidia-smi shows)
+# CAPO_PLAN          note: a plan that does not fit is printed, not refused
 # SEED               order of the data and sampling (default: verl's)
 # NNODES             nodes of the run (default: those of the Slurm job, else 1)
 # OUTPUT_DIR         checkpoints, metrics, Hydra's copy of the configuration; on a file system that all nodes share; one

@@ -84,6 +84,7 @@ def _check_before_start(module: ModuleType) -> None:
         from hydra.errors import HydraException
 
         from capo_verl.launch.checkpoints import check_resume
+        from capo_verl.launch.identity import check_identity, record_identity
         from capo_verl.launch.preflight import check_files
         from capo_verl.startup_checks import check_run
 
@@ -91,7 +92,9 @@ def _check_before_start(module: ModuleType) -> None:
             check_run(config)
             check_files(config)
             check_resume(config)
-            return validate_config(config, *args, **kwargs)
+            check_identity(config)
+            validate_config(config, *args, **kwargs)
+            record_identity(config)
         except (ValueError, AssertionError, RuntimeError, HydraException) as e:
             # In a Ray worker (verl's legacy trainer) the exception is what reaches the driver.
             ray = sys.modules.get("ray")

@@ -4,13 +4,16 @@
 #
 # CAPO               off (default), grpo, dr_grpo, reinforce or track; the same as +capo=NAME on the command line
 # DRY_RUN            1: print the resolved configuration and the plan, start nothing; strict: look at data and folders, too
+# GPU_MEMORY_GIB     GiB of a GPU, for the plan (default: 79.6, an H100-80GB; strict: of the smallest that nvidia-smi shows)
+# CAPO_PLAN          note: a plan that does not fit is printed, not refused
 # SEED               order of the data and sampling (default: verl's)
 # NNODES             nodes of the run (default: those of the Slurm job, else 1)
-# OUTPUT_DIR         checkpoints, metrics, Hydra's copy of the configuration; on a file system that all nodes share
+# OUTPUT_DIR         checkpoints, metrics, Hydra's copy of the configuration; on a file system that all nodes share; one
+#                    folder per experiment (a run that would continue another's checkpoints is refused)
 # SAVE_FREQ          write a checkpoint every so many steps; -1: none
 # RESUME_MODE        auto (continue from the latest checkpoint in OUTPUT_DIR, if any), disable, or resume_path
 # MAX_CKPT_TO_KEEP   older checkpoints are removed; null keeps all
-# VERL_FILE_LOGGER_PATH   metrics of this attempt (default: $OUTPUT_DIR/metrics.jsonl, metrics.2.jsonl after a restart, ...)
+# VERL_FILE_LOGGER_PATH   metrics (default: $OUTPUT_DIR/metrics.jsonl); where it exists, metrics.2.jsonl and so on
 # RAY_ADDRESS        join this Ray cluster instead of starting one
 # PYTHON             interpreter (default python3)
 
@@ -20,12 +23,47 @@ refuse() {
     exit 2
 }
 
+# quoted TEXT: a value for Hydra, whatever the text contains; only quotes, and backslashes before one, are special in it.
+quoted() {
+    printf "'%s'" "$(sed -E "s/(\\\\*)'/\1\1\\\\'/g; s/(\\\\+)\$/\1\1/" <<<"$1")"
+}
+
+# choose_algorithm "$@": fills ALGORITHM. A preset brings its own settings, and explicit ones would win over it.
+choose_algorithm() {
+    local argument on_command_line=
+    for argument in "$@"; do
+        if [[ $argument == +capo=* ]]; then on_command_line=${argument#+capo=}; fi
+    done
+    if [[ -n $on_command_line ]]; then
+        if [[ $CAPO != off && $CAPO != "$on_command_line" ]]; then
+            refuse "CAPO=$CAPO and +capo=$on_command_line contradict each other: drop one of them"
+        fi
+        CAPO=$on_command_line
+    fi
+    ALGORITHM=(algorithm.use_kl_in_reward=False)
+    case $CAPO in
+        grpo | dr_grpo | reinforce) ;;
+        off | track)
+            ALGORITHM+=(
+                algorithm.adv_estimator=grpo
+                algorithm.norm_adv_by_std_in_grpo=True
+                actor_rollout_ref.actor.loss_agg_mode=seq-mean-token-mean
+            )
+            ;;
+        *) refuse "CAPO=$CAPO: choose one of grpo, dr_grpo, reinforce, track, off" ;;
+    esac
+    if [[ $CAPO != off && -z $on_command_line ]]; then ALGORITHM+=("+capo=$CAPO"); fi
+}
+
 CAPO=${CAPO:-off}
+choose_algorithm "$@"  # a sourced file sees the launcher's arguments
 NNODES=${NNODES:-${SLURM_JOB_NUM_NODES:-1}}
 [[ $NNODES =~ ^[1-9][0-9]*$ ]] || refuse "NNODES=$NNODES: set it to the number of nodes"
 save_freq=${SAVE_FREQ:-$default_save_freq}
 if [[ $save_freq =~ ^[1-9] ]]; then default_resume_mode=auto; else default_resume_mode=disable; fi
 resume_mode=${RESUME_MODE:-$default_resume_mode}
+experiment_name=${experiment_name:-$(default_experiment_name)}
+OUTPUT_DIR=${OUTPUT_DIR:-outputs/$experiment_name}
 # Ray's workers may have another working directory.
 [[ $OUTPUT_DIR == /* ]] || OUTPUT_DIR=$PWD/$OUTPUT_DIR
 
@@ -33,7 +71,7 @@ REF=()
 ON_CPU=()
 
 CHECKPOINTS=(
-    trainer.default_local_dir="'$OUTPUT_DIR/checkpoints'"
+    trainer.default_local_dir="$(quoted "$OUTPUT_DIR/checkpoints")"
     trainer.save_freq="$save_freq"
     trainer.resume_mode="$resume_mode"
     trainer.max_actor_ckpt_to_keep="${MAX_CKPT_TO_KEEP:-null}"
@@ -76,38 +114,12 @@ use_cpu() {
     )
 }
 
-# choose_algorithm "$@": fills ALGORITHM. A preset brings its own settings, and explicit ones would win over it.
-choose_algorithm() {
-    local argument on_command_line=
-    for argument in "$@"; do
-        if [[ $argument == +capo=* ]]; then on_command_line=${argument#+capo=}; fi
-    done
-    if [[ -n $on_command_line ]]; then
-        if [[ $CAPO != off && $CAPO != "$on_command_line" ]]; then
-            refuse "CAPO=$CAPO and +capo=$on_command_line contradict each other: drop one of them"
-        fi
-        CAPO=$on_command_line
-    fi
-    ALGORITHM=(algorithm.use_kl_in_reward=False)
-    case $CAPO in
-        grpo | dr_grpo | reinforce) ;;
-        off | track)
-            ALGORITHM+=(
-                algorithm.adv_estimator=grpo
-                algorithm.norm_adv_by_std_in_grpo=True
-                actor_rollout_ref.actor.loss_agg_mode=seq-mean-token-mean
-            )
-            ;;
-        *) refuse "CAPO=$CAPO: choose one of grpo, dr_grpo, reinforce, track, off" ;;
-    esac
-    if [[ $CAPO != off && -z $on_command_line ]]; then ALGORITHM+=("+capo=$CAPO"); fi
-}
-
-# verl empties the file it writes to: every attempt gets its own.
+# metrics_of_this_attempt FILE: the first of FILE.jsonl, FILE.2.jsonl, ... that is free; verl empties the one it writes to.
 metrics_of_this_attempt() {
-    local file=$OUTPUT_DIR/metrics.jsonl attempt=2
+    local file=$1 name=${1##*/} attempt=2 ending=
+    if [[ $name == ?*.* ]]; then ending=.${name##*.}; fi
     while [[ -e $file ]]; do
-        file=$OUTPUT_DIR/metrics.$attempt.jsonl
+        file=${1%"$ending"}.$attempt$ending
         attempt=$((attempt + 1))
     done
     echo "$file"
@@ -116,10 +128,10 @@ metrics_of_this_attempt() {
 # forward_environment: fills FORWARD with what hands the variables named in FORWARDED to the workers.
 forward_environment() {
     FORWARD=()
-    local name quote="'"
+    local name
     for name in "${FORWARDED[@]}"; do
         if [[ -n ${!name:-} ]]; then
-            FORWARD+=("+ray_kwargs.ray_init.runtime_env.env_vars.$name='${!name//$quote/\\$quote}'")
+            FORWARD+=("+ray_kwargs.ray_init.runtime_env.env_vars.$name=$(quoted "${!name}")")
         fi
     done
 }
@@ -127,7 +139,6 @@ forward_environment() {
 # launch "$@": the arrays, then what was given on the command line, which wins.
 launch() {
     local module=verl.trainer.main_ppo
-    choose_algorithm "$@"
     case ${DRY_RUN:-0} in
         0) ;;
         1 | strict) module=capo_verl.launch.dry_run ;;
@@ -136,7 +147,8 @@ launch() {
     if [[ ${DRY_RUN:-0} == 0 ]] && { ! mkdir -p "$OUTPUT_DIR" 2>/dev/null || [[ ! -w $OUTPUT_DIR ]]; }; then
         refuse "OUTPUT_DIR=$OUTPUT_DIR cannot be written to: set it to a folder of yours"
     fi
-    export VERL_FILE_LOGGER_PATH=${VERL_FILE_LOGGER_PATH:-$(metrics_of_this_attempt)}
+    VERL_FILE_LOGGER_PATH=$(metrics_of_this_attempt "${VERL_FILE_LOGGER_PATH:-$OUTPUT_DIR/metrics.jsonl}")
+    export VERL_FILE_LOGGER_PATH
     if [[ -n ${RAY_ADDRESS:-} ]]; then
         forward_environment
     else
@@ -155,6 +167,6 @@ launch() {
         ${SEEDS[@]+"${SEEDS[@]}"} \
         "${EXTRA[@]}" \
         "${FORWARD[@]}" \
-        "hydra.run.dir='$OUTPUT_DIR/hydra'" \
+        "hydra.run.dir=$(quoted "$OUTPUT_DIR/hydra")" \
         "$@"
 }

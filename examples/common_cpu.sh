@@ -15,8 +15,8 @@ if ((NGPUS_PER_NODE * NNODES != nprocs)); then
     refuse "NGPUS_PER_NODE=$NGPUS_PER_NODE times NNODES=$NNODES is not NPROCS=$nprocs: leave NGPUS_PER_NODE unset, or change one"
 fi
 
-train_files=${TRAIN_FILES:-"['$DATA_DIR/train.parquet']"}
-val_files=${VAL_FILES:-"['$DATA_DIR/test.parquet']"}
+train_files=${TRAIN_FILES:-"[$(quoted "$DATA_DIR/train.parquet")]"}
+val_files=${VAL_FILES:-"[$(quoted "$DATA_DIR/test.parquet")]"}
 
 DATA=(
     data.train_files="$train_files"
@@ -27,7 +27,7 @@ DATA=(
 )
 
 MODEL=(
-    actor_rollout_ref.model.path="'$MODEL_PATH'"
+    actor_rollout_ref.model.path="$(quoted "$MODEL_PATH")"
     actor_rollout_ref.model.use_remove_padding="${USE_REMOVE_PADDING:-False}"
 )
 
@@ -69,8 +69,8 @@ REWARD=(
 
 TRAINER=(
     trainer.logger='["console","file"]'
-    trainer.project_name="$project_name"
-    trainer.experiment_name="$experiment_name"
+    trainer.project_name="$(quoted "$project_name")"
+    trainer.experiment_name="$(quoted "$experiment_name")"
     trainer.n_gpus_per_node="$NGPUS_PER_NODE"
     trainer.nnodes="$NNODES"
     trainer.val_before_train="$val_before_train"

@@ -9,6 +9,16 @@
 
 default_save_freq=10
 model_engine=megatron
+
+# What tells one experiment from another.
+default_experiment_name() {
+    local name
+    name=$(basename "$MODEL_PATH" | tr '[:upper:]' '[:lower:]' | tr -c '[:alnum:]\n' _)_${CAPO}_$REGIME
+    if [[ $LOSS_MODE != vanilla ]]; then name+=_$LOSS_MODE; fi
+    if [[ -n ${SEED:-} ]]; then name+=_seed$SEED; fi
+    echo "$name"
+}
+
 # shellcheck source=examples/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
@@ -41,8 +51,8 @@ case $INFER_BACKEND in
     *) refuse "INFER_BACKEND=$INFER_BACKEND: choose one of vllm, sglang, hf" ;;
 esac
 
-train_files=${TRAIN_FILES:-"['$DATA_DIR/train.parquet']"}
-val_files=${VAL_FILES:-"['$DATA_DIR/test.parquet']"}
+train_files=${TRAIN_FILES:-"[$(quoted "$DATA_DIR/train.parquet")]"}
+val_files=${VAL_FILES:-"[$(quoted "$DATA_DIR/test.parquet")]"}
 
 DATA=(
     data.train_files="$train_files"
@@ -54,12 +64,12 @@ DATA=(
 )
 
 MODEL=(
-    actor_rollout_ref.model.path="'$MODEL_PATH'"
+    actor_rollout_ref.model.path="$(quoted "$MODEL_PATH")"
     actor_rollout_ref.model.use_remove_padding=True
 )
 
 ACTOR=(
-    actor_rollout_ref.actor.policy_loss.loss_mode="${LOSS_MODE:-vanilla}"
+    actor_rollout_ref.actor.policy_loss.loss_mode="$LOSS_MODE"
     actor_rollout_ref.actor.use_kl_loss=False
     actor_rollout_ref.actor.entropy_coeff=0
     actor_rollout_ref.actor.optim.lr="$actor_lr"
@@ -104,14 +114,14 @@ REF=(
 )
 
 REWARD=(
-    reward.custom_reward_function.path="${REWARD_PATH:-pkg://capo_verl.rewards.math_answers}"
+    reward.custom_reward_function.path="$(quoted "${REWARD_PATH:-pkg://capo_verl.rewards.math_answers}")"
     reward.custom_reward_function.name="${REWARD_NAME:-compute_score}"
 )
 
 TRAINER=(
     trainer.logger="${LOGGER:-[console,file]}"
-    trainer.project_name="$project_name"
-    trainer.experiment_name="$experiment_name"
+    trainer.project_name="$(quoted "$project_name")"
+    trainer.experiment_name="$(quoted "$experiment_name")"
     trainer.n_gpus_per_node="$NGPUS_PER_NODE"
     trainer.nnodes="$NNODES"
     trainer.val_before_train="${VAL_BEFORE_TRAIN:-True}"

@@ -25,7 +25,7 @@ set -euo pipefail
 # ---- user-adjustable ----
 MODEL_PATH=${MODEL_PATH:-Qwen/Qwen2.5-32B}
 DATA_DIR=${DATA_DIR:-data/math}
-OUTPUT_DIR=${OUTPUT_DIR:-outputs/qwen2_5_32b}
+OUTPUT_DIR=${OUTPUT_DIR:-}  # default: outputs/ and the name of the experiment
 
 REGIME=${REGIME:-conservative}
 LOSS_MODE=${LOSS_MODE:-vanilla}
@@ -44,7 +44,7 @@ rollout_tp=${ROLLOUT_TP:-4}
 rollout_gpu_mem_util=${ROLLOUT_GPU_MEM_UTIL:-0.6}
 
 project_name=${PROJECT_NAME:-capo_verl}
-experiment_name=${EXPERIMENT_NAME:-qwen2_5_32b_${CAPO:-off}_$REGIME}
+experiment_name=${EXPERIMENT_NAME:-}  # default: model, CAPO, REGIME; LOSS_MODE and SEED if set
 # ---- end user-adjustable ----
 
 # shellcheck source=examples/common_megatron_gpu.sh

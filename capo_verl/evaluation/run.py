@@ -26,7 +26,7 @@ SCORED = "scored.parquet"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; the exit code."""
-    args = _parser().parse_args(argv)
+    args = _parser().parse_intermixed_args(argv)
     try:
         run(args, Console(stderr=True))
     except (ValueError, OSError) as error:

@@ -54,11 +54,22 @@ def repair_tracker(folder: Path) -> int | None:
         raise ValueError(
             f"{tracker} holds {text!r}, and no complete checkpoint is beside it: restore one, or delete the file to start anew"
         )
-    temporary = tracker.with_name(f".{TRACKER}.{os.getpid()}")
-    temporary.write_text(str(steps[-1]))
-    os.replace(temporary, tracker)
+    replace_text(tracker, str(steps[-1]))
     logger.warning("%s held %r; it names the newest complete checkpoint again, step %d", tracker, text, steps[-1])
     return steps[-1]
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file that is there whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def checkpoint_folder(config: DictConfig) -> Path | None:
+    """Where a run's checkpoints are; None if that is not on a file system."""
+    folder = OmegaConf.select(config, "trainer.default_local_dir")
+    return Path(folder).absolute() if folder and "://" not in folder else None
 
 
 def check_resume(config: DictConfig) -> None:
@@ -67,12 +78,7 @@ def check_resume(config: DictConfig) -> None:
     Raises:
         ValueError: see there.
     """
-    folder = OmegaConf.select(config, "trainer.default_local_dir")
+    folder = checkpoint_folder(config)
     asynchronous = OmegaConf.select(config, "actor_rollout_ref.actor.checkpoint.async_save")
-    if (
-        OmegaConf.select(config, "trainer.resume_mode") == "auto"
-        and folder
-        and not asynchronous
-        and "://" not in folder
-    ):
-        repair_tracker(Path(folder).absolute())
+    if OmegaConf.select(config, "trainer.resume_mode") == "auto" and folder and not asynchronous:
+        repair_tracker(folder)

@@ -3,7 +3,8 @@
 
 Prints the resolved configuration (YAML) and, as comments under it, the plan. The launchers call it for ``DRY_RUN=1``.
 ``DRY_RUN=strict`` also refuses what only this machine cannot run: data files that are not here, a folder that cannot be
-written to. ``GPU_MEMORY_GIB`` says which GPUs to plan for (default: an H100-80GB).
+written to or holds another run's checkpoints. The plan is for an H100-80GB, with ``DRY_RUN=strict`` for this machine's
+smallest GPU, or for what ``GPU_MEMORY_GIB`` says. ``CAPO_PLAN=note`` prints what does not fit instead of refusing it.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ from collections.abc import Sequence
 from omegaconf import DictConfig, OmegaConf
 
 from capo_verl import plugin
-from capo_verl.launch import preflight, run_spec
+from capo_verl.launch import identity, preflight, run_spec
+from capo_verl.launch.gpu_memory import gpu_memory
 from capo_verl.launch.outcome import REFUSED
-from capo_verl.launch.plan import H100_80GB, make_plan
+from capo_verl.launch.plan import make_plan
 from capo_verl.launch.plan_cli import machine_memory
 from capo_verl.launch.shapes import find_shape
 
@@ -58,23 +60,32 @@ def validate(config: DictConfig) -> list[str]:
     return [*preflight.cache_problems(config), *preflight.data_problems(config)]
 
 
-def plan(config: DictConfig) -> str:
-    """The plan as text, or why there is none.
+def plan(config: DictConfig) -> tuple[str, list[str]]:
+    """The plan as text, or why there is none; and notes.
 
     Raises:
-        ValueError: if the run cannot fit.
+        ValueError: if the run cannot fit, unless ``CAPO_PLAN=note`` makes that a note.
     """
+    on_misfit = os.environ.get("CAPO_PLAN") or "refuse"
+    if on_misfit not in ("refuse", "note"):
+        raise ValueError(f"CAPO_PLAN={on_misfit}: choose one of refuse, note")
     run = run_spec.from_config(config, plugin.on_cpu())
     if run.engine not in preflight.PLANNED:
-        return f"No plan for actor_rollout_ref.actor.strategy={run.engine}."
+        return f"No plan for actor_rollout_ref.actor.strategy={run.engine}.", []
     try:
         shape = find_shape(run.model)
     except ValueError as e:
-        return f"No plan: {e}."
+        return f"No plan: {e}.", []
     if shape is None:
-        return f"No plan: the sizes of {run.model} are not known here; scripts/plan.py takes them as arguments."
-    memory = machine_memory() if run.cpu else float(os.environ.get("GPU_MEMORY_GIB", H100_80GB))
-    return make_plan(run, shape, memory).table()
+        return f"No plan: the sizes of {run.model} are not known here; scripts/plan.py takes them as arguments.", []
+    memory, notes = (machine_memory(), []) if run.cpu else gpu_memory(look=_is_strict())
+    made = make_plan(run, shape, memory, must_fit=on_misfit == "refuse")
+    misfit = made.misfit()
+    return made.table(), [*notes, misfit] if misfit else notes
+
+
+def _is_strict() -> bool:
+    return os.environ.get("DRY_RUN") == "strict"
 
 
 def dry_run(overrides: Sequence[str]) -> tuple[str, list[str]]:
@@ -86,10 +97,12 @@ def dry_run(overrides: Sequence[str]) -> tuple[str, list[str]]:
     with contextlib.redirect_stdout(sys.stderr):  # verl's checks print
         config = compose(overrides)
         notes = validate(config)
-        if os.environ.get("DRY_RUN") == "strict":
+        if _is_strict():
             preflight.check_files(config)
-    planned = "".join(f"# {line}\n" for line in plan(config).splitlines())
-    return OmegaConf.to_yaml(config, resolve=True) + planned, notes
+            identity.check_identity(config)
+    table, more = plan(config)
+    planned = "".join(f"# {line}\n" for line in table.splitlines())
+    return OmegaConf.to_yaml(config, resolve=True) + planned, [*notes, *more]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

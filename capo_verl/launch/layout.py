@@ -24,7 +24,7 @@ def problems(run: RunSpec, shape: ModelShape | None) -> list[str]:
     """
     found = list(_positive(run))
     if not found:  # the other rules divide by these
-        found += [*_ranks(run), *_batches(run)]
+        found += [*_ranks(run), *_batches(run), *_micro_batches(run)]
         if shape is not None:
             found += [*_model(run, shape), *_rollout_model(run, shape)]
     return found
@@ -101,6 +101,25 @@ def _batches(run: RunSpec) -> Iterator[str]:
                 f"data-parallel ranks are {each} each, which do not divide by "
                 f"{ROLLOUT}.log_prob_micro_batch_size_per_gpu={run.log_prob_micro_batch}: change one of them"
             )
+
+
+def _micro_batches(run: RunSpec) -> Iterator[str]:
+    """``verl/utils/seqlen_balancing.py:384`` asserts it for the lengths that occur, at whichever step they do."""
+    if run.dynamic_cp:  # it has its own scheduler
+        return
+    longest = (
+        f"data.max_prompt_length={run.prompt_length} + data.max_response_length={run.response_length} = "
+        f"{run.sequence_length} tokens"
+    )
+    limits = {
+        f"{ACTOR}.ppo_max_token_len_per_gpu": run.tokens_per_gpu,
+        f"{ROLLOUT}.log_prob_max_token_len_per_gpu": run.log_prob_tokens_per_gpu,
+    }
+    for key, limit in limits.items():
+        if limit is not None and limit * run.cp < run.sequence_length:
+            spread = f" x {run.cp} context-parallel ranks" if run.cp > 1 else ""
+            needed = -(-run.sequence_length // run.cp)
+            yield f"{longest} are more than a micro-batch holds, {key}={limit}{spread}: set it to at least {needed}"
 
 
 def _model(run: RunSpec, shape: ModelShape) -> Iterator[str]:

@@ -50,6 +50,27 @@ class Plan:
         """The fullest phase and its bytes."""
         return max(((name, sum(parts.values())) for name, parts in self.phases.items()), key=lambda pair: pair[1])
 
+    def misfit(self) -> str | None:
+        """Why the memory will not do, with the numbers; None if it will."""
+        run, shape = self.run, self.shape
+        needed = run.max_model_len or run.sequence_length
+        if run.colocated and not run.cpu and self.kv_tokens < needed:
+            return (
+                f"{ROLLOUT}.gpu_memory_utilization={run.rollout_memory} of {self.memory:.1f} GiB leaves room for "
+                f"{self.kv_tokens} tokens of KV cache ({plan_memory.kv_cache_per_token(run, shape)} bytes each) beside "
+                f"{_gib(plan_memory.rollout_weights(run, shape)):.1f} GiB of weights, but a sequence has {needed}: raise it or "
+                f"{ROLLOUT}.tensor_model_parallel_size={run.rollout_tp}"
+            )
+        phase, peak = self.peak()
+        limit = self.memory - self.reserve
+        if self.memory and peak > limit * GIB:
+            parts = ", ".join(f"{name} {_gib(size):.1f}" for name, size in self.phases[phase].items() if size)
+            return (
+                f"{shape.name} does not fit: {phase} needs {_gib(peak):.1f} GiB per {'node' if run.cpu else 'GPU'} ({parts}) "
+                f"of {limit:.1f}: {_advice(run, phase)}"
+            )
+        return None
+
     def as_dict(self) -> dict[str, Any]:
         """What ``--json`` prints: GiB, two decimals."""
         name, peak = self.peak()
@@ -107,11 +128,14 @@ class Plan:
         return "\n".join([head, *lines, *notes])
 
 
-def make_plan(run: RunSpec, shape: ModelShape, memory: float = H100_80GB, reserve: float = RESERVE) -> Plan:
+def make_plan(
+    run: RunSpec, shape: ModelShape, memory: float = H100_80GB, reserve: float = RESERVE, must_fit: bool = True
+) -> Plan:
     """
     Args:
         memory: GiB of one GPU; on a CPU of the machine, 0 for unknown.
         reserve: GiB per GPU that the formulas do not count.
+        must_fit: whether a plan that does not fit is an error; if not, ask :meth:`Plan.misfit`.
 
     Raises:
         PlanError: for sizes that do not divide or cannot fit.
@@ -125,14 +149,9 @@ def make_plan(run: RunSpec, shape: ModelShape, memory: float = H100_80GB, reserv
     if found:
         raise PlanError(found[0])
     plan = _on_cpu(run, shape, memory) if run.cpu else _on_gpu(run, shape, memory, reserve)
-    phase, peak = plan.peak()
-    limit = memory - (0 if run.cpu else reserve)
-    if memory and peak > limit * GIB:
-        parts = ", ".join(f"{name} {_gib(size):.1f}" for name, size in plan.phases[phase].items() if size)
-        raise PlanError(
-            f"{shape.name} does not fit: {phase} needs {_gib(peak):.1f} GiB per {'node' if run.cpu else 'GPU'} ({parts}) of "
-            f"{limit:.1f}: {_advice(run, phase)}"
-        )
+    misfit = plan.misfit() if must_fit else None
+    if misfit:
+        raise PlanError(misfit)
     return plan
 
 
@@ -210,15 +229,7 @@ def _on_gpu(run: RunSpec, shape: ModelShape, memory: float, reserve: float) -> P
         run.offload_parameters * u["parameters"] + run.offload_optimizer * (u["optimizer"] + u["CAPO moments"])
         for u in updates
     )
-    per_token = plan_memory.kv_cache_per_token(run, shape)
-    kv_tokens = engine.get("KV cache", 0) // per_token
-    needed = run.max_model_len or run.sequence_length
-    if run.colocated and kv_tokens < needed:
-        raise PlanError(
-            f"{ROLLOUT}.gpu_memory_utilization={run.rollout_memory} of {memory:.1f} GiB leaves room for {kv_tokens} tokens of KV "
-            f"cache ({per_token} bytes each) beside {_gib(weights):.1f} GiB of weights, but a sequence has {needed}: raise it or "
-            f"{ROLLOUT}.tensor_model_parallel_size={run.rollout_tp}"
-        )
+    kv_tokens = engine.get("KV cache", 0) // plan_memory.kv_cache_per_token(run, shape)
     return Plan(run, shape, memory, reserve, phases, host * run.gpus_per_node, kv_tokens)
 
 

@@ -36,12 +36,17 @@ def check_sizes(config: DictConfig) -> None:
         raise ValueError(problem)
 
 
+def sees_files() -> bool:
+    """Whether this process may judge the workers' files by its own."""
+    return os.environ.get("CAPO_PREFLIGHT") != "0" and not os.environ.get("RAY_ADDRESS", "").startswith("ray://")
+
+
 def check_files(config: DictConfig) -> None:
     """
     Raises:
         ValueError: for a model, data file or output directory that cannot be used.
     """
-    if os.environ.get("CAPO_PREFLIGHT") == "0" or os.environ.get("RAY_ADDRESS", "").startswith("ray://"):
+    if not sees_files():
         return
     for problem in [*model_problems(config), *cache_problems(config), *data_problems(config), *output_problems(config)]:
         raise ValueError(problem)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import sys
@@ -86,6 +87,7 @@ def run(algorithm: str, overrides: list[str], output_dir: Path, display: Display
     start = time.monotonic()
     prepared = prepare(display)
     output_dir.mkdir(parents=True, exist_ok=True)
+    metrics = _unused(output_dir / "metrics.jsonl")
     command = ["bash", str(LAUNCHER), *ALGORITHMS[algorithm], *overrides]
     environment = {
         **os.environ,
@@ -93,10 +95,10 @@ def run(algorithm: str, overrides: list[str], output_dir: Path, display: Display
         "DATA_DIR": str(prepared.data_dir),
         "MODEL_PATH": str(prepared.model_path),
         "OUTPUT_DIR": str(output_dir),
-        "VERL_FILE_LOGGER_PATH": str(output_dir / "metrics.jsonl"),
+        "VERL_FILE_LOGGER_PATH": str(metrics),
     }
     log = output_dir / "train.log"
-    tail = RecordTail(output_dir / "metrics.jsonl")
+    tail = RecordTail(metrics)
     records: list[Record] = []
     with Child(command, environment, log) as child:
         try:
@@ -118,8 +120,14 @@ def run(algorithm: str, overrides: list[str], output_dir: Path, display: Display
             display.say(f"  {line}")
         display.say(f"Full log: {log}")
         return exit_code
-    _finish(algorithm, records, output_dir, display, time.monotonic() - start)
+    _finish(algorithm, records, output_dir, metrics, display, time.monotonic() - start)
     return 0
+
+
+def _unused(file: Path) -> Path:
+    """The file, or with a number if an earlier run left it there: verl would empty it."""
+    numbered = (file.with_suffix(f".{attempt}{file.suffix}") for attempt in itertools.count(2))
+    return next(path for path in itertools.chain([file], numbered) if not path.exists())
 
 
 def _wait_for_first_record(child: Child, tail: RecordTail, records: list[Record], phase: Phase) -> None:
@@ -149,7 +157,9 @@ def _follow(
             time.sleep(POLL_SECONDS)
 
 
-def _finish(algorithm: str, records: list[Record], output_dir: Path, display: Display, seconds: float) -> None:
+def _finish(
+    algorithm: str, records: list[Record], output_dir: Path, metrics: Path, display: Display, seconds: float
+) -> None:
     shape = RunShape.read(output_dir)
     picture = output_dir / "curves.png"
     title = f"{algorithm} on spell_backward: small Qwen2, verl + Megatron TP2 on CPU"
@@ -157,7 +167,7 @@ def _finish(algorithm: str, records: list[Record], output_dir: Path, display: Di
     display.say()
     display.table(f"{algorithm} on spell_backward", summarise(records, shape.completions_per_step))
     display.say(f"Figure:  {picture}")
-    display.say(f"Metrics: {output_dir / 'metrics.jsonl'}")
+    display.say(f"Metrics: {metrics}")
     display.say(f"Log:     {output_dir / 'train.log'}")
     display.say(f"Took {seconds / 60:.1f} minutes")
 

@@ -54,6 +54,13 @@ def test_local_files(tmp_path, suffix):
     check_rows(rows, "written")
 
 
+def test_names_may_stand_on_both_sides_of_an_option(tmp_path):
+    pytest.importorskip("reasoning_gym")
+    names = [f"reasoning_gym/{generator}" for generator in ("chain_sum", "spell_backward")]
+    assert main([names[0], "--test-size", "0", "--train-size", "2", "--output", str(tmp_path), names[1]]) == 0
+    assert len(list(tmp_path.glob("*/train.parquet"))) == 2
+
+
 def test_folder_with_both_splits_overlap_and_drop(tmp_path, capsys):
     folder = tmp_path / "math"
     folder.mkdir()

@@ -188,6 +188,10 @@ BAD = {
     "no GPU": (["--model", "M", "--gpus", "0"], "no GPU was found"),
     "tp": (["--model", "M", "--gpus", "3", "--tp", "2"], "--gpus 3 x --nodes 1 does not divide into servers of --tp 2"),
     "override": (["--model", "M", "--gpus", "1", "actor_rollout_ref.rollout.no_such_key=1"], "verl's config refuses"),
+    "overrides apart": (
+        ["data.seed=1", "--model", "M", "actor_rollout_ref.none=1", "--gpus", "1"],
+        "refuses data.seed=1 actor_rollout_ref.none=1",
+    ),
     "tokenizer": (["--model", "M", "--gpus", "1"], "--model "),
     "reward": (["--model", "M", "--reward", "/no.py"], "--reward /no.py --reward-name compute_score: "),
 }

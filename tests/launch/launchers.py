@@ -22,6 +22,11 @@ OURS = (
     "VERL_PLATFORM",
     "VERL_FILE_LOGGER_PATH",
     "REGIME",
+    "SEED",
+    "LOSS_MODE",
+    "EXPERIMENT_NAME",
+    "CAPO_PLAN",
+    "GPU_MEMORY_GIB",
 )
 
 

@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 
 from capo_verl import plugin
 from capo_verl.config import PRESETS
+from capo_verl.launch import dry_run as dry_run_module
 from capo_verl.launch import plan, preflight, run_spec, shapes
 from capo_verl.launch.dry_run import compose, dry_run
 from tests.launch.launchers import CPU, EXAMPLES, GPU, ROOT, SWITCH, call, command_line
@@ -123,6 +124,79 @@ def test_dry_run_of_a_gpu_launcher_as_a_process(tmp_path):
     refused = call("run_qwen2_5_math_7b_megatron.sh", tmp_path, DRY_RUN=1, PYTHON=sys.executable, GPU_MEMORY_GIB=40)
     assert refused.returncode == 2
     assert "Qwen2.5-Math-7B does not fit: " in refused.stderr.splitlines()[-1]
+
+
+@pytest.fixture
+def gpus(tmp_path, monkeypatch):
+    """A strict plan of the 7B model, on a machine whose ``nvidia-smi`` does what is given."""
+    overrides = command_line("run_qwen2_5_math_7b_megatron.sh", tmp_path, DRY_RUN="strict")[1:]
+
+    def plan(script=None, strict=True, **variables):
+        folder = tmp_path / "bin"
+        folder.mkdir(exist_ok=True)
+        (folder / "nvidia-smi").unlink(missing_ok=True)
+        if script is not None:
+            (folder / "nvidia-smi").write_text(f"#!/bin/sh\n{script}\n")
+            (folder / "nvidia-smi").chmod(0o755)
+        monkeypatch.setenv("PATH", str(folder))
+        monkeypatch.setenv("DRY_RUN", "strict" if strict else "1")
+        for name in ("GPU_MEMORY_GIB", "CAPO_PLAN"):
+            monkeypatch.delenv(name, raising=False)
+        for name, text in variables.items():
+            monkeypatch.setenv(name, text)
+        return dry_run_module.plan(compose(overrides))
+
+    return plan
+
+
+TWO_SIZES = "[ \"$*\" = '--query-gpu=memory.total --format=csv,noheader,nounits' ] && printf '143771\\n81559\\n'"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "memory"),
+    [
+        ({}, "79.6"),
+        ({"script": "printf '143771\\n'"}, "140.4"),
+        ({"script": TWO_SIZES}, "79.6"),
+        ({"script": TWO_SIZES.replace("81559", "97871")}, "95.6"),
+        ({"script": "printf '143771\\n'", "strict": False}, "79.6"),
+        ({"script": "printf '143771\\n'", "GPU_MEMORY_GIB": "94.5"}, "94.5"),
+    ],
+    ids=str,
+)
+def test_a_strict_dry_run_plans_for_the_gpus_of_this_machine(gpus, platform, arguments, memory):
+    platform(cpu=False)
+    table, notes = gpus(**arguments)
+    assert table.splitlines()[-3].endswith(f" + 6 reserved, of {memory}") and notes == []
+
+
+@pytest.mark.parametrize("script", ["exit 9", "echo '[N/A]'", "true"])
+def test_an_nvidia_smi_that_tells_nothing_is_a_note(gpus, platform, script):
+    platform(cpu=False)
+    table, (note,) = gpus(script)
+    assert table.splitlines()[-3].endswith(", of 79.6") and note.startswith(
+        "nvidia-smi did not tell the GPUs' memory ("
+    )
+    assert "planned for 79.6 GiB; GPU_MEMORY_GIB sets it" in note and "\n" not in note
+
+
+def test_what_does_not_fit_is_refused_or_noted(gpus, platform):
+    platform(cpu=False)
+    with pytest.raises(ValueError, match="Qwen2.5-Math-7B does not fit: .* of 34.0: "):
+        gpus("printf '40960\\n'")
+    for variables, message in (
+        ({"GPU_MEMORY_GIB": "40"}, "Qwen2.5-Math-7B does not fit: "),
+        ({"GPU_MEMORY_GIB": "20"}, "leaves room for 0 tokens of KV cache"),
+    ):
+        table, (note,) = gpus(CAPO_PLAN="note", **variables)
+        assert message in note and f"of {variables['GPU_MEMORY_GIB']}.0" in table.splitlines()[-3]
+    for variables, message in (
+        ({"CAPO_PLAN": "ignore"}, "CAPO_PLAN=ignore: choose one of refuse, note"),
+        ({"GPU_MEMORY_GIB": "80GB"}, "GPU_MEMORY_GIB=80GB: set it to the GiB of one GPU"),
+        ({"GPU_MEMORY_GIB": "-1"}, "GPU_MEMORY_GIB=-1: set it to the GiB of one GPU"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            gpus(**variables)
 
 
 def test_a_strict_dry_run_looks_at_the_data(tmp_path, tiny_model, platform, monkeypatch):
@@ -236,6 +310,50 @@ def test_every_attempt_gets_its_own_metrics(tmp_path):
         assert path() == f"{tmp_path}/run/{expected}"
         (tmp_path / "run" / expected).touch()
     assert path(VERL_FILE_LOGGER_PATH="/mine") == "/mine"
+    for given, expected in (("of.a/mine.json", "of.a/mine.2.json"), ("of.a/mine", "of.a/mine.2")):
+        (tmp_path / given).parent.mkdir(exist_ok=True)
+        (tmp_path / given).touch()
+        assert path(VERL_FILE_LOGGER_PATH=tmp_path / given) == f"{tmp_path}/{expected}"
+
+
+@pytest.mark.parametrize("script", GPU)
+def test_every_experiment_has_its_own_folder(script, tmp_path):
+    def folder(*arguments, **variables):
+        given = settings(command_line(script, tmp_path, *arguments, OUTPUT_DIR="", **variables)[1:])
+        name = given["trainer.experiment_name"].strip("'")
+        assert given["trainer.default_local_dir"] == f"'{tmp_path}/outputs/{name}/checkpoints'"
+        assert given["hydra.run.dir"] == f"'{tmp_path}/outputs/{name}/hydra'"
+        return name
+
+    model = script.removeprefix("run_").removesuffix("_megatron.sh")
+    assert folder() == f"{model}_off_conservative"
+    assert (
+        folder(CAPO="grpo") == folder("+capo=grpo") == folder("+capo=grpo", CAPO="grpo") == f"{model}_grpo_conservative"
+    )
+    assert folder(REGIME="aggressive", CAPO="track") == f"{model}_track_aggressive"
+    assert folder(LOSS_MODE="gspo", SEED=3) == f"{model}_off_conservative_gspo_seed3"
+    assert folder(MODEL_PATH="/models/My Model-1.5/") == "my_model_1_5_off_conservative"
+    assert folder(EXPERIMENT_NAME="mine", CAPO="grpo") == "mine"
+
+
+@pytest.mark.parametrize("script", [*GPU, *CPU])
+def test_paths_may_contain_anything(script, tmp_path):
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    odd = tmp_path / "it's [a]=\\'b, {c} \\"
+    variables = {
+        "OUTPUT_DIR": odd / "run", "DATA_DIR": odd, "MODEL_PATH": odd, "EXPERIMENT_NAME": "it's", "RAY_ADDRESS": "head:1",
+    }  # fmt: skip
+    overrides = command_line(script, tmp_path, **variables)[1:]
+    received = {o.key_or_group: o.value() for o in OverridesParser.create().parse_overrides(overrides)}
+    assert received["trainer.default_local_dir"] == f"{odd}/run/checkpoints"
+    assert received["hydra.run.dir"] == f"{odd}/run/hydra"
+    assert received["data.train_files"] == [f"{odd}/train.parquet"]
+    assert received["data.val_files"] == [f"{odd}/test.parquet"]
+    assert received["actor_rollout_ref.model.path"] == str(odd)
+    assert received["trainer.experiment_name"] == "it's"
+    metrics = received["ray_kwargs.ray_init.runtime_env.env_vars.VERL_FILE_LOGGER_PATH"]
+    assert metrics == f"{odd}/run/metrics.jsonl"
 
 
 def test_an_output_folder_that_cannot_be_written_is_refused(tmp_path):

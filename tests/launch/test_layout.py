@@ -38,9 +38,12 @@ RUN = RunSpec(
         {"rollout_tp": 3, "rollout": "hf", "colocated": False},
         {"nodes": 2, "rollout_tp": 14, "gpus_per_node": 7, "tp": 1, "mini_batch": 14, "prompts": 14, "rollout": "hf"},
         {"micro_batch": None, "log_prob_micro_batch": None, "tokens_per_gpu": 4096},
+        {"micro_batch": None, "log_prob_micro_batch": None, "tokens_per_gpu": 1536, "log_prob_tokens_per_gpu": 1536},
+        {"micro_batch": None, "log_prob_micro_batch": None, "tokens_per_gpu": 384, "cp": 4},
         {"engine": "fsdp2", "tp": 1},
         {"prompts": 15},  # verl pads the batch
         {"mini_batch": 3, "dynamic_cp": True},
+        {"tokens_per_gpu": 16, "dynamic_cp": True},
     ],
     ids=str,
 )
@@ -73,6 +76,8 @@ def test_accepted(change):
         ({"log_prob_micro_batch": 5}, "are 32 each, .*log_prob_micro_batch_size_per_gpu=5"),
         ({"max_model_len": 5000}, "max_model_len=5000 is more than the 4096 positions"),
         ({"tp": 0}, "tensor_model_parallel_size=0: set it to a positive integer"),
+        ({"tokens_per_gpu": 1535}, "=512 .*=1024 = 1536 tokens are more .*ppo_max_token_len_per_gpu=1535: .* least 1536"),
+        ({"log_prob_tokens_per_gpu": 383, "cp": 4}, "log_prob_max_token_len_per_gpu=383 x 4 context-.*: .* least 384"),
         ({"engine": "fsdp2", "cp": 3}, "8 GPUs do not divide by .*ulysses_sequence_parallel_size=3"),
     ],
     ids=str,

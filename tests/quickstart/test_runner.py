@@ -68,6 +68,17 @@ def test_successful_run(launch, tmp_path):
     assert (folder / "curves.png").exists()
 
 
+def test_a_second_run_in_the_same_folder_keeps_the_first_ones_metrics(launch):
+    def metrics(text: str) -> str:
+        return next(line for line in text.splitlines() if line.startswith("Metrics: "))
+
+    _, first, folder = launch(writes(GRPO), "GRPO")
+    _, second, _ = launch(writes(GRPO), "GRPO")
+    assert metrics(first) == f"Metrics: {folder}/metrics.jsonl"
+    assert metrics(second) == f"Metrics: {folder}/metrics.2.jsonl"
+    assert (folder / "metrics.jsonl").read_text() == (folder / "metrics.2.jsonl").read_text() == GRPO.read_text()
+
+
 def test_grpo_is_the_launcher_without_the_switch(launch):
     echo = 'echo "$@"\n' + writes(GRPO)
     _, _, folder = launch(echo, "GRPO", ("data.seed=3",))

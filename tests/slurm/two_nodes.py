@@ -42,8 +42,7 @@ SwitchType=switch/none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 SchedulerType=sched/backfill
-# A requeued job may start again after a moment, not after the two minutes that Slurm grants the clean-up of its first life.
-SchedulerParameters=bf_interval=5,sched_interval=5,requeue_setup_env_fail
+SchedulerParameters=bf_interval=5,sched_interval=5
 ReturnToService=2
 KillWait=30
 MinJobAge=300
@@ -124,7 +123,7 @@ class TwoNodes:
         for node in NODES:
             self.call("slurmd", "-f", self.environment["SLURM_CONF"], "-N", node)
         deadline = time.monotonic() + 60
-        while self.call("sinfo", "-h", "-N", "-o", "%T").split() != ["idle", "idle"]:
+        while self.call("sinfo", "-h", "-N", "-o", "%T").split() != ["idle"] * 4:  # each node in both partitions
             if time.monotonic() > deadline:
                 raise RuntimeError("the nodes did not become idle: " + (log / "slurmctld.log").read_text()[-2000:])
             time.sleep(0.2)

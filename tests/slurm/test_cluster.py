@@ -107,7 +107,13 @@ def test_preempted_by_a_job_of_higher_priority(submit, cluster, tmp_path):
     starts = job.output / "starts"
     job.wait_until(starts.exists, 60)
     urgent = cluster.call(
-        "sbatch", "--parsable", "--partition=urgent", "--nodes=2", "--output=/dev/null", "--wrap=sleep 2"
+        "sbatch",
+        "--parsable",
+        "--partition=urgent",
+        "--nodes=2",
+        "--gres=gpu:1",
+        "--output=/dev/null",
+        "--wrap=sleep 2",
     )
     job.wait_until(lambda: job.state["Restarts"] == "1", 60)
     job.wait_until(lambda: cluster.state(int(urgent))["JobState"] == "COMPLETED", 60)

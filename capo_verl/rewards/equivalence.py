@@ -11,6 +11,8 @@ import re
 from functools import lru_cache
 from typing import Any
 
+from capo_verl.rewards.final_form import is_final
+
 MAX_DEPTH = 30
 """Nesting of brackets that is parsed; the parser's time grows quickly with it."""
 MAX_DIGITS = 400
@@ -22,8 +24,13 @@ PERCENT = re.compile(r"\s*\\?%\s*$|\s*(?:\\text\{\s*)?percent\s*\}?\s*$", re.IGN
 def equal(reference: str, answer: str) -> bool:
     """Symbolic equality of two answers in LaTeX or plain notation.
 
-    Percent signs: "50%" equals "50", and "0.5", and "50%" only on the other side.
+    Percent signs: "50%" equals "50", and "0.5", and "50%" only on the other side. What only restates the question equals
+    nothing (``final_form.py``).
     """
+    return is_final(reference, answer, _same_value) and _same_value(reference, answer)
+
+
+def _same_value(reference: str, answer: str) -> bool:
     reference_plain, answer_plain = PERCENT.sub("", reference), PERCENT.sub("", answer)
     reference_percent, answer_percent = reference_plain != reference, answer_plain != answer
     if _verify(reference_plain, answer_plain):

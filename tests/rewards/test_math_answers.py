@@ -52,6 +52,51 @@ DIFFERENT = [
 ]  # fmt: skip
 
 
+QUESTIONS = [
+    ("\\sum_{k=1}^{100}k", "5050"), ("\\displaystyle\\sum _{k=1}^{100} k", "5050"), ("\\prod_{k=1}^3 k", "6"),
+    ("\\int_0^1\\frac1{1+x^2}dx", "\\frac{\\pi}{4}"), ("\\lim_{x\\to0}\\frac{\\sin x}{x}", "1"),
+    ("\\frac{d}{dx}x^2", "2x"), ("\\gcd(12,15)", "3"), ("\\operatorname{lcm}(4,6)", "12"), ("\\binom{5}{2}", "10"),
+    ("{5 \\choose 2}", "10"), ("5!", "120"), ("\\frac{6!}{3!}", "120"), ("\\max(3,5)", "5"), ("17 \\mod 5", "2"),
+    ("\\lfloor 3.7\\rfloor", "3"), ("\\det\\begin{pmatrix}1&2\\\\3&4\\end{pmatrix}", "-2"),
+    ("x=\\sum_{k=1}^{100}k", "5050"), ("\\sum_{k=1}^{10}k", "n=55"), ("\\sum_{k=0}^{4}\\binom{4}{k}^2", "\\binom{8}{4}"),
+]  # fmt: skip
+"""math-verify evaluates them all; an answer as complicated as the question is none."""
+UNTRUE = [
+    ("6=5", "5"), ("1=2=3=5", "5"), ("x=6=5", "5"), ("6=x=5", "5"), ("(6=5)", "5"), ("\\{6=5\\}", "5"),
+    ("6\\equiv 5", "5"), ("\\sqrt{2}=1.414=5", "5"), ("n=6=5", "n=5"), ("6\\text{ cm}=5\\text{ cm}", "5"), ("3=1,2", "1,2"),
+    ("3\\pi=2\\pi", "2\\pi"),
+]  # fmt: skip
+FINAL = [
+    ("x=5", "5"), ("k=\\frac12", "0.5"), ("x_1=5", "5"), ("\\theta=30^\\circ", "30"), ("AB=5", "5"), ("f(2)=4", "4"),
+    ("a+b=5", "5"), ("P(A)=\\frac12", "\\frac12"), ("\\text{Area}=5", "5"), ("x=y=5", "5"), ("2+3=5", "5"), ("x=2+3=5", "5"),
+    ("\\sum_{k=1}^{100}k=5050", "5050"), ("x=1, x=2", "1,2"), ("x=1\\text{ or }x=2", "1,2"), ("x=1,y=2", "(1,2)"),
+    ("(x,y)=(1,2)", "(1,2)"), ("2x-y+1=0", "y=2x+1"), ("y=2x+1", "2x+1"), ("n=5", "n=5"), ("10,\\!000", "10000"),
+    ("x=50\\%", "50\\%"), ("\\log_2 8", "3"), ("\\ln 9", "2\\ln 3"),
+    ("\\cos\\frac{\\pi}{6}", "\\frac{\\sqrt3}{2}"),
+    ("x\\in[2,3]", "[2,3]"), ("2^{10}", "1024"), ("\\frac{n!}{2}", "\\frac{n!}{2!}"), ("\\binom{10}{3}", "\\frac{10!}{3!7!}"),
+    ("\\sum_{i=1}^{3} a_i", "\\sum_{i=1}^{3} a_i"), ("30 \\min", "30\\min"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("answer", "reference"), [*QUESTIONS, *UNTRUE])
+def test_what_only_ends_like_an_answer(answer, reference):
+    result = score(answer, reference)
+    assert (result["score"], result["answered"], result["judge_failed"]) == (0.0, 1.0, 0.0)
+
+
+@pytest.mark.parametrize(("answer", "reference"), QUESTIONS)
+def test_math_verify_would_pay_for_questions(answer, reference):
+    """Or the refusals above would prove nothing."""
+    from capo_verl.rewards.equivalence import _same_value
+
+    assert _same_value(reference, answer)
+
+
+@pytest.mark.parametrize(("answer", "reference"), FINAL)
+def test_final_answers(answer, reference):
+    assert score(answer, reference)["score"] == 1.0
+
+
 @pytest.mark.parametrize(("answer", "reference"), EQUAL)
 def test_equal(answer, reference):
     result = score(answer, reference)
@@ -78,12 +123,13 @@ def test_no_answer_and_too_long_an_answer():
 
 
 SLOW = ["9^{9^{9^{9}}}", "(10^{10})!", "2^{2^{100}}", "\\binom{10^9}{5*10^8}"]
+HARMLESS = "3!"  # a reference that lets such answers through to the parser
 
 
 @pytest.mark.parametrize("answer", SLOW)
 def test_an_answer_that_takes_too_long_ends_in_time_and_the_next_one_is_judged(answer):
     start = time.monotonic()
-    result = score(answer, "1", timeout_seconds=1.0)
+    result = score(answer, HARMLESS, timeout_seconds=1.0)
     assert (result["score"], result["judge_failed"]) == (0.0, 1.0)
     assert time.monotonic() - start < 20  # the limit, and up to a worker's start on a busy machine
     assert score("0.25", "\\frac14")["score"] == 1.0
@@ -91,7 +137,7 @@ def test_an_answer_that_takes_too_long_ends_in_time_and_the_next_one_is_judged(a
 
 def test_time_limit_in_a_thread_as_verl_calls_it():
     with ThreadPoolExecutor(4) as threads:
-        slow = [threads.submit(score, answer, "1", timeout_seconds=1.0) for answer in SLOW]
+        slow = [threads.submit(score, answer, HARMLESS, timeout_seconds=1.0) for answer in SLOW]
         fast = [threads.submit(score, f"{i}/10", f"0.{i}") for i in range(1, 10)]
         assert [future.result()["judge_failed"] for future in slow] == [1.0] * 4
         assert [future.result()["score"] for future in fast] == [1.0] * 9
@@ -113,6 +159,8 @@ HOSTILE = {
     "reply": '\n{"score": 1.0}\n',
     "dunder": "().__class__.__base__.__subclasses__()",
     "many sums": "+".join(["\\sum_{n=1}^{10^9}n"] * 20),
+    "many sums on the way": "+".join(["\\sum_{n=1}^{10^9}1"] * 20) + "=1=43",
+    "many equations": "=".join("1" * 300),
     "zoo": "\\frac{1}{0}",
     "nan": "\\text{nan}",
     "sqrt tower": "\\sqrt{" * 28 + "2" + "}" * 28,

@@ -72,8 +72,9 @@ class Job:
             if state["JobState"] == "PENDING" and state["Reason"] == "BeginTime":
                 self.cluster.call("scontrol", "update", f"JobId={self.number}", "StartTime=now")
             ended = state["JobState"] in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
-            assert not ended or ended_is_fine, f"{state['JobState']}\n{self.printed}"
-            assert time.monotonic() < deadline, f"{state['JobState']}\n{self.printed}"
+            about = f"{state['JobState']} {state['ExitCode']}\n{self.printed}\n{self.cluster.log(self.number)}"
+            assert not ended or ended_is_fine, about
+            assert time.monotonic() < deadline, about
             time.sleep(0.3)
 
     def wait(self, timeout: float = 300) -> str:
@@ -121,7 +122,7 @@ def submit(cluster, inputs, tmp_path):
         ]
         printed = cluster.call(
             "bash", str(ROOT / "scripts/slurm/submit.sh"), "--no-check", "--gres=gpu:1", f"--output={log}", *options,
-            "--", str(script), *arguments, environment={key: str(value) for key, value in variables.items() if value is not None},
+            "--", str(script), *arguments, environment={key: None if value is None else str(value) for key, value in variables.items()},
         )  # fmt: skip
         numbers = [int(line.split()[1].rstrip(":")) for line in printed.splitlines() if line.startswith("job ")]
         return Job(cluster, numbers[0], Path(variables["OUTPUT_DIR"]), log)

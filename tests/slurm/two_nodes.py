@@ -8,6 +8,7 @@ GPUs are copies of /dev/null, which Slurm allots (GRES, CUDA_VISIBLE_DEVICES) an
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import socket
@@ -150,17 +151,25 @@ class TwoNodes:
                 raise RuntimeError("jobs do not end: " + self.call("squeue"))
             time.sleep(0.5)
 
-    def call(self, *command: str, environment: Mapping[str, str] | None = None) -> str:
-        """The output of one of Slurm's commands, or of one that calls them.
+    def call(self, *command: str, environment: Mapping[str, str | None] | None = None) -> str:
+        """The output of one of Slurm's commands, or of one that calls them. A variable that is None is taken away.
 
         Raises:
             RuntimeError: with what it printed, if it fails.
         """
         variables = {**self.environment, **(environment or {})}
+        variables = {name: value for name, value in variables.items() if value is not None}
         done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=120)
         if done.returncode:
             raise RuntimeError(f"{' '.join(command)}: {done.stderr.strip()}")
         return done.stdout
+
+    def log(self, job: int) -> str:
+        """What Slurm's daemons have to say about a job."""
+        lines = []
+        for path in sorted((self.folder / "log").glob("slurm*.log")):
+            lines += [line for line in path.read_text(errors="replace").splitlines() if re.search(rf"\b{job}\b", line)]
+        return "\n".join(lines[-40:])
 
     def state(self, job: int) -> dict[str, str]:
         """What ``scontrol show job`` knows about a job."""

@@ -159,6 +159,15 @@ find_port() {
     fail "no free port between 20000 and 32000 on ${nodes[0]}"
 }
 
+# Until the head answers, or for 30 s.
+wait_for_head() {
+    local i
+    for ((i = 0; i < 60; i++)); do
+        if (exec 3<>"/dev/tcp/$head_address/$port") 2>/dev/null; then return; fi
+        sleep 0.5 & wait $! || true
+    done
+}
+
 # start_ray: one step per node, in the background; fills ray_steps. They run as long as this shell holds the other end of their
 # standard input: a signal would go to all processes of a step at once, and Ray could not end in order.
 start_ray() {
@@ -172,8 +181,8 @@ start_ray() {
         on_node "${nodes[index]}" "$logs/ray-${nodes[index]}.log" bash "$root/scripts/slurm/ray_node.sh" \
             "$role" "${nodes[index]}" "$head_address" "$port" "$gpus_per_node" "$ray_cpus" "$ray_temp.$index" <"$leash_folder/leash" &
         ray_steps[index]=$!
-        # The others need somebody to join; they try for a while by themselves.
-        if ((index == 0)); then sleep "${HEAD_START_SECONDS:-5}" & wait $! || true; fi
+        # The others need somebody to join; later they keep trying by themselves.
+        if ((index == 0 && ${#nodes[@]} > 1)); then wait_for_head; fi
     done
 }
 

@@ -48,6 +48,7 @@ class Job:
 
     def __init__(self, cluster: TwoNodes, number: int, output: Path, log: Path):
         self.cluster, self.number, self.output, self.log = cluster, number, output, log
+        self._released: set[int] = set()
 
     @property
     def printed(self) -> str:
@@ -65,12 +66,15 @@ class Job:
         return self.output / "logs" / f"{self.number}.{attempt}"
 
     def wait_until(self, happened, timeout: float, ended_is_fine: bool = False) -> None:
-        """Poll; a requeued job is let start at once, which Slurm would do after two minutes."""
+        """Poll; a requeued job is let start after three seconds, which Slurm would do after two minutes. At once would be too
+        early: a credential that is not younger than the end of the job's former life is revoked, and the job fails."""
         deadline = time.monotonic() + timeout
         while not happened():
             state = self.state
-            if state["JobState"] == "PENDING" and state["Reason"] == "BeginTime":
-                self.cluster.call("scontrol", "update", f"JobId={self.number}", "StartTime=now")
+            life = int(state["Restarts"])
+            if state["JobState"] == "PENDING" and state["Reason"] == "BeginTime" and life not in self._released:
+                self._released.add(life)
+                self.cluster.call("scontrol", "update", f"JobId={self.number}", "StartTime=now+3")
             ended = state["JobState"] in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
             about = f"{state['JobState']} {state['ExitCode']}\n{self.printed}\n{self.cluster.log(self.number)}"
             assert not ended or ended_is_fine, about
@@ -122,7 +126,8 @@ def submit(cluster, inputs, tmp_path):
         ]
         printed = cluster.call(
             "bash", str(ROOT / "scripts/slurm/submit.sh"), "--no-check", "--gres=gpu:1", f"--output={log}", *options,
-            "--", str(script), *arguments, environment={key: None if value is None else str(value) for key, value in variables.items()},
+            "--", str(script), *arguments,
+            environment={key: None if value is None else str(value) for key, value in variables.items()},
         )  # fmt: skip
         numbers = [int(line.split()[1].rstrip(":")) for line in printed.splitlines() if line.startswith("job ")]
         return Job(cluster, numbers[0], Path(variables["OUTPUT_DIR"]), log)

@@ -9,12 +9,13 @@ verl keeps that number in a file which it first empties and then writes (``verl/
 from __future__ import annotations
 
 import logging
-import os
 import re
 import zipfile
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
+
+from capo_verl.launch.files import replace_text
 
 logger = logging.getLogger(__name__)
 
@@ -57,13 +58,6 @@ def repair_tracker(folder: Path) -> int | None:
     replace_text(tracker, str(steps[-1]))
     logger.warning("%s held %r; it names the newest complete checkpoint again, step %d", tracker, text, steps[-1])
     return steps[-1]
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Write a file that is there whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text)
-    os.replace(temporary, path)
 
 
 def checkpoint_folder(config: DictConfig) -> Path | None:

@@ -11,6 +11,8 @@ import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from capo_verl.launch.files import replace_text
+
 FILE = "progress.json"
 
 
@@ -36,9 +38,7 @@ class Progress:
         """Replace the file in ``folder``, which is made if missing; a reader never sees half of it."""
         path = Path(folder) / FILE
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{FILE}.{os.getpid()}")
-        temporary.write_text(json.dumps(asdict(self)) + "\n")
-        os.replace(temporary, path)
+        replace_text(path, json.dumps(asdict(self)) + "\n")
 
     @classmethod
     def read(cls, folder: str | os.PathLike[str]) -> Progress | None:

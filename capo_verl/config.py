@@ -7,17 +7,38 @@ this module pulls in neither torch nor verl, so that Hydra can read the presets 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields
-from difflib import get_close_matches
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any
+
+from capo_verl.kl_budget_config import KLBudgetConfig
+from capo_verl.knobs import between, build, integer, number, one_of, threshold
 
 OPTIMIZER_MODELS = ("adam", "sgd")
 GRANULARITIES = ("token", "sequence", "batch")
-MODES = ("filter", "track")
+MODES = ("filter", "track", "off")
+POLICY_SHIFTS = ("sampled", "exact")
+WEIGHTINGS = ("hard", "soft", "soft_balanced")
 MOMENTS_DTYPES = ("float32", "bfloat16")
 ON_NONFINITE = ("error", "skip_batch")
+
+
+@dataclass(frozen=True)
+class TargetRejection:
+    """A threshold that sets itself: the running quantile of m_F above which ``target_rejection`` of the tokens lie.
+
+    Raises:
+        ValueError: naming the knob, the value found and what is allowed.
+    """
+
+    target_rejection: float
+    """Share of the response tokens to reject, in (0, 1)."""
+    memory: float = 0.9
+    """How much of the old threshold's logarithm a step keeps, in [0, 1)."""
+
+    def __post_init__(self) -> None:
+        for name in ("target_rejection", "memory"):
+            between(f"policy_shift_max.{name}", getattr(self, name), 0, 0.999, low_open=name == "target_rejection")
 
 
 @dataclass(frozen=True)
@@ -32,8 +53,20 @@ class CapoConfig:
     """What the optimizer makes of a gradient: ``adam`` (row-wise moments of the LM head) or ``sgd`` (the gradient itself)."""
     top_k: int | None = 50
     """Support size: how many of the largest logits stand for the policy. None = the whole vocabulary."""
-    policy_shift_max: float | None = 1e-4
-    """tau_F: a token is accepted only if m_F < tau_F (nats). None or 0 switches the test off."""
+    policy_shift_max: float | TargetRejection | None = 1e-4
+    """tau_F: a token is accepted only if m_F < tau_F (nats). None or 0 switches the test off. ``{target_rejection: 0.02}``
+    follows the quantile of m_F, one optimizer step behind; the first step rejects nothing by this test."""
+    policy_shift: str = "sampled"
+    """Which m_F: ``sampled``, lr^2/2 d^2 of the taken token (the paper's), or ``exact``, its expectation over the policy."""
+    weighting: str = "hard"
+    """``hard`` drops what leaves the trust region. ``soft`` keeps every token, with weight min(1, sqrt(tau_F / m_F));
+    ``soft_balanced`` also scales the sign of the advantage that lost less, so that positive and negative advantage mass lose the
+    same share (by the ratio of the step before)."""
+    max_rejection: float | None = None
+    """Guard: if more than this share of the tokens is rejected in ``max_rejection_steps`` optimizer steps in a row, filtering
+    stops for the rest of the run, with a warning. None switches the guard off."""
+    max_rejection_steps: int = 5
+    """See ``max_rejection``."""
     objective_shift_max: float | None = 1e-2
     """tau_H: a token is accepted only if m_H < tau_H (units of the advantage). None or 0 switches the test off."""
     objective_shift_min: str | float | None = "symmetric"
@@ -41,7 +74,12 @@ class CapoConfig:
     granularity: str | tuple[str, ...] = "token"
     """What is accepted or rejected as one: ``token``, ``sequence``, ``batch``, or several, applied in turn."""
     mode: str = "filter"
-    """``filter`` removes rejected tokens from the loss; ``track`` measures and changes nothing."""
+    """``filter`` removes rejected tokens from the loss; ``track`` measures and changes nothing; ``off`` does not even measure,
+    for runs that want the ``kl_budget`` alone."""
+    policy_penalty: float = 0.0
+    """lambda_F: adds lambda_F * m_F, as a function of the logits along a fixed direction, to every token's loss."""
+    objective_penalty: float = 0.0
+    """lambda_H: adds -lambda_H * m_H, likewise."""
     betas: tuple[float, float] = (0.9, 0.999)
     """Adam's decay rates. Inside verl they come from the actor's optimizer instead."""
     eps: float = 1e-8
@@ -60,34 +98,48 @@ class CapoConfig:
     track_every: int = 1
     """With ``mode=track`` only: measure every n-th step, beginning with the first. In between nothing is done at all, so the
     moments see the measured steps only. Read by the engines."""
+    kl_budget: KLBudgetConfig | None = None
+    """Controls the learning rate by the KL divergence measured after each step; a number is its ``delta``. None = off."""
 
     def __post_init__(self) -> None:
-        _one_of("optimizer_model", self.optimizer_model, OPTIMIZER_MODELS)
-        _one_of("mode", self.mode, MODES)
-        _one_of("moments_dtype", self.moments_dtype, MOMENTS_DTYPES)
-        _one_of("on_nonfinite", self.on_nonfinite, ON_NONFINITE)
-        _integer("top_k", self.top_k, minimum=1, none="the whole vocabulary")
-        _integer("batch_shift_tokens", self.batch_shift_tokens, minimum=0, none="all tokens")
-        _integer("batch_shift_every", self.batch_shift_every, minimum=1)
-        _integer("track_every", self.track_every, minimum=1)
+        one_of("optimizer_model", self.optimizer_model, OPTIMIZER_MODELS)
+        one_of("mode", self.mode, MODES)
+        one_of("moments_dtype", self.moments_dtype, MOMENTS_DTYPES)
+        one_of("on_nonfinite", self.on_nonfinite, ON_NONFINITE)
+        integer("top_k", self.top_k, minimum=1, none="the whole vocabulary")
+        integer("batch_shift_tokens", self.batch_shift_tokens, minimum=0, none="all tokens")
+        integer("batch_shift_every", self.batch_shift_every, minimum=1)
+        integer("track_every", self.track_every, minimum=1)
+        integer("max_rejection_steps", self.max_rejection_steps, minimum=1)
+        one_of("policy_shift", self.policy_shift, POLICY_SHIFTS)
+        one_of("weighting", self.weighting, WEIGHTINGS)
+        if self.max_rejection is not None:
+            between("max_rejection", self.max_rejection, 0, 1, low_open=True)
+        for name in ("policy_penalty", "objective_penalty"):
+            threshold(name, getattr(self, name))
+        self._check_kl_budget()
         if self.mode != "track" and self.track_every != 1:
             raise ValueError(
                 f"capo.track_every={self.track_every!r} needs capo.mode=track: capo.mode={self.mode} decides in every step"
             )
-        _threshold("policy_shift_max", self.policy_shift_max)
-        _threshold("objective_shift_max", self.objective_shift_max)
+        if isinstance(self.policy_shift_max, Mapping):
+            found = build(TargetRejection, self.policy_shift_max, "capo.policy_shift_max")
+            object.__setattr__(self, "policy_shift_max", found)
+        if not isinstance(self.policy_shift_max, TargetRejection):
+            threshold("policy_shift_max", self.policy_shift_max)
+        threshold("objective_shift_max", self.objective_shift_max)
         if isinstance(self.objective_shift_min, str):
             if self.objective_shift_min != "symmetric":
                 raise ValueError(
                     f"capo.objective_shift_min={self.objective_shift_min!r}: expected 'symmetric', a number or null"
                 )
         elif self.objective_shift_min is not None:
-            _number("objective_shift_min", self.objective_shift_min)
+            number("objective_shift_min", self.objective_shift_min)
         stages = (self.granularity,) if isinstance(self.granularity, str) else self.granularity
         if not isinstance(stages, Sequence) or not stages:
             raise ValueError(f"capo.granularity={self.granularity!r}: expected one or several of {GRANULARITIES}")
         for stage in stages:
-            _one_of("granularity", stage, GRANULARITIES)
+            one_of("granularity", stage, GRANULARITIES)
         if len(set(stages)) != len(stages):
             raise ValueError(f"capo.granularity={self.granularity!r}: name each granularity once")
         object.__setattr__(
@@ -96,13 +148,28 @@ class CapoConfig:
         if isinstance(self.betas, str) or not isinstance(self.betas, Sequence) or len(self.betas) != 2:
             raise ValueError(f"capo.betas={self.betas!r}: expected two numbers in [0, 1)")
         for beta in self.betas:
-            _number("betas", beta)
+            number("betas", beta)
             if not 0 <= beta < 1:
                 raise ValueError(f"capo.betas={self.betas!r}: each must be in [0, 1)")
         object.__setattr__(self, "betas", tuple(float(b) for b in self.betas))
-        _number("eps", self.eps)
+        number("eps", self.eps)
         if self.eps < 0:
             raise ValueError(f"capo.eps={self.eps!r}: must be >= 0")
+
+    def _check_kl_budget(self) -> None:
+        budget = self.kl_budget
+        if isinstance(budget, int | float) and not isinstance(budget, bool):
+            budget = KLBudgetConfig(delta=budget)
+        elif isinstance(budget, Mapping):
+            budget = build(KLBudgetConfig, budget, "capo.kl_budget")
+        elif budget is not None and not isinstance(budget, KLBudgetConfig):
+            raise ValueError(f"capo.kl_budget={budget!r}: expected delta, a mapping of its knobs, or null")
+        object.__setattr__(self, "kl_budget", budget)
+        if self.mode == "off" and budget is not None and budget.predicts_by_curvature:
+            raise ValueError(
+                f"capo.kl_budget.predictor={budget.predictor} needs the curvature, which capo.mode=off does not measure; set "
+                "capo.mode=track"
+            )
 
     @property
     def stages(self) -> tuple[str, ...]:
@@ -131,13 +198,7 @@ class CapoConfig:
         Raises:
             ValueError: for an unknown key (lists the valid ones) or an invalid value.
         """
-        valid = [f.name for f in fields(cls) if f.name not in exclude]
-        for key in knobs:
-            if key not in valid:
-                close = get_close_matches(str(key), valid, n=1)
-                hint = f" Did you mean '{close[0]}'?" if close else ""
-                raise ValueError(f"capo.{key} is not a knob of CAPO.{hint} Valid keys: {', '.join(valid)}")
-        return cls(**knobs)
+        return build(cls, knobs, "capo", exclude)
 
 
 @dataclass(frozen=True)
@@ -180,6 +241,14 @@ PRESETS: dict[str, Preset] = {
             "actor_rollout_ref.actor.loss_agg_mode": "seq-mean-token-mean",
         },
     ),
+    "soft": Preset(
+        "keep every token and weigh it by min(1, sqrt(tau_F / m_F))",
+        {"weighting": "soft", "policy_shift_max": 1e-4, "objective_shift_max": None},
+    ),
+    "kl_budget": Preset(
+        "no filter: scale the learning rate so that a step moves the policy by a given KL divergence",
+        {"mode": "off", "kl_budget": asdict(KLBudgetConfig())},
+    ),
     "track": Preset("measure m_H and m_F at CAPO's thresholds and change nothing", {"mode": "track"}),
 }
 
@@ -200,29 +269,3 @@ def __getattr__(name: str) -> Any:
 
         return CapoPolicyLossConfig
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def _one_of(key: str, value: Any, allowed: Sequence[str]) -> None:
-    if value not in allowed:
-        raise ValueError(f"capo.{key}={value!r}: expected one of {', '.join(allowed)}")
-
-
-def _number(key: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ValueError(f"capo.{key}={value!r}: expected a finite number")
-
-
-def _integer(key: str, value: Any, minimum: int, none: str | None = None) -> None:
-    if value is None and none is not None:
-        return
-    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-        or_null = "" if none is None else f", or null for {none}"
-        raise ValueError(f"capo.{key}={value!r}: expected an integer >= {minimum}{or_null}")
-
-
-def _threshold(key: str, value: Any) -> None:
-    if value is None:
-        return
-    _number(key, value)
-    if value < 0:
-        raise ValueError(f"capo.{key}={value!r}: a threshold must be >= 0 (0 or null switches the test off)")

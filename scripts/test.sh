@@ -5,6 +5,7 @@
 #   bash scripts/test.sh                    # everything
 #   bash scripts/test.sh tests/core -k golden   # arguments for pytest; no lint, no types
 #
+# TEST_JOBS            processes for the tests that may run side by side (default 2)
 # CAPO_VENV, PYTHON, TORCH_INDEX_URL see scripts/environment.sh.
 
 set -euo pipefail
@@ -14,11 +15,15 @@ source scripts/environment.sh
 make_environment '.[cpu,data,smollm2,test]' scripts/smollm2.requirements.txt
 
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} PYTHONPATH="${PYTHONPATH:-}"
-if [ $# -eq 0 ]; then
-    echo "== ruff";  "$VENV/bin/ruff" check . && "$VENV/bin/ruff" format --check .
-    echo "== mypy";  "$VENV/bin/mypy"
-    echo "== bash";  git ls-files -z '*.sh' '*.sbatch' .ci/run | xargs -0 -n1 bash -n
-    git ls-files -z '*.sh' '*.sbatch' .ci/run | xargs -0 "$VENV/bin/shellcheck" -x
-    echo "== pytest"
-fi
-exec "$VENV/bin/python" -m pytest --durations=10 "$@"
+if [ $# -gt 0 ]; then exec "$VENV/bin/python" -m pytest "$@"; fi
+
+echo "== ruff";  "$VENV/bin/ruff" check . && "$VENV/bin/ruff" format --check .
+echo "== mypy";  "$VENV/bin/mypy"
+echo "== bash";  git ls-files -z '*.sh' '*.sbatch' .ci/run | xargs -0 -n1 bash -n
+git ls-files -z '*.sh' '*.sbatch' .ci/run | xargs -0 "$VENV/bin/shellcheck" -x
+failed=0
+echo "== pytest: what may run side by side"
+"$VENV/bin/python" -m pytest -q -n "${TEST_JOBS:-2}" --dist loadfile --durations=15 -m "not alone" || failed=1
+echo "== pytest: what runs alone"
+"$VENV/bin/python" -m pytest -v --durations=15 -m alone || failed=1
+exit $failed

@@ -2,8 +2,21 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
+import pytest
 import torch
+
+ALONE = ("e2e", "launch", "quickstart", "rewards", "slurm", "viewer")
+"""Folders of tests that wait for real time limits, signals or a browser: nothing else should run beside them."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    here = Path(__file__).parent
+    for item in items:
+        if item.path.relative_to(here).parts[0] in ALONE:
+            item.add_marker("alone")
+
 
 if not torch.cuda.is_available():
     # The kernels run in Triton's interpreter then. Triton reads this when it is first imported, by whichever test.

@@ -64,6 +64,8 @@ class CapoOutput:
     """m_F in nats, likewise. Token granularity: defined at all positions unless ``skip_masked``."""
     accepted: Tensor
     """bool, the tokens to train on, inside the response mask. With ``mode="track"`` it is the response mask."""
+    weights: Tensor
+    """Factor of the token's loss, 0 outside the response mask: 0 or 1 as ``accepted``, with soft weighting in 0..1."""
     in_trust_region: Tensor
     """bool, the verdict of all stages, inside the response mask. Equal to ``accepted`` with ``mode="filter"``."""
     in_support: Tensor
@@ -239,6 +241,7 @@ class CapoFilter:
             objective_shift=stages[0].objective_shift,
             policy_shift=stages[0].policy_shift,
             accepted=inputs.restore(accepted),
+            weights=inputs.restore(accepted.to(dtype)),
             in_trust_region=inputs.restore(verdict),
             in_support=inputs.restore(_joined([s.inside for s in supports])),
             problems={what: inputs.restore(bad) for what, bad in problems.items()},

@@ -98,6 +98,13 @@ class CapoConfig:
     track_every: int = 1
     """With ``mode=track`` only: measure every n-th step, beginning with the first. In between nothing is done at all, so the
     moments see the measured steps only. Read by the engines."""
+    sample_tokens_every: int | None = None
+    """Write some sequences with what the filter saw of each token, for ``capo-verl report``, in every n-th training step,
+    beginning with the first. None = never. Read by the engines."""
+    sample_tokens: int = 4
+    """How many sequences; half of them are those with most rejected tokens."""
+    sample_tokens_dir: str | None = None
+    """Folder of the file ``capo_tokens.jsonl``. Inside verl ``trainer.default_local_dir``, where the checkpoints are."""
     kl_budget: KLBudgetConfig | None = None
     """Controls the learning rate by the KL divergence measured after each step; a number is its ``delta``. None = off."""
 
@@ -110,6 +117,15 @@ class CapoConfig:
         integer("batch_shift_tokens", self.batch_shift_tokens, minimum=0, none="all tokens")
         integer("batch_shift_every", self.batch_shift_every, minimum=1)
         integer("track_every", self.track_every, minimum=1)
+        integer("sample_tokens_every", self.sample_tokens_every, minimum=1, none="no samples")
+        integer("sample_tokens", self.sample_tokens, minimum=1)
+        if self.sample_tokens_dir is not None and not isinstance(self.sample_tokens_dir, str):
+            raise ValueError(f"capo.sample_tokens_dir={self.sample_tokens_dir!r}: expected a path, or null")
+        if self.mode == "off" and self.sample_tokens_every is not None:
+            raise ValueError(
+                f"capo.sample_tokens_every={self.sample_tokens_every!r} needs the shifts of the tokens, which capo.mode=off does not "
+                "measure; set capo.mode=track"
+            )
         integer("max_rejection_steps", self.max_rejection_steps, minimum=1)
         one_of("policy_shift", self.policy_shift, POLICY_SHIFTS)
         one_of("weighting", self.weighting, WEIGHTINGS)

@@ -186,6 +186,7 @@ class CapoEngineMixin:
         if made is not None:
             capo, self._tap = made
             self._step = FilteredStep(capo, config, device, self._health)
+            self._step.samples.tokenizer = getattr(getattr(self, "model_config", None), "tokenizer", None)
         if self._loaded_from is not None:
             self._take_over_loaded_state(config)
 

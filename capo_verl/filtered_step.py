@@ -17,6 +17,7 @@ from capo_verl.core.metrics import StepMetrics
 from capo_verl.health import Health
 from capo_verl.response import SAMPLE, PackedResponse, accepted_response, mask_rejected
 from capo_verl.stopwatch import Stopwatch
+from capo_verl.token_samples import TokenSamples
 
 logger = logging.getLogger(__name__)
 
@@ -42,18 +43,21 @@ class FilteredStep:
     def __init__(self, capo: CapoFilter, config: CapoConfig, device: torch.device, health: Health):
         self.capo, self.config, self._health = capo, config, health
         self._stopwatch = Stopwatch(device)
+        self.samples = TokenSamples(config, capo)
         self._steps_without_tokens = 0
         self.discard()
 
     def begin(self, step: int) -> None:
         """Before the first micro-batch of an optimizer step; ``step``: the engine's count of training steps."""
         self.capo.keep_for_batch_shifts = self.config.takes_batch_shifts(step)
+        self.samples.begin(step)
 
     def discard(self) -> None:
         """Gradients were zeroed: forget what was evaluated since the last optimizer step."""
         self.capo.discard()
         self._metrics = StepMetrics(self.capo.dp_group, self.capo.cp_group)
         self._stopwatch.reset()
+        self.samples.discard()
 
     @torch.no_grad()
     def evaluate(
@@ -88,6 +92,7 @@ class FilteredStep:
             self._metrics.add(
                 out, response.advantages, response.response_mask, response.sequence_ids, response.num_sequences
             )
+        self.samples.keep(out)
         return out.accepted.float()
 
     def wrap_loss(self, loss_function: LossFunction) -> LossFunction:
@@ -99,6 +104,7 @@ class FilteredStep:
 
         def filtered(model_output: dict[str, Tensor], data: TensorDict, **kwargs: Any) -> tuple[Tensor, dict[str, Any]]:
             accepted = model_output.pop(ACCEPTED)
+            self.samples.add(model_output.get("log_probs"), data)
             if self.config.mode == "track":
                 loss, metrics = loss_function(model_output=model_output, data=data, **kwargs)
                 self._health.note_loss(loss, data, data[SAMPLE])
@@ -144,6 +150,7 @@ class FilteredStep:
         """Update the moments. Returns the seconds spent in the filter for this step, without the reduction of the metrics."""
         with self._stopwatch.running():
             self.capo.step()
+        self.samples.write()
         return self.seconds()
 
     def seconds(self) -> float:

@@ -20,7 +20,9 @@ def preset_node(name: str) -> DictConfig:
         OmegaConf.update(node, path, value)
     policy_loss: dict[str, Any] = {"_target_": "capo_verl.config.CapoPolicyLossConfig"}
     OmegaConf.update(node, POLICY_LOSS, policy_loss)
-    knobs = OmegaConf.create({"preset": name, **verl_knobs(name)})
+    # Where the checkpoints go, every node of the run can write.
+    places = {"sample_tokens_dir": "${trainer.default_local_dir}"}
+    knobs = OmegaConf.create({"preset": name, **verl_knobs(name), **places})
     # An unknown key must reach our own check, which lists the valid ones; Hydra's would only say "not in struct".
     OmegaConf.set_struct(knobs, False)
     OmegaConf.update(node, f"{POLICY_LOSS}.capo", knobs)

@@ -88,10 +88,14 @@ class CapoFSDPEngineWithLMHead(CapoEngineMixin, FSDPEngineWithLMHead):
                 raise RuntimeError(NOT_CALLED)
         else:
             accepted = self._evaluate_logits(output.logits, output_args, micro_batch)
-        if _is_packed(micro_batch):
-            accepted = self._gather_and_unpad_packed(accepted[0], output_args["pad_size"])
-        else:
-            accepted = from_padded(accepted, micro_batch)
+
+        def to_sequences(values: Tensor) -> Tensor:
+            if _is_packed(micro_batch):
+                return self._gather_and_unpad_packed(values[0], output_args["pad_size"])
+            return from_padded(values, micro_batch)
+
+        accepted = to_sequences(accepted)
+        self._step.samples.lay_out(to_sequences)
         model_output = super().prepare_model_outputs(output, output_args, micro_batch, logits_processor_func)
         offsets = micro_batch["input_ids"].offsets()
         model_output[ACCEPTED] = torch.nested.nested_tensor_from_jagged(accepted, offsets)

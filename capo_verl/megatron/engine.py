@@ -93,6 +93,7 @@ class CapoMegatronEngineWithLMHead(CapoEngineMixin, MegatronEngineWithLMHead):
             hidden_states, logits, labels, temperature, pack_response(batch, at), self._learning_rate()
         )
         self._accepted = unpack(accepted, batch, at)
+        self._step.samples.lay_out(lambda values: unpack(values, batch, at).values())
 
     @torch.no_grad()
     def _hidden_states(self) -> Tensor:

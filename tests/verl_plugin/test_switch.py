@@ -48,6 +48,7 @@ def test_presets_are_the_papers(command_line, name):
     assert policy_loss.capo == CapoConfig(
         optimizer_model="adam", top_k=50, policy_shift_max=tau_f, objective_shift_max=tau_h,
         objective_shift_min="symmetric", granularity="token", mode="filter",
+        sample_tokens_dir=config.trainer.default_local_dir,
     )  # fmt: skip
     assert (config.algorithm.adv_estimator, config.algorithm.norm_adv_by_std_in_grpo) == (estimator, by_std)
     assert actor.loss_agg_mode == aggregation
@@ -84,7 +85,7 @@ def test_every_knob_can_be_overridden(command_line):
         (
             [f"{CAPO}.policy_shift_mx=1"],
             "capo.policy_shift_mx is not a knob of CAPO. Did you mean 'policy_shift_max'"
-            ".*Valid keys: .*, mode, moments_dtype, on_nonfinite, batch_shift_tokens, batch_shift_every, track_every$",
+            ".*Valid keys: .*, mode, .*moments_dtype, on_nonfinite, batch_shift_tokens, batch_shift_every, track_every, sample_tokens_every, .*",
         ),
         ([f"{CAPO}.track_every=4"], "capo.track_every=4 needs capo.mode=track"),
         ([f"{CAPO}.batch_shift_every=0"], "capo.batch_shift_every=0: expected an integer >= 1"),
@@ -186,4 +187,4 @@ def test_verl_runs_the_checks_when_it_validates_its_config(command_line, capsys)
 
 
 def test_all_presets_are_listed():
-    assert set(PRESETS) == {*PAPER, "track"}
+    assert set(PRESETS) == {*PAPER, "soft", "kl_budget", "track"}

@@ -21,7 +21,7 @@ class BatchShifts(NamedTuple):
     before: Shifts
     """All response tokens."""
     after: Shifts
-    """Those inside the trust region."""
+    """Those inside the trust region; with soft weights all, with the gradients weighted."""
 
 
 class RetainedTokens:
@@ -37,7 +37,7 @@ class RetainedTokens:
         self.clear()
 
     def clear(self) -> None:
-        self._kept: list[tuple[Inputs, list[Support], Tensor]] = []
+        self._kept: list[tuple[Inputs, list[Support], Tensor, Tensor]] = []
         self._places = 0
         self._tokens: list[Tensor] = []
         self._seen: list[Tensor] = []
@@ -52,9 +52,14 @@ class RetainedTokens:
         )
         return torch.where(seen > 0, kept / seen, 1.0)
 
-    def add(self, inputs: Inputs, supports: list[Support], verdict: Tensor) -> None:
-        """Keep one micro-batch. ``supports``: of its tokens, in parts; ``verdict [N]`` bool: inside the trust region."""
-        n = len(verdict)
+    def add(self, inputs: Inputs, supports: list[Support], kept: Tensor, advantages: Tensor) -> None:
+        """Keep one micro-batch.
+
+        Args:
+            supports: of its tokens, in parts.
+            kept: ``[N]`` bool, the tokens ``after`` filtering; advantages: ``[N]``, theirs then.
+        """
+        n = len(kept)
         tokens = inputs.mask.sum()
         self._seen.append(tokens)
         if self.max_tokens == 0 or (self._kept and self.max_tokens is not None and self._places + n > self.max_tokens):
@@ -62,7 +67,7 @@ class RetainedTokens:
         self._places += n
         self._tokens.append(tokens)
         no_logits = inputs.hidden.new_empty(0)  # not a view of the logits: it would keep all of them alive
-        self._kept.append((inputs._replace(logits=no_logits), [s.snapshot() for s in supports], verdict))
+        self._kept.append((inputs._replace(logits=no_logits), [s.snapshot() for s in supports], kept, advantages))
 
     def shifts(
         self,
@@ -70,6 +75,7 @@ class RetainedTokens:
         tp_group: collectives.Group,
         dp_group: collectives.Group,
         cp_group: collectives.Group,
+        exact: bool = False,
     ) -> BatchShifts:
         """Mean over tokens per sequence, then over sequences, along the direction of the whole set.
 
@@ -84,14 +90,13 @@ class RetainedTokens:
         support = _concatenate([support for kept in self._kept for support in kept[1]])
         sequence = _number_sequences(inputs)
         num_sequences = sum(i.num_sequences for i in inputs)
-        advantages = torch.cat([i.advantages for i in inputs])
         hidden = [i.hidden for i in inputs]
         learning_rate = inputs[-1].learning_rate
 
-        def over(include: Tensor) -> Shifts:
+        def over(include: Tensor, advantages: Tensor) -> Shifts:
             per_token = set_shifts(
                 model, support, hidden, advantages, include, torch.zeros_like(sequence), 1, learning_rate,
-                tp_group, (dp_group, cp_group),
+                tp_group, (dp_group, cp_group), exact,
             )  # fmt: skip
             sums, tokens = sequence_sums(per_token, include, sequence, num_sequences)
             # Context-parallel ranks hold slices of the same sequences.
@@ -101,7 +106,8 @@ class RetainedTokens:
             objective, policy, sequences = collectives.sum_(overall, (dp_group,)).unbind()
             return Shifts(objective / sequences.clamp(min=1), policy / sequences.clamp(min=1))
 
-        return BatchShifts(over(torch.cat([i.mask for i in inputs])), over(torch.cat([k[2] for k in self._kept])))
+        before = over(torch.cat([i.mask for i in inputs]), torch.cat([i.advantages for i in inputs]))
+        return BatchShifts(before, over(torch.cat([k[2] for k in self._kept]), torch.cat([k[3] for k in self._kept])))
 
 
 def _number_sequences(inputs: list[Inputs]) -> Tensor:

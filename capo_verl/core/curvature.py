@@ -5,6 +5,7 @@ With ``u = P(g) h``, ``d = v.u``, ``e = sum_j pi_j u_j`` and ``s = sum_j pi_j u_
 
     m_H = lr * A * d + lr^2/2 * A * (d^2 - (s - e^2))        gradient and Hessian term
     m_F = lr^2/2 * d^2                                       sampled Fisher form, ~ KL
+    m_F = lr^2/2 * (s - e^2)                                 exact: its expectation over the policy's actions
 
 (arXiv 2510.00819, sections 3 and 4, in closed form.) As ``d = u_a - e`` for the taken token ``a`` (``u_a = 0`` outside the
 support), the sums ``u_a, e, s`` over this rank's rows and one all-reduce of ``[N, 3]`` are all that is needed.
@@ -40,18 +41,20 @@ def token_shifts(
     advantages: Tensor,
     learning_rate: float,
     tp_group: collectives.Group,
+    exact: bool = False,
 ) -> Shifts:
     """Shifts of every token along its own gradient.
 
     Args:
         hidden: ``[N, H]``, any float dtype; advantages: ``[N]`` in the compute dtype.
+        exact: m_F is the exact Fisher form instead of the sampled one.
 
     Returns:
         Two ``[N]`` in the compute dtype.
     """
     sums = model.partial_sums(hidden, advantages, support)
     collectives.sum_(sums, (tp_group,))
-    return _shifts(sums, advantages, learning_rate, linear=None)
+    return shifts_of(sums, advantages, learning_rate, exact=exact)
 
 
 def set_shifts(
@@ -65,6 +68,7 @@ def set_shifts(
     learning_rate: float,
     tp_group: collectives.Group,
     reduce_groups: Sequence[collectives.Group] = (),
+    exact: bool = False,
 ) -> Shifts:
     """Shifts of every included token along the direction of its whole set.
 
@@ -76,6 +80,7 @@ def set_shifts(
         advantages: ``[N]`` in the compute dtype; include: ``[N]`` bool; group: ``[N]`` int64, the set of each token.
         n_groups: number of sets.
         reduce_groups: groups over which the tokens of a set are spread; needs ``n_groups == 1``.
+        exact: as for :func:`token_shifts`.
 
     Returns:
         Two ``[N]`` in the compute dtype; positions outside ``include`` hold zeros.
@@ -116,7 +121,7 @@ def set_shifts(
     sums.index_add_(0, pairs.token, torch.stack((taken, weighted, weighted * u), 1))
     collectives.sum_(sums, (tp_group,))
     collectives.sum_(inner, (tp_group,))
-    shifts = _shifts(sums, advantages, learning_rate, linear=learning_rate * inner[group])
+    shifts = shifts_of(sums, advantages, learning_rate, learning_rate * inner[group], exact)
     zero = torch.zeros((), device=device, dtype=dtype)
     return Shifts(torch.where(include, shifts.objective, zero), torch.where(include, shifts.policy, zero))
 
@@ -136,11 +141,16 @@ def _pair_chunks(pairs: Pairs, hidden: Tensor) -> Iterator[slice]:
     return chunk_slices(len(pairs.token), max(1, scratch_elements(hidden.device) // max(1, hidden.shape[1])))
 
 
-def _shifts(sums: Tensor, advantages: Tensor, learning_rate: float, linear: Tensor | None) -> Shifts:
+def shifts_of(
+    sums: Tensor, advantages: Tensor, learning_rate: float, linear: Tensor | None = None, exact: bool = False
+) -> Shifts:
+    """m_H and m_F from the three sums ``[N, 3]`` over all rows; ``linear [N]``: first term of m_H, if not the token's own."""
     u_taken, mean, mean_square = sums.unbind(-1)
     d = u_taken - mean
     if linear is None:
         linear = learning_rate * advantages * d
     half = 0.5 * learning_rate**2
     variance = mean_square - mean**2
-    return Shifts(linear + half * advantages * (d**2 - variance), half * d**2)
+    # A variance, but as a difference it may round to below 0.
+    policy = variance.clamp(min=0) if exact else d**2
+    return Shifts(linear + half * advantages * (d**2 - variance), half * policy)

@@ -19,10 +19,12 @@ from capo_verl.core.curvature import Shifts, sequence_sums, set_shifts, token_sh
 from capo_verl.core.kernels import choose
 from capo_verl.core.logit_rows import LogitRows, VocabShard
 from capo_verl.core.optimizer_model import AdamModel, OptimizerModel, SgdModel
+from capo_verl.core.penalty import PenaltyTerms, joined_terms, penalises, token_shifts_and_terms
 from capo_verl.core.projected_logits import ProjectedLogits, ProjectedRows
 from capo_verl.core.support import Support, find_support
 from capo_verl.core.trust_region import judge
 from capo_verl.core.validation import Inputs, check_inputs, find_problems, raise_for
+from capo_verl.core.weighting import Weighting, Weights
 
 _Method = TypeVar("_Method", bound=Callable[..., Any])
 
@@ -63,17 +65,31 @@ class CapoOutput:
     policy_shift: Tensor
     """m_F in nats, likewise. Token granularity: defined at all positions unless ``skip_masked``."""
     accepted: Tensor
-    """bool, the tokens to train on, inside the response mask. With ``mode="track"`` it is the response mask."""
+    """bool, the tokens to train on, inside the response mask. It is the response mask with ``mode="track"``, with soft weights and
+    once the guard has stopped the filtering."""
     weights: Tensor
-    """Factor of the token's loss, 0 outside the response mask: 0 or 1 as ``accepted``, with soft weighting in 0..1."""
+    """Factor of the token's loss, or of its advantage, 0 outside the response mask: 0 or 1 as ``accepted``, with soft weights
+    in 0..1."""
+    trust_weights: Tensor
+    """What ``weights`` would be if the filter did not only track and had not been stopped."""
     in_trust_region: Tensor
-    """bool, the verdict of all stages, inside the response mask. Equal to ``accepted`` with ``mode="filter"``."""
+    """bool, the verdict of all stages, inside the response mask. Equal to ``accepted`` with ``mode="filter"`` and hard weights."""
     in_support: Tensor
     """bool, whether the taken token is among the top k."""
     problems: dict[str, Tensor] = field(repr=False)
     """What is wrong with the inputs -> bool, where inside the response mask. All False unless ``check_values=False``."""
     stages: tuple[Stage, ...] = field(repr=False)
     """One entry per granularity, in the order in which they were applied."""
+    penalty_terms: PenaltyTerms | None = field(default=None, repr=False)
+    """For ``curvature_penalty``; None unless the config asks for a penalty."""
+
+
+class _Decision(NamedTuple):
+    """About a block of tokens."""
+
+    stages: list[Stage]
+    weights: Weights
+    terms: PenaltyTerms | None
 
 
 class CapoFilter:
@@ -95,7 +111,7 @@ class CapoFilter:
         kernels: ``triton`` or ``torch``. Default: triton on a GPU where it is installed.
 
     Raises:
-        ValueError: if ``top_k`` exceeds the vocabulary, or the sizes do not fit the group.
+        ValueError: if ``top_k`` exceeds the vocabulary, the sizes do not fit the group, or ``mode`` is ``off``.
         ImportError: for ``kernels="triton"`` where it is not installed.
     """
 
@@ -112,6 +128,8 @@ class CapoFilter:
         padded_vocab_size: int | None = None,
         kernels: str | None = None,
     ):
+        if config.mode == "off":
+            raise ValueError("capo.mode=off measures nothing: make no filter, or set capo.mode=track")
         tp = collectives.size(tp_group)
         padded_vocab_size = padded_vocab_size or -(-vocab_size // tp) * tp
         if config.top_k is not None and config.top_k > vocab_size:
@@ -143,6 +161,7 @@ class CapoFilter:
             if config.optimizer_model == "adam"
             else SgdModel()
         )  # fmt: skip
+        self._weighting = Weighting(config, device, (dp_group, cp_group))
         self._retained = RetainedTokens(config.batch_shift_tokens)
         self.keep_for_batch_shifts = True
         """Whether :meth:`evaluate` keeps what :meth:`batch_shifts` needs; set to False for steps that will not ask."""
@@ -196,8 +215,13 @@ class CapoFilter:
 
         Raises:
             ValueError: for wrong shapes, or non-finite values or token ids out of range inside the mask (how many, where);
-                nothing has been updated then.
+                nothing has been updated then. For penalties without logits.
         """
+        if penalises(self.config) and isinstance(logits, ProjectedLogits):
+            raise ValueError(
+                "capo.policy_penalty and capo.objective_penalty are functions of the logits, but logits is ProjectedLogits: pass "
+                "the logits, or set both to 0"
+            )
         inputs = check_inputs(
             hidden_states, logits, actions, advantages, response_mask, learning_rate,
             temperature=temperature, skip_masked=skip_masked, sequence_ids=sequence_ids, num_sequences=num_sequences,
@@ -227,49 +251,62 @@ class CapoFilter:
         )
 
         decisions = [
-            self._decide(inputs.part(tokens), support) for tokens, support in zip(blocks, supports, strict=True)
+            self._decide(inputs.part(tokens), support, tokens.start)
+            for tokens, support in zip(blocks, supports, strict=True)
         ]
-        verdict = _joined([stages[-1].verdict for stages in decisions])
-        accepted = inputs.mask if self.config.mode == "track" else verdict
+        verdict = _joined([decision.stages[-1].verdict for decision in decisions])
+        weights = Weights(*map(_joined, map(list, zip(*(decision.weights for decision in decisions), strict=True))))
         if self.keep_for_batch_shifts:
-            self._retained.add(inputs, supports, verdict)
+            if self.config.weighting == "hard":
+                self._retained.add(inputs, supports, verdict, inputs.advantages)
+            else:
+                self._retained.add(inputs, supports, inputs.mask, inputs.advantages * weights.trusted)
         stages = tuple(
             Stage(same[0].granularity, *(inputs.restore(_joined(list(x))) for x in zip(*(s[1:] for s in same), strict=True)))
-            for same in zip(*decisions, strict=True)
+            for same in zip(*(decision.stages for decision in decisions), strict=True)
         )  # fmt: skip
+        terms = [decision.terms for decision in decisions if decision.terms is not None]
         return CapoOutput(
             objective_shift=stages[0].objective_shift,
             policy_shift=stages[0].policy_shift,
-            accepted=inputs.restore(accepted),
-            weights=inputs.restore(accepted.to(dtype)),
+            accepted=inputs.restore(weights.accepted),
+            weights=inputs.restore(weights.applied),
+            trust_weights=inputs.restore(weights.trusted),
             in_trust_region=inputs.restore(verdict),
             in_support=inputs.restore(_joined([s.inside for s in supports])),
             problems={what: inputs.restore(bad) for what, bad in problems.items()},
             stages=stages,
+            penalty_terms=joined_terms(terms, inputs) if terms else None,
         )
 
     @_exact
     def step(self) -> None:
         """Update the moments with the accepted gradients since the last call, over all data- and context-parallel ranks.
 
-        Call it once per optimizer step, on every rank. With no accepted token anywhere the moments stay as they are.
+        Call it once per optimizer step, on every rank. With no accepted token anywhere the moments stay as they are. Threshold,
+        balance of signs and guard, where the config asks for them, move here too, from sums over the same ranks.
 
         Raises:
             RuntimeError: if ``hidden_states`` were modified in place since they were evaluated.
         """
+        self._weighting.step(self.model.has_moments, self.model.dtype)
         self.model.update((self.dp_group, self.cp_group))
         self._retained.clear()
 
     @_exact
-    def batch_shifts(self) -> BatchShifts:
+    def batch_shifts(self, policy_shift: str | None = None) -> BatchShifts:
         """m_H and m_F of all tokens since the last :meth:`step` as one batch, ``before`` and ``after`` filtering.
 
         Call it before :meth:`step`, on every rank. It covers the first ``batch_shift_tokens`` tokens of each rank.
 
+        Args:
+            policy_shift: ``sampled`` or ``exact``, in place of the config's.
+
         Raises:
             RuntimeError: with ``batch_shift_tokens=0``.
         """
-        return self._retained.shifts(self.model, self.tp_group, self.dp_group, self.cp_group)
+        exact = (policy_shift or self.config.policy_shift) == "exact"
+        return self._retained.shifts(self.model, self.tp_group, self.dp_group, self.cp_group, exact)
 
     @property
     def batch_shift_coverage(self) -> Tensor:
@@ -279,11 +316,13 @@ class CapoFilter:
     def discard(self) -> None:
         """Forget everything evaluated since the last :meth:`step`, as if it had not been."""
         self.model.discard()
+        self._weighting.discard()
         self._retained.clear()
 
     def to(self, device: torch.device | str) -> None:
         """Move the moments to ``device``, to give its memory to others between training steps, and back."""
         self.model.move(torch.device(device))
+        self._weighting.move(torch.device(device))
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's rows: ``{"exp_avg", "exp_avg_sq": [rows, H], "step": int}``; empty for ``sgd``."""
@@ -297,30 +336,63 @@ class CapoFilter:
         """
         self.model.load_state_dict(state)
 
-    def _decide(self, inputs: Inputs, support: Support) -> list[Stage]:
+    def adaptive_state(self) -> dict[str, float]:
+        """What adapts besides the moments: threshold, balance of signs, guard. Empty if nothing does.
+
+        Equal on all ranks. Waits for the device.
+        """
+        return self._weighting.state()
+
+    def load_adaptive_state(self, state: dict[str, float]) -> None:
+        """Take over the state of :meth:`adaptive_state`. Entries for what this config does not adapt are left alone.
+
+        Raises:
+            ValueError: for an unknown name or a value that is no number; nothing is changed then.
+        """
+        self._weighting.load(state)
+
+    @property
+    def policy_shift_max(self) -> float | Tensor | None:
+        """tau_F of the current step, a scalar on the device if it adapts (infinite until it is known); None or 0 = no test."""
+        return self._weighting.policy_shift_max
+
+    @property
+    def filter_stopped(self) -> Tensor | None:
+        """Scalar bool on the device, whether the guard ``max_rejection`` has ended the filtering; None without it."""
+        return self._weighting.stopped
+
+    def _decide(self, inputs: Inputs, support: Support, first_token: int) -> _Decision:
         """Apply all granularities to a block of tokens, and remember the accepted ones for :meth:`step`."""
         stages: list[Stage] = []
-        verdict = inputs.mask
+        verdict, terms = inputs.mask, None
         for granularity in self.config.stages:
-            shifts = self._shifts(granularity, inputs, support, verdict)
-            objective_ok, policy_ok = judge(self.config, shifts)
+            if penalises(self.config):  # of single tokens: there is one stage
+                shifts, terms = token_shifts_and_terms(
+                    self.model, support, inputs, self.config, self.shard.rows, first_token, self.tp_group
+                )
+            else:
+                shifts = self._shifts(granularity, inputs, support, verdict)
+            objective_ok, policy_ok = judge(self.config, shifts, self.policy_shift_max)
             verdict = verdict & objective_ok & policy_ok
             stages.append(Stage(granularity, *shifts, objective_ok, policy_ok, verdict))
-        accepted = inputs.mask if self.config.mode == "track" else verdict
-        self.model.accumulate(inputs.hidden, inputs.advantages, support, accepted)
-        return stages
+        weights = self._weighting.weigh(stages[-1].policy_shift, inputs.advantages, verdict, inputs.mask)
+        soft = self.config.weighting != "hard"
+        advantages = inputs.advantages * weights.applied if soft else inputs.advantages
+        self.model.accumulate(inputs.hidden, advantages, support, weights.accepted)
+        return _Decision(stages, weights, terms)
 
     def _shifts(self, granularity: str, inputs: Inputs, support: Support, include: Tensor) -> Shifts:
+        exact = self.config.policy_shift == "exact"
         if granularity == "token":
             return token_shifts(
-                self.model, support, inputs.hidden, inputs.advantages, inputs.learning_rate, self.tp_group
+                self.model, support, inputs.hidden, inputs.advantages, inputs.learning_rate, self.tp_group, exact
             )
         whole_batch = granularity == "batch"
         group = torch.zeros_like(inputs.sequence) if whole_batch else inputs.sequence
         n_groups = 1 if whole_batch else inputs.num_sequences
         per_token = set_shifts(
             self.model, support, [inputs.hidden], inputs.advantages, include, group, n_groups,
-            inputs.learning_rate, self.tp_group,
+            inputs.learning_rate, self.tp_group, exact=exact,
         )  # fmt: skip
         sums, tokens = sequence_sums(per_token, include, inputs.sequence, inputs.num_sequences)
         means = [x / tokens.clamp(min=1) for x in sums]

@@ -32,8 +32,15 @@ class SgdModel:
     def move(self, device: torch.device) -> None:
         pass
 
-    def partial_sums(self, hidden: Tensor, advantages: Tensor, support: Support) -> Tensor:
-        return plain.identity_sums(hidden, advantages, support)
+    @property
+    def has_moments(self) -> bool:
+        """Whether P is what it will be from now on."""
+        return True
+
+    def partial_sums(
+        self, hidden: Tensor, advantages: Tensor, support: Support, directions: Tensor | None = None
+    ) -> Tensor:
+        return plain.identity_sums(hidden, advantages, support, directions)
 
     def accumulate(self, hidden: Tensor, advantages: Tensor, support: Support, accepted: Tensor) -> None:
         pass
@@ -109,9 +116,20 @@ class AdamModel:
         self._steps = self._steps.to(device)
         self._accepted.move(device)
 
-    def partial_sums(self, hidden: Tensor, advantages: Tensor, support: Support) -> Tensor:
-        """``u_a``, ``sum pi u``, ``sum pi u^2`` of every token over this rank's rows: ``[N, 3]``."""
-        return self._kernels.partial_sums(hidden, advantages, support, self.moments)
+    @property
+    def has_moments(self) -> Tensor:
+        """Scalar bool, False before the first update: until then ``P(g) = g``, which is on another scale."""
+        return self._steps > 0
+
+    def partial_sums(
+        self, hidden: Tensor, advantages: Tensor, support: Support, directions: Tensor | None = None
+    ) -> Tensor:
+        """``u_a``, ``sum pi u``, ``sum pi u^2`` of every token over this rank's rows: ``[N, 3]``.
+
+        Args:
+            directions: if given, ``[N, entries]``, filled with ``u`` of every entry of the support, 0 for other ranks' rows.
+        """
+        return self._kernels.partial_sums(hidden, advantages, support, self.moments, directions)
 
     def precondition(self, rows: Tensor, gradient: Tensor, columns: slice) -> Tensor:
         """``P(g)`` elementwise, with the moments after this gradient.

@@ -23,10 +23,13 @@ class Verdict(NamedTuple):
         return self.objective_ok & self.policy_ok
 
 
-def judge(config: CapoConfig, shifts: Shifts) -> Verdict:
+def judge(config: CapoConfig, shifts: Shifts, policy_shift_max: float | Tensor | None) -> Verdict:
     """Apply the trust region to shifts of any shape. Comparisons are strict, except a numeric lower bound (>=).
 
     A NaN fails every test that is switched on.
+
+    Args:
+        policy_shift_max: tau_F of this step, a scalar on the device if it adapts; None or 0 = no test.
     """
     objective, policy = shifts
     objective_ok, policy_ok = torch.ones_like(objective, dtype=torch.bool), torch.ones_like(policy, dtype=torch.bool)
@@ -36,6 +39,6 @@ def judge(config: CapoConfig, shifts: Shifts) -> Verdict:
             objective_ok &= objective > -config.objective_shift_max
     if isinstance(config.objective_shift_min, int | float):
         objective_ok &= objective >= config.objective_shift_min
-    if config.policy_shift_max:
-        policy_ok &= policy < config.policy_shift_max
+    if isinstance(policy_shift_max, Tensor) or policy_shift_max:
+        policy_ok &= policy < policy_shift_max
     return Verdict(objective_ok, policy_ok)

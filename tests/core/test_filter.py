@@ -178,17 +178,15 @@ def test_track_changes_nothing_and_still_measures():
 @pytest.mark.parametrize("reject_all", [True, False])
 def test_all_masked_or_all_rejected_leaves_the_moments(reject_all):
     rng = np.random.default_rng(5)
-    capo = CapoFilter(
-        CapoConfig(top_k=5, policy_shift_max=None, objective_shift_max=1e-30 if reject_all else None), 20, 6
-    )
-    capo.config = CapoConfig(top_k=5, policy_shift_max=None, objective_shift_max=None)
+    capo = CapoFilter(CapoConfig(top_k=5, policy_shift_max=None, objective_shift_max=None), 20, 6)
     first = Batch.random(rng, 2, 4, 6, 20)
     capo.evaluate(*first.arguments(LR))
     capo.step()
     before = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in capo.state_dict().items()}
     batch = Batch.random(rng, 2, 4, 6, 20)
     if reject_all:
-        capo.config = CapoConfig(top_k=5, policy_shift_max=1e-30, objective_shift_max=None)
+        capo = CapoFilter(CapoConfig(top_k=5, policy_shift_max=1e-30, objective_shift_max=None), 20, 6)
+        capo.load_state_dict(before)
         batch.advantages[:] = 1.0
     else:
         batch.mask[:] = False

@@ -85,18 +85,21 @@ def _largest(values: Tensor, ids: Tensor, k: int) -> Tensor:
     return at
 
 
-def partial_sums(hidden: Tensor, advantages: Tensor, support: Support, moments: Moments) -> Tensor:
+def partial_sums(
+    hidden: Tensor, advantages: Tensor, support: Support, moments: Moments, directions: Tensor | None = None
+) -> Tensor:
     """``u_a``, ``sum_j pi_j u_j`` and ``sum_j pi_j u_j^2`` of every token, over this rank's rows j, with ``u = P(A v h) h``.
 
     Args:
         hidden: ``[N, H]``, any float dtype; advantages: ``[N]`` in the compute dtype.
+        directions: if given, ``[N, k]`` (``[N, real rows]`` of a whole vocabulary), filled with u; 0 for other ranks' rows.
 
     Returns:
         ``[N, 3]`` in the compute dtype.
     """
     updates = int(moments.steps)
     if updates == 0:
-        return identity_sums(hidden, advantages, support)
+        return identity_sums(hidden, advantages, support, directions)
     old1, new1, old2, new2 = moments.corrected(updates + 1)
     # old x + new y as old (x + new / old y): one pass over x instead of two.
     ratios = new1 / old1 if old1 else new1, new2 / old2 if old2 else new2
@@ -106,7 +109,7 @@ def partial_sums(hidden: Tensor, advantages: Tensor, support: Support, moments: 
     tile = _Tile(hidden.shape[1], hidden.device, advantages.dtype)
     # Of a whole vocabulary a tile's worth at a time: its rows of the moments are gathered at once.
     entries = BLOCK_ENTRIES if isinstance(support, TopKSupport) else max(1, TILE_ELEMENTS // hidden.shape[1])
-    for block in support.blocks(entries, dense=True):
+    for block in support.blocks(entries, dense=directions is None):
         weight, h = _weights(advantages, block)[..., None], hidden[block.tokens].to(advantages.dtype)
         gradient = weight * ratios[0], h[:, None]
         squared = weight.square() * ratios[1], h.square()[:, None]
@@ -120,16 +123,16 @@ def partial_sums(hidden: Tensor, advantages: Tensor, support: Support, moments: 
                     torch.mul(a[part], b[part], out=x)
             first.div_(second.sqrt_().add_(moments.eps / scales[1]))
             torch.bmm(first, h[part, :, None], out=u[part])
-        _add_sums(sums, block, u[..., 0].mul_(scales[0] / scales[1]))
+        _add_sums(sums, block, u[..., 0].mul_(scales[0] / scales[1]), support, directions)
     return sums
 
 
-def identity_sums(hidden: Tensor, advantages: Tensor, support: Support) -> Tensor:
+def identity_sums(hidden: Tensor, advantages: Tensor, support: Support, directions: Tensor | None = None) -> Tensor:
     """As :func:`partial_sums` for ``P(g) = g``, where ``u = A |h|^2 v``: no work per entry on H."""
     sums = torch.zeros(len(advantages), 3, device=hidden.device, dtype=advantages.dtype)
     norms = _squared_norms(hidden, advantages.dtype)
     for block in support.blocks(BLOCK_ENTRIES):
-        _add_sums(sums, block, norms[block.tokens, None] * _weights(advantages, block))
+        _add_sums(sums, block, norms[block.tokens, None] * _weights(advantages, block), support, directions)
     return sums
 
 
@@ -138,8 +141,12 @@ def _weights(advantages: Tensor, block: Block) -> Tensor:
     return advantages[block.tokens, None] * (block.taken.to(block.probs.dtype) - block.probs)
 
 
-def _add_sums(sums: Tensor, block: Block, u: Tensor) -> None:
+def _add_sums(sums: Tensor, block: Block, u: Tensor, support: Support, directions: Tensor | None) -> None:
     u = torch.where(block.held, u, 0)
+    if isinstance(support, TopKSupport) and directions is not None:
+        directions[block.tokens] = u
+    elif directions is not None:
+        directions[block.tokens].scatter_(1, block.row, u)
     weighted = block.probs * u
     of_taken = torch.where(block.taken, u, 0)
     sums[block.tokens] += torch.stack((of_taken.sum(-1), weighted.sum(-1), (weighted * u).sum(-1)), dim=-1)

@@ -29,12 +29,14 @@ def best_keys(logits: LogitRows, k: int, shard: VocabShard) -> Tensor:
     return candidates.topk(k).values
 
 
-def partial_sums(hidden: Tensor, advantages: Tensor, support: Support, moments: Moments) -> Tensor:
+def partial_sums(
+    hidden: Tensor, advantages: Tensor, support: Support, moments: Moments, directions: Tensor | None = None
+) -> Tensor:
     """See ``plain``."""
     if not isinstance(support, TopKSupport) or advantages.dtype == torch.float64:
-        return plain.partial_sums(hidden, advantages, support, moments)
+        return plain.partial_sums(hidden, advantages, support, moments, directions)
     with torch.cuda.device_of(hidden):
-        return launch_partial_sums(hidden, advantages, support, moments)
+        return launch_partial_sums(hidden, advantages, support, moments, directions)
 
 
 def row_sums(entries: RowEntries, rows: Tensor, hidden: Tensor) -> Tensor:

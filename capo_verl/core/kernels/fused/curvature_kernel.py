@@ -17,9 +17,9 @@ _TILE = 2048
 
 @triton.jit
 def _partial_sums_kernel(
-    hidden, hidden_stride, ids, probs, actions, advantages, exp_avg, exp_avg_sq, moments_stride, corrected, steps, sums,
+    hidden, hidden_stride, ids, probs, actions, advantages, exp_avg, exp_avg_sq, moments_stride, corrected, steps, sums, directions,
     first_row, rows, eps,
-    K: tl.constexpr, H: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_H: tl.constexpr,
+    K: tl.constexpr, H: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_H: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     action, advantage = tl.load(actions + token), tl.load(advantages + token)
@@ -59,6 +59,8 @@ def _partial_sums_kernel(
             of_taken += tl.sum(tl.where(taken, u, 0.0), 0)
             mean += tl.sum(pi * u, 0)
             mean_square += tl.sum(pi * u * u, 0)
+            if KEEP:
+                tl.store(directions + token * K + entry, u, mask=entry < K)
     tl.store(sums + token * 3, of_taken)
     tl.store(sums + token * 3 + 1, mean)
     tl.store(sums + token * 3 + 2, mean_square)
@@ -70,7 +72,9 @@ def blocks(k: int, hidden_size: int) -> tuple[int, int]:
     return min(triton.next_power_of_2(k), _TILE // columns), columns
 
 
-def launch_partial_sums(hidden: Tensor, advantages: Tensor, support: TopKSupport, moments: Moments) -> Tensor:
+def launch_partial_sums(
+    hidden: Tensor, advantages: Tensor, support: TopKSupport, moments: Moments, directions: Tensor | None = None
+) -> Tensor:
     """Arguments and result of ``plain.partial_sums`` in float32 arithmetic; one program per token."""
     n, k = support.ids.shape
     sums = torch.empty(n, 3, device=hidden.device, dtype=torch.float32)
@@ -78,12 +82,14 @@ def launch_partial_sums(hidden: Tensor, advantages: Tensor, support: TopKSupport
         return sums
     if hidden.stride(1) != 1:
         hidden = hidden.contiguous()
+    if directions is not None:
+        directions.zero_()  # blocks of other ranks' rows are left out
     corrected = torch.stack(moments.corrected((moments.steps + 1).double())).float()
     block_k, block_h = blocks(k, hidden.shape[1])
     _partial_sums_kernel[(n,)](
         hidden, hidden.stride(0), support.ids.contiguous(), support.probs.contiguous(), support.actions.contiguous(),
         advantages.contiguous(), moments.exp_avg, moments.exp_avg_sq, moments.exp_avg.stride(0), corrected, moments.steps,
-        sums, support.shard.start, support.shard.rows, moments.eps,
-        K=k, H=hidden.shape[1], BLOCK_K=block_k, BLOCK_H=block_h,
+        sums, sums if directions is None else directions, support.shard.start, support.shard.rows, moments.eps,
+        K=k, H=hidden.shape[1], BLOCK_K=block_k, BLOCK_H=block_h, KEEP=directions is not None,
     )  # fmt: skip
     return sums

@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From the verdict of the trust region to the weight of every token, and what adapts from one optimizer step to the next."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from capo_verl.config import CapoConfig, TargetRejection
+from capo_verl.core import collectives
+from capo_verl.core.adaptive_threshold import AdaptiveThreshold
+from capo_verl.core.rejection_guard import RejectionGuard
+from capo_verl.core.soft_weights import SignBalance, soft_weights
+
+STATE_KEYS = ("policy_threshold", "balance_positive", "balance_negative", "filter_stopped", "rejection_streak")
+
+
+class Weights(NamedTuple):
+    """Of some tokens, ``[N]`` each."""
+
+    trusted: Tensor
+    """What the trust region says: 0 or 1, or soft; 0 outside the mask."""
+    applied: Tensor
+    """What the loss gets: likewise, but 1 inside the mask if the filter only tracks or was stopped."""
+    accepted: Tensor
+    """bool, the tokens that stay in the mask of the loss."""
+
+
+class Weighting:
+    """Holds the threshold, the balance of signs and the guard, as far as the config asks for them.
+
+    Args:
+        groups: data- and context-parallel groups over which the tokens of a step are spread.
+    """
+
+    def __init__(self, config: CapoConfig, device: torch.device, groups: Sequence[collectives.Group]):
+        self._soft, self._tracks = config.weighting != "hard", config.mode == "track"
+        tau = config.policy_shift_max
+        self._fixed = None if isinstance(tau, TargetRejection) else tau
+        self._threshold = AdaptiveThreshold(tau, device, groups) if isinstance(tau, TargetRejection) else None
+        self._balance = SignBalance(device, groups) if config.weighting == "soft_balanced" else None
+        self._guard = (
+            None
+            if config.max_rejection is None
+            else RejectionGuard(config.max_rejection, config.max_rejection_steps, device, groups)
+        )
+
+    @property
+    def _adaptive(self) -> list[AdaptiveThreshold | SignBalance | RejectionGuard]:
+        return [x for x in (self._threshold, self._balance, self._guard) if x is not None]
+
+    @property
+    def policy_shift_max(self) -> float | Tensor | None:
+        """tau_F of the current step; None or 0 = no test."""
+        return self._fixed if self._threshold is None else self._threshold.value
+
+    @property
+    def stopped(self) -> Tensor | None:
+        """Scalar bool on the device, whether the guard has ended the filtering; None without a guard."""
+        return None if self._guard is None else self._guard.stopped
+
+    def weigh(self, policy_shift: Tensor, advantages: Tensor, verdict: Tensor, mask: Tensor) -> Weights:
+        """Weights of some tokens, which count for what adapts.
+
+        Args:
+            policy_shift: ``[N]``, m_F; advantages: ``[N]``; verdict, mask: ``[N]`` bool, inside the trust region and the mask.
+        """
+        if self._soft:
+            tau = self.policy_shift_max
+            assert tau is not None  # checked by the config
+            trusted = torch.where(mask, soft_weights(policy_shift, tau), 0.0)
+        else:
+            trusted = verdict.to(policy_shift.dtype)
+        if self._threshold is not None:
+            self._threshold.add(policy_shift, mask)
+        if self._balance is not None:
+            self._balance.add(trusted, advantages, mask)
+            trusted = self._balance.balanced(trusted, advantages)
+        if self._guard is not None:
+            self._guard.add(trusted, mask)
+        whole = mask.to(trusted.dtype)
+        if self._tracks:
+            return Weights(trusted, whole, mask)
+        applied, accepted = trusted, mask if self._soft else verdict
+        if self._guard is not None:
+            applied = torch.where(self._guard.stopped, whole, trusted)
+            accepted = accepted | (mask & self._guard.stopped)
+        return Weights(trusted, applied, accepted)
+
+    def step(self, comparable: Tensor | bool, dtype: torch.dtype) -> None:
+        """The optimizer steps. Collective, does not wait for the device; arguments as ``AdaptiveThreshold.step``."""
+        if self._threshold is not None:
+            self._threshold.step(comparable, dtype)
+        if self._balance is not None:
+            self._balance.step()
+        if self._guard is not None:
+            self._guard.step()
+
+    def discard(self) -> None:
+        """Forget the tokens seen since the last step."""
+        for part in self._adaptive:
+            part.discard()
+
+    def move(self, device: torch.device) -> None:
+        for part in self._adaptive:
+            part.move(device)
+
+    def metrics(self) -> dict[str, Tensor]:
+        """Scalars on the device by name (docs/metrics.md); the threshold is infinite before it is known."""
+        found = {}
+        if self._threshold is not None:
+            found["capo/policy_threshold"] = self._threshold.value
+        if self._guard is not None:
+            found["capo/filter_stopped"] = self._guard.stopped
+        return found
+
+    def state(self) -> dict[str, float]:
+        """See ``CapoFilter.adaptive_state``."""
+        return {name: value for part in self._adaptive for name, value in part.state().items()}
+
+    def load(self, state: dict[str, float]) -> None:
+        """See ``CapoFilter.load_adaptive_state``."""
+        for name, value in state.items():
+            if name not in STATE_KEYS:
+                raise ValueError(f"CAPO adaptive state: {name} is unknown; expected some of {', '.join(STATE_KEYS)}")
+            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
+                raise ValueError(f"CAPO adaptive state: {name}={value!r} is not a finite number >= 0; it is corrupt")
+        if state.get("policy_threshold", 1.0) == 0:
+            raise ValueError("CAPO adaptive state: policy_threshold=0 would reject every token; it is corrupt")
+        for part in self._adaptive:
+            part.load(state)

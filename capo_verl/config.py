@@ -55,7 +55,8 @@ class CapoConfig:
     """Support size: how many of the largest logits stand for the policy. None = the whole vocabulary."""
     policy_shift_max: float | TargetRejection | None = 1e-4
     """tau_F: a token is accepted only if m_F < tau_F (nats). None or 0 switches the test off. ``{target_rejection: 0.02}``
-    follows the quantile of m_F, one optimizer step behind; the first step rejects nothing by this test."""
+    follows the quantile of m_F, one optimizer step behind. Nothing is rejected by this test before the first quantile, which is
+    that of the first step (with ``adam`` of the second: before it has moments its m_F is on another scale)."""
     policy_shift: str = "sampled"
     """Which m_F: ``sampled``, lr^2/2 d^2 of the taken token (the paper's), or ``exact``, its expectation over the policy."""
     weighting: str = "hard"
@@ -77,7 +78,8 @@ class CapoConfig:
     """``filter`` removes rejected tokens from the loss; ``track`` measures and changes nothing; ``off`` does not even measure,
     for runs that want the ``kl_budget`` alone."""
     policy_penalty: float = 0.0
-    """lambda_F: adds lambda_F * m_F, as a function of the logits along a fixed direction, to every token's loss."""
+    """lambda_F: adds lambda_F * m_F, as a function of the logits along a fixed direction, to the loss of every token that is
+    kept. Needs ``granularity=token``; ignored with ``mode=track``."""
     objective_penalty: float = 0.0
     """lambda_H: adds -lambda_H * m_H, likewise."""
     betas: tuple[float, float] = (0.9, 0.999)
@@ -161,6 +163,7 @@ class CapoConfig:
         object.__setattr__(
             self, "granularity", self.granularity if isinstance(self.granularity, str) else tuple(stages)
         )
+        self._check_weighting()
         if isinstance(self.betas, str) or not isinstance(self.betas, Sequence) or len(self.betas) != 2:
             raise ValueError(f"capo.betas={self.betas!r}: expected two numbers in [0, 1)")
         for beta in self.betas:
@@ -171,6 +174,31 @@ class CapoConfig:
         number("eps", self.eps)
         if self.eps < 0:
             raise ValueError(f"capo.eps={self.eps!r}: must be >= 0")
+
+    def _check_weighting(self) -> None:
+        tau, tokens_only = self.policy_shift_max, self.stages == ("token",)
+        if self.weighting != "hard":
+            key = f"capo.weighting={self.weighting}"
+            if not tokens_only:
+                raise ValueError(f"{key} weighs single tokens: set capo.granularity=token, not {self.granularity!r}")
+            if not tau:
+                raise ValueError(f"{key} needs capo.policy_shift_max > 0 (or a target_rejection), got {tau!r}")
+            if self.objective_shift_max or isinstance(self.objective_shift_min, int | float):
+                raise ValueError(
+                    f"{key} has no m_H test, but capo.objective_shift_max={self.objective_shift_max!r} and "
+                    f"objective_shift_min={self.objective_shift_min!r}; set capo.objective_shift_max=null and "
+                    "objective_shift_min=null"
+                )
+        if isinstance(tau, TargetRejection) and len(self.stages) > 1:
+            raise ValueError(
+                f"capo.policy_shift_max.target_rejection follows one granularity, but capo.granularity={self.granularity!r}; set it "
+                "to one of them, or policy_shift_max to a number"
+            )
+        for name in ("policy_penalty", "objective_penalty"):
+            if getattr(self, name) and not tokens_only:
+                raise ValueError(
+                    f"capo.{name}={getattr(self, name)!r} is of single tokens: set capo.granularity=token, not {self.granularity!r}"
+                )
 
     def _check_kl_budget(self) -> None:
         budget = self.kl_budget

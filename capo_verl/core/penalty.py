@@ -45,8 +45,8 @@ class PenaltyTerms(NamedTuple):
 
 
 def penalises(config: CapoConfig) -> bool:
-    """Whether the config asks for a penalty."""
-    return config.policy_penalty > 0 or config.objective_penalty > 0
+    """Whether the config asks for a penalty; a filter that only tracks adds none."""
+    return config.mode == "filter" and (config.policy_penalty > 0 or config.objective_penalty > 0)
 
 
 def curvature_penalty(logits: Tensor, terms: PenaltyTerms) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from capo_verl import CapoConfig, CapoFilter
 from tests.helpers.batches import Batch
 
+SOFT = {"weighting": "soft", "objective_shift_max": None}
 NAMES = ("hidden_states", "logits", "actions", "advantages", "response_mask", "learning_rate")
 
 
@@ -103,7 +104,22 @@ def test_values_outside_the_mask_may_be_anything():
         ({"top_k": 0}, "capo.top_k=0: expected an integer >= 1, or null"),
         ({"top_k": 2.5}, "capo.top_k=2.5: expected an integer"),
         ({"optimizer_model": "muon"}, "capo.optimizer_model='muon': expected one of adam, sgd"),
-        ({"mode": "off"}, "capo.mode='off': expected one of filter, track"),
+        ({"mode": "on"}, "capo.mode='on': expected one of filter, track, off"),
+        ({"weighting": "hardly"}, "capo.weighting='hardly': expected one of hard, soft, soft_balanced"),
+        ({"weighting": "soft"}, "capo.weighting=soft has no m_H test, but capo.objective_shift_max=0.01 .*set capo.objective_shift_max=null"),
+        ({**SOFT, "objective_shift_min": 0.0}, "capo.weighting=soft has no m_H test, but .* objective_shift_min=0.0"),
+        ({**SOFT, "policy_shift_max": None}, "capo.weighting=soft needs capo.policy_shift_max > 0 .*, got None"),
+        ({**SOFT, "policy_shift_max": 0}, "capo.weighting=soft needs capo.policy_shift_max > 0 .*, got 0"),
+        ({**SOFT, "granularity": "sequence"}, "capo.weighting=soft weighs single tokens: set capo.granularity=token, not 'sequence'"),
+        ({"policy_shift": "true"}, "capo.policy_shift='true': expected one of sampled, exact"),
+        ({"policy_shift_max": {"target": 0.1}}, "capo.policy_shift_max.target is not a knob .*Valid keys: target_rejection, memory"),
+        ({"policy_shift_max": {"target_rejection": 0}}, r"capo.policy_shift_max.target_rejection=0: expected a number in \(0, 0.999\]"),
+        ({"policy_shift_max": {"target_rejection": 0.1, "memory": 1}}, "capo.policy_shift_max.memory=1: expected a number in"),
+        ({"policy_shift_max": {"target_rejection": 0.1}, "granularity": ["token", "batch"]}, "target_rejection follows one granularity"),
+        ({"max_rejection": 0}, r"capo.max_rejection=0: expected a number in \(0, 1\]"),
+        ({"max_rejection_steps": 0}, "capo.max_rejection_steps=0: expected an integer >= 1"),
+        ({"policy_penalty": -1}, "capo.policy_penalty=-1: a threshold must be >= 0"),
+        ({"objective_penalty": 1.0, "granularity": "batch"}, "capo.objective_penalty=1.0 is of single tokens: set capo.granularity=token"),
         ({"granularity": "word"}, "capo.granularity='word': expected one of token, sequence, batch"),
         ({"granularity": ["token", "token"]}, "name each granularity once"),
         ({"granularity": []}, "expected one or several"),
@@ -125,6 +141,8 @@ def test_knobs_are_checked(knobs, message):
 
 
 def test_sizes_are_checked():
+    with pytest.raises(ValueError, match="capo.mode=off measures nothing: make no filter"):
+        CapoFilter(CapoConfig(mode="off"), 60, 4)
     with pytest.raises(ValueError, match="capo.top_k=50 exceeds the vocabulary of 49 tokens"):
         CapoFilter(CapoConfig(), 49, 4)
     with pytest.raises(ValueError, match="padded_vocab_size=40 must be >= vocab_size=50"):

@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Series that verl does not log as such: accuracy over all held-out sets, completions and accepted tokens so far."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from capo_verl.viewer.run import Run, Series
+
+ACCURACY, REWARD = "held-out accuracy", "training reward"
+COMPLETIONS, ACCEPTED = "completions so far", "accepted tokens so far"
+HELD_OUT = (re.compile(r"val-core/.+/acc/mean@\d+"), re.compile(r"val-core/.+/reward/mean@\d+"))
+"""verl's names, in the order of preference."""
+TRAINING = ("critic/score/mean", "critic/rewards/mean")
+
+
+def add_derived(run: Run) -> None:
+    """Add :data:`ACCURACY`, :data:`REWARD`, :data:`COMPLETIONS` and :data:`ACCEPTED` to the run where it has what they need."""
+    for name, series in (
+        (ACCURACY, _held_out(run.series)),
+        (REWARD, next((run.series[key] for key in TRAINING if key in run.series), None)),
+        (COMPLETIONS, _completions(run)),
+    ):
+        if name not in run.series and series is not None and series.steps:
+            run.series[name] = series
+    accepted = _accepted_tokens(run)
+    if ACCEPTED not in run.series and accepted is not None:
+        run.series[ACCEPTED] = accepted
+
+
+def _held_out(series: Mapping[str, Series]) -> Series | None:
+    """Mean over the held-out sets, at the steps at which all of them were measured."""
+    for pattern in HELD_OUT:
+        sets = [found.at() for key, found in series.items() if pattern.fullmatch(key)]
+        if sets:
+            steps = sorted(set.intersection(*(set(at) for at in sets)))
+            return Series(steps, [sum(at[step] for at in sets) / len(sets) for step in steps])
+    return None
+
+
+def _steps(run: Run) -> list[int]:
+    return sorted({step for series in run.series.values() for step in series.steps})
+
+
+def _completions(run: Run) -> Series | None:
+    """From the configuration; else a step's tokens divided by the mean length of a prompt with its response."""
+    steps, config = _steps(run), run.config or {}
+    batch, n = config.get("data.train_batch_size"), config.get("actor_rollout_ref.rollout.n")
+    if isinstance(batch, int) and isinstance(n, int):
+        return Series(steps, [float(batch * n * step) for step in steps])
+    names = ("perf/total_num_tokens", "prompt_length/mean", "response_length/mean")
+    if any(name not in run.series for name in names):
+        return None
+    tokens, prompt, response = (run.series[name].at() for name in names)
+    so_far, found = 0.0, Series()
+    for step in steps:
+        if step in tokens and step in prompt and step in response and prompt[step] + response[step]:
+            so_far += round(tokens[step] / (prompt[step] + response[step]))
+        found.steps.append(step)
+        found.values.append(so_far)
+    return found
+
+
+def _accepted_tokens(run: Run) -> Series | None:
+    """Response tokens which the loss was computed on, each counted once. Without CAPO, and with ``mode=track``, all."""
+    if COMPLETIONS not in run.series or "response_length/mean" not in run.series:
+        return None
+    completions, lengths = run.series[COMPLETIONS].at(), run.series["response_length/mean"].at()
+    config = run.config or {}
+    filters = all(value != "track" for key, value in config.items() if key.endswith("policy_loss.capo.mode"))
+    rejected = run.series["capo/rejection_rate"].at() if filters and "capo/rejection_rate" in run.series else {}
+    so_far, before, found = 0.0, 0.0, Series()
+    for step, total in sorted(completions.items()):
+        so_far += (total - before) * lengths.get(step, 0.0) * (1 - rejected.get(step, 0.0))
+        before = total
+        found.steps.append(step)
+        found.values.append(so_far)
+    return found

@@ -1,6 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Policy losses and advantage estimators registered with verl. Importing the package registers them."""
-
-from capo_verl.algorithms import advantages, losses
-
-__all__ = ["advantages", "losses"]
+"""Policy losses and advantage estimators. ``registration`` makes them known to verl; ``rivals`` does without it."""

@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the rival losses share: the ratio, PPO's clip and masked means. Everything is per token, ``[B, T]``."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+MAX_LOG_RATIO = 20.0
+"""As verl's own losses: exp() of more is no useful weight, and could overflow."""
+
+Metrics = dict[str, Tensor]
+"""0-dim tensors on the device of the losses, without gradient."""
+
+
+def log_ratio(old_log_prob: Tensor, log_prob: Tensor) -> Tensor:
+    """``log pi / pi_old``, cut to +-20 (nats)."""
+    return (log_prob - old_log_prob).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+
+
+def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
+    """Mean over the tokens of the mask, 0 if there are none; 0-dim, without gradient."""
+    values = values.detach().to(torch.promote_types(values.dtype, torch.float32))
+    mask = mask.to(values.dtype)
+    return (values * mask).sum() / mask.sum().clamp(min=1)
+
+
+def clipped(
+    ratio: Tensor, advantages: Tensor, low: Tensor | float, high: Tensor | float, dual: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """PPO's clip, ``max(-r A, -clip(r, low, high) A)``, at most ``-dual A`` for negative advantages (arXiv 1912.09729).
+
+    Args:
+        low, high: bounds of the ratio itself; both tensors that broadcast, or both numbers.
+
+    Returns:
+        Losses, and where the ratio's own term was replaced (bool).
+    """
+    own = -advantages * ratio
+    bounded = -advantages * torch.clamp(ratio, low, high)
+    losses, replaced = torch.maximum(own, bounded), bounded > own
+    if dual is not None:
+        limit = -advantages * dual
+        beyond = (advantages < 0) & (losses > limit)
+        losses, replaced = torch.where(beyond, limit, losses), replaced | beyond
+    return losses, replaced
+
+
+def step_metrics(log_ratios: Tensor, replaced: Tensor, mask: Tensor) -> Metrics:
+    """verl's names: ``pg_clipfrac``, the share of tokens whose gradient was cut, and ``ppo_kl``, the mean of -log ratio."""
+    return {"pg_clipfrac": masked_mean(replaced, mask), "ppo_kl": masked_mean(-log_ratios, mask)}

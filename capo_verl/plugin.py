@@ -59,6 +59,11 @@ def _import(name: str) -> Callable[[ModuleType], object]:
     return lambda _: importlib.import_module(name)
 
 
+def _call(module: str, function: str) -> Callable[[ModuleType], object]:
+    """A function of ours, imported when verl's module is, and called with that."""
+    return lambda imported: getattr(importlib.import_module(module), function)(imported)
+
+
 def _keep_metric_names(module: ModuleType) -> None:
     """verl prefixes everything the actor reports with ``actor/``; ours arrive as ``capo/...``."""
     rename_dict = module.rename_dict
@@ -109,11 +114,21 @@ def _check_before_start(module: ModuleType) -> None:
 def register() -> None:
     """Register everything, lazily. Called once, at import."""
     _when_imported(
-        "verl.trainer.ppo.core_algos", "policy losses and advantage estimators", _import("capo_verl.algorithms")
+        "verl.trainer.ppo.core_algos",
+        "policy losses and advantage estimators",
+        _import("capo_verl.algorithms.registration"),
     )
     _when_imported("verl.utils.py_functional", "metric names", _keep_metric_names)
     _when_imported("verl.utils.config", "start-up checks", _check_before_start)
     _when_imported("verl.trainer.ppo.v1.trainer_sync", "stop requests", stop.install)
+    inputs = "capo_verl.algorithms.rival_inputs"
+    _when_imported("verl.workers.utils.losses", "inputs of rival losses", _call(inputs, "hand_on"))
+    _when_imported("verl.utils.tensordict_utils", "epochs of rival losses", _call(inputs, "count_epochs"))
+    _when_imported(
+        "verl.trainer.ppo.v1.trainer_base",
+        "advantages of rival losses",
+        _call("capo_verl.algorithms.rival_advantages", "follow_advantages"),
+    )
     verl_engine = "verl.workers.engine.{}.transformer_impl"
     _when_imported(verl_engine.format("megatron"), "Megatron engine", _import("capo_verl.megatron.engine"))
     _when_imported(verl_engine.format("fsdp"), "FSDP engine", _import("capo_verl.fsdp.engine"))

@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from verl.workers.config.actor import PolicyLossConfig
 
 from capo_verl import plugin
 from capo_verl.config import FROM_OPTIMIZER, PRESETS, CapoConfig
+from capo_verl.rival_config import RivalConfig
 
 
 def parse_knobs(knobs: Mapping[str, Any]) -> CapoConfig:
@@ -33,16 +34,24 @@ def parse_knobs(knobs: Mapping[str, Any]) -> CapoConfig:
 
 @dataclass
 class CapoPolicyLossConfig(PolicyLossConfig):
-    """verl's policy-loss settings plus ``capo``, the knobs of the filter.
+    """verl's policy-loss settings plus ``capo``, the knobs of the filter, and ``rival``, those of a rival loss.
 
     Raises:
         ValueError: for invalid knobs.
         RuntimeError: if the plugin failed to register, so that a CAPO run never silently trains without CAPO.
     """
 
-    capo: Any = field(default_factory=dict)
+    capo: Any = None
+    """None = no CAPO: verl's own engine."""
+    rival: Any = None
+    """The rival that ``loss_mode`` names and its knobs; None = its defaults, if it names one."""
 
     def __post_init__(self) -> None:
         plugin.raise_if_broken()
-        if not isinstance(self.capo, CapoConfig):
-            self.__dict__["capo"] = parse_knobs(self.capo)  # verl's dataclasses are frozen once set
+        # verl's dataclasses are frozen once set.
+        if self.capo is not None and not isinstance(self.capo, CapoConfig):
+            self.__dict__["capo"] = parse_knobs(self.capo)
+        if self.rival is not None and not isinstance(self.rival, RivalConfig):
+            self.__dict__["rival"] = RivalConfig.from_mapping(self.rival)
+        if self.rival is not None and self.rival.name != self.loss_mode:
+            raise ValueError(f"policy_loss.loss_mode={self.loss_mode}: set it to {self.rival.name}, as policy_loss.rival.name")

@@ -13,6 +13,7 @@ from capo_verl import plugin
 from capo_verl.config import PRESETS
 from capo_verl.launch.preflight import check_sizes
 from capo_verl.policy_loss_config import parse_knobs
+from capo_verl.rival_group import check_rival
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +39,7 @@ def check_run(config: DictConfig) -> None:
     """
     _check_warmup(config)
     check_sizes(config)
+    check_rival(config)
     knobs = OmegaConf.select(config, f"{POLICY_LOSS}.capo")
     if knobs is None:
         return

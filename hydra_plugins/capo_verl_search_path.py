@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Makes the config group ``capo`` known to every Hydra application: ``+capo=grpo`` on any verl command line.
+"""Makes the config groups ``capo`` and ``rival`` known to every Hydra application: ``+capo=grpo`` on any verl command line.
 
 Hydra imports the modules of the namespace package ``hydra_plugins`` at start-up and asks their plugins for search paths.
 The presets come as nodes from ``capo_verl.config``, their only definition, not from files.
@@ -14,5 +14,7 @@ from hydra.plugins.search_path_plugin import SearchPathPlugin
 class CapoSearchPathPlugin(SearchPathPlugin):
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
         from capo_verl.hydra_group import store_presets
+        from capo_verl.rival_group import store_rivals
 
+        store_rivals()
         store_presets()  # "structured://", which Hydra always searches, is where the config store lives

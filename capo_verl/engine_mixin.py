@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import logging
+import math
 import re
 from collections.abc import Iterable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -14,11 +16,14 @@ from tensordict import TensorDict
 from torch import Tensor
 from verl.utils.device import get_device_id
 
+from capo_verl import control_file
 from capo_verl.config import CapoConfig
 from capo_verl.core import CapoFilter
 from capo_verl.filtered_step import FilteredStep
 from capo_verl.health import Health, describe
 from capo_verl.hidden_states import HiddenStatesTap
+from capo_verl.kl_control import KLControl
+from capo_verl.kl_probe import Head
 from capo_verl.response import SAMPLE
 
 logger = logging.getLogger(__name__)
@@ -47,6 +52,8 @@ class CapoEngineMixin:
     """Only on ranks that hold the LM head."""
     _tap: HiddenStatesTap | None = None
     """Likewise."""
+    _kl: KLControl | None = None
+    """With ``capo.kl_budget``, on every rank."""
     _health: Health
     _measures = True
     """Whether the training step in progress is one which CAPO looks at (``capo.track_every``)."""
@@ -56,6 +63,7 @@ class CapoEngineMixin:
     """Training steps before a resume which the learning-rate scheduler does not know of."""
     _loaded_from: str | None = None
     _loaded_state: State | None = None
+    _loaded_control: control_file.Control | None = None
 
     # ---- engine: what each one supplies ----
 
@@ -75,6 +83,33 @@ class CapoEngineMixin:
         """This rank's gradients after the last micro-batch."""
         raise NotImplementedError
 
+    def _head(self) -> Head | None:
+        """This rank's part of the LM head, None if it holds none.
+
+        Raises:
+            ValueError: if the engine leaves out optimizer steps of which CAPO does not know.
+        """
+        raise NotImplementedError
+
+    def _evaluating(self) -> Any:
+        """See :class:`capo_verl.kl_control.ProbedEngine`, likewise the next three."""
+        raise NotImplementedError
+
+    def _micro_batch_groups(self) -> int:
+        return 1
+
+    def _optimised(self) -> list[Tensor]:
+        raise NotImplementedError
+
+    def _spread_parameters(self) -> None:
+        raise NotImplementedError
+
+    def _check_line_search(self) -> None:
+        """
+        Raises:
+            ValueError: if the optimizer keeps parameters where a step back would not reach them.
+        """
+
     def _save_state(self, checkpoint: str, state: State) -> None:
         """Write the moments below the folder ``checkpoint``. Collective over all ranks."""
         raise NotImplementedError
@@ -88,10 +123,29 @@ class CapoEngineMixin:
         """Whether a training step with CAPO is under way on a rank that holds the LM head."""
         return self._step is not None and self._tap is not None and self._tap.active
 
+    @property
+    def _probing(self) -> bool:
+        """Whether a forward pass is under way that the KL probe wants to see, on a rank that holds the LM head."""
+        return self._kl is not None and self._kl.probe.sees_logits
+
+    def _scaled_learning_rate(self) -> float:
+        """Of the coming optimizer step, as far as it is known before the training pass."""
+        return self._learning_rate() * (1.0 if self._kl is None else self._kl.scale)
+
     # ---- one training step ----
 
     def train_batch(self, data: TensorDict, loss_function: Any) -> Any:
+        config = capo_config_of(loss_function)
+        if config is not None and self._capo is None:
+            self._switch_on(config)
+        control = None if config is None else self._kl
+        if control is not None:
+            control.before(data)
         output = super().train_batch(data, loss_function)
+        if control is not None:
+            metrics = control.after()
+            if self.is_mp_src_rank_with_outputs():
+                output["metrics"].update(metrics)
         if self._step is not None and self._measures and self.is_mp_src_rank_with_outputs():
             output["metrics"]["capo/filter_seconds"] = [self._filter_seconds]
         return output
@@ -103,32 +157,39 @@ class CapoEngineMixin:
         if self._capo is None:
             self._switch_on(config)
         steps_so_far = self._training_steps()
-        self._measures = config.measures(steps_so_far)
+        self._measures = config.mode != "off" and config.measures(steps_so_far)
+        watch = (lambda loss: loss) if self._kl is None else self._kl.watch
         if not self._measures:
-            return super().forward_backward_batch(data, loss_function, forward_only)
+            return super().forward_backward_batch(data, watch(loss_function), forward_only)
         self._health.clear()
         step = self._step
         if step is None or self._tap is None:
-            output = super().forward_backward_batch(data, loss_function, forward_only)
+            output = super().forward_backward_batch(data, watch(loss_function), forward_only)
         else:
             step.begin(steps_so_far)
+            if config.kl_budget is not None and config.kl_budget.predicts_by_curvature:
+                step.capo.keep_for_batch_shifts = True
             if config.optimizer_model == "adam":
                 group = self.optimizer.param_groups[0]
                 step.capo.set_optimizer(group["betas"], group["eps"])
             data[SAMPLE] = torch.arange(len(data), device=data.device)
             self._tap.active = True
             try:
-                output = super().forward_backward_batch(data, step.wrap_loss(loss_function), forward_only)
+                output = super().forward_backward_batch(data, watch(step.wrap_loss(loss_function)), forward_only)
             finally:
                 self._tap.active = False
                 del data[SAMPLE]
         self._agree_to_step(config)
+        reported: dict[str, float] = {}
         if step is not None:
             metrics = {"capo/batch_skipped": float(self._skip_batch)}
             if not self._skip_batch:
-                metrics |= step.metrics()
+                reported = step.metrics()
+                metrics |= reported
             # Lists, because verl's reduction expects one value per micro-batch.
             output["metrics"].update({name: [value] for name, value in metrics.items()})
+        if self._kl is not None and not self._skip_batch:
+            self._kl.predict(reported)
         return output
 
     def optimizer_zero_grad(self) -> None:
@@ -139,11 +200,18 @@ class CapoEngineMixin:
     def optimizer_step(self) -> Any:
         if self._skip_batch:
             self._skip_batch = False
+            if self._kl is not None:
+                self._kl.end_awaited(usable=False)
             if self._step is not None:
                 self._filter_seconds = self._step.seconds()
             self.optimizer_zero_grad()
             return 0.0
-        grad_norm = super().optimizer_step()
+        if self._kl is not None:
+            self._kl.end_awaited()
+        with nullcontext() if self._kl is None else self._kl.scaled():
+            grad_norm = super().optimizer_step()
+        if self._kl is not None and isinstance(grad_norm, float) and not math.isfinite(grad_norm):
+            self._kl.cancel()  # FSDP leaves such a step out
         if self._step is not None and self._measures:
             self._filter_seconds = self._step.optimizer_step()
         return grad_norm
@@ -182,11 +250,15 @@ class CapoEngineMixin:
         self._capo = config
         device = torch.device(get_device_id())
         self._health = Health(device)
-        made = self._make_filter(config, device)
+        made = None if config.mode == "off" else self._make_filter(config, device)
         if made is not None:
             capo, self._tap = made
             self._step = FilteredStep(capo, config, device, self._health)
             self._step.samples.tokenizer = getattr(getattr(self, "model_config", None), "tokenizer", None)
+        if config.kl_budget is not None:
+            if config.kl_budget.line_search is not None:
+                self._check_line_search()
+            self._kl = KLControl(self, config, self._head(), device)
         if self._loaded_from is not None:
             self._take_over_loaded_state(config)
 
@@ -194,10 +266,20 @@ class CapoEngineMixin:
 
     def save_checkpoint(self, local_path: str, *args: Any, **kwargs: Any) -> None:
         # First, because verl marks a checkpoint as complete at the end of its own save.
-        if self._capo is not None and self._capo.optimizer_model == "adam":
+        moments = self._keeps_moments(self._capo)
+        if moments:
             self._save_state(local_path, {} if self._step is None else self._step.capo.state_dict())
         elif self._loaded_state is not None:  # not yet taken over by a training step
             self._save_state(local_path, self._loaded_state)
+        control = self._loaded_control
+        if self._capo is not None:
+            control = control_file.gather(
+                moments or self._loaded_state is not None,
+                None if self._kl is None else self._kl.budget.state_dict(),
+                {} if self._step is None else self._step.capo.adaptive_state(),
+            )
+        if control is not None:
+            control_file.save(local_path, control)
         super().save_checkpoint(local_path, *args, **kwargs)
 
     def load_checkpoint(self, local_path: str, *args: Any, **kwargs: Any) -> None:
@@ -206,15 +288,39 @@ class CapoEngineMixin:
         # from the name of the folder as well.
         names = re.findall(r"global_step_(\d+)", local_path)
         self._steps_before = int(names[-1]) if names and not self._optimizer_steps() else 0
-        self._loaded_from, self._loaded_state = local_path, self._load_state(local_path)
+        self._loaded_from = local_path
+        self._loaded_control = control_file.load(local_path)
+        self._loaded_state = self._load_state(local_path)
         if self._capo is not None:
             self._take_over_loaded_state(self._capo)
 
+    @staticmethod
+    def _keeps_moments(config: CapoConfig | None) -> bool:
+        return config is not None and config.mode != "off" and config.optimizer_model == "adam"
+
     def _take_over_loaded_state(self, config: CapoConfig) -> None:
+        self._take_over_loaded_control()
+        if not self._keeps_moments(config):
+            return  # whatever was loaded is saved again
         state, self._loaded_state = self._loaded_state, None
-        if self._step is None or config.optimizer_model != "adam":
+        if self._step is None:
             return
         if state is None:
             logger.warning("the checkpoint %s was written without CAPO: its moments start empty", self._loaded_from)
             return
         self._step.capo.load_state_dict(state)
+
+    def _take_over_loaded_control(self) -> None:
+        control, self._loaded_control = self._loaded_control, None
+        if self._kl is not None:
+            if control is None or control.kl_budget is None:
+                logger.warning(
+                    "the checkpoint %s holds no state of a KL budget: the learning rate starts at its full value",
+                    self._loaded_from,
+                )
+            else:
+                self._kl.budget.load_state_dict(control.kl_budget)
+        if self._step is not None and control is not None and control.filter:
+            self._step.capo.load_adaptive_state(control.filter)
+        elif self._step is not None and self._step.capo.adaptive_state():
+            logger.warning("the checkpoint %s holds no adaptive threshold or guard: they start anew", self._loaded_from)

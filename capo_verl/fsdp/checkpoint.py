@@ -13,6 +13,7 @@ import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from capo_verl import control_file
 from capo_verl.core.checksum import checksum
 from capo_verl.engine_mixin import State
 from capo_verl.saved_state import MOMENTS, check_model, check_undamaged, unusable
@@ -48,7 +49,7 @@ def load(checkpoint: str, shape: tuple[int, int], device: torch.device) -> State
     """
     path = path_of(checkpoint)
     state, problem = None, ""
-    if dist.get_rank() == 0 and path.parent.is_dir():
+    if dist.get_rank() == 0 and path.parent.is_dir() and not control_file.has_no_moments(checkpoint):
         try:
             state = _read(path, shape)
         except Exception as e:  # whatever the reason: all ranks have to learn of it before any of them stops

@@ -7,13 +7,15 @@ cross-entropy, the whole LM head during the forward pass) and holds the moments 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 from tensordict import TensorDict
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from verl.utils import tensordict_utils as tu
 from verl.utils.device import get_device_id
@@ -23,13 +25,16 @@ from verl.workers.engine.base import EngineRegistry
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
 from capo_verl.config import CapoConfig
-from capo_verl.core import CapoFilter, ProjectedLogits
+from capo_verl.core import CapoFilter, ProjectedLogits, curvature_penalty
+from capo_verl.core.logit_rows import VocabShard
 from capo_verl.engine_mixin import CapoEngineMixin, State
-from capo_verl.filtered_step import ACCEPTED
+from capo_verl.filtered_step import ACCEPTED, PENALTY
 from capo_verl.fsdp import checkpoint
 from capo_verl.fsdp.packing import from_padded, packed_response, padded_response, to_padded
 from capo_verl.fused_head import NOT_CALLED, FusedCall, before_each_call, of_fused_linear, of_linear_cross_entropy
 from capo_verl.hidden_states import HiddenStatesTap
+from capo_verl.kl_probe import Head
+from capo_verl.response import PackedResponse
 
 
 def check_fused_settings(model_config: Any, engine_config: Any) -> None:
@@ -67,10 +72,10 @@ class CapoFSDPEngineWithLMHead(CapoEngineMixin, FSDPEngineWithLMHead):
     """What the fused forward pass of the micro-batch in flight has come to; the gathered LM head exists only within it."""
 
     def forward_step(self, micro_batch: TensorDict, loss_function: Any, forward_only: bool) -> Any:
-        if not self._filtering or not _is_fused(micro_batch):
+        if not (self._filtering or self._probing) or not _is_fused(micro_batch):
             return super().forward_step(micro_batch, loss_function, forward_only)
         micro_batch = micro_batch.to(get_device_id())
-        look = partial(self._evaluate_fused, batch=micro_batch)
+        look = partial(self._probe_fused if self._probing else self._evaluate_fused, batch=micro_batch)
         with (
             before_each_call(FusedLinearForPPO, "forward", of_fused_linear, look),
             before_each_call(linear_cross_entropy, "linear_cross_entropy", of_linear_cross_entropy, look),
@@ -80,6 +85,9 @@ class CapoFSDPEngineWithLMHead(CapoEngineMixin, FSDPEngineWithLMHead):
     def prepare_model_outputs(
         self, output: Any, output_args: dict[str, Any], micro_batch: TensorDict, logits_processor_func: Any
     ) -> dict[str, Tensor]:
+        if self._probing and not _is_fused(micro_batch):
+            labels, temperature = self._labels(output.logits, output_args, micro_batch)
+            self._kl.probe.see(output.logits, None, temperature, self._response(labels, micro_batch))
         if not self._filtering:
             return super().prepare_model_outputs(output, output_args, micro_batch, logits_processor_func)
         if _is_fused(micro_batch):
@@ -96,31 +104,46 @@ class CapoFSDPEngineWithLMHead(CapoEngineMixin, FSDPEngineWithLMHead):
 
         accepted = to_sequences(accepted)
         self._step.samples.lay_out(to_sequences)
+        terms = self._step.take_penalty_terms()
+        # Now: verl divides the logits by the temperature in place.
+        penalty = None if terms is None else to_sequences(curvature_penalty(output.logits, terms))
         model_output = super().prepare_model_outputs(output, output_args, micro_batch, logits_processor_func)
         offsets = micro_batch["input_ids"].offsets()
         model_output[ACCEPTED] = torch.nested.nested_tensor_from_jagged(accepted, offsets)
+        if penalty is not None:
+            model_output[PENALTY] = torch.nested.nested_tensor_from_jagged(penalty, offsets)
         return model_output
 
     def _evaluate_logits(self, logits: Tensor, output_args: dict[str, Any], batch: TensorDict) -> Tensor:
+        labels, temperature = self._labels(logits, output_args, batch)
+        return self._evaluate(self._tap.take(), logits, labels, temperature, batch)
+
+    def _labels(self, logits: Tensor, output_args: dict[str, Any], batch: TensorDict) -> tuple[Tensor, Tensor]:
+        """Labels and temperatures ``[b, s]`` in the layout of the logits ``[b, s, V]``."""
         labels = output_args["input_ids_rmpad_rolled"]
         if _is_packed(batch):
-            labels, temperature = labels[None], output_args["temperature_rmpad"][None]
-        else:
-            labels = to_padded(labels, batch, logits.shape[1])
-            temperature = output_args["temperature"][:, None].expand_as(labels)
-        return self._evaluate(self._tap.take(), logits, labels, temperature, batch)
+            return labels[None], output_args["temperature_rmpad"][None]
+        labels = to_padded(labels, batch, logits.shape[1])
+        return labels, output_args["temperature"][:, None].expand_as(labels)
 
     def _evaluate_fused(self, call: FusedCall, batch: TensorDict) -> None:
         self._fused_accepted = self._evaluate(
             call.hidden_states, call.logits(), call.labels, call.temperatures(), batch
         )
 
+    def _probe_fused(self, call: FusedCall, batch: TensorDict) -> None:
+        response = self._response(call.labels, batch)
+        self._kl.probe.see(call.logits(), call.hidden_states, call.temperatures(), response)
+
+    def _response(self, labels: Tensor, batch: TensorDict) -> PackedResponse:
+        return packed_response(self, batch) if _is_packed(batch) else padded_response(batch, labels.shape[1])
+
     def _evaluate(
         self, hidden_states: Tensor, logits: Tensor | ProjectedLogits, labels: Tensor, temperature: Tensor, batch: TensorDict
     ) -> Tensor:  # fmt: skip
         """1 where a token stays in the loss, at the position that predicts it; float32 in the layout of the model."""
-        response = packed_response(self, batch) if _is_packed(batch) else padded_response(batch, labels.shape[1])
-        return self._step.evaluate(hidden_states, logits, labels, temperature, response, self._learning_rate())
+        response = self._response(labels, batch)
+        return self._step.evaluate(hidden_states, logits, labels, temperature, response, self._scaled_learning_rate())
 
     def _lm_head(self) -> nn.Module:
         """Also through the wrappers of FSDP and PEFT, which forward what they do not have themselves."""
@@ -132,15 +155,11 @@ class CapoFSDPEngineWithLMHead(CapoEngineMixin, FSDPEngineWithLMHead):
         return int(lm_head.out_features), int(lm_head.in_features)
 
     def _make_filter(self, config: CapoConfig, device: torch.device) -> tuple[CapoFilter, HiddenStatesTap]:
-        if self.scaler is not None:
-            raise ValueError(
-                "CAPO does not support float16 with FSDP: the loss scaler skips optimizer steps that CAPO would count; set "
-                "actor_rollout_ref.actor.fsdp_config.mixed_precision.param_dtype=bf16"
-            )
+        self._refuse_loss_scaler()
         rows, hidden_size = self._lm_head_shape()
         capo = CapoFilter(
             config,
-            vocab_size=int(self.model_config.hf_config.get_text_config().vocab_size),
+            vocab_size=self._vocab_size(),
             hidden_size=hidden_size,
             device=device,
             dp_group=self.get_data_parallel_group(),
@@ -148,6 +167,39 @@ class CapoFSDPEngineWithLMHead(CapoEngineMixin, FSDPEngineWithLMHead):
             padded_vocab_size=rows,
         )
         return capo, HiddenStatesTap(self._lm_head())
+
+    def _refuse_loss_scaler(self) -> None:
+        if self.scaler is not None:
+            raise ValueError(
+                "CAPO does not support float16 with FSDP: the loss scaler skips optimizer steps that CAPO would count; set "
+                "actor_rollout_ref.actor.fsdp_config.mixed_precision.param_dtype=bf16"
+            )
+
+    def _vocab_size(self) -> int:
+        return int(self.model_config.hf_config.get_text_config().vocab_size)
+
+    def _head(self) -> Head:
+        self._refuse_loss_scaler()
+        rows, _ = self._lm_head_shape()
+        shard = VocabShard(self._vocab_size(), rows, 0)
+        return Head(shard, None, self.get_data_parallel_group(), self.ulysses_parallel_group)
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        self.module.eval()
+        try:
+            yield
+        finally:
+            self.module.train()
+            reshard(self.module)
+
+    def _optimised(self) -> list[Tensor]:
+        parameters = (p for group in self.optimizer.param_groups for p in group["params"])
+        return [p.detach().to_local() if isinstance(p, DTensor) else p.data for p in parameters]
+
+    def _spread_parameters(self) -> None:
+        # Nothing to send; but no gathered copy of the weights may outlive the change.
+        reshard(self.module)
 
     def _learning_rate(self) -> float:
         return float(self.optimizer.param_groups[0]["lr"])
@@ -166,6 +218,20 @@ class CapoFSDPEngineWithLMHead(CapoEngineMixin, FSDPEngineWithLMHead):
 
     def _load_state(self, checkpoint_path: str) -> State | None:
         return checkpoint.load(checkpoint_path, self._lm_head_shape(), torch.device(get_device_id()))
+
+
+def reshard(module: nn.Module) -> None:
+    """Free gathered weights: both generations of FSDP keep the root's after a forward pass without a backward pass.
+
+    The next forward pass would use them whatever has become of the shards.
+    """
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
+        elif isinstance(part, FullyShardedDataParallel):
+            handle = part._handle
+            if handle is not None and handle.uses_sharded_strategy:
+                handle.reshard(True)
 
 
 def _is_fused(batch: TensorDict) -> bool:

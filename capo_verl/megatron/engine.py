@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -21,11 +22,13 @@ from verl.workers.engine.megatron.transformer_impl import MegatronEngineWithLMHe
 
 from capo_verl import fused_head
 from capo_verl.config import CapoConfig
-from capo_verl.core import CapoFilter, ProjectedLogits
+from capo_verl.core import CapoFilter, ProjectedLogits, curvature_penalty
+from capo_verl.core.logit_rows import VocabShard
 from capo_verl.engine_mixin import CapoEngineMixin, State
-from capo_verl.filtered_step import ACCEPTED
+from capo_verl.filtered_step import ACCEPTED, PENALTY
 from capo_verl.hidden_states import HiddenStatesTap
-from capo_verl.megatron import checkpoint
+from capo_verl.kl_probe import Head
+from capo_verl.megatron import checkpoint, parameters
 from capo_verl.megatron.packing import label_layout, pack_response, token_positions, unpack
 
 logger = logging.getLogger(__name__)
@@ -43,6 +46,8 @@ class CapoMegatronEngineWithLMHead(CapoEngineMixin, MegatronEngineWithLMHead):
 
     _accepted: Tensor | None = None
     """1 where a token stays in the loss, at the position that predicts it, of the micro-batch in flight; nested ``[b, j]``."""
+    _penalty: Tensor | None = None
+    """Likewise each token's penalty, part of the graph, if there is one."""
 
     def forward_step(
         self,
@@ -51,30 +56,38 @@ class CapoMegatronEngineWithLMHead(CapoEngineMixin, MegatronEngineWithLMHead):
         logits_processor_func: Any,
         postprocess_micro_batch_func: Any,
     ) -> Any:
-        if not self._filtering:
+        if not (self._filtering or self._probing):
             return super().forward_step(batch_iter, model, logits_processor_func, postprocess_micro_batch_func)
         batch = next(batch_iter).to(get_device_id())
-        self._accepted = None
+        self._accepted, look = None, self._probe if self._probing else self._evaluate
         with fused_head.before_each_call(
             model_forward_fused, "linear_cross_entropy", fused_head.of_linear_cross_entropy,
-            lambda call: self._evaluate(
+            lambda call: look(
                 call.hidden_states.transpose(0, 1), call.logits(), call.labels, call.temperatures(), batch, "thd"
             ),
         ):  # fmt: skip
             output, postprocess = super().forward_step(
                 iter((batch,)), model, logits_processor_func, postprocess_micro_batch_func
             )
+        if self._probing:
+            return output, postprocess
         if unwrap_model(model).post_process:
             if self._accepted is None:
                 raise RuntimeError(fused_head.NOT_CALLED)
             # Not through verl's output processing, which unpacks one sequence after the other.
             output[ACCEPTED], self._accepted = self._accepted, None
+            if self._penalty is not None:
+                output[PENALTY], self._penalty = self._penalty, None
         return output, postprocess
 
     def _lm_head_logits_processor(self, logits: Tensor, label: Tensor, temperature: Tensor, **kwargs: Any) -> Any:
+        if self._probing:
+            self._probe(None, logits, label, temperature, kwargs["batch"], kwargs["data_format"])
         if self._filtering:
             # Before verl's own processing, which divides the logits by the temperature and overwrites them.
-            self._evaluate(self._hidden_states(), logits, label, temperature, kwargs["batch"], kwargs["data_format"])
+            batch, data_format = kwargs["batch"], kwargs["data_format"]
+            self._evaluate(self._hidden_states(), logits, label, temperature, batch, data_format)
+            self._penalise(logits, label, batch, data_format)
         return super()._lm_head_logits_processor(logits, label, temperature, **kwargs)
 
     @torch.no_grad()
@@ -87,13 +100,35 @@ class CapoMegatronEngineWithLMHead(CapoEngineMixin, MegatronEngineWithLMHead):
         batch: TensorDict,
         data_format: str,
     ) -> None:
-        layout = label_layout(self, data_format, unwrap_model(self.module[-1]))
-        at = token_positions(batch, labels.shape, **layout)
+        at = self._token_positions(labels, batch, data_format)
         accepted = self._step.evaluate(
-            hidden_states, logits, labels, temperature, pack_response(batch, at), self._learning_rate()
+            hidden_states, logits, labels, temperature, pack_response(batch, at), self._scaled_learning_rate()
         )
         self._accepted = unpack(accepted, batch, at)
         self._step.samples.lay_out(lambda values: unpack(values, batch, at).values())
+
+    @torch.no_grad()
+    def _probe(
+        self,
+        hidden_states: Tensor | None,
+        logits: Tensor | ProjectedLogits,
+        labels: Tensor,
+        temperature: Tensor,
+        batch: TensorDict,
+        data_format: str,
+    ) -> None:
+        response = pack_response(batch, self._token_positions(labels, batch, data_format))
+        self._kl.probe.see(logits, hidden_states, temperature, response)
+
+    def _token_positions(self, labels: Tensor, batch: TensorDict, data_format: str) -> Tensor:
+        return token_positions(batch, labels.shape, **label_layout(self, data_format, unwrap_model(self.module[-1])))
+
+    def _penalise(self, logits: Tensor, labels: Tensor, batch: TensorDict, data_format: str) -> None:
+        """The penalty of every token just evaluated, if there is one, as a function of the logits."""
+        terms = self._step.take_penalty_terms()
+        if terms is not None:
+            at = self._token_positions(labels, batch, data_format)
+            self._penalty = unpack(curvature_penalty(logits, terms), batch, at)
 
     @torch.no_grad()
     def _hidden_states(self) -> Tensor:
@@ -125,6 +160,40 @@ class CapoMegatronEngineWithLMHead(CapoEngineMixin, MegatronEngineWithLMHead):
             padded_vocab_size=rows * mpu.get_tensor_model_parallel_world_size(),
         )
         return capo, HiddenStatesTap(output_layer_of(unwrap_model(self.module[-1])))
+
+    def _head(self) -> Head | None:
+        rows, _ = self._lm_head_shape()
+        if not rows:
+            return None
+        return Head(
+            VocabShard(self._vocab_size(), rows, rows * mpu.get_tensor_model_parallel_rank()),
+            mpu.get_tensor_model_parallel_group(),
+            mpu.get_data_parallel_group(),
+            mpu.get_context_parallel_group(),
+        )
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        for chunk in self.module:
+            chunk.eval()
+        try:
+            yield
+        finally:
+            for chunk in self.module:
+                chunk.train()
+
+    def _micro_batch_groups(self) -> int:
+        interleaved = (mpu.get_virtual_pipeline_model_parallel_world_size() or 1) > 1
+        return int(self.tf_config.microbatch_group_size_per_vp_stage) if interleaved else 1
+
+    def _optimised(self) -> list[Tensor]:
+        return parameters.optimised(self.optimizer)
+
+    def _spread_parameters(self) -> None:
+        parameters.spread(self.optimizer, self.module)
+
+    def _check_line_search(self) -> None:
+        parameters.check_reachable(self.optimizer)
 
     def _vocab_size(self) -> int:
         return self.model_config.hf_config.get_text_config().vocab_size

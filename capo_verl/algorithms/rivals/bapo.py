@@ -12,15 +12,20 @@ from torch import Tensor
 from capo_verl.algorithms.rivals.common import Metrics, clipped, log_ratio, step_metrics
 
 
+def _count(start: float, end: float, step: float) -> int:
+    """How many candidates ``start, start + step, ..., end`` are, the last one included whatever the step."""
+    return math.ceil((end - start) / step - 1e-9) + 1
+
+
 def _candidates(start: float, end: float, step: float, like: Tensor) -> Tensor:
-    """``start, start + step, ..., end``, the last one included whatever the step."""
-    count = math.ceil((end - start) / step - 1e-9)
-    return torch.tensor([start + i * step for i in range(count)] + [end], dtype=like.dtype, device=like.device)
+    """Built on the device, without a copy from the host. ``[n]``"""
+    steps = torch.arange(_count(start, end, step), dtype=like.dtype, device=like.device)
+    return (start + step * steps).clamp(max=end)
 
 
 def _first(good: Tensor) -> Tensor:
-    """Index of the first True, or of the last candidate if there is none. Does not wait for the device."""
-    return torch.where(good.any(), good.int().argmax(), len(good) - 1)
+    """Index of the first True, or of the last candidate if there is none, ``[1]``."""
+    return torch.where(good.any(), good.int().argmax(), len(good) - 1)[None]
 
 
 @torch.no_grad()
@@ -43,15 +48,17 @@ def balanced_bounds(
     mass = torch.where(response_mask.bool(), advantages.abs(), 0.0)
     positive = advantages >= 0
     # The two masses depend on one bound each, so n + m sums are all that the search needs.
-    up = torch.stack([(mass * ratio.clamp(max=high) * positive).sum() for high in highs])
-    down = torch.stack([(mass * ratio.clamp(min=low) * ~positive).sum() for low in lows])
+    up = torch.stack([(mass * ratio.clamp(max=high) * positive).sum() for high in highs.unbind()])
+    down = torch.stack([(mass * ratio.clamp(min=low) * ~positive).sum() for low in lows.unbind()])
     if dp_group is not None:
         both = torch.cat([up, down])
         dist.all_reduce(both, group=dp_group)
         up, down = both.split([len(up), len(down)])
+    # index_select, because indexing with a tensor of one element would wait for it.
     i = _first(up[0] >= target * down)
-    j = _first(up >= target * down[i])
-    return lows[i], highs[j], up[j] / down[i]
+    j = _first(up >= target * down.index_select(0, i))
+    low, high, up, down = (x.index_select(0, at)[0] for x, at in ((lows, i), (highs, j), (up, j), (down, i)))
+    return low, high, up / down
 
 
 def loss_bapo(

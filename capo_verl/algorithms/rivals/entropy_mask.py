@@ -22,7 +22,7 @@ def highest_entropy(entropy: Tensor, response_mask: Tensor, top_share: float) ->
     order = entropy.detach().flatten().masked_fill(~mask, -torch.inf).argsort(descending=True, stable=True)
     rank = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
     # 1e-4 less than a whole token, so that 0.2 * 15 is 3 although its double is a little more.
-    count = (mask.sum() * float(top_share) + 0.9999).floor()
+    count = (mask.sum() * float(top_share) + 0.9999).floor().clamp(min=1)
     return ((rank < count) & mask).view_as(response_mask)
 
 

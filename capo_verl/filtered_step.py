@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -14,8 +15,10 @@ from torch import Tensor
 from capo_verl.config import CapoConfig
 from capo_verl.core import CapoFilter, ProjectedLogits
 from capo_verl.core.metrics import StepMetrics
+from capo_verl.core.penalty import PenaltyTerms
 from capo_verl.health import Health
-from capo_verl.response import SAMPLE, PackedResponse, accepted_response, mask_rejected
+from capo_verl.penalty_loss import aggregated_penalty
+from capo_verl.response import SAMPLE, PackedResponse, accepted_response, mask_rejected, weigh_advantages
 from capo_verl.stopwatch import Stopwatch
 from capo_verl.token_samples import TokenSamples
 
@@ -25,7 +28,9 @@ STEPS_WITHOUT_TOKENS = 3
 """After so many optimizer steps without an accepted token a warning says so: the run does not get out of this by itself."""
 
 ACCEPTED = "capo_accepted"
-"""Key of the per-token result in the engine's model output."""
+"""Key of the tokens' weights in the engine's model output."""
+PENALTY = "capo_penalty"
+"""Key of the tokens' penalties, part of the graph; only there if the config asks for a penalty."""
 
 LossFunction = Callable[..., tuple[Tensor, dict[str, Any]]]
 
@@ -45,6 +50,8 @@ class FilteredStep:
         self._stopwatch = Stopwatch(device)
         self.samples = TokenSamples(config, capo)
         self._steps_without_tokens = 0
+        self._told_of_stop = False
+        self._penalty_terms: PenaltyTerms | None = None
         self.discard()
 
     def begin(self, step: int) -> None:
@@ -77,7 +84,7 @@ class FilteredStep:
             learning_rate: of the coming optimizer step.
 
         Returns:
-            ``[b, s]`` float32, 1 where the token stays in the loss.
+            ``[b, s]`` float32, the factor of each token's loss: 0 or 1, or in between with soft weights.
         """
         with self._stopwatch.running():
             out = self.capo.evaluate(
@@ -93,27 +100,40 @@ class FilteredStep:
                 out, response.advantages, response.response_mask, response.sequence_ids, response.num_sequences
             )
         self.samples.keep(out)
-        return out.accepted.float()
+        self._penalty_terms = out.penalty_terms
+        return out.weights.float()
+
+    def take_penalty_terms(self) -> PenaltyTerms | None:
+        """Those of the micro-batch just evaluated, for ``curvature_penalty``; None unless the config asks for a penalty."""
+        terms, self._penalty_terms = self._penalty_terms, None
+        return terms
 
     def wrap_loss(self, loss_function: LossFunction) -> LossFunction:
-        """The chosen loss on the accepted tokens.
+        """The chosen loss on the accepted tokens, or on weighted advantages, plus the penalty.
 
         verl's own metrics keep describing all response tokens: they come from a second evaluation of the loss, on the
         per-token log-probabilities, which is cheap. The loss itself is reported as it is optimised.
+
+        Args:
+            loss_function: as verl's worker binds it, with its actor config as keyword ``config``.
         """
+        actor_config = getattr(loss_function, "keywords", {}).get("config")
+        weigh = mask_rejected if self.config.weighting == "hard" else weigh_advantages
 
         def filtered(model_output: dict[str, Tensor], data: TensorDict, **kwargs: Any) -> tuple[Tensor, dict[str, Any]]:
-            accepted = model_output.pop(ACCEPTED)
+            weights, penalty = model_output.pop(ACCEPTED), model_output.pop(PENALTY, None)
             self.samples.add(model_output.get("log_probs"), data)
             if self.config.mode == "track":
                 loss, metrics = loss_function(model_output=model_output, data=data, **kwargs)
                 self._health.note_loss(loss, data, data[SAMPLE])
                 return loss, metrics
-            kept = mask_rejected(data, accepted_response(accepted, data))
+            kept = weigh(data, accepted_response(weights, data))
             with torch.no_grad():
                 _, metrics = loss_function(model_output=model_output, data=data, **kwargs)
             loss, of_accepted = loss_function(model_output=model_output, data=kept, **kwargs)
             metrics["actor/pg_loss"] = of_accepted["actor/pg_loss"]
+            if penalty is not None:
+                loss = loss + aggregated_penalty(accepted_response(penalty, data), kept, actor_config)
             self._health.note_loss(loss, data, data[SAMPLE])
             return loss, metrics
 
@@ -133,8 +153,11 @@ class FilteredStep:
                 diagnostics[f"capo/batch_objective_shift_{when}"] = shifts.objective
                 diagnostics[f"capo/batch_policy_shift_{when}"] = shifts.policy
             diagnostics["capo/batch_shift_coverage"] = self.capo.batch_shift_coverage
-        metrics = self._metrics.compute(diagnostics)
+        metrics = self._metrics.compute(diagnostics | self.capo.adaptive_metrics())
+        if not math.isfinite(metrics.get("capo/policy_threshold", 0.0)):
+            del metrics["capo/policy_threshold"]  # not known yet
         self._warn_if_stuck(metrics)
+        self._warn_if_stopped(metrics)
         return metrics
 
     def _warn_if_stuck(self, metrics: dict[str, float]) -> None:
@@ -144,6 +167,15 @@ class FilteredStep:
                 "CAPO accepted no token in %d optimizer steps in a row: neither the policy nor the moments move. Half of the "
                 "tokens have m_F < %.1e and m_H < %.1e; raise capo.policy_shift_max or capo.objective_shift_max",
                 STEPS_WITHOUT_TOKENS, metrics["capo/policy_shift_p50"], metrics["capo/objective_shift_p50"],
+            )  # fmt: skip
+
+    def _warn_if_stopped(self, metrics: dict[str, float]) -> None:
+        if metrics.get("capo/filter_stopped") and not self._told_of_stop:
+            self._told_of_stop = True
+            logger.warning(
+                "CAPO rejected more than %g of the tokens in %d optimizer steps in a row and filters no more (capo.max_rejection): "
+                "from now on it only measures. Half of the tokens have m_F < %.1e; raise capo.policy_shift_max, or use "
+                "+capo=kl_budget", self.config.max_rejection, self.config.max_rejection_steps, metrics["capo/policy_shift_p50"],
             )  # fmt: skip
 
     def optimizer_step(self) -> float:

@@ -94,6 +94,23 @@ def accepted_response(accepted: Tensor, data: TensorDict) -> Tensor:
     return values.view_as(response_mask)
 
 
+def weigh_advantages(data: TensorDict, weights: Tensor) -> TensorDict:
+    """A copy of the micro-batch with ``weights * advantages``, the response mask as it is; the original keeps its own.
+
+    verl's token losses are positively homogeneous in the advantage, so this weighs the token's loss.
+
+    Args:
+        weights: from :func:`accepted_response`.
+    """
+    weighed, advantages = data.select(*data.keys()), data["advantages"]
+    if advantages.is_nested:
+        values = advantages.values() * weights.values().to(advantages.dtype)
+        weighed["advantages"] = torch.nested.nested_tensor_from_jagged(values, offsets=advantages.offsets())
+    else:
+        weighed["advantages"] = advantages * weights.to(advantages.dtype)
+    return weighed
+
+
 def mask_rejected(data: TensorDict, accepted: Tensor) -> TensorDict:
     """A copy of the micro-batch whose response mask holds the accepted tokens only; the original keeps its own."""
     mask = data["response_mask"]

@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from capo_verl import plugin
 from capo_verl.config import PRESETS
+from capo_verl.core.penalty import penalises
 from capo_verl.launch.preflight import check_sizes
 from capo_verl.policy_loss_config import parse_knobs
 from capo_verl.rival_group import check_rival
@@ -89,6 +90,8 @@ def check_run(config: DictConfig) -> None:
                 f"{POLICY_LOSS}.capo.granularity={capo.granularity} needs whole sequences on a rank; with "
                 f"{actor}.{path} > 1 set it to token"
             )
+    for name in ("policy_penalty", "objective_penalty") if penalises(capo) else ():
+        _check_penalty(config, name, getattr(capo, name))
     preset = knobs.get("preset")
     if preset:
         resolved = OmegaConf.create({"expected": PRESETS[preset].verl, "data": value("data")})
@@ -98,6 +101,25 @@ def check_run(config: DictConfig) -> None:
                     "+capo=%s is defined with %s=%s, but the command line says %s, which wins: this is not the paper's "
                     "variant any more", preset, path, expected, value(path),
                 )  # fmt: skip
+
+
+def _check_penalty(config: DictConfig, name: str, value: float) -> None:
+    """A penalty is a function of the logits of whole sequences."""
+    actor, fused = "actor_rollout_ref.actor", "actor_rollout_ref.model.use_fused_kernels"
+    if not value:
+        return
+    if OmegaConf.select(config, fused):
+        raise ValueError(
+            f"{POLICY_LOSS}.capo.{name}={value} needs the logits, which {fused}=True never makes; set one of them to "
+            "0 or False"
+        )
+    for path in SEQUENCE_SPLITTERS:
+        split = OmegaConf.select(config, f"{actor}.{path}") or 1
+        if split > 1:
+            raise ValueError(
+                f"{POLICY_LOSS}.capo.{name}={value} needs whole sequences on a rank; with {actor}.{path}={split} set it to 0, or "
+                "that to 1"
+            )
 
 
 def _refused_with_fused_kernels(config: DictConfig) -> list[tuple[str, Callable[[Any], bool], str]]:

@@ -146,6 +146,11 @@ class CapoFilter:
                 f"capo.granularity={config.granularity!r} needs whole sequences on a rank, but context parallelism of size "
                 f"{collectives.size(cp_group)} splits them; set capo.granularity=token"
             )
+        if collectives.size(cp_group) > 1 and penalises(config):
+            raise ValueError(
+                f"capo.policy_penalty={config.policy_penalty} and capo.objective_penalty={config.objective_penalty} need whole "
+                f"sequences on a rank, but context parallelism of size {collectives.size(cp_group)} splits them; set both to 0"
+            )
         rows = padded_vocab_size // tp
         self.config = config
         self.hidden_size = hidden_size
@@ -355,6 +360,10 @@ class CapoFilter:
     def policy_shift_max(self) -> float | Tensor | None:
         """tau_F of the current step, a scalar on the device if it adapts (infinite until it is known); None or 0 = no test."""
         return self._weighting.policy_shift_max
+
+    def adaptive_metrics(self) -> dict[str, Tensor]:
+        """``capo/policy_threshold`` and ``capo/filter_stopped``, scalars on the device, where the config makes them adapt."""
+        return self._weighting.metrics()
 
     @property
     def filter_stopped(self) -> Tensor | None:

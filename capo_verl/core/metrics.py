@@ -14,6 +14,7 @@ from capo_verl.core.order_statistics import nearest_rank, ordered_keys
 
 QUANTILES = {"min": 0.0, "p01": 0.01, "p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
 SHIFTS = ("policy", "objective")
+_MASSES = ("weight", "penalty", "positive_mass", "positive_kept", "negative_mass", "negative_kept")
 _COUNTS = (
     "tokens",
     "rejected",
@@ -36,7 +37,9 @@ class StepMetrics:
 
     def __init__(self, dp_group: collectives.Group = None, cp_group: collectives.Group = None):
         self._dp_group, self._cp_group = dp_group, cp_group
+        self._penalised = False
         self._counts: list[Tensor] = []
+        self._masses: list[Tensor] = []
         self._sums: list[Tensor] = []
         self._keys: list[Tensor] = []
         self._sequences: list[Tensor] = []
@@ -61,6 +64,14 @@ class StepMetrics:
             positive, positive & rejected, negative, negative & rejected, mask & ~out.in_support,
         )  # fmt: skip
         self._counts.append(torch.stack(counted).flatten(1).sum(-1))
+        weights, mass = out.trust_weights, advantages.abs()
+        self._penalised |= out.penalty_terms is not None
+        penalty = torch.zeros_like(weights) if out.penalty_terms is None else out.penalty_terms.value
+        summed = (weights, penalty, mass, mass * weights, mass, mass * weights)
+        among = (mask, mask, positive, positive, negative, negative)
+        self._masses.append(
+            torch.stack([torch.where(of, x, 0.0).sum(dtype=torch.float64) for x, of in zip(summed, among, strict=True)])
+        )
         shifts = torch.stack((out.policy_shift, out.objective_shift)).flatten(1)
         mask = mask.flatten()
         self._sums.append(torch.where(mask, shifts, 0.0).sum(-1, dtype=torch.float64))
@@ -83,13 +94,13 @@ class StepMetrics:
         emptied = ((sequences[0] > 0) & (sequences[1] == 0)).sum(dim=0, keepdim=True)
         if collectives.rank(self._cp_group) > 0:  # every context-parallel rank knows all of them
             emptied.zero_()
-        columns = (torch.stack(self._counts).sum(0), torch.stack(self._sums).sum(0), emptied)
+        columns = (*(torch.stack(x).sum(0) for x in (self._counts, self._masses, self._sums)), emptied)
         totals = collectives.sum_(torch.cat([x.double() for x in columns]), groups)
         quantiles = nearest_rank(torch.cat(self._keys, dim=-1), totals[0], tuple(QUANTILES.values()), groups)
 
         values = torch.cat((totals, quantiles.flatten().double(), *(x.reshape(1).double() for x in further.values())))
         names = (
-            *_COUNTS, *SHIFTS, "emptied", *(f"{shift}_{label}" for shift in SHIFTS for label in QUANTILES), *further
+            *_COUNTS, *_MASSES, *SHIFTS, "emptied", *(f"{shift}_{label}" for shift in SHIFTS for label in QUANTILES), *further
         )  # fmt: skip
         total = dict(zip(names, values.tolist(), strict=True))
 
@@ -102,11 +113,16 @@ class StepMetrics:
             "capo/rejection_rate_policy_test": share("policy_rejected", "tokens"),
             "capo/rejection_rate_positive_advantage": share("positive_rejected", "positive"),
             "capo/rejection_rate_negative_advantage": share("negative_rejected", "negative"),
+            "capo/weight_mean": share("weight", "tokens"),
+            "capo/advantage_kept_positive": share("positive_kept", "positive_mass"),
+            "capo/advantage_kept_negative": share("negative_kept", "negative_mass"),
             "capo/outside_support": share("outside", "tokens"),
             "capo/sequences_emptied": total["emptied"],
             "capo/accepted_tokens": total["tokens"] - total["rejected"],
-            "capo/nothing_accepted": float(total["tokens"] == total["rejected"]),
+            "capo/nothing_accepted": float(total["weight"] == 0),
         }
+        if self._penalised:
+            metrics["capo/penalty_mean"] = share("penalty", "tokens")
         for shift in SHIFTS:
             metrics[f"capo/{shift}_shift_mean"] = share(shift, "tokens")
             for label in QUANTILES:

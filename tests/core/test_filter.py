@@ -18,7 +18,7 @@ LR = 0.02
 
 
 def make(config: CapoConfig, v: int, h: int) -> tuple[CapoFilter, Oracle]:
-    oracle = Oracle(v, h, config.optimizer_model, config.top_k, config.betas, config.eps)
+    oracle = Oracle(v, h, config.optimizer_model, config.top_k, config.betas, config.eps, config.policy_shift)
     return CapoFilter(config, vocab_size=v, hidden_size=h), oracle
 
 
@@ -41,14 +41,15 @@ def kept_tokens(batch: Batch, accepted: np.ndarray, top_k: int | None):
     tau_h=st.sampled_from([None, 1e-3, 2e-2]),
     low=st.sampled_from(["symmetric", 0.0, -1e-3, None]),
     ties=st.booleans(),
+    policy_shift=st.sampled_from(["sampled", "exact"]),
     tiny_scratch=st.booleans(),
 )
-def test_equals_oracle(seed, shape, top_k, optimizer_model, granularity, tau_f, tau_h, low, ties, tiny_scratch):
+def test_equals_oracle(seed, shape, top_k, optimizer_model, granularity, tau_f, tau_h, low, ties, policy_shift, tiny_scratch):
     b, t, h, v = shape
     top_k = None if top_k is None else min(top_k, v)
     config = CapoConfig(
         optimizer_model=optimizer_model, top_k=top_k, policy_shift_max=tau_f, objective_shift_max=tau_h,
-        objective_shift_min=low, granularity=granularity, betas=(0.8, 0.95), eps=1e-6,
+        objective_shift_min=low, granularity=granularity, betas=(0.8, 0.95), eps=1e-6, policy_shift=policy_shift,
     )  # fmt: skip
     rng = np.random.default_rng(seed)
     capo, oracle = make(config, v, h)

@@ -52,6 +52,7 @@ class Oracle:
     top_k: int | None = 50
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
+    policy_shift: str = "sampled"
     step_count: int = 0
     exp_avg: np.ndarray = field(init=False)
     exp_avg_sq: np.ndarray = field(init=False)
@@ -70,15 +71,14 @@ class Oracle:
         q = (b2 * self.exp_avg_sq[rows] + (1 - b2) * g**2) / (1 - b2**n)
         return m / (np.sqrt(q) + self.eps)
 
-    @staticmethod
-    def shifts(token: Token, u: np.ndarray, lr: float, linear: float | None = None) -> tuple[float, float]:
+    def shifts(self, token: Token, u: np.ndarray, lr: float, linear: float | None = None) -> tuple[float, float]:
         """``m_H`` and ``m_F`` of one token along the direction whose image is ``u = P(.) h``."""
         d = token.v @ u
         variance = token.pi @ u**2 - (token.pi @ u) ** 2  # u^T F u
         if linear is None:
             linear = lr * token.advantage * d
         m_h = linear + 0.5 * lr**2 * token.advantage * (d**2 - variance)
-        return m_h, 0.5 * lr**2 * d**2
+        return m_h, 0.5 * lr**2 * (variance if self.policy_shift == "exact" else d**2)
 
     def token_shifts(self, token: Token, lr: float) -> tuple[float, float]:
         return self.shifts(token, self.precondition(token.rows, token.g) @ token.h, lr)

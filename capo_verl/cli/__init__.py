@@ -6,14 +6,17 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from capo_verl.cli import doctor, quickstart
+from capo_verl.cli import calibrate, doctor, plot, quickstart, report
+
+COMMANDS = (doctor, quickstart, plot, report, calibrate)
+"""Each a file of its own, with ``add_parser(subparsers)``, which sets ``run`` to what runs it. Heavy imports belong in there."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one sub-command; returns the exit code."""
     parser = argparse.ArgumentParser(prog="capo-verl", description="CAPO for verl and Megatron")
     subparsers = parser.add_subparsers(dest="command", required=True)
-    for command in (doctor, quickstart):
+    for command in COMMANDS:
         command.add_parser(subparsers)
     args, rest = parser.parse_known_args(argv)
     # argparse takes positional arguments in one run only; Hydra overrides may come after an option as well.

@@ -1,0 +1,53 @@
+// SPDX-License-Identifier: Apache-2.0
+// Elements, numbers, the tooltip. Text enters the page as text nodes only.
+const SVG = "http://www.w3.org/2000/svg";
+const DASHES = ["", "7 3", "2 3", "9 3 2 3"];
+const COLOURS = 7;
+
+const DATA = JSON.parse(document.getElementById("data").textContent);
+const state = { axis: "steps", smoothing: 0, average: false, hidden: new Set() };
+
+function make(tag, attributes = {}, ...children) {
+  const svg = ["svg", "path", "line", "text", "circle", "g", "rect"].includes(tag);
+  const element = svg ? document.createElementNS(SVG, tag) : document.createElement(tag);
+  for (const [key, value] of Object.entries(attributes)) {
+    if (value === null || value === undefined || value === false) continue;
+    if (key === "style") for (const [name, v] of Object.entries(value)) element.style.setProperty(name, v);
+    else if (key.startsWith("on")) element.addEventListener(key.slice(2), value);
+    else element.setAttribute(key, value === true ? "" : value);
+  }
+  element.append(...children.filter((child) => child !== null && child !== undefined));
+  return element;
+}
+
+const colour = (number) => `var(--c${number % COLOURS})`;
+
+function show(value) {
+  if (value === null || value === undefined) return "–";
+  const size = Math.abs(value);
+  if (size !== 0 && (size < 1e-3 || size >= 1e6)) return value.toExponential(2);
+  return Number(value.toPrecision(4)).toLocaleString("en", { maximumSignificantDigits: 4 });
+}
+
+const tip = make("div", { class: "tip", hidden: true, role: "tooltip", id: "tip" });
+document.body.append(tip);
+
+function showTip(x, y, children) {
+  tip.replaceChildren(...children);
+  tip.hidden = false;
+  const { width, height } = tip.getBoundingClientRect();
+  const left = x + 16 + width > innerWidth ? x - 16 - width : x + 16;
+  const top = y + 14 + height > innerHeight ? y - 14 - height : y + 14;
+  tip.style.left = `${Math.max(4, Math.min(left, innerWidth - width - 4))}px`;
+  tip.style.top = `${Math.max(4, top)}px`;
+}
+
+function hideTip() {
+  tip.hidden = true;
+}
+addEventListener("keydown", (event) => event.key === "Escape" && hideTip());
+addEventListener("scroll", hideTip, { passive: true });
+
+function swatch(number) {
+  return make("span", { class: "swatch", style: { "background-color": colour(number) } });
+}

@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from capo_verl import CapoConfig, CapoFilter
 from tests.helpers.batches import Batch
+from tests.helpers.layouts import make_groups
 from tests.helpers.spawn import run_on_ranks
 
 V, H, LR, STEPS = 21, 6, 0.02, 3  # 21 rows: the last tensor-parallel rank holds padding
@@ -22,26 +23,15 @@ def batches() -> list[Batch]:
 
 def run(config: CapoConfig, tp: int, dp: int, cp: int) -> dict:
     """This rank's share of the batches; returns what it saw, with its place in the layout."""
-    rank = dist.get_rank() if dist.is_initialized() else 0
-    at = {"tp": rank % tp, "cp": rank // tp % cp, "dp": rank // (tp * cp)}
-    sizes = {"tp": tp, "cp": cp, "dp": dp}
-    strides = {"tp": 1, "cp": tp, "dp": tp * cp}
-    groups = {}
-    for name, size in sizes.items():
-        for first in range(tp * cp * dp):
-            if first // strides[name] % size == 0 and size > 1:
-                ranks = [first + i * strides[name] for i in range(size)]
-                group = dist.new_group(ranks)
-                if rank in ranks:
-                    groups[f"{name}_group"] = group
+    at, groups = make_groups(tp, dp, cp)
     capo = CapoFilter(config, V, H, **groups)
     rows, start = capo.shard.rows, capo.shard.start
     seen = []
     for batch in batches():
         hidden, logits, *rest = batch.arguments(LR)
         logits = torch.nn.functional.pad(logits, (0, rows * tp - V), value=99.0)[..., start : start + rows]
-        sequences = slice(at["dp"] * 4 // dp, (at["dp"] + 1) * 4 // dp)
-        time = slice(at["cp"] * 8 // cp, (at["cp"] + 1) * 8 // cp)
+        sequences = slice(at.dp * 4 // dp, (at.dp + 1) * 4 // dp)
+        time = slice(at.cp * 8 // cp, (at.cp + 1) * 8 // cp)
         out = capo.evaluate(*(x[sequences, time] for x in (hidden, logits, *rest[:-1])), LR)
         shifts = capo.batch_shifts()
         capo.step()
@@ -73,13 +63,13 @@ def test_every_layout_decides_alike(layout, knobs):
         at = result["at"]
         for mine, whole in zip(result["steps"], one["steps"], strict=True):
             for name in ("m_h", "m_f", "accepted"):
-                share = whole[name].chunk(dp, 0)[at["dp"]].chunk(cp, 1)[at["cp"]]
+                share = whole[name].chunk(dp, 0)[at.dp].chunk(cp, 1)[at.cp]
                 torch.testing.assert_close(mine[name], share, rtol=1e-11, atol=1e-16)
             assert mine["batch"] == pytest.approx(whole["batch"], rel=1e-11)
         if config.optimizer_model == "adam":
             rows = -(-V // tp)
             for name in ("exp_avg", "exp_avg_sq"):
-                whole = one["state"][name][at["tp"] * rows : (at["tp"] + 1) * rows]
+                whole = one["state"][name][at.tp * rows : (at.tp + 1) * rows]
                 mine = result["state"][name]
                 torch.testing.assert_close(mine[: len(whole)], whole, rtol=1e-11, atol=1e-16)
                 assert not mine[len(whole) :].any()

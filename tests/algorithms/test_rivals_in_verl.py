@@ -214,7 +214,7 @@ def test_the_trainers_advantages_become_gtpos(knobs):
     written, metrics = compute("gtpo", {"name": "gtpo", **knobs})
     assert written == "written" and 0 < metrics["actor/conflict_share"] < 1
     minus_loss, _ = naive.gtpo(case, **{**RIVALS["gtpo"].knobs, **knobs})
-    assert len(np.unique(minus_loss)) > 3
+    assert len(np.unique(minus_loss)) >= 3
     for i, row in enumerate(queue.fields["advantages"].unbind()):
         np.testing.assert_allclose(row, -minus_loss[i, : lengths[i]], rtol=1e-12, atol=1e-14)
 

@@ -44,7 +44,9 @@ def kept_tokens(batch: Batch, accepted: np.ndarray, top_k: int | None):
     policy_shift=st.sampled_from(["sampled", "exact"]),
     tiny_scratch=st.booleans(),
 )
-def test_equals_oracle(seed, shape, top_k, optimizer_model, granularity, tau_f, tau_h, low, ties, policy_shift, tiny_scratch):
+def test_equals_oracle(
+    seed, shape, top_k, optimizer_model, granularity, tau_f, tau_h, low, ties, policy_shift, tiny_scratch
+):
     b, t, h, v = shape
     top_k = None if top_k is None else min(top_k, v)
     config = CapoConfig(

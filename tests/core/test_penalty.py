@@ -97,8 +97,8 @@ def ours(
         hidden = hidden[mine].clone().requires_grad_()
         logits = hidden @ head.T
         out = capo.evaluate(
-            hidden, logits, actions[mine], advantages[mine], mask[mine], LR, temperature=torch.full_like(mask[mine], temperature, dtype=dtype),
-            skip_masked=skip_masked, max_tokens=max_tokens,
+            hidden, logits, actions[mine], advantages[mine], mask[mine], LR,
+            temperature=torch.full_like(mask[mine], temperature, dtype=dtype), skip_masked=skip_masked, max_tokens=max_tokens,
         )  # fmt: skip
         last, penalty_of = batch, curvature_penalty(logits, out.penalty_terms)
         logits.div_(temperature)  # as trainers do

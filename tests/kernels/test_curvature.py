@@ -99,6 +99,24 @@ def test_extreme_decay_rates(kernels, betas, device):
 
 
 @KERNELS
+@pytest.mark.parametrize("steps", [0, 4])
+@pytest.mark.parametrize(("h", "k", "rows", "start"), [(40, 13, 30, 0), (300, 50, 40, 40), (64, 20, 8, 8)])
+def test_directions_are_kept_on_request(kernels, steps, h, k, rows, start, device):
+    """u of every entry, 0 for other ranks' rows; the sums are the same."""
+    hidden, advantages, support, state = make(4, h, k, device, rows=rows, start=start, steps=steps)
+    directions = torch.full((4, k), torch.nan, device=device)
+    sums = kernels.partial_sums(hidden, advantages, support, state, directions)
+    torch.testing.assert_close(sums, kernels.partial_sums(hidden, advantages, support, state), rtol=1e-4, atol=1e-6)
+    row = support.ids - start
+    held = (row >= 0) & (row < rows)
+    assert not directions[~held].any() and directions[held].all()
+    from_directions = ((directions * support.taken).sum(-1), (support.probs * directions).sum(-1))
+    torch.testing.assert_close(torch.stack(from_directions, -1), sums[:, :2], rtol=1e-4, atol=1e-6)
+    squares = support.probs * directions.square()
+    torch.testing.assert_close(squares.sum(-1), sums[:, 2], rtol=1e-4, atol=1e-6)
+
+
+@KERNELS
 def test_a_token_without_rows_here_has_sums_of_zero(kernels, device):
     hidden, advantages, support, state = make(2, 20, 4, device, rows=10, start=10)
     support.ids[1] = torch.tensor([0, 9, 20, 29], device=device)

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +20,11 @@ if TYPE_CHECKING:
 
 DECADES = 12
 """Shown at most, below the largest: what lies lower is rounding."""
+STYLES = [
+    (BLUE, "o"), (ORANGE, "s"), ("#009E73", "^"), ("#CC79A7", "D"), ("#56B4E9", "v"), ("#E69F00", "P"), (GREY, "X"),
+    ("#000000", "*"),
+]  # fmt: skip
+"""Okabe-Ito colours, each with a marker of its own."""
 DEPTH_LABELS = {"head": "LM head", "last_layer": "+ last layer", "last_half": "+ upper half", "all": "all"}
 
 
@@ -121,8 +126,7 @@ def depth_panel(panel: Axes, tables: Mapping[str, pd.DataFrame], predictor: str 
     Args:
         tables: label -> rows with ``target = kl``, by depth and predictor.
     """
-    colors = [BLUE, ORANGE, "#009E73", "#CC79A7", "#56B4E9"]
-    for i, (label, table) in enumerate(tables.items()):
+    for i, ((label, table), (color, marker)) in enumerate(zip(tables.items(), STYLES, strict=False)):
         rows = table[table["predictor"] == predictor].set_index("depth")
         depths = [d for d in DEPTHS if d in rows.index and np.isfinite(rows.loc[d, "ratio_50"])]
         if not depths:
@@ -130,7 +134,7 @@ def depth_panel(panel: Axes, tables: Mapping[str, pd.DataFrame], predictor: str 
         x = [DEPTHS.index(d) + (i - (len(tables) - 1) / 2) * 0.12 for d in depths]
         middle, low, high = (rows.loc[depths, f"ratio_{q}"].to_numpy(dtype=float) for q in (50, 10, 90))
         panel.errorbar(
-            x, middle, yerr=(middle - low, high - middle), color=colors[i % len(colors)], marker="o", ms=5, lw=1.5,
+            x, middle, yerr=(middle - low, high - middle), color=color, marker=marker, ms=5, lw=1.5,
             capsize=3, label=label or None,
         )  # fmt: skip
     panel.axhline(1, color="black", lw=0.8, ls="--")
@@ -144,17 +148,41 @@ def depth_panel(panel: Axes, tables: Mapping[str, pd.DataFrame], predictor: str 
     _clean(panel)
 
 
-def lines_panel(
-    panel: Axes, x: Sequence[float], series: Mapping[str, Sequence[float]], xlabel: str, ylabel: str
-) -> None:
-    """Lines over a logarithmic axis, each with its name."""
-    styles = [(BLUE, "o"), (ORANGE, "s"), ("#009E73", "^"), (GREY, "D"), ("#CC79A7", "v")]
-    for (name, values), (color, marker) in zip(series.items(), styles, strict=False):
-        panel.plot(x, values, color=color, marker=marker, ms=5, lw=1.6, label=name)
-    panel.set_xscale("log")
-    panel.set_xlabel(xlabel, fontsize=9)
-    panel.set_ylabel(ylabel, fontsize=9)
-    panel.legend(frameon=False, fontsize=8)
+def rank_panel(panel: Axes, tables: Mapping[str, pd.DataFrame], predictor: str = "policy_shift") -> None:
+    """Spearman correlation of a prediction with the true token KL over the depth trained; as :func:`depth_panel`."""
+    for (label, table), (color, marker) in zip(tables.items(), STYLES, strict=False):
+        rows = table[table["predictor"] == predictor].set_index("depth")
+        depths = [d for d in DEPTHS if d in rows.index]
+        x, y = [DEPTHS.index(d) for d in depths], rows.loc[depths, "spearman"].to_numpy(dtype=float)
+        low, high = (rows.loc[depths, f"spearman_{end}"].to_numpy(dtype=float) for end in ("low", "high"))
+        panel.errorbar(
+            x, y, yerr=np.nan_to_num([y - low, high - y]), color=color, marker=marker, ms=5, lw=1.5, label=label
+        )
+    panel.set_xticks(range(len(DEPTHS)), [DEPTH_LABELS[d] for d in DEPTHS], fontsize=8)
+    panel.axhline(0, color="black", lw=0.8)
+    panel.set_xlabel("what is trained", fontsize=9)
+    panel.set_ylabel(f"Spearman of {LABELS[predictor]} with the true token KL", fontsize=9)
+    _clean(panel)
+
+
+def batch_panel(panel: Axes, batches: pd.DataFrame) -> None:
+    """Mean true KL over the predicted shift of each step, one colour per learning rate, and the line on which they are equal.
+
+    Args:
+        batches: columns ``lr, policy_shift, kl/all``.
+    """
+    values = batches[(batches["policy_shift"] > 0) & (batches["kl/all"] > 0)]
+    for (lr, rows), (color, marker) in zip(values.groupby("lr"), STYLES, strict=False):
+        panel.scatter(
+            rows["policy_shift"], rows["kl/all"], s=14, color=color, marker=marker, alpha=0.7, lw=0, label=f"lr {lr:g}"
+        )
+    both = values[["policy_shift", "kl/all"]].to_numpy(dtype=float)
+    limits = [both.min(), both.max()]
+    panel.plot(limits, limits, color="black", lw=0.8, ls="--", label="true = predicted")
+    panel.set(xscale="log", yscale="log")
+    panel.set_xlabel("predicted: batch $m_F$ (nats)", fontsize=9)
+    panel.set_ylabel("mean true token KL (nats)", fontsize=9)
+    panel.legend(frameon=False, fontsize=7)
     _clean(panel)
 
 

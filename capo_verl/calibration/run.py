@@ -208,7 +208,7 @@ def write(settings: Settings, found: Calibration) -> list[Path]:
     rows = _rows(settings, found)
     table = tables.aggregate(rows, ("depth", "target", "predictor"))
     kept = _used(found.measurements)
-    tokens = pd.concat([tables.token_rows(m, 4096, seed=i) for i, m in kept])
+    tokens = pd.concat([tables.token_rows(m, 4096, draw=i) for i, m in kept])
     title = (
         f"{Path(settings.model).name}, learning rate {settings.lr:g}, {len(kept)} steps of {settings.batch} completions"
     )

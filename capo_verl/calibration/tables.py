@@ -38,11 +38,11 @@ def batch_row(measurement: StepMeasurement, **about: Any) -> dict[str, Any]:
     return {**about, **measurement.batch}
 
 
-def token_rows(measurement: StepMeasurement, keep: int, seed: int, depth: str = "all", **about: Any) -> pd.DataFrame:
-    """At most ``keep`` tokens of a step, drawn without replacement, in float32: for pictures."""
+def token_rows(measurement: StepMeasurement, keep: int, draw: int, depth: str = "all", **about: Any) -> pd.DataFrame:
+    """At most ``keep`` tokens of a step, drawn without replacement (by the seed ``draw``), in float32: for pictures."""
     columns = {n: x for n, x in measurement.tokens.items() if n not in ("sequence", "action")}
     frame = pd.DataFrame({**columns, "kl": measurement.kl[depth], "objective": measurement.objective[depth]})
-    chosen = np.random.default_rng(seed).permutation(len(frame))[:keep]
+    chosen = np.random.default_rng(draw).permutation(len(frame))[:keep]
     return frame.iloc[np.sort(chosen)].astype(np.float32).assign(**about)
 
 

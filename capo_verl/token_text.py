@@ -30,13 +30,20 @@ def token_pieces(ids: Sequence[int], decode: Callable[[list[int]], str]) -> list
         before = ids[max(0, start - CONTEXT) : start]
         prefix = decode(before) if before else ""
         for end in range(start + 1, min(start + LONGEST, len(ids)) + 1):
-            text = decode(before + ids[start:end])
-            if not text.endswith(UNFINISHED):
+            piece = _piece(ids, start, end, prefix, before, decode)
+            if not piece.endswith(UNFINISHED):
                 break
-        else:  # not text: the first of them alone
+        if UNFINISHED in piece and end > start + 1:  # no character begins here
             end = start + 1
-            text = decode(before + ids[start:end])
-        # A tokenizer which rewrites what it has decoded before gives the piece on its own.
-        pieces[end - 1] = text[len(prefix) :] if text.startswith(prefix) else decode(ids[start:end])
+            piece = _piece(ids, start, end, prefix, before, decode)
+        pieces[end - 1] = piece
         start = end
     return pieces
+
+
+def _piece(
+    ids: list[int], start: int, end: int, prefix: str, before: list[int], decode: Callable[[list[int]], str]
+) -> str:
+    text = decode(before + ids[start:end])
+    # A tokenizer which rewrites what it has decoded before gives the piece on its own.
+    return text[len(prefix) :] if text.startswith(prefix) else decode(ids[start:end])

@@ -18,7 +18,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         epilog="Example: capo-verl plot outputs/grpo outputs/capo --output figures",
     )
     add_run_arguments(parser)
-    parser.add_argument("--output", type=Path, default=Path("figures"), help="folder of the pictures (default: figures)")
+    parser.add_argument(
+        "--output", type=Path, default=Path("figures"), help="folder of the pictures (default: figures)"
+    )
     parser.add_argument("--x", choices=AXES, help="x axis (default: completions where all runs have them, else steps)")
     parser.set_defaults(run=run)
 
@@ -33,17 +35,25 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="KEY",
         help="runs whose configurations differ in these keys only become one curve with a band (default: seed)",
     )
+    parser.add_argument(
+        "--where",
+        nargs="+",
+        default=[],
+        metavar="KEY=VALUE",
+        help="only runs whose configuration says so, as in --where task=sort8 lr=1e-3 lr=3e-3",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Draw; 2 with one line about what is wrong."""
     try:
+        from capo_verl.viewer.choose import choose
         from capo_verl.viewer.figure import save_figures
         from capo_verl.viewer.groups import group_runs
         from capo_verl.viewer.load import load_runs
         from capo_verl.viewer.panels import choose_axis
 
-        runs = load_runs(args.runs)
+        runs = choose(load_runs(args.runs), args.where)
         groups = group_runs(runs, args.group_by)
         written = save_figures(groups, choose_axis(runs, args.x), args.output)
     except ImportError as e:

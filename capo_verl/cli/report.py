@@ -26,11 +26,12 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 def run(args: argparse.Namespace) -> int:
     """Write the page; 2 with one line about what is wrong."""
     try:
+        from capo_verl.viewer.choose import choose
         from capo_verl.viewer.groups import group_runs
         from capo_verl.viewer.load import load_runs
         from capo_verl.viewer.page import write_page
 
-        runs = load_runs(args.runs)
+        runs = choose(load_runs(args.runs), args.where)
         if args.tokenizer:
             _put_into_text(runs, args.tokenizer)
         write_page(group_runs(runs, args.group_by), args.output)
@@ -41,7 +42,9 @@ def run(args: argparse.Namespace) -> int:
         print(f"capo-verl report: {e}")
         return 2
     samples = sum(len(run.samples) for run in runs)
-    print(f"{args.output}: {len(runs)} runs, {samples} sequences of sampled tokens, {args.output.stat().st_size / 1e6:.1f} MB")
+    print(
+        f"{args.output}: {len(runs)} runs, {samples} sequences of sampled tokens, {args.output.stat().st_size / 1e6:.1f} MB"
+    )
     return 0
 
 

@@ -13,7 +13,9 @@ HYDRA = (".hydra/config.yaml", "hydra/.hydra/config.yaml", "../.hydra/config.yam
 """Where Hydra keeps its copy, from the folder of the log. The launchers set ``hydra.run.dir`` to ``$OUTPUT_DIR/hydra``."""
 IDENTITY = ("checkpoints/run.json", "run.json")
 """The few settings that the launchers remember beside checkpoints, where Hydra's copy is gone."""
-UNIMPORTANT = re.compile(r"(^|\.)(experiment_name|project_name|run_name|config_hash)$|(_dir|_path|_port|_root)$|^hydra\.|^ray_kwargs\.")
+UNIMPORTANT = re.compile(
+    r"(^|\.)(experiment_name|project_name|run_name|config_hash)$|(_dir|_path|_port|_root)$|^hydra\.|^ray_kwargs\."
+)
 """Keys that say where a run lies, not what it does."""
 
 

@@ -12,6 +12,7 @@ ACCURACY, REWARD = "held-out accuracy", "training reward"
 COMPLETIONS, ACCEPTED = "completions so far", "accepted tokens so far"
 HELD_OUT = (re.compile(r"val-core/.+/acc/mean@\d+"), re.compile(r"val-core/.+/reward/mean@\d+"))
 """verl's names, in the order of preference."""
+THRESHOLD = "capo/policy_threshold"
 TRAINING = ("critic/score/mean", "critic/rewards/mean")
 
 
@@ -24,9 +25,18 @@ def add_derived(run: Run) -> None:
     ):
         if name not in run.series and series is not None and series.steps:
             run.series[name] = series
+    _add_threshold(run)
     accepted = _accepted_tokens(run)
     if ACCEPTED not in run.series and accepted is not None:
         run.series[ACCEPTED] = accepted
+
+
+def _add_threshold(run: Run) -> None:
+    """A fixed tau_F, from the configuration, where the run measured m_F; one that adapts is logged by the run."""
+    fixed = [value for key, value in (run.config or {}).items() if key.endswith("policy_loss.capo.policy_shift_max")]
+    measured = run.series.get("capo/policy_shift_p50")
+    if THRESHOLD not in run.series and measured is not None and fixed and isinstance(fixed[0], int | float):
+        run.series[THRESHOLD] = Series(list(measured.steps), [float(fixed[0])] * len(measured.steps))
 
 
 def _held_out(series: Mapping[str, Series]) -> Series | None:

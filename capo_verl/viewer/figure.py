@@ -20,6 +20,8 @@ OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "
 DASHES: tuple[Any, ...] = ("-", (0, (5, 1.6)), (0, (1, 1.2)), (0, (6, 1.5, 1, 1.5)))
 MARKERS = ("", "o", "s", "^", "D")
 """Of the second seven groups, the third, …"""
+STYLE = {"svg.fonttype": "none", "svg.hashsalt": "capo", "font.size": 9}
+"""Text stays text in the SVG: small, searchable; and the same runs give the same file."""
 WIDTH, HEIGHT = 4.6, 2.7
 OVERVIEW = "curves"
 
@@ -33,6 +35,8 @@ def save_figures(groups: Sequence[Group], axis: str, folder: Path) -> list[Path]
     Raises:
         ValueError: if no panel has anything to draw.
     """
+    from matplotlib import rc_context
+
     panels = shown_panels(run for group in groups for run in group.runs)
     if not panels:
         raise ValueError("nothing to draw: none of the runs has a metric that is drawn (docs/viewer.md lists them)")
@@ -40,10 +44,13 @@ def save_figures(groups: Sequence[Group], axis: str, folder: Path) -> list[Path]
     written = []
     for name, chosen in [(OVERVIEW, panels), *((panel.key, [panel]) for panel in panels)]:
         figure = draw(groups, chosen, axis)
-        for suffix in ("png", "svg"):
-            path = folder / f"{name}.{suffix}"
-            figure.savefig(path, dpi=160, metadata={"Date": None} if suffix == "svg" else None)
-            written.append(path)
+        with rc_context(STYLE):
+            figure.draw_without_rendering()
+            figure.set_layout_engine("none")  # it is laid out: not again for each file
+            for suffix in ("png", "svg"):
+                path = folder / f"{name}.{suffix}"
+                figure.savefig(path, dpi=160, metadata={"Date": None} if suffix == "svg" else None)
+                written.append(path)
     return written
 
 
@@ -54,8 +61,7 @@ def draw(groups: Sequence[Group], panels: Sequence[Panel], axis: str) -> Figure:
 
     columns = min(2, len(panels))
     rows = math.ceil(len(panels) / columns)
-    # Text stays text in the SVG: small, searchable, and the same file on every machine.
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "capo", "font.size": 9}):
+    with rc_context(STYLE):
         figure = NewFigure(figsize=(WIDTH * columns + 0.3, HEIGHT * rows + 0.5), layout="constrained")
         axes = list(figure.subplots(rows, columns, squeeze=False).flat)
         for panel, place in zip(panels, axes, strict=False):
@@ -140,7 +146,9 @@ def _name_groups(figure: Figure, groups: Sequence[Group]) -> None:
     handles = []
     for number, group in enumerate(groups):
         colour, marker = _style(number)
-        handles.append(Line2D([], [], color=colour, marker=marker or None, markersize=4, linewidth=2, label=group.label))
+        handles.append(
+            Line2D([], [], color=colour, marker=marker or None, markersize=4, linewidth=2, label=group.label)
+        )
     width = max(len(group.label) for group in groups)
     columns = max(1, min(len(groups), int(figure.get_figwidth() * 13 / (width + 6))))
     figure.legend(handles=handles, loc="outside upper left", ncols=columns, frameon=False, fontsize=9)

@@ -17,8 +17,8 @@ from capo_verl.viewer.tensorboard_log import is_event_file, read_event_files
 from capo_verl.viewer.wandb_log import SUFFIX, read_wandb
 
 KINDS = (
-    "verl's file logger (.jsonl), TensorBoard event files, a wandb offline run (.wandb), a table of runs of scripts/study.py (.parquet), "
-    "or a folder that holds one of them"
+    "verl's file logger (.jsonl), TensorBoard event files, a wandb offline run (.wandb), a table of scripts/study.py "
+    "(runs.parquet), or a folder that holds one of them"
 )
 ATTEMPT = re.compile(r"(metrics)(\.\d+)?\.jsonl")
 """The launchers number the logs of a run's further starts."""
@@ -60,10 +60,13 @@ def _load_folder(folder: Path) -> list[Run]:
     if runs:
         return runs
     return [
-        run
-        for below in sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-        for run in _load_folder(below)
+        run for below in sorted(path for path in folder.iterdir() if _is_folder(path)) for run in _load_folder(below)
     ]
+
+
+def _is_folder(path: Path) -> bool:
+    # wandb links to its latest run.
+    return path.is_dir() and not path.is_symlink() and not path.name.startswith(".")
 
 
 def _load_files(files: list[Path]) -> list[Run]:
@@ -84,7 +87,9 @@ def _load_files(files: list[Path]) -> list[Run]:
 
 
 def _of_file_logs(logs: list[Path]) -> list[Run]:
-    starts = sorted((path for path in logs if ATTEMPT.fullmatch(path.name)), key=lambda path: (len(path.name), path.name))
+    starts = sorted(
+        (path for path in logs if ATTEMPT.fullmatch(path.name)), key=lambda path: (len(path.name), path.name)
+    )
     runs = [_run(path.stem, path, read_file_log(path)) for path in logs if path not in starts]
     if starts:
         merged: dict[str, Series] = {}

@@ -7,6 +7,7 @@ import base64
 import hashlib
 import html
 import json
+import math
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -29,7 +30,9 @@ def write_page(groups: Sequence[Group], path: Path, title: str = "CAPO report") 
     """
     runs = [run for group in groups for run in group.runs]
     if len(runs) > MOST_RUNS:
-        raise ValueError(f"{len(runs)} runs are more than a page can show ({MOST_RUNS}); name fewer, or choose with --where")
+        raise ValueError(
+            f"{len(runs)} runs are more than a page can show ({MOST_RUNS}); name fewer, or choose with --where"
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(render(groups, title), encoding="utf-8")
 
@@ -80,7 +83,7 @@ def page_data(groups: Sequence[Group]) -> dict[str, Any]:
                     ]
                     for panel, curves in panels
                 },
-                "config": run.config,
+                "config": run.config and {key: _plain(value) for key, value in run.config.items()},
                 "samples": run.samples,
             }
             for index, run in enumerate(runs)
@@ -105,6 +108,11 @@ def _panel(panel: Panel, labels: list[str]) -> dict[str, Any]:
 def _axis(run: Run, axis: str) -> dict[int, float] | None:
     found = axis_values(run, axis)
     return None if found is None else {step: _round(x, 10) for step, x in found.items()}
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no infinity."""
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _round(value: float, digits: int = DIGITS) -> float:

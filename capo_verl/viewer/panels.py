@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from capo_verl.viewer.derived import ACCEPTED, ACCURACY, COMPLETIONS, REWARD
+from capo_verl.viewer.derived import ACCEPTED, ACCURACY, COMPLETIONS, REWARD, THRESHOLD
 from capo_verl.viewer.run import Run, Series
 
 
@@ -59,7 +59,7 @@ PANELS = (
     Panel(
         "policy_shift", "Policy shift m_F of a token", "nats",
         (Curve("capo/policy_shift_p50", "median"), Curve("capo/policy_shift_p99", "99th percentile"),
-         Curve("capo/policy_shift_max", "largest"), Curve("capo/policy_threshold", "threshold τ_F")),
+         Curve("capo/policy_shift_max", "largest"), Curve(THRESHOLD, "threshold τ_F")),
         log=True,
     ),
     Panel(

@@ -51,7 +51,9 @@ def read_samples(path: Path) -> list[dict[str, Any]]:
         except (ValueError, KeyError, TypeError) as e:
             if number == len(lines):
                 break  # still being written
-            raise ValueError(f"{path}, line {number}: not a token sample ({type(e).__name__}: {e}); remove the line") from e
+            raise ValueError(
+                f"{path}, line {number}: not a token sample ({type(e).__name__}: {e}); remove the line"
+            ) from e
         by_step.setdefault(step, {})[sample] = entry
     return [entry for step in sorted(by_step) for entry in by_step[step].values()]
 

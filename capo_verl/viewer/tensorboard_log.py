@@ -24,7 +24,9 @@ def read_event_files(paths: list[Path]) -> dict[str, Series]:
     try:
         from tensorboard.backend.event_processing.event_accumulator import SCALARS, EventAccumulator
     except ImportError as e:
-        raise ValueError(f"{paths[0]}: reading event files needs the package tensorboard ({e}); pip install tensorboard") from e
+        raise ValueError(
+            f"{paths[0]}: reading event files needs the package tensorboard ({e}); pip install tensorboard"
+        ) from e
 
     def rows() -> Iterator[tuple[int, dict[str, float]]]:
         for path in sorted(paths):

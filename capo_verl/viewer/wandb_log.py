@@ -67,7 +67,9 @@ def _key(item: Any) -> str:
 def _records(path: Path) -> Iterator[bytes]:
     content = path.read_bytes()
     if content[:4] != MAGIC:
-        raise ValueError(f"{path}: not a file of wandb (it does not begin with {MAGIC.decode()}); give the run's .wandb file")
+        raise ValueError(
+            f"{path}: not a file of wandb (it does not begin with {MAGIC.decode()}); give the run's .wandb file"
+        )
     at, parts = 7, b""
     while at + HEADER.size <= len(content):
         if BLOCK - at % BLOCK < HEADER.size:  # the rest of a block is padding

@@ -104,9 +104,13 @@ def test_hovering_and_arrow_keys_read_values(open_page):
     assert tip.text.split("\n")[1:] == ["capo (2 runs)", "1", "grpo", "1"]
     svg.send_keys(Keys.ESCAPE)
     wait(driver, lambda: not tip.is_displayed(), "closed")
-    box = driver.execute_script("const b = arguments[0].getBoundingClientRect(); return [b.left + b.width / 2, b.top + 40]", svg)
+    box = driver.execute_script(
+        "const b = arguments[0].getBoundingClientRect(); return [b.left + b.width / 2, b.top + 40]", svg
+    )
     driver.execute_script(
-        "arguments[0].dispatchEvent(new PointerEvent('pointermove', {clientX: arguments[1], clientY: arguments[2]}))", svg, *box
+        "arguments[0].dispatchEvent(new PointerEvent('pointermove', {clientX: arguments[1], clientY: arguments[2]}))",
+        svg,
+        *box,
     )
     wait(driver, tip.is_displayed, "the tooltip of the mouse")
     assert count(driver, "#panel-entropy .cross[visibility=visible]") == 1
@@ -148,7 +152,9 @@ def test_tokens_in_their_text(open_page):
     tokens = driver.find_elements("css selector", "#token-text .token")
     assert ["rejected" in t.get_attribute("class") for t in tokens] == [False, False, True, False, True]
     assert all("negative" in t.get_attribute("class") for t in tokens)
-    shares = [float(driver.execute_script("return arguments[0].style.getPropertyValue('--share')", t)[:-1]) for t in tokens]
+    shares = [
+        float(driver.execute_script("return arguments[0].style.getPropertyValue('--share')", t)[:-1]) for t in tokens
+    ]
     assert shares == sorted(shares) and shares[0] == 0 and shares[-1] == 90  # m_F grows tenfold from token to token
     assert "5 tokens, 2 outside the trust region, 3 inside" in find(driver, "#token-about").text
 

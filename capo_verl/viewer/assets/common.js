@@ -32,12 +32,13 @@ function show(value) {
 const tip = make("div", { class: "tip", hidden: true, role: "tooltip", id: "tip" });
 document.body.append(tip);
 
-function showTip(x, y, children) {
+// Below y, or where there is no room, above `above`.
+function showTip(x, y, children, above = y) {
   tip.replaceChildren(...children);
   tip.hidden = false;
   const { width, height } = tip.getBoundingClientRect();
   const left = x + 16 + width > innerWidth ? x - 16 - width : x + 16;
-  const top = y + 14 + height > innerHeight ? y - 14 - height : y + 14;
+  const top = y + 14 + height > innerHeight ? above - 14 - height : y + 14;
   tip.style.left = `${Math.max(4, Math.min(left, innerWidth - width - 4))}px`;
   tip.style.top = `${Math.max(4, top)}px`;
 }
@@ -50,4 +51,16 @@ addEventListener("scroll", hideTip, { passive: true });
 
 function swatch(number) {
   return make("span", { class: "swatch", style: { "background-color": colour(number) } });
+}
+
+// The mark of a run follows its colour: its own, or with averaging its group's.
+const runColour = (run) => (state.average ? DATA.groups.find((group) => group.runs.includes(run.index)).colour : run.index);
+const runMarks = [];
+function runSwatch(run) {
+  const mark = swatch(runColour(run));
+  runMarks.push([run, mark]);
+  return mark;
+}
+function repaintRuns() {
+  for (const [run, mark] of runMarks) mark.style.setProperty("background-color", colour(runColour(run)));
 }

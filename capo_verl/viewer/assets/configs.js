@@ -15,7 +15,7 @@ function buildConfigs() {
   const only = document.getElementById("only-differences"), search = document.getElementById("config-search");
   only.checked = known.length > 1 && [...differs.values()].some(Boolean);
   const head = make("tr", {}, make("th", { scope: "col" }, "key"),
-    ...known.map((run) => make("th", { scope: "col" }, swatch(run.index), " ", run.name)));
+    ...known.map((run) => make("th", { scope: "col" }, runSwatch(run), " ", run.name)));
   const body = make("tbody");
   document.getElementById("config-table").append(make("thead", {}, head), body);
   const count = document.getElementById("config-count");

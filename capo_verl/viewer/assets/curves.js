@@ -22,20 +22,17 @@ function buildCurves() {
 
   const boxes = document.getElementById("runs");
   DATA.runs.forEach((run) => {
-    const group = DATA.groups.find((g) => g.runs.includes(run.index));
-    const mark = swatch(run.index);
     const box = make("input", {
       type: "checkbox", checked: true,
       onchange: () => { box.checked ? state.hidden.delete(run.index) : state.hidden.add(run.index); redraw(); },
     });
-    run.repaint = () => mark.style.setProperty("background-color", colour(state.average ? group.colour : run.index));
-    boxes.append(make("label", { title: run.source }, box, mark, run.name));
+    boxes.append(make("label", { title: run.source }, box, runSwatch(run), run.name));
   });
   const average = document.getElementById("average");
   average.closest("label").hidden = DATA.groups.every((group) => group.runs.length === 1);
   average.checked = state.average = !average.closest("label").hidden;
-  average.onchange = () => { state.average = average.checked; DATA.runs.forEach((run) => run.repaint()); redraw(); };
-  DATA.runs.forEach((run) => run.repaint());
+  average.onchange = () => { state.average = average.checked; repaintRuns(); redraw(); };
+  repaintRuns();
 
   const axis = document.getElementById("axis");
   for (const [key, label] of Object.entries(DATA.axes)) {

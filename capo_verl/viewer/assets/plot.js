@@ -16,7 +16,8 @@ function logTicks(low, high) {
   const every = Math.max(1, Math.ceil((last - first) / 6)), ticks = [];
   const within = last - first <= 2 ? [1, 2, 5] : [1];
   for (let e = first; e <= last; e += every) for (const m of within) ticks.push(m * 10 ** e);
-  return ticks.filter((t) => t >= low * 0.999 && t <= high * 1.001);
+  const inside = ticks.filter((t) => t >= low * 0.999 && t <= high * 1.001);
+  return inside.length > 2 ? inside : linearTicks(low, high, 6);
 }
 
 function scaleOf(panel, lines) {
@@ -37,11 +38,11 @@ function scaleOf(panel, lines) {
   const x = (v) => LEFT + ((v - x0) / (x1 - x0)) * (W - LEFT - RIGHT);
   const y = (v) => H - BOTTOM - ((f(v) - f(y0)) / (f(y1) - f(y0))) * (H - TOP - BOTTOM);
   const invert = (px) => x0 + ((px - LEFT) / (W - LEFT - RIGHT)) * (x1 - x0);
-  return { x, y, invert, xTicks: linearTicks(x0, x1, 5), yTicks: panel.log ? logTicks(y0, y1) : linearTicks(y0, y1, 5) };
+  return { x, y, invert, xTicks: linearTicks(x0, x1, 5), yTicks: panel.log ? logTicks(y0, y1) : linearTicks(y0, y1, 7) };
 }
 
 function tickLabel(value, log) {
-  if (log && (value < 1e-2 || value >= 1e4)) return value.toExponential(0).replace("e", "e").replace("+", "");
+  if (log && Number.isInteger(Math.round(Math.log10(value) * 1e6) / 1e6) && (value < 1e-2 || value >= 1e4)) return value.toExponential(0).replace("+", "");
   if (value !== 0 && Math.abs(value) < 1e-3) return value.toExponential(1);
   return Number(value.toPrecision(6)).toLocaleString("en");
 }

@@ -56,7 +56,7 @@ function linesOf(panel) {
     const runs = group.runs.map((i) => DATA.runs[i]).filter((run) => !state.hidden.has(run.index));
     panel.curves.forEach((_, index) => {
       if (state.average && group.runs.length > 1) add(group.label, group.colour, index, averaged(runs, panel, index));
-      else for (const run of runs) add(run.name, state.average ? group.colour : run.index, index, pointsOf(run, panel, index));
+      else for (const run of runs) add(run.name, runColour(run), index, pointsOf(run, panel, index));
     });
   });
   return lines;

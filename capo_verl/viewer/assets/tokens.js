@@ -106,14 +106,14 @@ function token(r, i, out, low, high) {
     ["probability", show(r.probability[i])], ["weight", show(r.weight[i])],
   ];
   const verdict = !r.mask[i] ? "not trained on (outside the response mask)" : out ? "rejected" : "accepted";
-  const tell = (x, y) => showTip(x, y, [
+  const tell = (x, y, above) => showTip(x, y, [
     make("strong", {}, JSON.stringify(piece)), make("div", {}, verdict),
     ...rows.map(([name, value]) => make("div", {}, make("span", {}, name), make("b", {}, value))),
-  ]);
+  ], above);
   return make("span", {
     class: ["token", sign, out ? "rejected" : ""].filter(Boolean).join(" "), tabindex: -1, role: "note",
     "aria-label": `${piece} ${verdict}, ${rows.map((row) => row.join(" ")).join(", ")}`, style: { "--share": `${Math.round(share * 90)}%` },
     onpointermove: (event) => tell(event.clientX, event.clientY), onpointerleave: hideTip, onblur: hideTip,
-    onfocus: (event) => { const box = event.target.getBoundingClientRect(); tell(box.left, box.bottom); },
+    onfocus: (event) => { const box = event.target.getBoundingClientRect(); tell(box.left, box.bottom, box.top); },
   }, visible(piece));
 }

@@ -214,6 +214,11 @@ class CapoConfig:
                 f"capo.kl_budget.predictor={budget.predictor} needs the curvature, which capo.mode=off does not measure; set "
                 "capo.mode=track"
             )
+        if self.batch_shift_tokens == 0 and budget is not None and budget.predicts_by_curvature:
+            raise ValueError(
+                f"capo.kl_budget.predictor={budget.predictor} needs the batch's shift, which capo.batch_shift_tokens=0 switches "
+                "off; raise it"
+            )
 
     @property
     def stages(self) -> tuple[str, ...]:

@@ -189,7 +189,7 @@ class CapoEngineMixin:
             # Lists, because verl's reduction expects one value per micro-batch.
             output["metrics"].update({name: [value] for name, value in metrics.items()})
         if self._kl is not None and not self._skip_batch:
-            self._kl.predict(reported)
+            self._kl.predict(step, reported)
         return output
 
     def optimizer_zero_grad(self) -> None:

@@ -17,8 +17,12 @@ from torch import Tensor
 
 from capo_verl.config import CapoConfig
 from capo_verl.core.kl_budget import KLBudget
+from capo_verl.filtered_step import FilteredStep
 from capo_verl.kl_probe import AFTER, BEFORE, Head, KLProbe, MeasuredKL, everywhere, probe_batch
 from capo_verl.stopwatch import Stopwatch
+
+STEPS_BACK = 3
+"""How often a step is shortened at most, with a forward pass each: far from the old policy KL is not quadratic in the step."""
 
 
 class ProbedEngine(Protocol):
@@ -54,8 +58,7 @@ class KLControl:
     def __init__(self, engine: ProbedEngine, config: CapoConfig, head: Head | None, device: torch.device):
         assert config.kl_budget is not None
         self._engine, self.config = engine, config.kl_budget
-        self._predicts_from = f"capo/batch_policy_shift_{'before' if config.mode == 'track' else 'after'}"
-        self._known_here, self._device = head is not None, device
+        self._tracks, self._device = config.mode == "track", device
         self.budget, self.probe = KLBudget(self.config), KLProbe(head, self.config.estimator, device)
         self._stopwatch = Stopwatch(device)
         self._first_of_rollout = True
@@ -107,14 +110,24 @@ class KLControl:
 
         return watched
 
-    def predict(self, metrics: dict[str, float]) -> None:
-        """Take the prediction for the coming step from what the filter reports; nothing on ranks without LM head. Collective."""
-        if self.config.predicts_by_curvature:
-            # It was evaluated at the scaled learning rate and is proportional to its square.
-            shift = metrics.get(self._predicts_from, math.nan) / self.scale**2
-            (self._predicted,) = everywhere(
-                [torch.tensor(shift, device=self._device, dtype=torch.float64)], bool(metrics)
-            )
+    def predict(self, step: FilteredStep | None, metrics: dict[str, float]) -> None:
+        """Take the prediction for the coming step from the filter: the policy shift of what will be stepped along. Collective.
+
+        Args:
+            step: None on a rank without LM head.
+            metrics: what it reports; nothing in a step that is not measured, which then has no bound.
+        """
+        if not self.config.predicts_by_curvature:
+            return
+        kind, when = self.config.predictor.removeprefix("fisher_"), "before" if self._tracks else "after"
+        if step is None or not metrics:
+            shift = torch.tensor(math.nan, device=self._device)
+        elif step.config.policy_shift == kind:
+            shift = torch.tensor(metrics[f"capo/batch_policy_shift_{when}"], device=self._device, dtype=torch.float64)
+        else:
+            shift = getattr(step.capo.batch_shifts(policy_shift=kind), when).policy
+        # It was evaluated at the scaled learning rate and is proportional to its square.
+        (self._predicted,) = everywhere([shift.double() / self.scale**2], step is not None and bool(metrics))
 
     def end_awaited(self, usable: bool = True) -> None:
         """After the training pass: the last step's KL, if it was to come from it. Collective.
@@ -175,12 +188,16 @@ class KLControl:
 
     def _measure(self) -> None:
         kl = whole = self._look(AFTER)
-        keep = self.budget.needs_line_search(whole.mean) if whole.tokens else None
-        if keep is not None:
+        kept = 1.0
+        for _ in range(STEPS_BACK):
+            keep = self.budget.needs_line_search(kl.mean) if kl.tokens else None
+            if keep is None:
+                break
             self._step_back(keep)
+            kept *= keep
             kl = self._look(AFTER)
         if self.config.line_search is not None:
-            self._report(kl_step_kept=keep or 1.0)
+            self._report(kl_step_kept=kept)
             if whole.tokens:
                 self._report(kl_whole_step=whole.mean)
         # From the whole step, which is what the learning rate made.

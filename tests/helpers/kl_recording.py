@@ -14,7 +14,9 @@ import torch
 from tests.helpers.recording import BETAS, EPS, RecordedBatch, float64_model
 
 DELTA, ETA, STEPS = 2e-4, 0.5, 3
-ADAM_LR, SGD_LR, CLIP = 5e-3, 0.3, 1.0
+TRIES = 3
+"""How often a step is shortened at most: KL is not quadratic far from the old policy."""
+ADAM_LR, SGD_LR, CLIP = 1e-3, 0.3, 1.0
 
 
 @dataclass
@@ -74,15 +76,37 @@ def record_kl(
         with torch.no_grad():
             kl, k3 = _compare(old, _policy(model, batch, probed, temperature))
             whole = float(kl.mean())
-            if line_search is not None and whole > line_search * DELTA:
-                kept = (DELTA / whole) ** 0.5
+            for _ in range(TRIES if line_search is not None else 0):
+                if kl.mean() <= line_search * DELTA:
+                    break
+                keep = (DELTA / float(kl.mean())) ** 0.5
+                kept *= keep
                 for p, q in zip(parameters, before, strict=True):
-                    p.copy_(q + kept * (p - q))
+                    p.copy_(q + keep * (p - q))
                 kl, k3 = _compare(old, _policy(model, batch, probed, temperature))
         scale = min(1.0, scale * np.exp(ETA * np.clip(0.5 * np.log(DELTA / whole), -1, 1)))
         p99 = np.sort(kl.numpy())[round(0.99 * (len(kl) - 1))]
         found.append(KLStep(float(kl.mean()), float(p99), factor, scale, kept, whole, float(k3.mean())))
     return KLRecording(found, {name: p.detach().numpy() for name, p in model.named_parameters()})
+
+
+def log_probs_of(path: str, weights: dict[str, torch.Tensor] | None = None) -> list[torch.Tensor]:
+    """Log-probabilities of the taken tokens of all responses, float64, with the given weights in place of the model's."""
+    batch, model = RecordedBatch.make(), float64_model(path)
+    if weights is not None:
+        model.load_state_dict({name: weight.double() for name, weight in weights.items()}, strict=False)
+    with torch.no_grad():
+        return [
+            model(ids[None]).logits[0, start - 1 : -1].log_softmax(-1).gather(-1, ids[start:, None])[:, 0]
+            for ids, start in zip(batch.ids, batch.prompts, strict=True)
+        ]
+
+
+def mean_k3(old: list[torch.Tensor], new: list[torch.Tensor], sequences: tuple[int, ...]) -> float:
+    """Over the response tokens that count of some sequences."""
+    masks = RecordedBatch.make().response_mask
+    r = torch.cat([(new[i] - old[i])[masks[i].bool()] for i in sequences])
+    return float((r.exp() - 1 - r).mean())
 
 
 Policy = tuple[torch.Tensor, torch.Tensor]

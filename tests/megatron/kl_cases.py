@@ -78,3 +78,64 @@ def train(
 
 def plain_layout(**sizes: Any) -> replay_cases.Case:
     return replay_cases.Case(Layout(**sizes))
+
+
+def adaptive(case: Any, model_path: str, knobs: dict[str, Any], steps: int = 4) -> list[dict[str, Any]]:
+    """What every rank knows after each step: verl's metrics, if any, and the controller's state."""
+    engine, found = make(case, model_path), []
+    for _ in range(steps):
+        found.append({"report": step(engine, batch_of(engine, case), knobs), "state": engine._kl.budget.state_dict()})
+    return found
+
+
+def mini_batches(case: Any, model_path: str, old_log_probs: list[torch.Tensor]) -> dict[str, Any]:
+    """A rollout of two mini-batches and one of a single mini-batch, with k3; the weights between the steps."""
+    engine = make(case, model_path)
+    batch = RecordedBatch.make()
+    batch.old_log_probs = old_log_probs
+    knobs, rank, dp = knobs_of(estimator="k3"), engine.get_data_parallel_rank(), engine.get_data_parallel_size()
+    reports, weights = [], [export(engine)]
+    for first, last in ((0, False), (4, True), (0, True)):
+        mine = range(first + rank * 4 // dp, first + (rank + 1) * 4 // dp)
+        settings = {
+            "use_dynamic_bsz": False, "micro_batch_size_per_gpu": 1, "update_lr_scheduler": last,
+            "use_remove_padding": engine.model_config.use_remove_padding,
+        }  # fmt: skip
+        reports.append(step(engine, to_verl(batch, mine, 1.0, settings), knobs))
+        weights.append(export(engine))
+    return {
+        "reports": reports,
+        "weights": replay_cases._of_end_ranks({"all": weights}),
+        "scale": engine._kl.budget.scale,
+    }
+
+
+def resumed(case: Any, model_path: str, checkpoint: str, knobs: dict[str, Any]) -> dict[str, Any]:
+    """Two steps, a checkpoint, a third step; and the third step of a fresh engine that loads the checkpoint."""
+    result = {}
+    for name in ("uninterrupted", "resumed"):
+        settings = {} if isinstance(case, FsdpLayout) else {"dist_ckpt_optim_fully_reshardable": True}
+        engine = make(case, model_path, **settings)
+        if name == "resumed":
+            engine.load_checkpoint(checkpoint, del_local_after_load=False)
+        else:
+            for _ in range(2):
+                step(engine, batch_of(engine, case), knobs)
+            engine.save_checkpoint(checkpoint, global_step=2)
+        report = step(engine, batch_of(engine, case), knobs)
+        report = {k: v for k, v in report.items() if k.startswith("capo/") and "seconds" not in k}
+        result[name] = {"report": report, "state": engine._kl.budget.state_dict(), "weights": export(engine)}
+    return result
+
+
+def load_control(case: Any, model_path: str, checkpoints: list[str]) -> list[str]:
+    """What loading the control file of each folder says."""
+    from capo_verl import control_file
+
+    said = []
+    for path in checkpoints:
+        try:
+            said.append(str(control_file.load(path)))
+        except RuntimeError as e:
+            said.append(str(e))
+    return said

@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The KL budget around an engine that does nothing else: who is probed, what is learned from it, what is left as it was."""
+
+from __future__ import annotations
+
+import math
+from contextlib import nullcontext
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import verl  # noqa: F401  plugins first
+
+from capo_verl import CapoConfig
+from capo_verl.core.logit_rows import VocabShard
+from capo_verl.core.token_kl import token_kl
+from capo_verl.kl_control import KLControl
+from capo_verl.kl_probe import AFTER, BEFORE, Head, KLProbe, MeasuredKL, probe_samples
+from capo_verl.response import PackedResponse
+from tests.helpers.spawn import run_on_ranks
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("samples", "share", "multiple", "expected"),
+    [
+        (8, 0.5, 1, [0, 2, 4, 6]),
+        (8, 0.125, 1, [0]),
+        (10, 0.25, 1, [0, 3, 6]),
+        (3, 0.01, 1, [0]),
+        (6, 1.0, 1, [0, 1, 2, 3, 4, 5]),
+        (8, 0.125, 4, [0, 2, 4, 6]),
+        (2, 0.5, 4, [0, 1]),
+        (10, 0.3, 1, [0, 3, 6]),  # 10 * 0.3 is 3.0000000000000004
+    ],
+)
+def test_samples_are_spread_evenly(samples, share, multiple, expected):
+    assert probe_samples(samples, share, multiple) == expected
+
+
+class Engine:
+    """One parameter group; the KL after each step comes from a list."""
+
+    def __init__(self, **budget: Any):
+        self.weight = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
+        self.optimizer = SimpleNamespace(param_groups=[{"lr": 0.1}, {"lr": 0.02}])
+        config = CapoConfig(mode="off", kl_budget={"delta": 1e-4, "eta": 0.2, **budget})
+        self.control = KLControl(self, config, None, CPU)
+        self.kls: list[MeasuredKL] = []
+        self.spread = 0
+        self.control._look = lambda which: self.kls.pop(0) if which == AFTER else None
+
+    def _optimised(self) -> list[torch.Tensor]:
+        return [self.weight.data]
+
+    def _spread_parameters(self) -> None:
+        self.spread += 1
+
+    def _micro_batch_groups(self) -> int:
+        return 1
+
+    def _evaluating(self) -> Any:
+        return nullcontext()
+
+    def step(self, *kls: float, tokens: int = 5) -> dict[str, list[float]]:
+        self.kls = [MeasuredKL(kl, 2 * kl, tokens) for kl in kls]
+        self.control._begin()
+        self.control._defers, self.control._batch = False, object()
+        with self.control.scaled():
+            self.rates = [group["lr"] for group in self.optimizer.param_groups]
+            self.weight.data += 1.0
+        return self.control.after()
+
+
+def test_only_the_step_sees_the_scaled_learning_rate():
+    engine = Engine()
+    first = engine.step(4e-4)
+    assert engine.rates == [0.1, 0.02] and first["capo/lr_scale"] == [1.0]
+    scale = math.exp(-0.2 * math.log(2))
+    second = engine.step(1e-4)
+    assert engine.rates == pytest.approx([0.1 * scale, 0.02 * scale])
+    assert second["capo/lr_scale"] == [pytest.approx(scale)] == second["capo/kl_budget_scale"]
+    assert second["capo/kl_mean"] == [1e-4] and second["capo/kl_p99"] == [2e-4]
+    assert [group["lr"] for group in engine.optimizer.param_groups] == [0.1, 0.02]
+    with pytest.raises(RuntimeError, match="out of memory"), engine.control.scaled():
+        raise RuntimeError("out of memory")
+    assert [group["lr"] for group in engine.optimizer.param_groups] == [0.1, 0.02]
+
+
+def test_without_a_probed_token_nothing_is_learned():
+    engine = Engine()
+    engine.step(4e-4)
+    scale = engine.control.scale
+    metrics = engine.step(0.0, tokens=0)
+    assert engine.control.scale == scale and "capo/kl_mean" not in metrics
+
+
+def test_a_step_that_was_left_out_is_not_measured():
+    engine = Engine()
+    engine.control._defers, engine.control._batch = False, object()
+    with engine.control.scaled():
+        engine.control.cancel()
+    assert set(engine.control.after()) == {"capo/kl_budget_scale", "capo/kl_probe_seconds"}
+    assert engine.control.scale == 1.0
+
+
+def test_nan_stops_the_run():
+    with pytest.raises(ValueError, match="kl is NaN"):
+        Engine().step(math.nan)
+
+
+def test_line_search_goes_back_until_the_step_is_short_enough():
+    engine = Engine(line_search=2.0)
+    metrics = engine.step(1e-2, 4e-4, 1.5e-4)
+    assert metrics["capo/kl_step_kept"] == [pytest.approx(0.1 * 0.5)]
+    assert engine.weight.tolist() == pytest.approx([1.05, 2.05]) and engine.spread == 2
+    assert metrics["capo/kl_mean"] == [1.5e-4] and metrics["capo/kl_whole_step"] == [1e-2]
+    assert engine.control.scale == pytest.approx(math.exp(-0.2))  # learned from the whole step
+    assert engine.step(1e-4)["capo/kl_step_kept"] == [1.0] and engine.spread == 2
+    assert engine.step(1.0, 1.0, 1.0, 1.0)["capo/kl_step_kept"] == [pytest.approx(1e-6)]  # gives up after three
+
+
+def logits_of(step: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    old = torch.randn(1, 12, 7, generator=generator)
+    return old, old + step * torch.randn(1, 12, 7, generator=generator), torch.rand(1, 12, generator=generator) + 0.5
+
+
+def measure() -> list[MeasuredKL]:
+    """Rank 0 holds tokens, rank 1 none, rank 2 no LM head; then nobody holds any."""
+    rank, (old, new, temperature) = dist.get_rank(), logits_of(0.1)
+    heads = dist.new_group([0, 1])
+    head = Head(VocabShard(7, 7, 0), None, heads, None) if rank < 2 else None
+    mask = torch.zeros(1, 12, dtype=torch.bool)
+    mask[0, 2:9] = rank == 0
+    probe, found = KLProbe(head, "exact", CPU), []
+    for tokens in (mask, torch.zeros_like(mask)):
+        response = PackedResponse(mask.float(), tokens, torch.zeros(1, 12).long(), torch.zeros(1).long(), 12)
+        for which, logits in ((BEFORE, old), (AFTER, new), (AFTER, new)):
+            with probe.running(which):
+                if probe.sees_logits:
+                    probe.see(logits.clone(), None, temperature, response)
+        found.append(probe.result())
+    return found
+
+
+def test_ranks_without_tokens_or_head_learn_what_the_others_measured():
+    old, new, temperature = logits_of(0.1)
+    kl = token_kl(
+        *(x[0, 2:9].double() for x in (old, new)), VocabShard(7, 7, 0), temperature=temperature[0, 2:9].double()
+    )
+    for some, none in run_on_ranks(measure, 3):
+        assert some.mean == pytest.approx(float(kl.mean()), rel=1e-5) and some.tokens == 7
+        assert some.p99 == pytest.approx(float(kl.max()), rel=1e-5)
+        assert none == MeasuredKL(0.0, 0.0, 0)

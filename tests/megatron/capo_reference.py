@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from capo_verl import CapoConfig, CapoFilter
+from capo_verl.core import curvature_penalty
 from tests.cpu.hugging_face import load_model, merged_weights
 from tests.megatron.capo_cases import ADVANTAGES, CLIP, KNOBS, LR, PROMPTS, STEPS, recorded
 
@@ -30,17 +31,20 @@ class Reference:
     weights: dict[str, torch.Tensor]
 
 
-def make_reference(path: str, temperature: float, adapter: str | None = None) -> Reference:
+def make_reference(
+    path: str, temperature: float, adapter: str | None = None, knobs: dict[str, Any] = KNOBS
+) -> Reference:
     """The same training with none of verl's code or its backends'; the filter sees float64.
 
     Args:
+        knobs: of CAPO.
         adapter: directory of a LoRA adapter, which is trained in place of the model; the weights are the merged ones.
     """
     trained = load_model(path, adapter)
     model = trained if adapter is None else trained.get_base_model()
     parameters = [p for p in trained.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=LR, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
-    capo = CapoFilter(CapoConfig(**KNOBS), model.config.vocab_size, model.config.hidden_size)
+    capo = CapoFilter(CapoConfig(**knobs), model.config.vocab_size, model.config.hidden_size)
     batch = recorded()
     ids, old_log_probs = batch.ids, batch.old_log_probs
     steps = []
@@ -51,16 +55,18 @@ def make_reference(path: str, temperature: float, adapter: str | None = None) ->
             hidden = model.model(row[None]).last_hidden_state[0, PROMPTS[i] - 1 : -1]
             logits = model.lm_head(hidden) / temperature
             actions = row[PROMPTS[i] :]
+            wide = logits[None].double()
             out = capo.evaluate(
-                hidden[None].double(), logits[None].double(), actions[None], torch.tensor([[ADVANTAGES[i]]]),
-                torch.ones(1, len(actions)), LR,
+                hidden[None].double(), wide, actions[None], torch.tensor([[ADVANTAGES[i]]]), torch.ones(1, len(actions)), LR
             )  # fmt: skip
-            accepted = out.accepted[0].float()
+            accepted, weights = out.accepted[0].float(), out.weights[0].float()
             log_probs = logits.log_softmax(-1).gather(-1, actions[:, None])[:, 0]
-            per_token = -ADVANTAGES[i] * (log_probs - old_log_probs[i]).exp()
+            per_token = -ADVANTAGES[i] * weights * (log_probs - old_log_probs[i]).exp()
+            if out.penalty_terms is not None:
+                per_token = per_token + curvature_penalty(wide, out.penalty_terms)[0].float()
             loss = loss + (per_token * accepted).sum() / (accepted.sum() + 1e-8) / len(ids)
             shifts.append(out.policy_shift[0])
-            accepted_count, tokens = accepted_count + int(accepted.sum()), tokens + len(actions)
+            accepted_count, tokens = accepted_count + int(out.in_trust_region.sum()), tokens + len(actions)
         before, after = capo.batch_shifts()
         loss.backward()
         norm = float(torch.nn.utils.clip_grad_norm_(parameters, CLIP))

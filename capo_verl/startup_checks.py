@@ -10,7 +10,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from capo_verl import plugin
-from capo_verl.config import PRESETS
+from capo_verl.config import PRESETS, CapoConfig
 from capo_verl.core.penalty import penalises
 from capo_verl.launch.preflight import check_sizes
 from capo_verl.policy_loss_config import parse_knobs
@@ -29,6 +29,8 @@ SEQUENCE_SPLITTERS = (
     "ulysses_sequence_parallel_size",
 )
 """Keys of the actor that spread a sequence over ranks."""
+OUT_OF_REACH = ("optimizer_cpu_offload", "use_precision_aware_optimizer")
+"""Settings of Megatron's optimizer with which its float32 parameters are not where a line search could change them."""
 
 
 def check_run(config: DictConfig) -> None:
@@ -73,18 +75,19 @@ def check_run(config: DictConfig) -> None:
         found = value(path)
         if is_refused(found):
             raise ValueError(f"CAPO does not support {path}={found}: {instead}")
-    if value(f"{model}.lora.rank") or value(f"{model}.lora_rank"):
+    _check_kl_budget(config, capo)
+    if capo.mode != "off" and (value(f"{model}.lora.rank") or value(f"{model}.lora_rank")):
         logger.warning(
             "with LoRA the LM head is not trained; CAPO's m_H and m_F describe the step as if it were, so the paper's "
             "thresholds need not fit: measure with +capo=track first"
         )
     optimizer = value(f"{actor}.optim.optimizer")
-    if capo.optimizer_model == "adam" and "adam" not in str(optimizer).lower():
+    if capo.mode != "off" and capo.optimizer_model == "adam" and "adam" not in str(optimizer).lower():
         raise ValueError(
             f"{POLICY_LOSS}.capo.optimizer_model=adam models Adam, but {actor}.optim.optimizer={optimizer}; "
             f"set capo.optimizer_model=sgd or use Adam"
         )
-    for path in SEQUENCE_SPLITTERS:
+    for path in SEQUENCE_SPLITTERS if capo.mode != "off" else ():
         if (value(f"{actor}.{path}") or 1) > 1 and capo.stages != ("token",):
             raise ValueError(
                 f"{POLICY_LOSS}.capo.granularity={capo.granularity} needs whole sequences on a rank; with "
@@ -101,6 +104,28 @@ def check_run(config: DictConfig) -> None:
                     "+capo=%s is defined with %s=%s, but the command line says %s, which wins: this is not the paper's "
                     "variant any more", preset, path, expected, value(path),
                 )  # fmt: skip
+
+
+def _check_kl_budget(config: DictConfig, capo: CapoConfig) -> None:
+    """What the control of the learning rate cannot do in this run."""
+    budget, actor = capo.kl_budget, "actor_rollout_ref.actor"
+    if budget is None:
+        return
+    if budget.estimator == "k3" and budget.reuse_next_forward:
+        bypass = "algorithm.rollout_correction.bypass_mode"
+        if OmegaConf.select(config, bypass):
+            raise ValueError(
+                f"{POLICY_LOSS}.capo.kl_budget.reuse_next_forward=True needs the actor's own old log-probs, and with "
+                f"{bypass}=True they are the rollout engine's; set one of them to False"
+            )
+    if budget.line_search is not None and OmegaConf.select(config, f"{actor}.strategy") == "megatron":
+        for key in OUT_OF_REACH:
+            path = f"{actor}.optim.override_optimizer_config.{key}"
+            if OmegaConf.select(config, path):
+                raise ValueError(
+                    f"{POLICY_LOSS}.capo.kl_budget.line_search={budget.line_search} cannot step back with {path}=True, which "
+                    "keeps the parameters elsewhere; set it to False, or line_search=null"
+                )
 
 
 def _check_penalty(config: DictConfig, name: str, value: float) -> None:

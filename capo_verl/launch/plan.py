@@ -171,6 +171,7 @@ def _update(run: RunSpec, shape: ModelShape, stage: int) -> dict[str, int]:
     held, last = plan_memory.states(run, shape, stage), stage == run.pp - 1
     tokens = plan_memory.tokens_of_micro_batch(run)
     capo = plan_memory.capo_filter(run, shape) if last else plan_memory.FilterMemory(0, 0, 0)
+    probe = plan_memory.kl_probe(run, shape, stage)
     return {
         "parameters": held.parameters + plan_memory.gathered_layer(run, shape),
         "gradients": held.gradients,
@@ -179,6 +180,7 @@ def _update(run: RunSpec, shape: ModelShape, stage: int) -> dict[str, int]:
         "logits": plan_memory.logits(run, shape, tokens, update=True) if last else 0,
         "CAPO moments": capo.moments,
         "CAPO tokens": capo.tokens + capo.row_sums,
+        "KL probe": probe.logits + probe.parameters,
     }
 
 

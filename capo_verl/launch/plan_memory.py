@@ -6,9 +6,12 @@ Narayanan et al. 2021: arXiv 2104.04473. Korthikanti et al. 2022: arXiv 2205.051
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from capo_verl.core.memory import FilterMemory, filter_memory
+from capo_verl.kl_budget_config import KLBudgetConfig
 from capo_verl.launch.run_spec import RunSpec
 from capo_verl.launch.shapes import ModelShape
 
@@ -102,7 +105,7 @@ def logits(run: RunSpec, shape: ModelShape, tokens: int, update: bool) -> int:
 
 def capo_filter(run: RunSpec, shape: ModelShape) -> FilterMemory:
     """Of the last stage, for the response tokens of one optimizer step on this rank (``capo_verl.core.memory``)."""
-    if run.capo is None:
+    if run.capo is None or run.capo.get("mode") == "off":
         return FilterMemory(0, 0, 0)
     completions = run.mini_batch * run.completions_per_prompt / run.dp
     limit = run.capo.get("batch_shift_tokens")
@@ -117,6 +120,38 @@ def capo_filter(run: RunSpec, shape: ModelShape) -> FilterMemory:
         batch_shift_tokens=tokens if limit is None else limit,
         hidden_bytes=width(run),
     )
+
+
+@dataclass(frozen=True)
+class ProbeMemory:
+    """What the KL budget keeps on a rank during an update, in bytes."""
+
+    logits: int
+    """Of the old policy at the probed tokens, this rank's rows; of one micro-batch twice. Last stage."""
+    parameters: int
+    """With a line search: a copy of what this rank's optimizer writes to."""
+
+
+def kl_probe(run: RunSpec, shape: ModelShape, stage: int) -> ProbeMemory:
+    """Full-length responses of ``probe_share`` of a rank's samples (``capo_verl/kl_probe.py``). k3 keeps no logits."""
+    budget = None if run.capo is None else run.capo.get("kl_budget")
+    if not budget:
+        return ProbeMemory(0, 0)
+    if not isinstance(budget, Mapping):
+        budget = {"delta": budget}
+    knobs = KLBudgetConfig(**budget)
+    kept = 0
+    if knobs.estimator == "exact" and stage == run.pp - 1:
+        completions = run.mini_batch * run.completions_per_prompt / run.dp
+        probed = min(completions, max(math.ceil(completions * knobs.probe_share), run.micro_batch or 1))
+        at_once = min(probed * run.sequence_length, tokens_of_micro_batch(run) * run.cp)
+        kept = int((probed * run.response_length + at_once) / run.cp * shape.vocab / run.tp) * width(run)
+    copied = 0
+    if knobs.line_search is not None:
+        copied = states(run, shape, stage).optimizer // (ADAM_MOMENTS + FLOAT32) * FLOAT32
+        if run.engine != "megatron" or run.cpu:  # no copy of the parameters beside the moments
+            copied = states(run, shape, stage).optimizer // ADAM_MOMENTS * FLOAT32
+    return ProbeMemory(kept, copied)
 
 
 def kv_cache_per_token(run: RunSpec, shape: ModelShape) -> int:

@@ -75,7 +75,7 @@ class RunSpec:
     sync_bucket_bytes: int = 2048 << 20
 
     capo: Mapping[str, Any] | None = field(default=None)
-    """``moments_dtype``, ``top_k``, ``batch_shift_tokens``; None without CAPO."""
+    """``mode``, ``moments_dtype``, ``top_k``, ``batch_shift_tokens``, ``kl_budget``; None without CAPO."""
 
     @property
     def world(self) -> int:

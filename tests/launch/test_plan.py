@@ -94,6 +94,24 @@ def test_logits_filter_and_cache_by_hand():
     assert plan_memory.kv_cache_per_token(dataclasses.replace(RUN, rollout_tp=7), QWEN_7B) == 2 * 28 * 128 * 2
 
 
+def test_kl_probe_by_hand():
+    """36 of 288 completions a rank, and one micro-batch more; a line search copies the float32 parameters."""
+    assert plan_memory.kl_probe(RUN, QWEN_7B, 0) == plan_memory.ProbeMemory(0, 0)
+    run = dataclasses.replace(RUN, capo=verl_knobs("kl_budget"))
+    assert plan_memory.capo_filter(run, QWEN_7B).moments == 0  # mode=off
+    probe, rows = plan_memory.kl_probe(run, QWEN_7B, 0), 152064 // 2
+    assert probe == plan_memory.ProbeMemory((36 * run.response_length + 16384) * rows * 2, 0)
+    knobs = {**run.capo, "kl_budget": {**run.capo["kl_budget"], "estimator": "k3", "line_search": 2.0}}
+    split = -(-QWEN_7B.parameters(2) // 4)
+    assert plan_memory.kl_probe(dataclasses.replace(run, capo=knobs), QWEN_7B, 0) == plan_memory.ProbeMemory(
+        0, 4 * split
+    )
+    sharded = dataclasses.replace(run, capo=knobs, engine="fsdp2", tp=1)
+    assert plan_memory.kl_probe(sharded, QWEN_7B, 0).parameters == 4 * -(-QWEN_7B.parameters() // 8)
+    without = make_plan(dataclasses.replace(run, capo=None), QWEN_7B).phases["update"]
+    assert make_plan(run, QWEN_7B).phases["update"] == {**without, "KL probe": probe.logits}
+
+
 def test_micro_batches_are_no_larger_than_the_batch():
     assert plan_memory.tokens_of_micro_batch(RUN) == 16384
     small = dataclasses.replace(RUN, prompts=1, mini_batch=1)

@@ -15,7 +15,7 @@ ADVANTAGES = ("grpo", "dr_grpo", "reinforce")
 AGGREGATIONS = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum-norm")
 SCALES = ("mean", "shuffled")
 BASES = ("noisy", "early")
-VERSION = 1
+VERSION = 2
 """Raised when the meaning of a knob or a measure changes: runs of other versions are other runs."""
 
 

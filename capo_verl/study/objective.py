@@ -72,8 +72,8 @@ def aggregate(losses: Tensor, batch: Batch, mode: str) -> Tensor:
     return per_sequence.mean() / losses.shape[1]
 
 
-def policy_loss(config: RunConfig, batch: Batch) -> Tensor:
-    """The scalar policy loss which ``config.loss`` names.
+def policy_loss(config: RunConfig, batch: Batch, epoch: int = 0) -> Tensor:
+    """The scalar policy loss which ``config.loss`` names; ``epoch``: how often the batch was used before.
 
     Raises:
         ValueError: for an unknown loss or knob.
@@ -83,18 +83,18 @@ def policy_loss(config: RunConfig, batch: Batch) -> Tensor:
         return aggregate(-batch.advantages * ratio, batch, config.aggregation)
     if config.loss.startswith("verl:"):
         return _verl_loss(config, batch)
-    return _rival_loss(config, batch)
+    return _rival_loss(config, batch, epoch)
 
 
-def _rival_loss(config: RunConfig, batch: Batch) -> Tensor:
+def _rival_loss(config: RunConfig, batch: Batch, epoch: int) -> Tensor:
     from capo_verl.algorithms.rivals import RIVALS
 
     if config.loss not in RIVALS:
         raise ValueError(f"loss={config.loss!r}: expected pg, verl:NAME or one of {', '.join(RIVALS)}")
     rival = RIVALS[config.loss]
-    extra = {name: getattr(batch, name) for name in rival.needs}
-    losses, _ = rival.loss(
-        batch.old_log_prob, batch.log_prob, batch.advantages, batch.mask, **extra, **config.loss_knobs
+    inputs = {name: epoch if name == "epoch" else getattr(batch, name) for name in rival.needs}
+    losses, _ = rival(
+        batch.old_log_prob, batch.log_prob, batch.advantages, batch.mask, **inputs, **config.loss_knobs
     )
     return aggregate(losses, batch, config.aggregation)
 

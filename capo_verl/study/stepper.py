@@ -13,6 +13,7 @@ from capo_verl.config import CapoConfig
 from capo_verl.core.filter import CapoFilter, CapoOutput
 from capo_verl.core.kl_budget import KLBudget
 from capo_verl.core.logit_rows import VocabShard
+from capo_verl.core.penalty import curvature_penalty
 from capo_verl.core.token_kl import k3, token_kl
 from capo_verl.study.config import RunConfig
 from capo_verl.study.model import TinyTransformer
@@ -77,9 +78,9 @@ class Stepper:
             with torch.no_grad():
                 rollout.old_log_prob = self._taken(self._logits(rollout)[1], rollout)
         size = len(rollout.tokens) // config.mini_batches
-        for _ in range(config.epochs):
+        for epoch in range(config.epochs):
             for start in range(0, len(rollout.tokens), size):
-                yield self._step(rollout.part(slice(start, start + size)))
+                yield self._step(rollout.part(slice(start, start + size)), epoch)
 
     def _logits(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
         return self.model.response(rollout.tokens, self.task.prompt_length)
@@ -90,7 +91,7 @@ class Stepper:
     def _taken(self, logits: Tensor, rollout: Rollout) -> Tensor:
         return logits.log_softmax(-1).gather(-1, self._actions(rollout)[..., None])[..., 0]
 
-    def _step(self, rollout: Rollout) -> Measured:
+    def _step(self, rollout: Rollout, epoch: int) -> Measured:
         config = self.config
         lr = config.lr * min(1.0, (self.steps + 1) / max(1, config.warmup))
         hidden, logits = self._logits(rollout)
@@ -111,7 +112,7 @@ class Stepper:
             mask = mask & (torch.rand(mask.shape, generator=self.drop) >= config.random_drop)
         batch = Batch(old_log_prob, log_prob, advantages, mask, rollout.mask, entropy.detach(), rollout.group,
                       self._actions(rollout))  # fmt: skip
-        loss = policy_loss(config, batch) + self._penalties(batch, entropy, hidden, logits, rollout)
+        loss = policy_loss(config, batch, epoch) + self._penalties(batch, entropy, logits, output, rollout)
         self.model.flat.grad.zero_()
         loss.backward()
         norm = torch.linalg.vector_norm(self.model.flat.grad)
@@ -157,9 +158,12 @@ class Stepper:
         return self.config.lr_scale * (1.0 if self.budget is None else self.budget.scale)
 
     def _penalties(
-        self, batch: Batch, entropy: Tensor, hidden: Tensor, logits: Tensor, rollout: Rollout
+        self, batch: Batch, entropy: Tensor, logits: Tensor, output: CapoOutput | None, rollout: Rollout
     ) -> Tensor | float:
+        """What is added to the policy loss, aggregated as it is."""
         config, total = self.config, 0.0
+        if output is not None and output.penalty_terms is not None:
+            total = aggregate(curvature_penalty(logits, output.penalty_terms), batch, config.aggregation)
         if config.entropy_bonus:
             total = total - config.entropy_bonus * aggregate(entropy, batch, config.aggregation)
         if self.reference is not None:
@@ -182,7 +186,9 @@ class Stepper:
             predicted = None
             if self.predicts and self.filter is not None:
                 # Predicted at the factor in force; the budget wants it at the full learning rate.
-                predicted = float(self.filter.batch_shifts().after.policy) / factor**2
+                kind = budget.config.predictor.removeprefix("fisher_")
+                shifts = self.filter.batch_shifts(policy_shift=kind)
+                predicted = float((shifts.after if self.filters else shifts.before).policy) / factor**2
             factor = budget.begin_step(predicted) * self.config.lr_scale
             if budget.config.line_search is not None:
                 before = self.model.flat.detach().clone()

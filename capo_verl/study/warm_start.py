@@ -91,8 +91,9 @@ def _build(model: TinyTransformer, task: Task, config: RunConfig, root: Path | N
     seed = config.warm_start["seed"]
     random = generator(seed, "warm start")
     if config.base_kind == "noisy":
+        competent = competent_policy(config, root)[0].flat.detach()
         with torch.no_grad():
-            model.flat.copy_(competent_policy(config, root)[0].flat)
+            model.flat.copy_(competent)
         accuracy = evaluate(model, task, RECIPE["check"], seed)
         if accuracy < config.base:
             raise RuntimeError(_unreached(config, accuracy, config.base))

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from tensordict import TensorDict
 from torch import Tensor
 
@@ -30,13 +31,13 @@ def aggregated_penalty(penalty: Tensor, kept: TensorDict, actor_config: Any) -> 
         raise ValueError(
             "a penalty (capo.policy_penalty, capo.objective_penalty) needs verl's actor config to be aggregated"
         )
-    padded = TensorDict(
-        {"penalty": penalty, "mask": kept["response_mask"]}, batch_size=kept.batch_size
-    ).to_padded_tensor()
+    mask = kept.select("response_mask").to_padded_tensor()["response_mask"].to(bool)
+    if penalty.is_nested:
+        penalty = torch.nested.to_padded_tensor(penalty, 0.0, output_size=mask.shape)
     sizes = {name: kept[name] for name in ("dp_size", "batch_num_tokens", "global_batch_size")}
     return agg_loss(
-        loss_mat=padded["penalty"],
-        loss_mask=padded["mask"].to(bool),
+        loss_mat=penalty,
+        loss_mask=mask,
         loss_agg_mode=actor_config.loss_agg_mode,
         loss_scale_factor=actor_config.loss_scale_factor,
         **sizes,

@@ -104,8 +104,8 @@ def weigh_advantages(data: TensorDict, weights: Tensor) -> TensorDict:
     """
     weighed, advantages = data.select(*data.keys()), data["advantages"]
     if advantages.is_nested:
-        values = advantages.values() * weights.values().to(advantages.dtype)
-        weighed["advantages"] = torch.nested.nested_tensor_from_jagged(values, offsets=advantages.offsets())
+        weighed["advantages"] = torch.zeros_like(advantages)  # of the same lengths, which verl pads by
+        weighed["advantages"].values().copy_(advantages.values() * weights.values())
     else:
         weighed["advantages"] = advantages * weights.to(advantages.dtype)
     return weighed

@@ -10,7 +10,7 @@ from hydra import compose, initialize_config_module
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-from capo_verl.config import PRESETS, CapoConfig
+from capo_verl.config import PRESETS, CapoConfig, TargetRejection
 from capo_verl.startup_checks import check_run
 
 CAPO = "actor_rollout_ref.actor.policy_loss.capo"
@@ -79,15 +79,35 @@ def test_every_knob_can_be_overridden(command_line):
     assert (capo.policy_shift_max, capo.stages, capo.top_k) == (3e-4, ("token", "sequence"), None)
 
 
+def test_a_threshold_that_adapts_and_soft_weights_on_the_command_line(command_line):
+    config = command_line(
+        *BASE, "+capo=soft", f"{CAPO}.policy_shift_max={{target_rejection: 0.02}}", f"{CAPO}.max_rejection=0.5"
+    )
+    check_run(config)
+    capo = instantiate(config.actor_rollout_ref.actor.policy_loss, _convert_="partial").capo
+    assert capo.policy_shift_max == TargetRejection(0.02) and capo.policy_shift_max.memory == 0.9
+    assert (capo.weighting, capo.objective_shift_max, capo.max_rejection) == ("soft", None, 0.5)
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
         (
             [f"{CAPO}.policy_shift_mx=1"],
             "capo.policy_shift_mx is not a knob of CAPO. Did you mean 'policy_shift_max'"
-            ".*Valid keys: .*, mode, .*moments_dtype, on_nonfinite, batch_shift_tokens, batch_shift_every, track_every, sample_tokens_every, .*",
+            ".*Valid keys: .*, mode, .*moments_dtype, on_nonfinite, .*track_every, sample_tokens_every, .*",
         ),
         ([f"{CAPO}.track_every=4"], "capo.track_every=4 needs capo.mode=track"),
+        ([f"{CAPO}.weighting=soft"], "capo.weighting=soft has no m_H test, but capo.objective_shift_max=0.01"),
+        ([*FUSED, f"{CAPO}.policy_penalty=2"], "capo.policy_penalty=2 needs the logits, which .*fused_kernels=True never makes"),
+        (
+            [f"{MEGATRON}.context_parallel_size=2", f"{CAPO}.objective_penalty=0.5"],
+            "objective_penalty=0.5 needs whole sequences on a rank; with .*context_parallel_size=2 set it to 0, or that",
+        ),
+        (
+            ["model_engine=dp", f"{FSDP}.ulysses_sequence_parallel_size=2", f"{CAPO}.policy_penalty=1"],
+            "policy_penalty=1 needs whole sequences on a rank; with .*fsdp_config.ulysses_sequence_parallel_size=2 set it to 0",
+        ),
         ([f"{CAPO}.batch_shift_every=0"], "capo.batch_shift_every=0: expected an integer >= 1"),
         ([f"{CAPO}.policy_shift_max=-1"], "capo.policy_shift_max=-1: a threshold must be >= 0"),
         ([f"{CAPO}.policy_shift_max=tiny"], "capo.policy_shift_max='tiny': expected a finite number"),

@@ -46,7 +46,7 @@ def four_layers(tmp_path_factory) -> str:
     ids=["tp2", "dist-opt", "pp2-adaptive", "fsdp-dp2"],
 )
 def test_resuming_continues_bit_exactly(case, knobs, four_layers, tmp_path):
-    path = str(tmp_path / "global_step_2")
+    path = str(tmp_path / "checkpoint")
     ranks = on_ranks(resumed, case, four_layers, path, knobs)
     saved = json.loads(Path(path, "capo", "control.json").read_text())
     assert saved["kl_budget"]["scale"] < 0.7 and saved["moments"] == (knobs["mode"] != "off")

@@ -119,9 +119,12 @@ class TokenSamples:
 
     def write(self) -> None:
         """The optimizer step is made: append its sequences to the file. What cannot be written is a warning, once."""
-        if not (self.active and self._first):
+        if not self.active:
             return
-        self._sampled_step = self._step
+        # On every rank, whether it writes or not: all must agree about the next step's collectives.
+        self._sampled_step, self.active = self._step, False
+        if not self._first:
+            return
         lines = [self._line(sequence, "first") for sequence in self._first]
         lines += [self._line(sequence, "most_rejected") for sequence in self._others]
         folder = Path(self._config.sample_tokens_dir or ".")
@@ -136,7 +139,6 @@ class TokenSamples:
             logger.warning(
                 "no more token samples: %s cannot be written (%s); set capo.sample_tokens_dir", folder / FILE, e
             )
-        self.active = False
         self.discard()
 
     def _line(self, sequence: dict[str, Any], chosen: str) -> str:

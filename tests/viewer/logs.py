@@ -80,7 +80,7 @@ def write_runs(folder: Path) -> Path:
         folder / "capo-seed1" / "checkpoints" / "capo_tokens.jsonl",
         [
             sample(1, 0, ["one ", "two ", SCRIPT_END, "four"], []),
-            sample(1, 1, ["a\n", " b", "", "d", "é"], [2, 4], advantage=-1.0),
+            {**sample(1, 1, ["a\n", " b", "", "d", "é"], [2, 4], advantage=-1.0), "chosen": "most_rejected"},
             sample(5, 3, ["x", "y", "z"], [2]),
         ],
     )

@@ -165,7 +165,9 @@ def test_the_filter_leaves_rejected_tokens_only(open_page):
     wait(driver, lambda: len(texts(driver)) == 4, "the first sequence")
     find(driver, "#rejected-only").click()
     wait(driver, lambda: texts(driver) == ["▯", "é"], "of the only sequence of step 1 that has some")
-    assert [o.text for o in Select(find(driver, "#token-sequence")).options] == ["sequence 1: 2 of 5 rejected"]
+    assert [o.text for o in Select(find(driver, "#token-sequence")).options] == [
+        "sequence 1: 2 of 5 rejected, chosen for them"
+    ]
     assert [e.text.strip() for e in driver.find_elements("css selector", "#token-text .gap")] == ["⋯ 2", "⋯ 1"]
     find(driver, "#rejected-only").click()
     wait(driver, lambda: len(texts(driver)) == 5, "all tokens again")
@@ -193,6 +195,7 @@ def test_fits_the_window_in_both_themes(open_page, tmp_path, width, theme):
     if root.get_attribute("data-theme") != theme:
         find(driver, "#theme").click()
     wait(driver, lambda: root.get_attribute("data-theme") == theme, theme)
+    Select(find(driver, "#token-step")).select_by_visible_text("step 1")
     background = driver.execute_script("return getComputedStyle(document.body).backgroundColor")
     assert background == {"light": "rgb(255, 255, 255)", "dark": "rgb(20, 23, 27)"}[theme]
     wide = driver.execute_script("return [document.documentElement.scrollWidth, window.innerWidth]")

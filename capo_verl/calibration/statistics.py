@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from capo_verl.evaluation.statistics import Estimate, estimates
+from capo_verl.evaluation.statistics import LEVEL, Estimate
 
 TOP_SHARE = 0.01
 """Share of the tokens, those with the largest true KL divergence, which a predictor has to find."""
@@ -98,8 +98,10 @@ def interval(values: Sequence[float] | np.ndarray, geometric: bool = False, seed
     if not len(finite):
         return Estimate(float("nan"), None, None)
     chosen = np.log(finite) if geometric else finite
-    found = estimates({"": {"x": chosen.tolist()}}, seed=seed, resamples=RESAMPLES)[""]["x"]
+    mean, low, high = float(chosen.mean()), None, None
+    if len(chosen) > 1:
+        picks = np.random.default_rng(seed).integers(len(chosen), size=(RESAMPLES, len(chosen)))
+        low, high = np.quantile(chosen[picks].mean(1), [(1 - LEVEL) / 2, (1 + LEVEL) / 2]).tolist()
     if not geometric:
-        return found
-    bounds = (None if bound is None else float(np.exp(bound)) for bound in (found.low, found.high))
-    return Estimate(float(np.exp(found.mean)), *bounds)
+        return Estimate(mean, low, high)
+    return Estimate(float(np.exp(mean)), *(None if bound is None else float(np.exp(bound)) for bound in (low, high)))

@@ -76,7 +76,7 @@ class StepMetrics:
         mask = mask.flatten()
         self._sums.append(torch.where(mask, shifts, 0.0).sum(-1, dtype=torch.float64))
         self._keys.append(ordered_keys(shifts, mask))
-        tokens = torch.stack((mask, kept.flatten())).float()
+        tokens = torch.stack((mask, out.trust_weights.flatten() > 0)).float()
         self._sequences.append(tokens.new_zeros(2, num_sequences).index_add_(1, sequence_ids.flatten(), tokens))
 
     def compute(self, further: Mapping[str, Tensor] | None = None) -> dict[str, float]:

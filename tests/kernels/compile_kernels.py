@@ -28,7 +28,7 @@ def variants() -> dict:
     """Name -> (kernel, types of its arguments, constants), at the shapes of Qwen2.5-7B with TP 1."""
     curvature = {
         "hidden": BF16, "ids": I64, "probs": F32, "actions": I64, "advantages": F32, "corrected": F32, "steps": I64,
-        "sums": F32, "eps": "fp32",
+        "sums": F32, "directions": F32, "eps": "fp32",
     }  # fmt: skip
     support = {"logits": BF16, "positions": I64, "temperatures": BF16, "keys": I64}
     rows = {"token": I64, "weight": F32, "offsets": I64, "rows": I64, "hidden": BF16, "sums": F32, "counts": I64}
@@ -40,8 +40,10 @@ def variants() -> dict:
         moments, stochastic = {"exp_avg": dtype, "exp_avg_sq": dtype}, {"STOCHASTIC": dtype == BF16}
         name = dtype.removeprefix("*")
         block_k, block_h = curvature_kernel.blocks(k, hidden_size)
-        constants = {"K": k, "H": hidden_size, "BLOCK_K": block_k, "BLOCK_H": block_h}
-        found[f"partial_sums {name}"] = curvature_kernel._partial_sums_kernel, {**curvature, **moments}, constants
+        for keep in (False, True):
+            constants = {"K": k, "H": hidden_size, "BLOCK_K": block_k, "BLOCK_H": block_h, "KEEP": keep}
+            kernel = curvature_kernel._partial_sums_kernel, {**curvature, **moments}, constants
+            found[f"partial_sums {name}{' directions' if keep else ''}"] = kernel
         found[f"update {name}"] = moment_kernels._update_kernel, {**rows, **moments, **betas}, {**blocks, **stochastic}
         constants = {"BLOCK_H": blocks["BLOCK_H"], "ALL_ROWS": False, **stochastic}
         found[f"move {name}"] = moment_kernels._move_kernel, {**rows, **moments, **betas}, constants

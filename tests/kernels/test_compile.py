@@ -26,7 +26,7 @@ def compiled(request, tmp_path_factory) -> dict[str, dict[str, str]]:
 
 
 def test_nothing_spills_and_nothing_is_added_atomically(compiled):
-    assert len(compiled) == 10
+    assert len(compiled) == 12
     for name, code in compiled.items():
         assert ".entry" in code["ptx"], name
         assert not re.search(r"\b(atom|red)\.", code["ptx"]), name

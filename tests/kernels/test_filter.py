@@ -10,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
 from capo_verl import CapoConfig, CapoFilter
-from capo_verl.core import ProjectedLogits
+from capo_verl.core import ProjectedLogits, curvature_penalty
 from capo_verl.core.kernels import fused
 from tests.helpers.syncs import recorded_syncs
 
@@ -116,6 +116,51 @@ def test_nothing_waits_for_the_device(folded, optimizer_model, moments_dtype, de
         assert found == []
         assert out.accepted.shape == (4, 6)
     assert optimizer_model == "sgd" or capo.state_dict()["step"] > 0
+
+
+@pytest.mark.parametrize(
+    "knobs",
+    [
+        {"weighting": "soft_balanced", "policy_shift": "exact"},
+        {"policy_penalty": 1.0, "objective_penalty": 1.0},
+    ],
+    ids=["soft", "penalties"],
+)  # fmt: skip
+def test_what_adapts_waits_for_nothing_either(knobs, device, monkeypatch):
+    for module, name in ((fused.curvature_kernel, "_partial_sums_kernel"), (fused.support_kernel, "_best_keys_kernel")):
+        monkeypatch.setattr(module, name, Unrecorded(getattr(module, name)))
+    for name in ("_row_sums_kernel", "_update_kernel", "_move_kernel"):
+        monkeypatch.setattr(fused.moment_kernels, name, Unrecorded(getattr(fused.moment_kernels, name)))
+    adaptive = {"policy_shift_max": {"target_rejection": 0.2}, "max_rejection": 0.3, "objective_shift_max": None}
+    capo = CapoFilter(CapoConfig(top_k=K, **adaptive, **knobs), V, H, device=device, kernels="triton")
+    plain = CapoFilter(capo.config, V, H, device=device, kernels="torch")
+    capo.keep_for_batch_shifts = False
+    batch = mini_batch(torch.Generator().manual_seed(0), device)
+    batch = {n: x.float() if x.is_floating_point() else x for n, x in batch.items()}
+    logits = batch["logits"].requires_grad_()
+    options = {
+        "skip_masked": True,
+        "max_tokens": 24,
+        "temperature": torch.ones(4, 6, device=device),
+        "check_values": False,
+    }
+    for _ in range(3):
+        with recorded_syncs() as found, cuda_complains(device):
+            out = capo.evaluate(**batch, **options, learning_rate=LR)
+            gradient = None
+            if out.penalty_terms is not None:
+                (gradient,) = torch.autograd.grad(curvature_penalty(logits, out.penalty_terms).sum(), logits)
+            capo.step()
+        assert found == []
+        expected = plain.evaluate(**batch, **options, learning_rate=LR)
+        plain.step()
+        torch.testing.assert_close(out.weights, expected.weights, rtol=1e-3, atol=1e-4)
+        if gradient is not None:
+            terms = expected.penalty_terms
+            (from_plain,) = torch.autograd.grad(curvature_penalty(logits, terms).sum(), logits)
+            assert from_plain.any()
+            torch.testing.assert_close(gradient, from_plain, rtol=1e-3, atol=1e-3 * float(from_plain.abs().max()))
+    assert 0 < capo.adaptive_state()["policy_threshold"] < 1
 
 
 class Unrecorded:

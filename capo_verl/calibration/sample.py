@@ -106,7 +106,7 @@ def sample(
     requests = [
         SamplingRequest(prompt, max_response_length, stop_token_ids=stops) for prompt in prompts for _ in range(n)
     ]
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stops[0]
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (stops or [0])[0]
     with model.device:  # where the sampler makes its tensors
         completions = generate_batch(model, requests, pad, generator)
     scored = {}

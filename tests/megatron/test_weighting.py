@@ -25,7 +25,7 @@ def references(tiny_qwen2) -> dict[str, Reference]:
 
 @pytest.mark.parametrize("layout", [Layout(), Layout(tp=2), Layout(pp=2), Layout(dp=2, packed=False)], ids=str)
 def test_soft_weights_with_an_adaptive_threshold(layout, references, tiny_qwen2):
-    ranks = run_on_ranks(train, layout.world_size, layout, tiny_qwen2, "capo", SOFT, TEMPERATURE, preload=PRELOAD)
+    ranks = run_on_ranks(train, layout.world_size, layout, tiny_qwen2, "capo", SOFT, TEMPERATURE, 2, preload=PRELOAD)
     check_training(ranks, layout.dp, references["soft"])
     reports = next(rank["reports"] for rank in ranks if rank["reports"])
     # Two steps reject nothing: before there are moments, and before there is a quantile.
@@ -39,7 +39,7 @@ def test_soft_weights_with_an_adaptive_threshold(layout, references, tiny_qwen2)
 @pytest.mark.parametrize("layout", [Layout(), Layout(tp=2), Layout(pp=2), Layout(dp=2, packed=False)], ids=str)
 def test_penalties(layout, references, tiny_qwen2):
     check_meaningful(references["penalty"])
-    ranks = run_on_ranks(train, layout.world_size, layout, tiny_qwen2, "capo", PENALTY, TEMPERATURE, preload=PRELOAD)
+    ranks = run_on_ranks(train, layout.world_size, layout, tiny_qwen2, "capo", PENALTY, TEMPERATURE, 2, preload=PRELOAD)
     check_training(ranks, layout.dp, references["penalty"])
     reports = next(rank["reports"] for rank in ranks if rank["reports"])
     assert all(abs(report["capo/penalty_mean"][0]) > 1e-3 for report in reports)

@@ -18,9 +18,10 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from capo_verl.core import ProjectedLogits, collectives
-from capo_verl.core.logit_rows import LogitRows, VocabShard
+from capo_verl.core.chunks import chunk_slices
+from capo_verl.core.logit_rows import VocabShard
 from capo_verl.core.order_statistics import nearest_rank, ordered_keys
-from capo_verl.core.projected_logits import ProjectedRows
+from capo_verl.core.projected_logits import block_elements
 from capo_verl.core.token_kl import k3, token_kl
 from capo_verl.response import SAMPLE, PackedResponse, accepted_response
 
@@ -79,7 +80,8 @@ class KLProbe:
 
     Args:
         head: None on a rank without LM head, which only learns the result.
-        estimator: ``exact`` keeps the old policy's logits of the probed tokens in their own dtype, ``k3`` the log-probabilities.
+        estimator: ``exact`` keeps the old policy's logits of the probed tokens in their own dtype (float32 if the model makes
+            none), ``k3`` the log-probabilities.
         device: where the training runs.
     """
 
@@ -131,11 +133,10 @@ class KLProbe:
         with torch.autocast(at.device.type, enabled=False):
             if isinstance(logits, ProjectedLogits):
                 assert hidden_states is not None
-                rows: LogitRows = ProjectedRows(logits, hidden_states.detach().flatten(0, -2)[at])
+                seen = _projected(logits, hidden_states.detach().flatten(0, -2)[at])
             else:
-                rows = LogitRows(logits.detach().flatten(0, -2), at)
-            # A copy: the trainer goes on to overwrite the logits.
-            seen = rows.read(slice(None), self._head.shard.rows)
+                # A copy: the trainer goes on to overwrite the logits.
+                seen = logits.detach().flatten(0, -2)[at]
             if self._pass == BEFORE:
                 self._old.append(seen)
                 return
@@ -194,6 +195,21 @@ def everywhere(values: Sequence[Tensor], known: bool) -> list[float]:
     mine = torch.stack([torch.full_like(values[0], known).double(), *(x.double() for x in values)])
     table = collectives.gather(mine, dist.group.WORLD).view(-1, len(mine)).tolist()
     return next((row[1:] for row in table if row[0]), [math.nan] * len(values))
+
+
+def _projected(head: ProjectedLogits, hidden_states: Tensor) -> Tensor:
+    """Logits ``[n, rows]`` of ``hidden_states [n, H]``, not rounded to the LM head's own bfloat16, which inflates a small KL.
+
+    A run of vocabulary rows at a time: neither is the LM head copied whole.
+    """
+    weight, dtype = head.weight, torch.promote_types(head.dtype, torch.float32)
+    hidden = hidden_states.to(weight.dtype).to(dtype)
+    logits = torch.empty(len(hidden), len(weight), device=weight.device, dtype=dtype)
+    for rows in chunk_slices(len(weight), max(1, block_elements(weight.device) // weight.shape[1])):
+        logits[:, rows] = torch.nn.functional.linear(
+            hidden, weight[rows].to(dtype), None if head.bias is None else head.bias[rows].to(dtype)
+        )
+    return logits
 
 
 def _tokens(response: PackedResponse) -> tuple[Tensor, Tensor]:

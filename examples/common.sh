@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # Sourced by common_cpu.sh and common_megatron_gpu.sh: what every launcher shares.
 #
-# CAPO               off (default), grpo, dr_grpo, reinforce or track; the same as +capo=NAME on the command line
+# CAPO               off (default), grpo, dr_grpo, reinforce, soft, kl_budget or track; the same as +capo=NAME on the command line
 # DRY_RUN            1: print the resolved configuration and the plan, start nothing; strict: look at data and folders, too
 # GPU_MEMORY_GIB     GiB of a GPU, for the plan (default: 79.6, an H100-80GB; strict: of the smallest that nvidia-smi shows)
 # CAPO_PLAN          note: a plan that does not fit is printed, not refused
@@ -43,14 +43,14 @@ choose_algorithm() {
     ALGORITHM=(algorithm.use_kl_in_reward=False)
     case $CAPO in
         grpo | dr_grpo | reinforce) ;;
-        off | track)
+        off | track | soft | kl_budget)
             ALGORITHM+=(
                 algorithm.adv_estimator=grpo
                 algorithm.norm_adv_by_std_in_grpo=True
                 actor_rollout_ref.actor.loss_agg_mode=seq-mean-token-mean
             )
             ;;
-        *) refuse "CAPO=$CAPO: choose one of grpo, dr_grpo, reinforce, track, off" ;;
+        *) refuse "CAPO=$CAPO: choose one of grpo, dr_grpo, reinforce, soft, kl_budget, track, off" ;;
     esac
     if [[ $CAPO != off && -z $on_command_line ]]; then ALGORITHM+=("+capo=$CAPO"); fi
 }

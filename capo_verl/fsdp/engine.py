@@ -194,7 +194,8 @@ class CapoFSDPEngineWithLMHead(CapoEngineMixin, FSDPEngineWithLMHead):
             reshard(self.module)
 
     def _optimised(self) -> list[Tensor]:
-        parameters = (p for group in self.optimizer.param_groups for p in group["params"])
+        # verl gives it all parameters; those without gradients, as around LoRA's, stay as they are.
+        parameters = (p for group in self.optimizer.param_groups for p in group["params"] if p.requires_grad)
         return [p.detach().to_local() if isinstance(p, DTensor) else p.data for p in parameters]
 
     def _spread_parameters(self) -> None:

@@ -145,7 +145,8 @@ def kl_probe(run: RunSpec, shape: ModelShape, stage: int) -> ProbeMemory:
         completions = run.mini_batch * run.completions_per_prompt / run.dp
         probed = min(completions, max(math.ceil(completions * knobs.probe_share), run.micro_batch or 1))
         at_once = min(probed * run.sequence_length, tokens_of_micro_batch(run) * run.cp)
-        kept = int((probed * run.response_length + at_once) / run.cp * shape.vocab / run.tp) * width(run)
+        size = FLOAT32 if run.fused_head else width(run)
+        kept = int((probed * run.response_length + at_once) / run.cp * shape.vocab / run.tp) * size
     copied = 0
     if knobs.line_search is not None:
         copied = states(run, shape, stage).optimizer // (ADAM_MOMENTS + FLOAT32) * FLOAT32

@@ -14,6 +14,7 @@ import torch.distributed as dist
 import verl  # noqa: F401  plugins first
 
 from capo_verl import CapoConfig
+from capo_verl.core import ProjectedLogits
 from capo_verl.core.logit_rows import VocabShard
 from capo_verl.core.token_kl import token_kl
 from capo_verl.kl_control import KLControl
@@ -156,3 +157,27 @@ def test_ranks_without_tokens_or_head_learn_what_the_others_measured():
         assert some.mean == pytest.approx(float(kl.mean()), rel=1e-5) and some.tokens == 7
         assert some.p99 == pytest.approx(float(kl.max()), rel=1e-5)
         assert none == MeasuredKL(0.0, 0.0, 0)
+
+
+def test_a_fused_head_is_not_rounded_to_bfloat16(monkeypatch):
+    """Small KLs: exact from bfloat16 hidden states and weights, inflated from bfloat16 logits."""
+    monkeypatch.setattr("capo_verl.kl_probe.block_elements", lambda device: 1 << 14)  # several runs of rows
+    generator = torch.Generator().manual_seed(1)
+    hidden = (3 * torch.randn(1, 40, 64, generator=generator)).bfloat16()
+    weights = [torch.randn(1000, 64, generator=generator).bfloat16()]
+    weights.append((weights[0].float() + 2e-3 * torch.randn(1000, 64, generator=generator).sign()).bfloat16())
+    ones, none = torch.ones(1, 40), torch.zeros(1, 40).long()
+    response = PackedResponse(ones, ones.bool(), none, torch.zeros(1).long(), 40)
+
+    def kl(fused: bool) -> float:
+        probe = KLProbe(Head(VocabShard(1000, 1000, 0), None, None, None), "exact", CPU)
+        for which, weight in zip((BEFORE, AFTER), weights, strict=True):
+            with probe.running(which):
+                probe.see(ProjectedLogits(weight) if fused else hidden @ weight.T, hidden, ones, response)
+        kls, _ = probe._found[0]
+        return float(kls.mean())
+
+    exact = float(token_kl(*(hidden[0].double() @ w.double().T for w in weights), VocabShard(1000, 1000, 0)).mean())
+    assert 1e-6 < exact < 1e-3
+    assert kl(fused=True) == pytest.approx(exact, rel=1e-3)
+    assert kl(fused=False) > 2 * exact

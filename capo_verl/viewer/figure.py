@@ -62,14 +62,16 @@ def draw(groups: Sequence[Group], panels: Sequence[Panel], axis: str) -> Figure:
     columns = min(2, len(panels))
     rows = math.ceil(len(panels) / columns)
     with rc_context(STYLE):
-        figure = NewFigure(figsize=(WIDTH * columns + 0.3, HEIGHT * rows + 0.5), layout="constrained")
+        width = WIDTH * columns + 0.3
+        legend_columns, legend_rows = _legend_shape(groups, width)
+        figure = NewFigure(figsize=(width, HEIGHT * rows + 0.3 + 0.2 * legend_rows), layout="constrained")
         axes = list(figure.subplots(rows, columns, squeeze=False).flat)
         for panel, place in zip(panels, axes, strict=False):
             _draw_panel(place, panel, groups, axis)
         for place in axes[len(panels) :]:
             place.remove()
         if len(groups) > 1 or len(groups[0].runs) > 1:
-            _name_groups(figure, groups)
+            _name_groups(figure, groups, legend_columns)
         else:
             figure.suptitle(groups[0].label, fontsize=10, fontweight="bold", x=0.01, ha="left")
     return figure
@@ -85,8 +87,8 @@ def _draw_panel(place: Axes, panel: Panel, groups: Sequence[Group], axis: str) -
                 continue
             few = len(found.x) <= 12
             place.plot(
-                found.x, found.mean, color=colour, linestyle=dashes, linewidth=1.5, marker=marker or ("o" if few else None),
-                markersize=3, markevery=1 if few else max(1, len(found.x) // 10),
+                found.x, found.mean, color=colour, linestyle=dashes, linewidth=1.5, marker=marker or ("." if few else None),
+                markersize=4, markevery=1 if few else max(1, len(found.x) // 10),
             )  # fmt: skip
             if len(group.runs) > 1:
                 place.fill_between(found.x, found.low, found.high, color=colour, alpha=0.15, linewidth=0)
@@ -140,7 +142,14 @@ def _style(number: int) -> tuple[str, str]:
     return OKABE_ITO[number % len(OKABE_ITO)], MARKERS[number // len(OKABE_ITO) % len(MARKERS)]
 
 
-def _name_groups(figure: Figure, groups: Sequence[Group]) -> None:
+def _legend_shape(groups: Sequence[Group], width: float) -> tuple[int, int]:
+    """Columns and rows of the names, in a figure of this width in inches."""
+    longest = max(len(group.label) for group in groups)
+    columns = max(1, min(len(groups), int(width * 13 / (longest + 6))))
+    return columns, math.ceil(len(groups) / columns)
+
+
+def _name_groups(figure: Figure, groups: Sequence[Group], columns: int) -> None:
     from matplotlib.lines import Line2D
 
     handles = []
@@ -149,8 +158,6 @@ def _name_groups(figure: Figure, groups: Sequence[Group]) -> None:
         handles.append(
             Line2D([], [], color=colour, marker=marker or None, markersize=4, linewidth=2, label=group.label)
         )
-    width = max(len(group.label) for group in groups)
-    columns = max(1, min(len(groups), int(figure.get_figwidth() * 13 / (width + 6))))
     figure.legend(handles=handles, loc="outside upper left", ncols=columns, frameon=False, fontsize=9)
 
 

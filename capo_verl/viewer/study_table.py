@@ -27,7 +27,7 @@ METRICS = {
     "grad_norm": "actor/grad_norm",
 }
 """Columns of the curves -> the names that verl's logs have. Each is the mean since the evaluation before."""
-CONFIG, ABOUT = "config", ("study", "tier", "method")
+CONFIG, ABOUT = "config", ("study", "tier", "method", "cell", "batch", "steps")
 NAMED = ("method", "task", "lr", "seed")
 
 

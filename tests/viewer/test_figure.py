@@ -85,3 +85,17 @@ def test_nothing_to_draw_is_said(tmp_path, capsys):
 def test_a_single_run_of_one_step_can_be_drawn(tmp_path):
     log = write_file_log(tmp_path / "m.jsonl", capo_rows(1))
     assert main(["plot", str(log), "--output", str(tmp_path / "out")]) == 0
+
+
+def test_many_runs_leave_room_for_the_panels(tmp_path):
+    for number in range(20):
+        write_file_log(tmp_path / f"a run with a rather long name {chr(97 + number)}" / "metrics.jsonl", capo_rows(6))
+    groups = group_runs(load_runs([tmp_path]))
+    figure = draw(groups, shown_panels(groups[0].runs)[:1], "steps")
+    figure.draw_without_rendering()
+    names, axes = figure.legends[0].get_window_extent(), figure.axes[0].get_window_extent()
+    assert len(groups) == 20
+    assert axes.height > 100 and axes.y1 < names.y0
+    assert (
+        len({(line.get_color(), line.get_marker()) for line in figure.axes[0].lines}) == 20
+    )  # markers where colours repeat

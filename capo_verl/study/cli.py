@@ -93,8 +93,8 @@ def _tables(options: argparse.Namespace) -> int:
 
 
 def _pack(options: argparse.Namespace) -> int:
+    from capo_verl.study.frame import pack
     from capo_verl.study.grid import load_study
-    from capo_verl.study.packing import pack
 
     print(pack([load_study(path) for path in options.study], options.results, options.output))
     return 0

@@ -8,10 +8,11 @@ defaults: {steps: 200}         # of every run
 methods:                       # name -> keys of a run
   grpo: {}
   kl_budget: {capo: {mode: "off", kl_budget: {delta: 1.0e-4}}}
-grid:                          # any key of a run -> values; a value may be a mapping of several keys, with a `name`
-  task: [sort8, sums]
+grid:                          # any key of a run -> values
+  task: [sort8, {name: half fillers, task: fillers, task_knobs: {share: 0.5}}]  # a mapping sets several keys at once
   lr: [1.0e-4, 1.0e-3]
   seed: [1, 2, 3, 4, 5]
+  capo.kl_budget.delta: [1.0e-5, 1.0e-4]  # a dotted key goes into the methods that have such a mapping, and leaves the others
 control: grpo                  # what methods are compared with
 grids: [...]                   # instead of `grid`: several, each with its own `grid`, `methods` (names) and `defaults`
 ```
@@ -19,9 +20,10 @@ grids: [...]                   # instead of `grid`: several, each with its own `
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +45,8 @@ class PlannedRun:
     method: str
     config: Any
     """:class:`RunConfig` or :class:`VerlRunConfig`."""
+    cell: tuple[tuple[str, str], ...] = ()
+    """Axis and value of everything in the grid but the seed. The control may lack the dotted ones."""
 
     @property
     def run_id(self) -> str:
@@ -57,7 +61,6 @@ class Study:
     tier: str
     control: str
     runs: tuple[PlannedRun, ...]
-    methods: Mapping[str, Any] = field(default_factory=dict)
 
 
 def load_study(path: Path) -> Study:
@@ -92,7 +95,7 @@ def parse_study(data: Mapping[str, Any], default_name: str = "study") -> Study:
     for grid in grids:
         for run in _expand(name, tier, methods, data.get("defaults") or {}, grid):
             runs.setdefault((run.method, run.run_id), run)
-    return Study(name, tier, control, tuple(runs.values()), methods)
+    return Study(name, tier, control, tuple(runs.values()))
 
 
 def _expand(
@@ -105,14 +108,41 @@ def _expand(
     names = grid.get("methods") or list(methods)
     lists = [v if isinstance(v, list) else [v] for v in axes.values()]
     for values in itertools.product(*lists):
-        cell: dict[str, Any] = {}
-        for key, value in zip(axes, values, strict=True):
-            cell.update({k: v for k, v in value.items() if k != "name"} if isinstance(value, dict) else {key: value})
         for name in names:
             if name not in methods:
                 raise ValueError(f"grids.methods: {name} is none of the methods {', '.join(methods)}")
-            knobs = {**defaults, **(grid.get("defaults") or {}), **cell, **(methods[name] or {})}
+            method = copy.deepcopy(dict(methods[name] or {}))
+            point: dict[str, Any] = {}
+            cell = []
+            for key, value in zip(axes, values, strict=True):
+                if "." in key and not _set_dotted(method, key, value):
+                    continue
+                if "." not in key:
+                    several = isinstance(value, dict)
+                    point.update({k: v for k, v in value.items() if k != "name"} if several else {key: value})
+                if key != "seed":
+                    cell.append((key, label(value)))
+            knobs = {**defaults, **(grid.get("defaults") or {}), **point, **method}
             try:
-                yield PlannedRun(study, tier, name, TIERS[tier].from_mapping(knobs))
+                yield PlannedRun(study, tier, name, TIERS[tier].from_mapping(knobs), tuple(cell))
             except ValueError as e:
                 raise ValueError(f"methods.{name}: {e}") from None
+
+
+def label(value: Any) -> str:
+    """A value of an axis as text; numbers in the shortest form that tells them apart."""
+    if isinstance(value, dict):
+        return str(value.get("name") or ", ".join(f"{k}={label(v)}" for k, v in value.items()))
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _set_dotted(method: dict[str, Any], key: str, value: Any) -> bool:
+    """Set ``a.b.c`` in a method that has the mapping ``a.b``; whether it has."""
+    *parents, last = key.split(".")
+    inside: Any = method
+    for parent in parents:
+        inside = inside.get(parent) if isinstance(inside, dict) else None
+    if not isinstance(inside, dict):
+        return False
+    inside[last] = value
+    return True

@@ -104,7 +104,9 @@ def _foreign_scales(config: RunConfig, cache: Path | None) -> list[float] | None
     """The sequence of factors which ``lr_scales_of`` asks for; None without it."""
     if config.lr_scales_of is None:
         return None
-    source = RunConfig.from_mapping({**_plain(replace(config, lr_scales_of=None, lr_scales="mean")), **config.lr_scales_of})
+    source = RunConfig.from_mapping(
+        {**_plain(replace(config, lr_scales_of=None, lr_scales="mean")), **config.lr_scales_of}
+    )
     _, factors = train(source, cache)
     if config.lr_scales == "mean":
         return [sum(factors) / len(factors)] * len(factors)

@@ -36,8 +36,8 @@ class Block(nn.Module):
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: Tensor | None = None, start: int = 0) -> Tensor:
         """``x [B, T, H]`` at positions ``start..start+T``; ``cache [2, B, heads, max, H/heads]`` receives keys and values."""
         b, t, width = x.shape
-        q, k, v = self.qkv(self.norm1(x)).view(b, t, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
+        qkv = self.qkv(self.norm1(x)).view(b, t, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        (q, k), v = _rotate(qkv[:2], cos, sin), qkv[2]
         if cache is not None:
             cache[0, :, :, start : start + t] = k
             cache[1, :, :, start : start + t] = v

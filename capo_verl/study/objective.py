@@ -93,9 +93,7 @@ def _rival_loss(config: RunConfig, batch: Batch, epoch: int) -> Tensor:
         raise ValueError(f"loss={config.loss!r}: expected pg, verl:NAME or one of {', '.join(RIVALS)}")
     rival = RIVALS[config.loss]
     inputs = {name: epoch if name == "epoch" else getattr(batch, name) for name in rival.needs}
-    losses, _ = rival(
-        batch.old_log_prob, batch.log_prob, batch.advantages, batch.mask, **inputs, **config.loss_knobs
-    )
+    losses, _ = rival(batch.old_log_prob, batch.log_prob, batch.advantages, batch.mask, **inputs, **config.loss_knobs)
     return aggregate(losses, batch, config.aggregation)
 
 

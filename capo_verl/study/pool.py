@@ -65,8 +65,6 @@ def run_study(
     columns = (
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
     )  # fmt: skip
-    # One Ray cluster at a time: the verl tier has no use for more.
-    jobs = 1 if any(run.tier == "verl" for run in todo) else jobs
     with Progress(*columns, console=console, speed_estimate_period=300) as progress:
         tiny = [run for run in todo if run.tier == "tiny"]
         bases = list({_base(run): run for run in tiny}.values())
@@ -91,7 +89,13 @@ def _base(run: PlannedRun, *keys: str) -> str:
 
 
 def _run_all(
-    todo: Sequence[PlannedRun], store: Store, jobs: int, cache: Path | None, progress: Progress, bar: Any, outcome: Outcome
+    todo: Sequence[PlannedRun],
+    store: Store,
+    jobs: int,
+    cache: Path | None,
+    progress: Progress,
+    bar: Any,
+    outcome: Outcome,
 ) -> None:
     merged = time.monotonic()
 
@@ -111,7 +115,10 @@ def _run_all(
             store.merge()
             merged = time.monotonic()
 
-    _Pool(jobs).map(execute, [(run, store.folder, cache) for run in todo], ended)
+    _Pool(jobs).map(execute, [(run, store.folder, cache) for run in todo if run.tier == "tiny"], ended)
+    for run in todo:
+        if run.tier == "verl":  # a Ray cluster of its own, one at a time; here, so that Ctrl-C stops it in good order
+            ended((run,), execute(run, store.folder, cache), None)
 
 
 class _Pool:
@@ -180,3 +187,5 @@ def _terminate(executor: ProcessPoolExecutor) -> None:
             os.kill(process.pid, signal.SIGTERM)
     for process in processes:
         process.join(timeout=5)
+        if process.is_alive():
+            process.kill()

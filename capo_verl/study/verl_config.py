@@ -25,6 +25,8 @@ class VerlRunConfig:
     seed: int = 1
     lr: float = 2e-4
     steps: int = 20
+    evaluations: int = 4
+    """How often held-out accuracy is measured after the start; must divide ``steps``."""
     overrides: tuple[str, ...] = field(default_factory=tuple)
     """Hydra overrides of the method, such as ``+capo=kl_budget``."""
     settings: tuple[str, ...] = field(default_factory=tuple)
@@ -33,6 +35,8 @@ class VerlRunConfig:
     def __post_init__(self) -> None:
         if self.launcher not in LAUNCHERS:
             raise ValueError(f"launcher={self.launcher!r}: expected one of {', '.join(LAUNCHERS)}")
+        if self.evaluations < 1 or self.steps % self.evaluations:
+            raise ValueError(f"evaluations={self.evaluations!r}: must divide steps={self.steps}")
         object.__setattr__(self, "lr", float(self.lr))
         for name in ("overrides", "settings"):
             object.__setattr__(self, name, tuple(str(x) for x in getattr(self, name)))

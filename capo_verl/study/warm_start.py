@@ -133,9 +133,7 @@ def _train_until(
     return before, accuracy
 
 
-def _unlearn(
-    model: TinyTransformer, task: Task, random: torch.Generator, seed: int, target: float
-) -> Tensor:
+def _unlearn(model: TinyTransformer, task: Task, random: torch.Generator, seed: int, target: float) -> Tensor:
     """Train on demonstrations with more and more mistakes until accuracy is below the target; the parameters before."""
     optimizer = _adam(model, RECIPE["noisy_lr"])
     mistakes = 1 - target ** (1 / task.response_length)
@@ -146,7 +144,9 @@ def _unlearn(
         if evaluate(model, task, RECIPE["check"], seed) < target:
             return before
         mistakes = min(0.5, mistakes * RECIPE["growth"])
-    raise RuntimeError(f"the warm start kept an accuracy above base={target} although half of the demonstrations were wrong")
+    raise RuntimeError(
+        f"the warm start kept an accuracy above base={target} although half of the demonstrations were wrong"
+    )
 
 
 def supervised_step(

@@ -36,7 +36,9 @@ class Fillers(Task):
         self.prompt_length = digits + 1
         expected = digits / (1 - share)
         # Four standard deviations of the negative binomial above its mean.
-        self.response_length = digits if share == 0 else math.ceil(expected + 4 * math.sqrt(expected * share / (1 - share)))
+        self.response_length = (
+            digits if share == 0 else math.ceil(expected + 4 * math.sqrt(expected * share / (1 - share)))
+        )
         self.weights = (torch.arange(fillers) + 1.0) ** -tail
 
     def problems(self, n: int, generator: torch.Generator, held_out: bool = False) -> Problems:

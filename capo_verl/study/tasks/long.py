@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``long``: insertion sort written out pass by pass, 144 tokens by default. Only the last list is rewarded."""
+"""``long``: insertion sort written out pass by pass, 120 tokens by default. Only the last list is rewarded."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class InsertionSort(Task):
 
     vocab_size = 16
 
-    def __init__(self, digits: int = 12):
+    def __init__(self, digits: int = 11):
         if not 3 <= digits <= 15:
             raise ValueError(f"task_knobs.digits={digits!r}: expected 3 to 15")
         self.digits = digits

@@ -55,7 +55,7 @@ PANELS = (
     Panel("accuracy", "Held-out accuracy", "accuracy", (Curve(ACCURACY),)),
     Panel("reward", "Training reward", "mean reward", (Curve(REWARD),)),
     Panel("rejection", "Rejected tokens", "% of tokens", _SIGNS, factor=100.0, limits=(0.0, None)),
-    Panel("weight", "Mean weight of a token", "weight", (Curve("capo/weight_mean"),), limits=(0.0, 1.0)),
+    Panel("weight", "Mean weight of a token", "weight", (Curve("capo/weight_mean"),), limits=(0.0, 1.05)),
     Panel(
         "policy_shift", "Policy shift m_F of a token", "nats",
         (Curve("capo/policy_shift_p50", "median"), Curve("capo/policy_shift_p99", "99th percentile"),

@@ -43,15 +43,32 @@ function showTip(x, y, children, above = y) {
   tip.style.top = `${Math.max(4, top)}px`;
 }
 
+// Opened by keyboard, it follows its element when the page scrolls (as it does to show that element); by mouse, it closes.
+let follow = null;
+function followTip(tell) {
+  tell();
+  follow = tell;
+}
+function pointTip(tell) {
+  follow = null;
+  tell();
+}
 function hideTip() {
+  follow = null;
   tip.hidden = true;
 }
 addEventListener("keydown", (event) => event.key === "Escape" && hideTip());
-addEventListener("scroll", hideTip, { passive: true });
+addEventListener("scroll", () => (follow ? follow() : hideTip()), { passive: true, capture: true });
 
-function swatch(number) {
-  return make("span", { class: "swatch", style: { "background-color": colour(number) } });
+// The second seven runs have rings on their curves, the third and further squares.
+const again = (number) => ["", "again", "again third"][Math.min(2, Math.floor(number / COLOURS))];
+function paint(mark, number) {
+  mark.className = `swatch ${again(number)}`;
+  mark.style.setProperty("background-color", colour(number));
+  mark.style.setProperty("border-color", colour(number));
+  return mark;
 }
+const swatch = (number) => paint(make("span"), number);
 
 // The mark of a run follows its colour: its own, or with averaging its group's.
 const runColour = (run) => (state.average ? DATA.groups.find((group) => group.runs.includes(run.index)).colour : run.index);
@@ -62,5 +79,5 @@ function runSwatch(run) {
   return mark;
 }
 function repaintRuns() {
-  for (const [run, mark] of runMarks) mark.style.setProperty("background-color", colour(runColour(run)));
+  for (const [run, mark] of runMarks) paint(mark, runColour(run));
 }

@@ -71,7 +71,7 @@ function drawPanel(panel, svg) {
     );
   svg.append(make("text", { x: (LEFT + W - RIGHT) / 2, y: H - 5, "text-anchor": "middle" }, DATA.axes[state.axis]));
   for (const line of lines) {
-    const paint = colour(line.colour);
+    const paint = colour(line.colour), repeat = again(line.colour);
     if (line.points[0].low !== undefined) {
       const edge = path(line.points, scale, "high") + path([...line.points].reverse(), scale, "low").replace("M", "L") + "Z";
       svg.append(make("path", { class: "band", d: edge, style: { fill: paint, opacity: 0.16 } }));
@@ -79,7 +79,15 @@ function drawPanel(panel, svg) {
     svg.append(make("path", {
       class: "curve", d: path(line.points, scale), "stroke-dasharray": line.dash, "data-label": line.label, style: { stroke: paint },
     }));
-    if (line.points.length <= 12)
+    const every = Math.max(1, Math.round(line.points.length / 10));
+    if (repeat)
+      for (const p of line.points.filter((_, i) => i % every === 0)) {
+        const [x, y] = [scale.x(p.x), scale.y(p.y)];
+        svg.append(repeat === "again"
+          ? make("circle", { class: "again", cx: x, cy: y, r: 3, style: { stroke: paint } })
+          : make("rect", { class: "again", x: x - 3, y: y - 3, width: 6, height: 6, style: { stroke: paint } }));
+      }
+    else if (line.points.length <= 12)
       for (const p of line.points) svg.append(make("circle", { cx: scale.x(p.x), cy: scale.y(p.y), r: 2.4, style: { fill: paint } }));
   }
   addCrosshair(svg, lines, scale);
@@ -112,14 +120,18 @@ function addCrosshair(svg, lines, scale) {
   const closest = (x) => xs.reduce((best, v, i) => (Math.abs(v - x) < Math.abs(xs[best] - x) ? i : best), 0);
   svg.onpointermove = (event) => {
     const box = svg.getBoundingClientRect();
-    look(closest(scale.invert(((event.clientX - box.left) / box.width) * W)), event.clientX, event.clientY);
+    const index = closest(scale.invert(((event.clientX - box.left) / box.width) * W));
+    pointTip(() => look(index, event.clientX, event.clientY));
   };
   svg.onpointerleave = svg.onblur = hide;
   svg.onkeydown = (event) => {
     const to = { ArrowRight: at + 1, ArrowLeft: at < 0 ? xs.length - 1 : at - 1, Home: 0, End: xs.length - 1 }[event.key];
     if (to === undefined) return;
     event.preventDefault();
-    const box = svg.getBoundingClientRect(), index = Math.max(0, Math.min(xs.length - 1, to));
-    look(index, box.left + (scale.x(xs[index]) / W) * box.width, box.top + box.height / 2);
+    const index = Math.max(0, Math.min(xs.length - 1, to));
+    followTip(() => {
+      const box = svg.getBoundingClientRect();
+      look(index, box.left + (scale.x(xs[index]) / W) * box.width, box.top + box.height / 2);
+    });
   };
 }

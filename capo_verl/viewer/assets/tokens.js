@@ -113,7 +113,7 @@ function token(r, i, out, low, high) {
   return make("span", {
     class: ["token", sign, out ? "rejected" : ""].filter(Boolean).join(" "), tabindex: -1, role: "note",
     "aria-label": `${piece} ${verdict}, ${rows.map((row) => row.join(" ")).join(", ")}`, style: { "--share": `${Math.round(share * 90)}%` },
-    onpointermove: (event) => tell(event.clientX, event.clientY), onpointerleave: hideTip, onblur: hideTip,
-    onfocus: (event) => { const box = event.target.getBoundingClientRect(); tell(box.left, box.bottom, box.top); },
+    onpointermove: (event) => pointTip(() => tell(event.clientX, event.clientY)), onpointerleave: hideTip, onblur: hideTip,
+    onfocus: (event) => followTip(() => { const box = event.target.getBoundingClientRect(); tell(box.left, box.bottom, box.top); }),
   }, visible(piece));
 }

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -151,11 +151,6 @@ def record(results: Results, measured: Any, tokens_kept: int, reward: float, abo
     results.batches.append(tables.batch_row(measured, **about, reward=reward))
     kept = {k: about[k] for k in ("tier", "task", "optimizer", "lr", "seed", "step")}
     results.tokens.append(tables.token_rows(measured, tokens_kept, draw=int(about["step"]), **kept))
-
-
-def join(parts: Sequence[Results]) -> Results:
-    """One after the other."""
-    return Results(*([x for part in parts for x in getattr(part, f.name)] for f in fields(Results)))
 
 
 def runs_by_source(frame: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from capo_verl.calibration import evidence
 from capo_verl.calibration.pretrained_study import PretrainedStudy, run_smollm2
-from capo_verl.calibration.study import Results, TinyStudy, build, join, run_tiny
+from capo_verl.calibration.study import TinyStudy, build, run_tiny
 
 PARTS = {"tiny": TinyStudy, "smollm2": PretrainedStudy}
 
@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             chosen = {name: part for name, part in parts.items() if args.only in (None, name)}
             if not chosen:
                 raise ValueError(f"--only {args.only}: {args.study} has no such part")
-            evidence.save(_run(chosen), args.output, replace=_tiers(chosen))
+            _run(chosen, args.output)
         frames = evidence.load(args.output)
         text = evidence.markdown(frames)
         (args.output / "calibration.md").write_text(text, encoding="utf-8")
@@ -68,22 +68,23 @@ def read(path: Path) -> dict[str, Any]:
     return {name: build(PARTS[name], content[name] or {}, name) for name in PARTS if name in content}
 
 
-def _run(parts: Mapping[str, Any]) -> Results:
+def _run(parts: Mapping[str, Any], output: Path) -> None:
+    """Each part is on disk once it is complete."""
     from rich.console import Console
     from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-    results = []
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         if "tiny" in parts:
             bar = progress.add_task("tiny tier", total=len(parts["tiny"].runs()))
-            results.append(run_tiny(parts["tiny"], lambda what: progress.advance(bar)))
+
+            def advance(what: str) -> None:
+                progress.advance(bar)
+                if not console.is_terminal:
+                    console.print(what, highlight=False)
+
+            evidence.save(run_tiny(parts["tiny"], advance), output, replace=("tiny",))
         if "smollm2" in parts:
-            results.append(run_smollm2(parts["smollm2"], lambda line: console.print(line, highlight=False)))
-    return join(results)
-
-
-def _tiers(parts: Mapping[str, Any]) -> tuple[str, ...]:
-    names = {"tiny": "tiny", "smollm2": "SmolLM2-135M"}
-    return tuple(names[part] for part in parts)
+            found = run_smollm2(parts["smollm2"], lambda line: console.print(line, highlight=False))
+            evidence.save(found, output, replace=("SmolLM2-135M",))

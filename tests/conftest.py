@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
-ALONE = ("e2e", "launch", "quickstart", "rewards", "slurm", "viewer")
-"""Folders of tests that wait for real time limits, signals or a browser: nothing else should run beside them."""
+ALONE = ("e2e/", "launch/", "quickstart/", "rewards/", "slurm/", "viewer/test_browser.py")
+"""Where tests wait for real time limits, signals or a browser: nothing else should run beside them."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     here = Path(__file__).parent
     for item in items:
-        if item.path.relative_to(here).parts[0] in ALONE:
+        if item.path.relative_to(here).as_posix().startswith(ALONE):
             item.add_marker("alone")
 
 

@@ -116,8 +116,10 @@ def draw(frames: Frames, folder: Path) -> list[Path]:
         "calibration_tokens": _tokens_figure(frames["calibration_tokens"]),
         "calibration_predictors": _predictors_figure(frames["calibration"]),
         "calibration_depth": _depth_figure(frames["calibration"]),
-        "calibration_batch": _batch_figure(frames["calibration_batches"]),
     }
+    batches = {name: rows for name, rows in runs_by_source(frames["calibration_batches"]) if len(rows) >= 8}
+    if batches:
+        made["calibration_batch"] = _batch_figure(batches)
     return [path for name, picture in made.items() for path in figure.save(picture, folder / name)]
 
 
@@ -180,17 +182,17 @@ def _batch_table(batches: pd.DataFrame) -> str:
             ratio = ratio[np.isfinite(ratio) & (ratio > 0)]
             limits = f"{tables.magnitude(ratio.min())} – {tables.magnitude(ratio.max())}"
             rows.append(["", label, "×" + tables.cell(row, "spread"), tables.cell(row, "rank"), limits])
+    if not rows:
+        return "No run with four measured steps.\n"
     return tables.markdown(["", "prediction", "typical error", "Spearman", "true / predicted"], rows)
 
 
 def _tokens_figure(tokens: pd.DataFrame) -> Figure:
     sources = dict(runs_by_source(tokens))
-    picture, panels = _grid(
-        "Predicted policy shift and true KL of response tokens, all parameters trained", len(sources)
-    )
+    picture, panels = _grid("Predicted policy shift and true KL of response tokens", len(sources))
     for panel, (name, rows) in zip(panels, sources.items(), strict=True):
         figure.calibration_panel(panel, rows["policy_shift"].to_numpy(float), rows["kl"].to_numpy(float))
-        panel.set_title(f"{name}: {panel.get_title(loc='left')}", fontsize=9, loc="left")
+        panel.set_title(f"{name}\n{panel.get_title(loc='left')}", fontsize=9, loc="left")
     return picture
 
 
@@ -221,8 +223,7 @@ def _depth_figure(steps: pd.DataFrame) -> Figure:
     return picture
 
 
-def _batch_figure(batches: pd.DataFrame) -> Figure:
-    sources = {name: rows for name, rows in runs_by_source(batches) if len(rows) >= 8}
+def _batch_figure(sources: Mapping[str, pd.DataFrame]) -> Figure:
     picture, panels = _grid("Batch m_F and mean true KL of each measured step", len(sources))
     for panel, (name, rows) in zip(panels, sources.items(), strict=True):
         figure.batch_panel(panel, rows)

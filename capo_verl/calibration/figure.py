@@ -78,7 +78,9 @@ def calibration_panel(
     inside = (x > x.max() - DECADES) & (y > y.max() - DECADES)
     x, y = x[inside], y[inside]
     panel.hexbin(x, y, gridsize=38, bins="log", cmap="Greys", mincnt=1, linewidths=0.1)
-    low, high = min(x.min(), y.min()), max(x.max(), y.max())
+    # A handful of tokens with next to no prediction would squeeze all others into a corner.
+    limits = [(float(np.quantile(v, 0.003)) - 0.5, float(v.max()) + 0.5) for v in (x, y)]
+    low, high = min(v[0] for v in limits), max(v[1] for v in limits)
     panel.plot([low, high], [low, high], color=ORANGE, lw=1.4, label="true = predicted")
     edges = np.quantile(x, np.linspace(0, 1, min(16, max(2, len(x) // 20)) + 1))
     bins = np.clip(np.searchsorted(edges, x, side="right") - 1, 0, len(edges) - 2)
@@ -90,10 +92,11 @@ def calibration_panel(
         panel.plot(middle, median, color=BLUE, lw=2, marker="o", ms=3.5, label="median, 10–90 %")
     ratio = float(10 ** np.median(y - x))
     panel.set(xlabel=f"predicted {label} (nats)", ylabel="true token KL (nats)")
-    panel.set_title(f"true / predicted: median {_short(ratio)}", fontsize=9, loc="left")
-    for axis in (panel.xaxis, panel.yaxis):
+    panel.set_title(f"median of true / predicted: {_short(ratio)}", fontsize=9, loc="left")
+    panel.set(xlim=limits[0], ylim=limits[1])
+    for axis, (start, end) in zip((panel.xaxis, panel.yaxis), limits, strict=True):
         axis.set_major_formatter(lambda value, _: f"$10^{{{value:.0f}}}$" if float(value).is_integer() else "")
-        axis.set_major_locator(_whole(int(max(1, (high - low) // 6))))
+        axis.set_major_locator(_whole(int(max(1, (end - start) // 4))))
     panel.legend(frameon=False, fontsize=8, loc="best")
     _clean(panel)
 

@@ -47,7 +47,7 @@ def run_study(
     Args:
         runs: those with an equal ``run_id`` are run once.
         results: see :class:`Store`.
-        jobs: worker processes, each of one thread.
+        jobs: worker processes, each of one thread; 0: in this process, one run after the other.
         cache: folder of the warm starts.
         retry_failed: whether a run recorded as failed is tried again.
 
@@ -134,6 +134,10 @@ class _Pool:
         ended: Callable[[tuple[Any, ...], Any, str | None], None],
     ) -> None:
         """``ended(arguments, result or None, error or None)`` for every call, as they end."""
+        if self.jobs == 0:
+            for arguments in calls:
+                ended(arguments, function(*arguments), None)
+            return
         waiting = list(calls)
         while waiting:
             waiting = self._until_broken(function, waiting, ended)

@@ -22,7 +22,6 @@ from capo_verl.study.store import Store
 def start_worker() -> None:
     """One thread; Ctrl-C is the parent's to handle."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    os.nice(5)
     import torch
 
     torch.set_num_threads(1)

@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The tables in ``docs/evidence.md`` and the figures beside it, from the packed results alone.
+
+    python -m capo_verl.study.evidence [docs/evidence.md]
+
+Between ``<!-- study NAME -->`` and ``<!-- end NAME -->`` the page's text is replaced by that study's tables; what is written
+outside stays. A marker without results gets one sentence which says so.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+
+from capo_verl.launch.files import replace_text
+from capo_verl.study import figures
+from capo_verl.study.store import CURVES, RUNS, read
+from capo_verl.study.tables import frame_tables
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "evidence.md"
+SECTION = re.compile(r"(<!-- study (?P<name>[\w-]+) -->\n).*?(<!-- end (?P=name) -->)", re.DOTALL)
+
+
+def render(page: str, runs: pd.DataFrame, curves: pd.DataFrame) -> str:
+    """The page with its tables.
+
+    Args:
+        runs, curves: as packed by :func:`capo_verl.study.frame.pack`.
+    """
+
+    def section(match: re.Match[str]) -> str:
+        frame = runs[runs["study"] == match["name"]] if not runs.empty else runs
+        if frame.empty:
+            return f"{match[1]}\nNo results yet.\n\n{match[3]}"
+        text = frame_tables(frame, curves[curves["run_id"].isin(frame["run_id"])])
+        return f"{match[1]}\n{text}\n{match[3]}"
+
+    return SECTION.sub(section, page)
+
+
+def draw(runs: pd.DataFrame, curves: pd.DataFrame, folder: Path) -> list[Path]:
+    """All figures of the studies that have results: ``STUDY-KIND.png`` and ``.svg``. Returns the PNGs."""
+    made: list[Path] = []
+
+    def add(name: str, kind: str, draw_: Callable[[Path], None]) -> None:
+        path = folder / f"{name}-{kind}.png"
+        draw_(path)
+        made.append(path)
+
+    for name, frame in runs.groupby("study", sort=True):
+        mine = curves[curves["run_id"].isin(frame["run_id"])]
+        rates = sorted(frame["lr"].unique())
+        if any("." in axis for cell in frame["cell"] for axis in json.loads(cell)):
+            add(name, "sensitivity", lambda p, f=frame: figures.sensitivity(f, p))
+            continue
+        if len(rates) > 2:
+            add(name, "rates", lambda p, f=frame: figures.over_learning_rate(f, p))
+        # A rate that suits the control, and one that is too fast.
+        shown = [rates[len(rates) // 3], rates[-2]] if len(rates) > 3 else rates
+        if frame["method"].nunique() <= 12:
+            add(name, "curves", lambda p, f=frame, c=mine, r=shown: figures.learning_curves(f, c, r, p))
+        if len(rates) > 2 and "mean_scale" in frame and frame["mean_scale"].min() < 0.99:
+            add(name, "scale", lambda p, f=frame, c=mine: figures.scale_found(f, c, p))
+    return made
+
+
+def main(page: Path = PAGE) -> int:
+    """Write tables and figures."""
+    folder = page.with_suffix("")
+    runs, curves = read(folder / RUNS), read(folder / CURVES)
+    if runs.empty:
+        print(f"{folder / RUNS} is missing: scripts/study.py pack writes it", file=sys.stderr)
+        return 2
+    replace_text(page, render(page.read_text(encoding="utf-8"), runs, curves))
+    for path in draw(runs, curves, folder):
+        print(path)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(*map(Path, sys.argv[1:2])))

@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The studies' figures: accuracy curves with bands, final accuracy over the learning rate, sensitivity, the scale that was found.
+
+Colours are Okabe and Ito's, which people with any colour vision tell apart; methods differ by marker and dash as well.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from capo_verl.study.compare import interval, scores
+
+OKABE_ITO = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442")
+MARKERS = "osD^vPX*"
+DASHES = ("-", "--", "-.", ":")
+
+
+def style(number: int) -> dict[str, Any]:
+    """Colour, marker and dash of the n-th method."""
+    n = len(OKABE_ITO)
+    return {
+        "color": OKABE_ITO[number % n],
+        "marker": MARKERS[number % n],
+        "linestyle": DASHES[number // n % len(DASHES)],
+    }
+
+
+def styles(frame: pd.DataFrame) -> dict[str, dict[str, Any]]:
+    """Of all methods of a study, the control first and black."""
+    control = frame["control"].iloc[0]
+    methods = [control, *(m for m in frame["method"].unique() if m != control)]
+    return {method: style(i) for i, method in enumerate(methods)}
+
+
+def over_learning_rate(frame: pd.DataFrame, path: Path) -> None:
+    """Final accuracy (mean and 95 % interval over seeds) over the learning rate, a panel per cell."""
+    frame = scores(frame, "final").copy()
+    frame["rest"] = [_rest(c) for c in frame["cell"]]
+    look = styles(frame)
+    figure, panels = _panels(list(frame["rest"].unique()), "learning rate", "final accuracy")
+    for rest, ax in panels.items():
+        rows = frame[frame["rest"] == rest]
+        for method in look:
+            mine = rows[rows["method"] == method]
+            if not mine.empty:
+                _points(ax, mine, "lr", "final", method, look[method])
+        base = rows["base"].mean()
+        ax.axhline(base, color="0.6", linewidth=1, linestyle=":", zorder=0)
+        ax.annotate(
+            "base", (1, base), xycoords=("axes fraction", "data"), ha="right", va="bottom", color="0.4", fontsize=8
+        )
+        ax.set_xscale("log")
+        ax.set_ylim(-0.02, 1.02)
+    _save(figure, panels, path)
+
+
+def learning_curves(frame: pd.DataFrame, curves: pd.DataFrame, rates: Sequence[float], path: Path) -> None:
+    """Held-out accuracy over completions, mean and range over seeds, a panel per cell and learning rate."""
+    frame = frame[frame["lr"].isin(rates) & (frame["status"] == "finished")].copy()
+    frame["panel"] = [
+        f"{_rest(c)}, lr {lr:g}" if _rest(c) else f"lr {lr:g}" for c, lr in zip(frame["cell"], frame["lr"], strict=True)
+    ]
+    look = styles(frame)
+    joined = curves.merge(frame[["run_id", "method", "panel", "seed"]], on="run_id")
+    figure, panels = _panels(list(frame["panel"].unique()), "completions", "held-out accuracy", columns=len(rates))
+    for panel, ax in panels.items():
+        for method in look:
+            rows = joined[(joined["panel"] == panel) & (joined["method"] == method)]
+            if rows.empty:
+                continue
+            by = rows.groupby("completions")["accuracy"]
+            x = np.array(list(by.groups))
+            quiet = {k: v for k, v in look[method].items() if k != "marker"}
+            ax.plot(x, by.mean(), label=method, linewidth=1.6, **quiet)
+            ax.fill_between(x, by.min(), by.max(), color=look[method]["color"], alpha=0.12, linewidth=0)
+        ax.set_ylim(-0.02, 1.02)
+    _save(figure, panels, path)
+
+
+def sensitivity(frame: pd.DataFrame, path: Path) -> None:
+    """Final accuracy over every dotted axis of a study, a panel per axis; the control's mean as a line."""
+    frame = scores(frame, "final").copy()
+    control = frame.loc[frame["method"] == frame["control"], "final"]
+    cells = [json.loads(c) for c in frame["cell"]]
+    axes = sorted({k for c in cells for k in c if "." in k})
+    figure, panels = _panels(axes, "", "final accuracy")
+    look = styles(frame)
+    for axis, ax in panels.items():
+        at = [c.get(axis) for c in cells]
+        rows = frame[[a is not None for a in at]].copy()
+        rows["value"] = [float(a) for a in at if a is not None]
+        for method, mine in rows.groupby("method", sort=False):
+            _points(ax, mine, "value", "final", str(method), look[str(method)])
+        ax.axhline(control.mean(), color="black", linewidth=1, label=f"{frame['control'].iloc[0]} (control)")
+        ax.set_xscale("log")
+        ax.set_xlabel(axis.removeprefix("capo."))
+        ax.set_ylim(-0.02, 1.02)
+        ax.legend(frameon=False, fontsize=8, loc="best")
+    _save(figure, {}, path)
+
+
+def scale_found(frame: pd.DataFrame, curves: pd.DataFrame, path: Path) -> None:
+    """Where the budget leads: learning rate times scale at the end of the run, over the learning rate asked for."""
+    last = curves.sort_values("step").groupby("run_id").tail(3).groupby("run_id")["scale"].mean()
+    frame = frame[frame["status"] == "finished"].merge(last.rename("last_scale"), on="run_id")
+    frame = frame[frame.groupby("method")["last_scale"].transform("min") < 0.999].copy()
+    frame["rest"] = [_rest(c) for c in frame["cell"]]
+    frame["effective"] = frame["lr"] * frame["last_scale"]
+    look = {method: style(i + 1) for i, method in enumerate(frame["method"].unique())}
+    figure, panels = _panels(
+        list(frame["rest"].unique()), "learning rate asked for", "learning rate in effect, at the end"
+    )
+    for rest, ax in panels.items():
+        rows = frame[frame["rest"] == rest]
+        for method in look:
+            mine = rows[rows["method"] == method]
+            if not mine.empty:
+                _points(ax, mine, "lr", "effective", method, look[method])
+        ends = np.array([frame["lr"].min(), frame["lr"].max()])
+        ax.plot(ends, ends, color="0.6", linewidth=1, linestyle=":", zorder=0)
+        ax.annotate("no control", ends[[0, 0]] * 1.3, color="0.4", fontsize=8, rotation=30, va="bottom")
+        ax.set_xscale("log")
+        ax.set_yscale("log")
+    _save(figure, panels, path)
+
+
+def _points(ax: Any, rows: pd.DataFrame, x: str, y: str, label: str, look: dict[str, Any]) -> None:
+    found = [(value, *interval(list(group[y]))) for value, group in rows.groupby(x)]
+    at, mean, low, high = (np.array(v) for v in zip(*found, strict=True))
+    ax.plot(at, mean, label=label, linewidth=1.6, markersize=5, **look)
+    ax.fill_between(at, low, high, color=look["color"], alpha=0.15, linewidth=0)
+
+
+def _panels(titles: Sequence[str], x: str, y: str, columns: int | None = None) -> tuple[Any, dict[str, Any]]:
+    from matplotlib.figure import Figure
+
+    columns = min(columns or 3, len(titles))
+    rows = math.ceil(len(titles) / columns)
+    figure = Figure(figsize=(4.1 * columns, 3.3 * rows + 0.8), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False).flatten()
+    for i, ax in enumerate(grid):
+        if i >= len(titles):
+            ax.set_axis_off()
+            continue
+        ax.set_title(titles[i], fontsize=10)
+        ax.set_xlabel(x)
+        ax.set_ylabel(y if i % columns == 0 else "")
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.grid(alpha=0.25, linewidth=0.5)
+    return figure, dict(zip(titles, grid, strict=False))
+
+
+def _save(figure: Any, panels: dict[str, Any], path: Path) -> None:
+    """PNG, and SVG beside it; one legend for all panels."""
+    handles: dict[str, Any] = {}
+    for ax in panels.values():
+        for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
+            handles.setdefault(label, handle)
+    if handles:
+        columns = min(len(handles), 4 if len(panels) > 1 else 2)
+        figure.legend(
+            handles.values(), handles.keys(), loc="outside lower center", ncols=columns, frameon=False, fontsize=9
+        )
+    import matplotlib
+
+    # Without these two, the same data would give another file every time.
+    with matplotlib.rc_context({"svg.hashsalt": "capo", "svg.fonttype": "none"}):
+        figure.savefig(path.with_suffix(".png"), dpi=130)
+        figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
+
+
+def _rest(cell: str) -> str:
+    return ", ".join(
+        v if k == "task" else f"{k} {v}" for k, v in json.loads(cell).items() if k != "lr" and "." not in k
+    )

@@ -76,7 +76,7 @@ class CapoConfig:
     """What is accepted or rejected as one: ``token``, ``sequence``, ``batch``, or several, applied in turn."""
     mode: str = "filter"
     """``filter`` removes rejected tokens from the loss; ``track`` measures and changes nothing; ``off`` does not even measure,
-    for runs that want the ``kl_budget`` alone."""
+    for runs that want the ``kl_budget`` alone; NaN is then found by the KL probe only, after the step."""
     policy_penalty: float = 0.0
     """lambda_F: adds lambda_F * m_F, as a function of the logits along a fixed direction, to the loss of every token that is
     kept. Needs ``granularity=token``; ignored with ``mode=track``."""
@@ -164,6 +164,7 @@ class CapoConfig:
             self, "granularity", self.granularity if isinstance(self.granularity, str) else tuple(stages)
         )
         self._check_weighting()
+        self._check_off()
         if isinstance(self.betas, str) or not isinstance(self.betas, Sequence) or len(self.betas) != 2:
             raise ValueError(f"capo.betas={self.betas!r}: expected two numbers in [0, 1)")
         for beta in self.betas:
@@ -194,10 +195,26 @@ class CapoConfig:
                 f"capo.policy_shift_max.target_rejection follows one granularity, but capo.granularity={self.granularity!r}; set it "
                 "to one of them, or policy_shift_max to a number"
             )
+        if isinstance(tau, TargetRejection) and self.stages == ("batch",):
+            raise ValueError(
+                "capo.policy_shift_max.target_rejection is a share of the tokens, but with capo.granularity=batch all of them have one "
+                "m_F; set granularity=token or sequence, or policy_shift_max to a number"
+            )
         for name in ("policy_penalty", "objective_penalty"):
             if getattr(self, name) and not tokens_only:
                 raise ValueError(
                     f"capo.{name}={getattr(self, name)!r} is of single tokens: set capo.granularity=token, not {self.granularity!r}"
+                )
+
+    def _check_off(self) -> None:
+        """What somebody who asks for it would miss: ``mode=off`` leaves out everything but the KL budget."""
+        if self.mode != "off":
+            return
+        for name in ("weighting", "max_rejection", "policy_penalty", "objective_penalty", "on_nonfinite"):
+            value = getattr(self, name)
+            if value != type(self).__dataclass_fields__[name].default:
+                raise ValueError(
+                    f"capo.{name}={value!r} has no effect with capo.mode=off; set capo.mode=filter (or track), or leave it out"
                 )
 
     def _check_kl_budget(self) -> None:

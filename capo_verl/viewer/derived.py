@@ -73,13 +73,19 @@ def _completions(run: Run) -> Series | None:
 
 
 def _accepted_tokens(run: Run) -> Series | None:
-    """Response tokens which the loss was computed on, each counted once. Without CAPO, and with ``mode=track``, all."""
+    """Response tokens which the loss was computed on, each counted once. Without CAPO, with ``mode=track`` and with soft weights,
+    all; likewise once the guard has stopped the filter."""
     if COMPLETIONS not in run.series or "response_length/mean" not in run.series:
         return None
     completions, lengths = run.series[COMPLETIONS].at(), run.series["response_length/mean"].at()
-    config = run.config or {}
-    filters = all(value != "track" for key, value in config.items() if key.endswith("policy_loss.capo.mode"))
+    filters = not any(
+        (key.endswith("policy_loss.capo.mode") and value == "track")
+        or (key.endswith("policy_loss.capo.weighting") and value != "hard")
+        for key, value in (run.config or {}).items()
+    )
     rejected = run.series["capo/rejection_rate"].at() if filters and "capo/rejection_rate" in run.series else {}
+    stopped = run.series["capo/filter_stopped"].at() if "capo/filter_stopped" in run.series else {}
+    rejected = {step: 0.0 if stopped.get(step) else share for step, share in rejected.items()}
     so_far, before, found = 0.0, 0.0, Series()
     for step, total in sorted(completions.items()):
         so_far += (total - before) * lengths.get(step, 0.0) * (1 - rejected.get(step, 0.0))

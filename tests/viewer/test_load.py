@@ -136,11 +136,20 @@ def test_further_starts_of_a_run_continue_it(tmp_path):
     assert at(run, "m") == {1: 1.0, 2: 2.0, 3: 30.0, 4: 400.0}
 
 
-def test_tracking_runs_train_on_all_tokens(tmp_path):
+@pytest.mark.parametrize("knob", [("mode", "track"), ("weighting", "soft"), ("weighting", "soft_balanced")])
+def test_where_no_token_leaves_the_loss_all_are_counted(tmp_path, knob):
     write_file_log(tmp_path / "metrics.jsonl", capo_rows())
-    write_config(tmp_path, actor_rollout_ref__actor__policy_loss__capo__mode="track")
+    write_config(tmp_path, **{f"actor_rollout_ref__actor__policy_loss__capo__{knob[0]}": knob[1]})
     (run,) = load_runs([tmp_path])
     assert at(run, ACCEPTED)[10] == 10 * 32 * 8
+
+
+def test_once_the_guard_has_stopped_the_filter_all_tokens_are_counted(tmp_path):
+    rows = [(step, {**data, "capo/filter_stopped": float(step > 4)}) for step, data in capo_rows()]
+    write_file_log(tmp_path / "metrics.jsonl", rows)
+    write_config(tmp_path, actor_rollout_ref__actor__policy_loss__capo__weighting="hard")
+    (run,) = load_runs([tmp_path])
+    assert at(run, ACCEPTED)[10] == 4 * 32 * 8 * 0.75 + 6 * 32 * 8
 
 
 def test_runs_of_the_same_name_are_told_apart(tmp_path):

@@ -170,11 +170,11 @@ class FilteredStep:
             )  # fmt: skip
 
     def _warn_if_stopped(self, metrics: dict[str, float]) -> None:
-        if metrics.get("capo/filter_stopped") and not self._told_of_stop:
+        if metrics.get("capo/filter_stopped") and self.config.mode == "filter" and not self._told_of_stop:
             self._told_of_stop = True
             logger.warning(
                 "CAPO rejected more than %g of the tokens in %d optimizer steps in a row and filters no more (capo.max_rejection): "
-                "from now on it only measures. Half of the tokens have m_F < %.1e; raise capo.policy_shift_max, or use "
+                "from now on it only measures (penalties stay). Half of the tokens have m_F < %.1e; raise capo.policy_shift_max, or use "
                 "+capo=kl_budget", self.config.max_rejection, self.config.max_rejection_steps, metrics["capo/policy_shift_p50"],
             )  # fmt: skip
 

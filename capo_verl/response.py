@@ -97,7 +97,8 @@ def accepted_response(accepted: Tensor, data: TensorDict) -> Tensor:
 def weigh_advantages(data: TensorDict, weights: Tensor) -> TensorDict:
     """A copy of the micro-batch with ``weights * advantages``, the response mask as it is; the original keeps its own.
 
-    verl's token losses are positively homogeneous in the advantage, so this weighs the token's loss.
+    The losses of tokens are positively homogeneous in the advantage, so this weighs the token's loss; of verl's, ``clip_cov`` and
+    ``kl_cov`` choose tokens by their advantage, and ``dro`` and ``kl_cov`` add terms without one: docs/algorithm.md.
 
     Args:
         weights: from :func:`accepted_response`.

@@ -65,12 +65,11 @@ def measure_step(
     """
     parts = _parts(rollouts, rows_per_pass)
     lr = float(optimizer.param_groups[0]["lr"])
-    hidden, actions = _hidden(policy, parts), rollouts.actions
-    head = _head(policy)
+    norm, hidden = _gradient(policy, rollouts, parts, optimizer, aggregation, max_gradient_norm)
+    head, actions = _head(policy), rollouts.actions
     columns, shifts = predictions.evaluate(rollouts, hidden, lr)
     known = measured.before(hidden, head, actions)
 
-    norm = _gradient(policy, rollouts, parts, optimizer, aggregation, max_gradient_norm)
     old = {name: p.detach().clone() for name, p in policy.parameters.items()}
     optimizer.step()
     optimizer.zero_grad(set_to_none=False)
@@ -120,8 +119,8 @@ def train_step(
 ) -> None:
     """The same step without measuring it, for what lies between two measurements. Arguments as for :func:`measure_step`."""
     parts = _parts(rollouts, rows_per_pass)
-    predictions.learn(rollouts, _hidden(policy, parts), float(optimizer.param_groups[0]["lr"]))
-    _gradient(policy, rollouts, parts, optimizer, aggregation, max_gradient_norm)
+    _, hidden = _gradient(policy, rollouts, parts, optimizer, aggregation, max_gradient_norm)
+    predictions.learn(rollouts, hidden, float(optimizer.param_groups[0]["lr"]))
     optimizer.step()
     optimizer.zero_grad(set_to_none=False)
     predictions.step()
@@ -144,22 +143,25 @@ def _parts(rollouts: Rollouts, rows: int | None) -> list[Rollouts]:
 def _gradient(
     policy: Policy, rollouts: Rollouts, parts: Sequence[Rollouts], optimizer: torch.optim.Optimizer, aggregation: str,
     max_norm: float | None,
-) -> Tensor:  # fmt: skip
-    """Put the clipped gradient of the loss in place; its norm before clipping."""
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Put the clipped gradient of the loss in place; its norm before clipping, and the LM head's inputs ``[N, H]``."""
+    kept = []
     weights = rollouts.token_weights(aggregation).split([len(part.actions) for part in parts])
     optimizer.zero_grad(set_to_none=False)
     for part, weight in zip(parts, weights, strict=True):
-        _loss(policy, part, weight).backward()
+        hidden = policy.hidden(part)
+        _loss(policy, part, hidden, weight).backward()
+        kept.append(hidden.detach())
     norm: Tensor = torch.nn.utils.clip_grad_norm_(
         list(policy.parameters.values()), float("inf") if max_norm is None else max_norm
     )
     if not torch.isfinite(norm):
         raise FloatingPointError("the gradient is not finite; lower the learning rate, or check the model")
-    return norm
+    return norm, torch.cat(kept)
 
 
-def _loss(policy: Policy, part: Rollouts, weight: Tensor) -> Tensor:
-    log_probs = policy.head(policy.hidden(part)).log_softmax(-1)
+def _loss(policy: Policy, part: Rollouts, hidden: Tensor, weight: Tensor) -> Tensor:
+    log_probs = policy.head(hidden).log_softmax(-1)
     taken = log_probs.gather(-1, part.actions[:, None])[:, 0]
     sequence, _ = part.positions
     return -(weight.to(taken.dtype) * part.advantages.to(taken.dtype)[sequence] * taken).sum()

@@ -111,7 +111,7 @@ def test_a_wrong_study_is_one_sentence(
 def test_the_shipped_study_is_valid() -> None:
     parts = study_cli.read(ROOT / "examples" / "calibration_study.yaml")
     assert set(parts) == {"tiny", "smollm2"}
-    assert len(parts["tiny"].runs()) == 36
+    assert len(parts["tiny"].runs()) == 18
 
 
 def test_last_number_of_a_sentence() -> None:

@@ -125,8 +125,8 @@ class CapoConfig:
             raise ValueError(f"capo.sample_tokens_dir={self.sample_tokens_dir!r}: expected a path, or null")
         if self.mode == "off" and self.sample_tokens_every is not None:
             raise ValueError(
-                f"capo.sample_tokens_every={self.sample_tokens_every!r} needs the shifts of the tokens, which capo.mode=off does not "
-                "measure; set capo.mode=track"
+                f"capo.sample_tokens_every={self.sample_tokens_every!r} needs the shifts of the tokens, which capo.mode=off does "
+                "not measure; set capo.mode=track"
             )
         integer("max_rejection_steps", self.max_rejection_steps, minimum=1)
         one_of("policy_shift", self.policy_shift, POLICY_SHIFTS)
@@ -192,13 +192,13 @@ class CapoConfig:
                 )
         if isinstance(tau, TargetRejection) and len(self.stages) > 1:
             raise ValueError(
-                f"capo.policy_shift_max.target_rejection follows one granularity, but capo.granularity={self.granularity!r}; set it "
-                "to one of them, or policy_shift_max to a number"
+                f"capo.policy_shift_max.target_rejection follows one granularity, but capo.granularity={self.granularity!r}; set "
+                "it to one of them, or policy_shift_max to a number"
             )
         if isinstance(tau, TargetRejection) and self.stages == ("batch",):
             raise ValueError(
-                "capo.policy_shift_max.target_rejection is a share of the tokens, but with capo.granularity=batch all of them have one "
-                "m_F; set granularity=token or sequence, or policy_shift_max to a number"
+                "capo.policy_shift_max.target_rejection is a share of the tokens, but with capo.granularity=batch all of them have "
+                "one m_F; set granularity=token or sequence, or policy_shift_max to a number"
             )
         for name in ("policy_penalty", "objective_penalty"):
             if getattr(self, name) and not tokens_only:

@@ -174,8 +174,9 @@ class FilteredStep:
             self._told_of_stop = True
             logger.warning(
                 "CAPO rejected more than %g of the tokens in %d optimizer steps in a row and filters no more (capo.max_rejection): "
-                "from now on it only measures (penalties stay). Half of the tokens have m_F < %.1e; raise capo.policy_shift_max, or use "
-                "+capo=kl_budget", self.config.max_rejection, self.config.max_rejection_steps, metrics["capo/policy_shift_p50"],
+                "from now on it only measures (penalties stay). Half of the tokens have m_F < %.1e; raise capo.policy_shift_max, "
+                "or use +capo=kl_budget",
+                self.config.max_rejection, self.config.max_rejection_steps, metrics["capo/policy_shift_p50"],
             )  # fmt: skip
 
     def optimizer_step(self) -> float:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-RESULTS = Path("study-results")
+RESULTS = Path("outputs/study")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

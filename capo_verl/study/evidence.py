@@ -56,7 +56,7 @@ def draw(runs: pd.DataFrame, curves: pd.DataFrame, folder: Path) -> list[Path]:
         mine = curves[curves["run_id"].isin(frame["run_id"])]
         rates = sorted(frame["lr"].unique())
         if any("." in axis for cell in frame["cell"] for axis in json.loads(cell)):
-            add(name, "sensitivity", lambda p, f=frame: figures.sensitivity(f, p))
+            add(name, "knobs", lambda p, f=frame: figures.sensitivity(f, p))
             continue
         if len(rates) > 2:
             add(name, "rates", lambda p, f=frame: figures.over_learning_rate(f, p))

@@ -17,19 +17,19 @@ import pandas as pd
 
 from capo_verl.study.compare import interval, scores
 
-OKABE_ITO = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442")
+CONTROL = "#000000"
+OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F")
+"""With grey for their yellow, which is hard to see on white; black is the control's alone."""
 MARKERS = "osD^vPX*"
 DASHES = ("-", "--", "-.", ":")
 
 
 def style(number: int) -> dict[str, Any]:
-    """Colour, marker and dash of the n-th method."""
-    n = len(OKABE_ITO)
-    return {
-        "color": OKABE_ITO[number % n],
-        "marker": MARKERS[number % n],
-        "linestyle": DASHES[number // n % len(DASHES)],
-    }
+    """Colour, marker and dash of the n-th method; 0 is the control."""
+    if number == 0:
+        return {"color": CONTROL, "marker": MARKERS[0], "linestyle": DASHES[0]}
+    n, i = len(OKABE_ITO), number - 1
+    return {"color": OKABE_ITO[i % n], "marker": MARKERS[1:][i % n], "linestyle": DASHES[i // n % len(DASHES)]}
 
 
 def styles(frame: pd.DataFrame) -> dict[str, dict[str, Any]]:
@@ -125,7 +125,7 @@ def scale_found(frame: pd.DataFrame, curves: pd.DataFrame, path: Path) -> None:
                 _points(ax, mine, "lr", "effective", method, look[method])
         ends = np.array([frame["lr"].min(), frame["lr"].max()])
         ax.plot(ends, ends, color="0.6", linewidth=1, linestyle=":", zorder=0)
-        ax.annotate("no control", ends[[0, 0]] * 1.3, color="0.4", fontsize=8, rotation=30, va="bottom")
+        ax.annotate("no control", ends[[1, 1]], color="0.4", fontsize=8, ha="right", va="top")
         ax.set_xscale("log")
         ax.set_yscale("log")
     _save(figure, panels, path)

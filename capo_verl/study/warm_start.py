@@ -47,7 +47,8 @@ def base_policy(config: RunConfig, root: Path | None = None) -> tuple[TinyTransf
     """
     task = make_task(config.task, config.task_knobs)
     model = _fresh(task, config, 0 if config.base_kind == "noisy" else config.warm_start["seed"])
-    _load(model, {"warm_start": config.warm_start, **RECIPE}, lambda: _build(model, task, config, root), root)
+    recipe = {"warm_start": config.warm_start, **_recipe(task)}
+    _load(model, recipe, lambda: _build(model, task, config, root), root)
     return model, task
 
 
@@ -56,14 +57,19 @@ def competent_policy(config: RunConfig, root: Path | None = None) -> tuple[TinyT
     task = make_task(config.task, config.task_knobs)
     model = _fresh(task, config, 0)
     recipe = {k: v for k, v in config.warm_start.items() if k not in ("base", "seed", "kind")}
+    target = _recipe(task)["competence"]
 
     def train() -> None:
-        _, reached = _train_until(model, task, generator(0, "warm start"), 0, RECIPE["competence"])
+        _, reached = _train_until(model, task, generator(0, "warm start"), 0, target)
         if reached < RECIPE["least"]:
             raise RuntimeError(_unreached(config, reached, RECIPE["least"]))
 
-    _load(model, {"competent": recipe, **RECIPE}, train, root)
+    _load(model, {"competent": recipe, **_recipe(task)}, train, root)
     return model, task
+
+
+def _recipe(task: Task) -> dict[str, Any]:
+    return RECIPE if task.competence is None else {**RECIPE, "competence": task.competence}
 
 
 def _fresh(task: Task, config: RunConfig, seed: int) -> TinyTransformer:

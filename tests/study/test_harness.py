@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from capo_verl.study.evidence import draw, render
 from capo_verl.study.frame import pack, study_frame
 from capo_verl.study.grid import load_study, parse_study
 from capo_verl.study.pool import run_study
-from capo_verl.study.store import Store
+from capo_verl.study.store import Store, read
 from tests.study.conftest import SMALL, small
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -170,6 +171,15 @@ def test_pack_and_page(results, tmp_path):
     first = {p.name: p.read_bytes() for p in tmp_path.glob("tiny-*")}
     draw(runs, curves, tmp_path)
     assert len(first) == 2 and first == {p.name: p.read_bytes() for p in tmp_path.glob("tiny-*")}
+
+
+def test_the_committed_page_is_what_its_data_give():
+    page = (ROOT / "docs" / "evidence.md").read_text()
+    folder = ROOT / "docs" / "evidence"
+    assert render(page, read(folder / "runs.parquet"), read(folder / "curves.parquet")) == page
+    assert page.count("<!-- study ") == page.count("<!-- end ") > 5
+    for figure in re.findall(r"\]\((evidence/[^)]+)\)", page):
+        assert (ROOT / "docs" / figure).exists(), figure
 
 
 def test_a_dead_worker_is_a_failed_run(tmp_path, monkeypatch):

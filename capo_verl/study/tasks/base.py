@@ -32,6 +32,8 @@ class Task(ABC):
     """Longest response."""
     end: int | None = None
     """Token that ends a response early, if the task has one."""
+    competence: float | None = None
+    """Accuracy of the model that ``noisy`` warm starts begin with, where the recipe's is out of reach."""
     graded: bool = False
     """Whether the reward has values between 0 and 1."""
 

@@ -28,6 +28,8 @@ class Fillers(Task):
         tail: exponent of their frequencies.
     """
 
+    competence = 0.8
+
     def __init__(self, digits: int = 8, share: float = 0.5, fillers: int = 48, tail: float = 1.0):
         if not 0 <= share <= 0.8:
             raise ValueError(f"task_knobs.share={share!r}: expected 0 to 0.8")

@@ -22,6 +22,7 @@ class InsertionSort(Task):
     """
 
     vocab_size = 16
+    competence = 0.8
 
     def __init__(self, digits: int = 11):
         if not 3 <= digits <= 15:

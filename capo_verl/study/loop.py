@@ -64,6 +64,7 @@ def train(
         FloatingPointError: if the parameters are no numbers any more.
     """
     scales = _foreign_scales(config, cache)
+    torch.manual_seed(config.seed)  # for verl's clip_cov, which draws from torch's own generator
     model, task = base_policy(config, cache)
     stepper = Stepper(config, model, task, scales)
     prompts, sampling = generator(config.seed, "prompts"), generator(config.seed, "sampling")

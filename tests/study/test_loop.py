@@ -38,6 +38,17 @@ def fresh(config):
     return TinyTransformer(task.vocab_size, length, 0, ModelConfig(hidden=config.hidden)), task
 
 
+def test_a_loss_that_draws_random_numbers_depends_on_the_seed_alone(cache):
+    """verl's clip_cov takes tokens at random from torch's own generator, which a worker has used for other runs before."""
+    knobs = {"policy_loss": {"clip_cov_ratio": 0.2, "clip_cov_lb": -1e9, "clip_cov_ub": 1e9}}
+    config = small(loss="verl:clip_cov", loss_knobs=knobs, steps=4)
+    found = []
+    for drawn in (0, 7):
+        torch.rand(drawn)
+        found.append([row["kl"] for row in train(config, cache)[0][1:]])
+    assert found[0] == found[1]
+
+
 def test_sampling_follows_the_policy():
     """The cache gives the logits of the plain forward pass: frequencies of the second token fit its softmax."""
     config = small()

@@ -28,6 +28,7 @@ class Palindromes(Task):
 
     vocab_size = 32
     end = END
+    competence = 0.7
 
     def __init__(self, letters: int = 9, graded: bool = False):
         if not 4 <= letters <= 12:

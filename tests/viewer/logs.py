@@ -76,11 +76,13 @@ def write_runs(folder: Path) -> Path:
         run = folder / f"capo-seed{seed}"
         write_file_log(run / "metrics.jsonl", capo_rows(offset=0.1 * seed))
         write_config(run, data__seed=seed, actor_rollout_ref__actor__policy_loss__capo__policy_shift_max=1e-4)
+    second = {**sample(1, 1, ["a\n", " b", "", "d", "é"], [2, 4], advantage=-1.0), "chosen": "most_rejected"}
+    second["response"]["weight"][2] = 0.5  # as soft weights leave it
     write_samples(
         folder / "capo-seed1" / "checkpoints" / "capo_tokens.jsonl",
         [
             sample(1, 0, ["one ", "two ", SCRIPT_END, "four"], []),
-            {**sample(1, 1, ["a\n", " b", "", "d", "é"], [2, 4], advantage=-1.0), "chosen": "most_rejected"},
+            second,
             sample(5, 3, ["x", "y", "z"], [2]),
         ],
     )

@@ -151,6 +151,8 @@ def test_tokens_in_their_text(open_page):
     assert texts(driver) == ["a↵\n", " b", "▯", "d", "é"]
     tokens = driver.find_elements("css selector", "#token-text .token")
     assert ["rejected" in t.get_attribute("class") for t in tokens] == [False, False, True, False, True]
+    verdicts = [t.get_attribute("aria-label").split(", id ")[0] for t in tokens]
+    assert verdicts[2].endswith("outside the trust region, trained on") and verdicts[4].endswith("rejected")
     assert all("negative" in t.get_attribute("class") for t in tokens)
     shares = [
         float(driver.execute_script("return arguments[0].style.getPropertyValue('--share')", t)[:-1]) for t in tokens

@@ -99,13 +99,14 @@ function buildTokens() {
 
 function token(r, i, out, low, high) {
   const shift = r.policy_shift[i], piece = r.text ? r.text[i] : `${r.ids[i]} `;
-  const share = shift > 0 ? Math.max(0, Math.min(1, Math.log(shift / low) / Math.log(high / low || 1))) : 0;
+  const share = shift > 0 ? Math.max(0, Math.min(1, Math.log(shift / low) / (Math.log(high / low) || 1))) : 0;
   const sign = !r.mask[i] ? "unmasked" : r.advantage[i] > 0 ? "positive" : r.advantage[i] < 0 ? "negative" : "";
   const rows = [
     ["id", String(r.ids[i])], ["m_F", `${show(shift)} nats`], ["m_H", show(r.objective_shift[i])], ["advantage", show(r.advantage[i])],
     ["probability", show(r.probability[i])], ["weight", show(r.weight[i])],
   ];
-  const verdict = !r.mask[i] ? "not trained on (outside the response mask)" : out ? "rejected" : "accepted";
+  const verdict = !r.mask[i] ? "not trained on (outside the response mask)" : !out ? "accepted" :
+    r.weight[i] > 0 ? "outside the trust region, trained on" : "rejected";  // tracked, soft weights, or a stopped filter
   const tell = (x, y, above) => showTip(x, y, [
     make("strong", {}, JSON.stringify(piece)), make("div", {}, verdict),
     ...rows.map(([name, value]) => make("div", {}, make("span", {}, name), make("b", {}, value))),

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import logging
 import math
-import re
 from collections.abc import Iterable
 from contextlib import nullcontext
 from typing import Any
@@ -16,9 +15,9 @@ from tensordict import TensorDict
 from torch import Tensor
 from verl.utils.device import get_device_id
 
-from capo_verl import control_file
 from capo_verl.config import CapoConfig
 from capo_verl.core import CapoFilter
+from capo_verl.engine_checkpoint import CapoCheckpointMixin
 from capo_verl.filtered_step import FilteredStep
 from capo_verl.health import Health, describe
 from capo_verl.hidden_states import HiddenStatesTap
@@ -28,9 +27,6 @@ from capo_verl.response import SAMPLE
 
 logger = logging.getLogger(__name__)
 
-State = dict[str, Any]
-"""``CapoFilter.state_dict()``; empty on ranks that hold no LM head."""
-
 
 def capo_config_of(loss_function: Any) -> CapoConfig | None:
     """The knobs which verl's worker bound to its loss function, if the run was started with ``+capo``."""
@@ -39,7 +35,7 @@ def capo_config_of(loss_function: Any) -> CapoConfig | None:
     return knobs if isinstance(knobs, CapoConfig) else None
 
 
-class CapoEngineMixin:
+class CapoEngineMixin(CapoCheckpointMixin):
     """Put before a language-model engine of verl, it filters tokens while the engine trains.
 
     Without ``+capo`` on the command line every method hands over to verl's at once. The engine class supplies the methods
@@ -59,11 +55,6 @@ class CapoEngineMixin:
     """Whether the training step in progress is one which CAPO looks at (``capo.track_every``)."""
     _skip_batch = False
     _filter_seconds = 0.0
-    _steps_before: int = 0
-    """Training steps before a resume which the learning-rate scheduler does not know of."""
-    _loaded_from: str | None = None
-    _loaded_state: State | None = None
-    _loaded_control: control_file.Control | None = None
 
     # ---- engine: what each one supplies ----
 
@@ -91,6 +82,10 @@ class CapoEngineMixin:
         """
         raise NotImplementedError
 
+    def _watch_head(self) -> None:
+        """From now on show the KL probe, while it ``sees_head``, each call of this rank's LM head in half precision."""
+        raise NotImplementedError
+
     def _evaluating(self) -> Any:
         """See :class:`capo_verl.kl_control.ProbedEngine`, likewise the next three."""
         raise NotImplementedError
@@ -109,14 +104,6 @@ class CapoEngineMixin:
         Raises:
             ValueError: if the optimizer keeps parameters where a step back would not reach them.
         """
-
-    def _save_state(self, checkpoint: str, state: State) -> None:
-        """Write the moments below the folder ``checkpoint``. Collective over all ranks."""
-        raise NotImplementedError
-
-    def _load_state(self, checkpoint: str) -> State | None:
-        """This rank's moments, on any device; None if the checkpoint was written without CAPO. Collective."""
-        raise NotImplementedError
 
     @property
     def _filtering(self) -> bool:
@@ -258,69 +245,9 @@ class CapoEngineMixin:
         if config.kl_budget is not None:
             if config.kl_budget.line_search is not None:
                 self._check_line_search()
-            self._kl = KLControl(self, config, self._head(), device)
+            head = self._head()
+            self._kl = KLControl(self, config, head, device)
+            if head is not None:
+                self._watch_head()
         if self._loaded_from is not None:
             self._take_over_loaded_state(config)
-
-    # ---- checkpoints ----
-
-    def save_checkpoint(self, local_path: str, *args: Any, **kwargs: Any) -> None:
-        # First, because verl marks a checkpoint as complete at the end of its own save.
-        moments = self._keeps_moments(self._capo)
-        if moments:
-            self._save_state(local_path, {} if self._step is None else self._step.capo.state_dict())
-        elif self._loaded_state is not None:  # not yet taken over by a training step
-            self._save_state(local_path, self._loaded_state)
-        control = self._loaded_control
-        if self._capo is not None:
-            control = control_file.gather(
-                moments or self._loaded_state is not None,
-                None if self._kl is None else self._kl.budget.state_dict(),
-                {} if self._step is None else self._step.capo.adaptive_state(),
-            )
-        if control is not None:
-            control_file.save(local_path, control)
-        super().save_checkpoint(local_path, *args, **kwargs)
-
-    def load_checkpoint(self, local_path: str, *args: Any, **kwargs: Any) -> None:
-        super().load_checkpoint(local_path, *args, **kwargs)
-        # verl restores Megatron's scheduler only with optim.use_checkpoint_opt_param_scheduler=True. Its trainer takes the step
-        # from the name of the folder as well.
-        names = re.findall(r"global_step_(\d+)", local_path)
-        self._steps_before = int(names[-1]) if names and not self._optimizer_steps() else 0
-        self._loaded_from = local_path
-        self._loaded_control = control_file.load(local_path)
-        self._loaded_state = self._load_state(local_path)
-        if self._capo is not None:
-            self._take_over_loaded_state(self._capo)
-
-    @staticmethod
-    def _keeps_moments(config: CapoConfig | None) -> bool:
-        return config is not None and config.mode != "off" and config.optimizer_model == "adam"
-
-    def _take_over_loaded_state(self, config: CapoConfig) -> None:
-        self._take_over_loaded_control()
-        if not self._keeps_moments(config):
-            return  # whatever was loaded is saved again
-        state, self._loaded_state = self._loaded_state, None
-        if self._step is None:
-            return
-        if state is None:
-            logger.warning("the checkpoint %s was written without CAPO: its moments start empty", self._loaded_from)
-            return
-        self._step.capo.load_state_dict(state)
-
-    def _take_over_loaded_control(self) -> None:
-        control, self._loaded_control = self._loaded_control, None
-        if self._kl is not None:
-            if control is None or control.kl_budget is None:
-                logger.warning(
-                    "the checkpoint %s holds no state of a KL budget: the learning rate starts at its full value",
-                    self._loaded_from,
-                )
-            else:
-                self._kl.budget.load_state_dict(control.kl_budget)
-        if self._step is not None and control is not None and control.filter:
-            self._step.capo.load_adaptive_state(control.filter)
-        elif self._step is not None and self._step.capo.adaptive_state():
-            logger.warning("the checkpoint %s holds no adaptive threshold or guard: they start anew", self._loaded_from)

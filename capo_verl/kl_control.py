@@ -119,7 +119,8 @@ class KLControl:
         """
         if not self.config.predicts_by_curvature:
             return
-        kind, when = self.config.predictor.removeprefix("fisher_"), "before" if self._tracks else "after"
+        whole = self._tracks or metrics.get("capo/filter_stopped")  # the step is not filtered
+        kind, when = self.config.predictor.removeprefix("fisher_"), "before" if whole else "after"
         if step is None or not metrics:
             shift = torch.tensor(math.nan, device=self._device)
         elif step.config.policy_shift == kind:
@@ -212,9 +213,14 @@ class KLControl:
     def _look(self, which: str) -> MeasuredKL:
         assert self._batch is not None
         with self._stopwatch.running():
-            with self._engine._evaluating(), self.probe.running(which):
-                self._engine.infer_batch(self._batch, self.probe.loss_function)
+            self._pass(which)
+            if which == BEFORE and self.probe.settle():
+                self._pass(which)
             return self.probe.result() if which == AFTER else MeasuredKL(0.0, 0.0, 0)
+
+    def _pass(self, which: str) -> None:
+        with self._engine._evaluating(), self.probe.running(which):
+            self._engine.infer_batch(self._batch, self.probe.loss_function)
 
     @torch.no_grad()
     def _step_back(self, keep: float) -> None:

@@ -7,6 +7,7 @@ sees lie at the same places, in whatever layout the engine has. The model is in 
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,14 +19,22 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from capo_verl.core import ProjectedLogits, collectives
-from capo_verl.core.chunks import chunk_slices
 from capo_verl.core.logit_rows import VocabShard
 from capo_verl.core.order_statistics import nearest_rank, ordered_keys
-from capo_verl.core.projected_logits import block_elements
 from capo_verl.core.token_kl import k3, token_kl
+from capo_verl.head_call import HeadCall, reproduces
 from capo_verl.response import SAMPLE, PackedResponse, accepted_response
 
+logger = logging.getLogger(__name__)
+
 BEFORE, AFTER = "before", "after"
+
+ROUNDED = (
+    "capo.kl_budget: the KL is measured from logits in half precision, because this model changes them after its LM head "
+    "(soft-capping, scaling) or has adapters on it, and they cannot be computed again in float32. Their rounding inflates a small "
+    "KL: a capo.kl_budget.delta below about 1e-3 may be out of reach, and the learning rate would fall to scale_min. Choose delta "
+    "from capo/kl_mean of a run with delta=1e9, or set capo.kl_budget.estimator=k3"
+)
 
 
 class Head(NamedTuple):
@@ -80,20 +89,28 @@ class KLProbe:
 
     Args:
         head: None on a rank without LM head, which only learns the result.
-        estimator: ``exact`` keeps the old policy's logits of the probed tokens in their own dtype (float32 if the model makes
-            none), ``k3`` the log-probabilities.
+        estimator: ``exact`` keeps the old policy's logits of the probed tokens, ``k3`` the log-probabilities. Logits in half
+            precision are replaced by the same product in float32, unless the model changes them after its LM head.
         device: where the training runs.
     """
 
     def __init__(self, head: Head | None, estimator: str, device: torch.device):
         self._head, self._estimator, self._device = head, estimator, device
         self._pass: str | None = None
+        self._recomputes = True
+        """Whether logits in half precision are replaced; until it is settled, each micro-batch says if they can be."""
+        self._settled = estimator != "exact"
         self.discard()
 
     @property
     def sees_logits(self) -> bool:
         """Whether a pass is under way that has to be shown this rank's logits."""
         return self._pass is not None and self._estimator == "exact" and self._head is not None
+
+    @property
+    def sees_head(self) -> bool:
+        """Whether the pass has to be shown the LM head at work as well, if its output is in half precision."""
+        return self.sees_logits and self._recomputes
 
     @property
     def loss_function(self) -> Any:
@@ -104,11 +121,13 @@ class KLProbe:
         """Forget the old policy, and what was measured."""
         self._old: list[Tensor] = []
         self._found: list[tuple[Tensor, Tensor]] = []
+        self._call: tuple[Tensor | None, Tensor] | None = None
+        self._verdicts: list[Tensor] = []
 
     @contextmanager
     def running(self, which: str) -> Iterator[None]:
         """Around a pass; ``BEFORE`` starts anew, ``AFTER`` measures and may be repeated."""
-        self._found = []
+        self._found, self._call, self._verdicts = [], None, []
         if which == BEFORE:
             self._old = []
         self._pass = which
@@ -116,6 +135,14 @@ class KLProbe:
             yield
         finally:
             self._pass = None
+
+    @torch.no_grad()
+    def see_head(self, call: HeadCall, response: PackedResponse) -> None:
+        """The LM head of the micro-batch which :meth:`see` is shown next, in the same layout. Its weight is read now."""
+        at, _ = _tokens(response)
+        with torch.autocast(at.device.type, enabled=False):
+            recomputed = None if call.head is None else call.head.in_float32(call.hidden_states.flatten(0, -2)[at])
+        self._call = recomputed, call.output.flatten(0, -2)
 
     @torch.no_grad()
     def see(
@@ -133,10 +160,11 @@ class KLProbe:
         with torch.autocast(at.device.type, enabled=False):
             if isinstance(logits, ProjectedLogits):
                 assert hidden_states is not None
-                seen = _projected(logits, hidden_states.detach().flatten(0, -2)[at])
+                seen, usable = logits.in_float32(hidden_states.detach().flatten(0, -2)[at]), valid.new_ones(())
             else:
-                # A copy: the trainer goes on to overwrite the logits.
-                seen = logits.detach().flatten(0, -2)[at]
+                seen, usable = self._recomputed(logits.detach().flatten(0, -2), at)
+            if not self._settled:
+                self._verdicts.append(torch.stack((~usable & valid.any(), valid.sum())).double())
             if self._pass == BEFORE:
                 self._old.append(seen)
                 return
@@ -145,6 +173,33 @@ class KLProbe:
             old = self._old[len(self._found)]
             kl = token_kl(old, seen, self._head.shard, self._head.tp_group, temperature=cooled)
             self._found.append((kl, valid))
+
+    def _recomputed(self, logits: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits ``[n, rows]`` of the tokens ``at``, and whether they are those of the model and not rounded by its LM head."""
+        (recomputed, made), self._call = self._call or (None, None), None
+        if recomputed is None:
+            # A copy: the trainer goes on to overwrite the logits. Float32 ones were rounded if their LM head is in half precision.
+            whole = made is None and logits.dtype.itemsize >= 4
+            return logits[at], torch.full((), whole, device=at.device)
+        usable = recomputed.new_ones((), dtype=torch.bool)
+        return recomputed, usable if self._settled else reproduces(recomputed, made, logits, at)
+
+    def settle(self) -> bool:
+        """After a pass ``BEFORE``: all ranks agree whether logits in half precision can be recomputed, once tokens were seen.
+
+        Collective over all ranks until then.
+
+        Returns:
+            Whether the pass has to be repeated, because what it kept is not what the following ones will compare with.
+        """
+        if self._settled:
+            return False
+        seen = torch.stack(self._verdicts or [torch.zeros(2, device=self._device, dtype=torch.float64)]).sum(0)
+        wrong, tokens = collectives.sum_(seen, (dist.group.WORLD,)).tolist()
+        self._settled, self._recomputes = tokens > 0, wrong == 0
+        if wrong and (not dist.is_initialized() or dist.get_rank() == 0):
+            logger.warning(ROUNDED)
+        return wrong > 0
 
     @torch.no_grad()
     def _see_log_probs(self, model_output: dict[str, Tensor], data: TensorDict, **kwargs: Any) -> tuple[Tensor, dict]:
@@ -195,21 +250,6 @@ def everywhere(values: Sequence[Tensor], known: bool) -> list[float]:
     mine = torch.stack([torch.full_like(values[0], known).double(), *(x.double() for x in values)])
     table = collectives.gather(mine, dist.group.WORLD).view(-1, len(mine)).tolist()
     return next((row[1:] for row in table if row[0]), [math.nan] * len(values))
-
-
-def _projected(head: ProjectedLogits, hidden_states: Tensor) -> Tensor:
-    """Logits ``[n, rows]`` of ``hidden_states [n, H]``, not rounded to the LM head's own bfloat16, which inflates a small KL.
-
-    A run of vocabulary rows at a time: neither is the LM head copied whole.
-    """
-    weight, dtype = head.weight, torch.promote_types(head.dtype, torch.float32)
-    hidden = hidden_states.to(weight.dtype).to(dtype)
-    logits = torch.empty(len(hidden), len(weight), device=weight.device, dtype=dtype)
-    for rows in chunk_slices(len(weight), max(1, block_elements(weight.device) // weight.shape[1])):
-        logits[:, rows] = torch.nn.functional.linear(
-            hidden, weight[rows].to(dtype), None if head.bias is None else head.bias[rows].to(dtype)
-        )
-    return logits
 
 
 def _tokens(response: PackedResponse) -> tuple[Tensor, Tensor]:

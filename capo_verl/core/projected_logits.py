@@ -41,6 +41,20 @@ class ProjectedLogits:
     def dtype(self) -> torch.dtype:
         return self.weight.dtype
 
+    def in_float32(self, hidden_states: Tensor) -> Tensor:
+        """Logits ``[N, rows]`` of ``hidden_states [N, H]`` in float32 (float64 if the LM head is), not rounded to its own dtype.
+
+        Hidden states and weights are those which the LM head would multiply; their products are summed in float32. A run of
+        vocabulary rows at a time, so that the LM head is never copied whole.
+        """
+        weight, dtype = self.weight, torch.promote_types(self.dtype, torch.float32)
+        hidden = hidden_states.to(weight.dtype).to(dtype)
+        logits = torch.empty(len(hidden), len(weight), device=weight.device, dtype=dtype)
+        for rows in chunk_slices(len(weight), max(1, block_elements(weight.device) // weight.shape[1])):
+            bias = None if self.bias is None else self.bias[rows].to(dtype)
+            logits[:, rows] = torch.nn.functional.linear(hidden, weight[rows].to(dtype), bias)
+        return logits
+
     def check(self, rows: int, hidden_size: int) -> None:
         """
         Raises:

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from capo_verl import control_file
 from capo_verl.core.checksum import checksum
-from capo_verl.engine_mixin import State
+from capo_verl.engine_checkpoint import State
 from capo_verl.saved_state import MOMENTS, check_model, check_undamaged, unusable
 
 

@@ -27,11 +27,13 @@ from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 from capo_verl.config import CapoConfig
 from capo_verl.core import CapoFilter, ProjectedLogits, curvature_penalty
 from capo_verl.core.logit_rows import VocabShard
-from capo_verl.engine_mixin import CapoEngineMixin, State
+from capo_verl.engine_checkpoint import State
+from capo_verl.engine_mixin import CapoEngineMixin
 from capo_verl.filtered_step import ACCEPTED, PENALTY
 from capo_verl.fsdp import checkpoint
 from capo_verl.fsdp.packing import from_padded, packed_response, padded_response, to_padded
 from capo_verl.fused_head import NOT_CALLED, FusedCall, before_each_call, of_fused_linear, of_linear_cross_entropy
+from capo_verl.head_call import HeadCall, watch_half_precision
 from capo_verl.hidden_states import HiddenStatesTap
 from capo_verl.kl_probe import Head
 from capo_verl.response import PackedResponse
@@ -70,8 +72,12 @@ class CapoFSDPEngineWithLMHead(CapoEngineMixin, FSDPEngineWithLMHead):
 
     _fused_accepted: Tensor | None = None
     """What the fused forward pass of the micro-batch in flight has come to; the gathered LM head exists only within it."""
+    _probed: TensorDict | None = None
+    """The micro-batch in flight that the KL probe looks at."""
 
     def forward_step(self, micro_batch: TensorDict, loss_function: Any, forward_only: bool) -> Any:
+        if self._probing:
+            self._probed = micro_batch = micro_batch.to(get_device_id())
         if not (self._filtering or self._probing) or not _is_fused(micro_batch):
             return super().forward_step(micro_batch, loss_function, forward_only)
         micro_batch = micro_batch.to(get_device_id())
@@ -87,7 +93,7 @@ class CapoFSDPEngineWithLMHead(CapoEngineMixin, FSDPEngineWithLMHead):
     ) -> dict[str, Tensor]:
         if self._probing and not _is_fused(micro_batch):
             labels, temperature = self._labels(output.logits, output_args, micro_batch)
-            self._kl.probe.see(output.logits, None, temperature, self._response(labels, micro_batch))
+            self._kl.probe.see(output.logits, None, temperature, self._response(labels.shape[1], micro_batch))
         if not self._filtering:
             return super().prepare_model_outputs(output, output_args, micro_batch, logits_processor_func)
         if _is_fused(micro_batch):
@@ -132,17 +138,24 @@ class CapoFSDPEngineWithLMHead(CapoEngineMixin, FSDPEngineWithLMHead):
         )
 
     def _probe_fused(self, call: FusedCall, batch: TensorDict) -> None:
-        response = self._response(call.labels, batch)
+        response = self._response(call.labels.shape[1], batch)
         self._kl.probe.see(call.logits(), call.hidden_states, call.temperatures(), response)
 
-    def _response(self, labels: Tensor, batch: TensorDict) -> PackedResponse:
-        return packed_response(self, batch) if _is_packed(batch) else padded_response(batch, labels.shape[1])
+    def _watch_head(self) -> None:
+        def look(call: HeadCall) -> None:
+            self._kl.probe.see_head(call, self._response(call.output.shape[1], self._probed))
+
+        watch_half_precision(self._lm_head(), lambda: self._kl.probe.sees_head, look)
+
+    def _response(self, length: int, batch: TensorDict) -> PackedResponse:
+        """Of logits ``[b, length, V]``."""
+        return packed_response(self, batch) if _is_packed(batch) else padded_response(batch, length)
 
     def _evaluate(
         self, hidden_states: Tensor, logits: Tensor | ProjectedLogits, labels: Tensor, temperature: Tensor, batch: TensorDict
     ) -> Tensor:  # fmt: skip
         """1 where a token stays in the loss, at the position that predicts it; float32 in the layout of the model."""
-        response = self._response(labels, batch)
+        response = self._response(labels.shape[1], batch)
         return self._step.evaluate(hidden_states, logits, labels, temperature, response, self._scaled_learning_rate())
 
     def _lm_head(self) -> nn.Module:

@@ -127,7 +127,7 @@ class ProbeMemory:
     """What the KL budget keeps on a rank during an update, in bytes."""
 
     logits: int
-    """Of the old policy at the probed tokens, this rank's rows; of one micro-batch twice. Last stage."""
+    """Of the old policy at the probed tokens, this rank's rows in float32; of one micro-batch twice. Last stage."""
     parameters: int
     """With a line search: a copy of what this rank's optimizer writes to."""
 
@@ -145,8 +145,7 @@ def kl_probe(run: RunSpec, shape: ModelShape, stage: int) -> ProbeMemory:
         completions = run.mini_batch * run.completions_per_prompt / run.dp
         probed = min(completions, max(math.ceil(completions * knobs.probe_share), run.micro_batch or 1))
         at_once = min(probed * run.sequence_length, tokens_of_micro_batch(run) * run.cp)
-        size = FLOAT32 if run.fused_head else width(run)
-        kept = int((probed * run.response_length + at_once) / run.cp * shape.vocab / run.tp) * size
+        kept = int((probed * run.response_length + at_once) / run.cp * shape.vocab / run.tp) * FLOAT32
     copied = 0
     if knobs.line_search is not None:
         copied = states(run, shape, stage).optimizer // (ADAM_MOMENTS + FLOAT32) * FLOAT32

@@ -20,7 +20,7 @@ from verl.utils.device import get_device_id
 from verl.utils.megatron.dist_checkpointing import load_dist_checkpointing, save_dist_checkpointing
 
 from capo_verl.core.checksum import checksum
-from capo_verl.engine_mixin import State
+from capo_verl.engine_checkpoint import State
 from capo_verl.megatron.safe_metadata import check_metadata
 from capo_verl.saved_state import MOMENTS, check_model, check_undamaged, unusable
 

@@ -24,8 +24,10 @@ from capo_verl import fused_head
 from capo_verl.config import CapoConfig
 from capo_verl.core import CapoFilter, ProjectedLogits, curvature_penalty
 from capo_verl.core.logit_rows import VocabShard
-from capo_verl.engine_mixin import CapoEngineMixin, State
+from capo_verl.engine_checkpoint import State
+from capo_verl.engine_mixin import CapoEngineMixin
 from capo_verl.filtered_step import ACCEPTED, PENALTY
+from capo_verl.head_call import HeadCall, watch_half_precision
 from capo_verl.hidden_states import HiddenStatesTap
 from capo_verl.kl_probe import Head
 from capo_verl.megatron import checkpoint, parameters
@@ -48,6 +50,8 @@ class CapoMegatronEngineWithLMHead(CapoEngineMixin, MegatronEngineWithLMHead):
     """1 where a token stays in the loss, at the position that predicts it, of the micro-batch in flight; nested ``[b, j]``."""
     _penalty: Tensor | None = None
     """Likewise each token's penalty, part of the graph, if there is one."""
+    _head_call: HeadCall | None = None
+    """Of the micro-batch in flight, if the KL probe wants to see it."""
 
     def forward_step(
         self,
@@ -118,6 +122,10 @@ class CapoMegatronEngineWithLMHead(CapoEngineMixin, MegatronEngineWithLMHead):
         data_format: str,
     ) -> None:
         response = pack_response(batch, self._token_positions(labels, batch, data_format))
+        call, self._head_call = self._head_call, None
+        if call is not None:
+            hidden = self._gathered(call.hidden_states)
+            self._kl.probe.see_head(HeadCall(hidden, call.head, call.output.transpose(0, 1)), response)
         self._kl.probe.see(logits, hidden_states, temperature, response)
 
     def _token_positions(self, labels: Tensor, batch: TensorDict, data_format: str) -> Tensor:
@@ -133,7 +141,11 @@ class CapoMegatronEngineWithLMHead(CapoEngineMixin, MegatronEngineWithLMHead):
     @torch.no_grad()
     def _hidden_states(self) -> Tensor:
         """``[b, s, H]`` of the micro-batch in flight, gathered over the sequence-parallel group."""
-        hidden_states = self._tap.take()
+        return self._gathered(self._tap.take())
+
+    @torch.no_grad()
+    def _gathered(self, hidden_states: Tensor) -> Tensor:
+        """``[b, s, H]`` of what the LM head was given."""
         if self.tf_config.sequence_parallel:
             hidden_states = gather_from_sequence_parallel_region(hidden_states, tensor_parallel_output_grad=False)
         return hidden_states.transpose(0, 1)
@@ -171,6 +183,14 @@ class CapoMegatronEngineWithLMHead(CapoEngineMixin, MegatronEngineWithLMHead):
             mpu.get_data_parallel_group(),
             mpu.get_context_parallel_group(),
         )
+
+    def _watch_head(self) -> None:
+        def keep(call: HeadCall) -> None:
+            self._head_call = call  # the layout of the batch is known where the logits are seen
+
+        model = unwrap_model(self.module[-1])
+        lm_head = getattr(model, "language_model", model).output_layer
+        watch_half_precision(lm_head, lambda: self._kl.probe.sees_head, keep)
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:

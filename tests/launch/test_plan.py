@@ -100,7 +100,7 @@ def test_kl_probe_by_hand():
     run = dataclasses.replace(RUN, capo=verl_knobs("kl_budget"))
     assert plan_memory.capo_filter(run, QWEN_7B).moments == 0  # mode=off
     probe, rows = plan_memory.kl_probe(run, QWEN_7B, 0), 152064 // 2
-    assert probe == plan_memory.ProbeMemory((36 * run.response_length + 16384) * rows * 2, 0)
+    assert probe == plan_memory.ProbeMemory((36 * run.response_length + 16384) * rows * 4, 0)
     knobs = {**run.capo, "kl_budget": {**run.capo["kl_budget"], "estimator": "k3", "line_search": 2.0}}
     split = -(-QWEN_7B.parameters(2) // 4)
     assert plan_memory.kl_probe(dataclasses.replace(run, capo=knobs), QWEN_7B, 0) == plan_memory.ProbeMemory(

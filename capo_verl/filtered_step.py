@@ -161,7 +161,9 @@ class FilteredStep:
         return metrics
 
     def _warn_if_stuck(self, metrics: dict[str, float]) -> None:
-        self._steps_without_tokens = self._steps_without_tokens + 1 if metrics["capo/nothing_accepted"] else 0
+        filters = self.config.mode == "filter" and not metrics.get("capo/filter_stopped")
+        stuck = filters and metrics["capo/nothing_accepted"]
+        self._steps_without_tokens = self._steps_without_tokens + 1 if stuck else 0
         if self._steps_without_tokens == STEPS_WITHOUT_TOKENS:
             logger.warning(
                 "CAPO accepted no token in %d optimizer steps in a row: neither the policy nor the moments move. Half of the "

@@ -177,7 +177,7 @@ def test_kl_budget_meets_its_budget(cache):
     budget = {"mode": "off", "kl_budget": {"delta": 1e-4, "probe_share": 1.0}}
     held, factors = train(small(**knobs, capo=budget), cache)
     assert max(row["kl_max"] for row in free[1:]) > 1e-2
-    assert 2e-5 < held[-1]["kl"] < 3e-4
+    assert 2.5e-5 < held[-1]["kl"] < 4e-4
     assert factors[0] == 1 and len(factors) == 40 and factors[-1] < 0.3
 
 

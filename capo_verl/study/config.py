@@ -111,6 +111,10 @@ class RunConfig:
             raise ValueError(f"random_drop={self.random_drop!r}: expected a share in [0, 1)")
         if self.prompts % self.mini_batches:
             raise ValueError(f"mini_batches={self.mini_batches}: must divide prompts={self.prompts}")
+        if self.loss == "lopti" and self.loss_knobs.get("part", "alternate") == "alternate" and self.epochs % 2:
+            raise ValueError(
+                f"epochs={self.epochs}: loss=lopti trains on half of the tokens in each; expected an even number"
+            )
         object.__setattr__(self, "betas", tuple(self.betas))
         if self.capo is not None:
             preset = self.capo.get("preset")

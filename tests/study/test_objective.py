@@ -37,9 +37,9 @@ def batch(ratio: float = 0.0) -> Batch:
     )
 
 
-def gradient(config: RunConfig, of: Batch) -> torch.Tensor:
+def gradient(config: RunConfig, of: Batch, epoch: int = 0) -> torch.Tensor:
     of.log_prob.grad = None
-    policy_loss(config, of).backward()
+    policy_loss(config, of, epoch).backward()
     assert of.log_prob.grad is not None
     return of.log_prob.grad.clone()
 
@@ -71,13 +71,21 @@ def test_every_loss_takes_a_step(loss):
     from capo_verl.study.stepper import Stepper
 
     # GTPO leaves out groups of high entropy, and this policy is random.
-    knobs = {"entropy_max": None} if loss == "gtpo" else {}
+    knobs = {"gtpo": {"entropy_max": None}, "lopti": {"part": "low"}}.get(loss, {})
     config = small(loss=loss, loss_knobs=knobs, mini_batches=2, lr=1e-2, warmup=1)
     model, task = fresh(config)
     before = model.flat.detach().clone()
     measured = list(Stepper(config, model, task).update(rollout_of(config, task, model)))
     assert len(measured) == 2 and all(float(m["grad_norm"]) > 0 for m in measured)
     assert torch.isfinite(model.flat).all() and not torch.equal(model.flat, before)
+
+
+def test_lopti_trains_on_all_tokens_in_two_epochs():
+    with pytest.raises(ValueError, match="epochs=1: loss=lopti trains on half of the tokens"):
+        small(loss="lopti")
+    config, of = small(loss="lopti", epochs=2), batch()
+    trained = [gradient(config, of, epoch).ne(0) for epoch in range(2)]
+    assert not (trained[0] & trained[1]).any() and torch.equal(trained[0] | trained[1], of.mask)
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ Colours are Okabe and Ito's, which people with any colour vision tell apart; met
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Sequence
@@ -85,25 +86,35 @@ def learning_curves(frame: pd.DataFrame, curves: pd.DataFrame, rates: Sequence[f
 
 
 def sensitivity(frame: pd.DataFrame, path: Path) -> None:
-    """Final accuracy over every dotted axis of a study, a panel per axis; the control's mean as a line."""
+    """Final accuracy over every dotted axis of a study: a row of panels per cell, a column per axis; the control as a line."""
     frame = scores(frame, "final").copy()
-    control = frame.loc[frame["method"] == frame["control"], "final"]
+    frame["rest"] = [
+        ", ".join(x for x in (_rest(c), f"lr {lr:g}") if x) for c, lr in zip(frame["cell"], frame["lr"], strict=True)
+    ]
     cells = [json.loads(c) for c in frame["cell"]]
     axes = sorted({k for c in cells for k in c if "." in k})
-    figure, panels = _panels(axes, "", "final accuracy")
+    rests = [
+        r
+        for r in frame["rest"].unique()
+        if any(any(a in c for a in axes) for c, x in zip(cells, frame["rest"], strict=True) if x == r)
+    ]
+    titles = [f"{axis.split('.')[-1]}, {rest}" for rest in rests for axis in axes]
+    figure, panels = _panels(titles, "", "final accuracy", columns=len(axes))
     look = styles(frame)
-    for axis, ax in panels.items():
-        at = [c.get(axis) for c in cells]
+    for (rest, axis), ax in zip(itertools.product(rests, axes), panels.values(), strict=True):
+        here = frame["rest"] == rest
+        at = [c.get(axis) if x else None for c, x in zip(cells, here, strict=True)]
         rows = frame[[a is not None for a in at]].copy()
         rows["value"] = [float(a) for a in at if a is not None]
         for method, mine in rows.groupby("method", sort=False):
             _points(ax, mine, "value", "final", str(method), look[str(method)])
-        ax.axhline(control.mean(), color="black", linewidth=1, label=f"{frame['control'].iloc[0]} (control)")
+        control = frame.loc[here & (frame["method"] == frame["control"]), "final"]
+        if len(control):
+            ax.axhline(control.mean(), color=CONTROL, linewidth=1, label=f"{frame['control'].iloc[0]} (control)")
         ax.set_xscale("log")
         ax.set_xlabel(axis.removeprefix("capo."))
         ax.set_ylim(-0.02, 1.02)
-        ax.legend(frameon=False, fontsize=8, loc="best")
-    _save(figure, {}, path)
+    _save(figure, panels, path)
 
 
 def scale_found(frame: pd.DataFrame, curves: pd.DataFrame, path: Path) -> None:

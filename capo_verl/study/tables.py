@@ -44,17 +44,19 @@ def final_tables(frame: pd.DataFrame) -> list[str]:
     """Per cell without learning rate: final accuracy, methods by learning rates."""
     frame = scores(frame, "final").copy()
     frame["rest"] = [_rest(c) for c in frame["cell"]]
+    frame["row"] = _rows(frame)
     marks = {(d.method, d.cell): MARKS[d.verdict] for d in differences(frame)}
     rates = sorted(frame["lr"].unique())
     tables = []
     for rest, rows in frame.groupby("rest", sort=False):
         body = []
-        for method, of_method in rows.groupby("method", sort=False):
+        for name, of_row in rows.groupby("row", sort=False):
             cells = []
             for lr in rates:
-                at = of_method[of_method["lr"] == lr]
-                cells.append(_cell(at) + (marks.get((method, at["cell"].iloc[0]), "") if len(at) else ""))
-            body.append([method, *cells])
+                at = of_row[of_row["lr"] == lr]
+                mark = marks.get((at["method"].iloc[0], at["cell"].iloc[0]), "") if len(at) else ""
+                cells.append(_cell(at) + mark)
+            body.append([str(name), *cells])
         tables.append(
             _titled(
                 f"Final accuracy, {rest}" if rest else "Final accuracy", ["method", *(f"lr {r:g}" for r in rates)], body
@@ -104,12 +106,13 @@ def efficiency_table(frame: pd.DataFrame, curves: pd.DataFrame) -> str:
     """Median completions (and accepted tokens) until the tuned control's accuracy, and how many runs got there."""
     reached = efficiency(frame, curves)
     reached["rest"] = [_rest(c) for c in reached["cell"]]
+    reached["row"] = _rows(reached)
     tuned = "; ".join(
         f"{_text(json.loads(cell)) or 'all'}: lr {lr:g}, {_short(v)}" for cell, (lr, v) in tuned_control(frame).items()
     )
     rates = sorted(reached["lr"].unique())
     body = []
-    for (rest, method), rows in reached.groupby(["rest", "method"], sort=False):
+    for (rest, method), rows in reached.groupby(["rest", "row"], sort=False):
         cells = []
         for lr in rates:
             at = rows[rows["lr"] == lr]
@@ -133,7 +136,14 @@ def _titled(title: str, head: Sequence[str], body: Iterable[Sequence[str]]) -> s
 
 
 def _rest(cell: str) -> str:
-    return _text({k: v for k, v in json.loads(cell).items() if k != "lr"})
+    """What a table is about: a cell without learning rate and dotted axes."""
+    return _text({k: v for k, v in json.loads(cell).items() if k != "lr" and "." not in k})
+
+
+def _rows(frame: pd.DataFrame) -> list[str]:
+    """Names of a table's rows: the method, with its values of the dotted axes."""
+    cells = [{k.split(".")[-1]: v for k, v in json.loads(c).items() if "." in k} for c in frame["cell"]]
+    return [f"{m}, {_text(c)}" if c else m for m, c in zip(frame["method"], cells, strict=True)]
 
 
 def _text(cell: dict[str, str]) -> str:

@@ -22,6 +22,8 @@ RECIPE = {
     "competence": 0.9, "least": 0.6, "noisy_lr": 5e-4, "noisy_every": 10, "growth": 1.1,
 }  # fmt: skip
 BISECTIONS = 5
+TOKENS = 4096
+"""Of demonstrations in a batch, at most: long ones hold many examples of every step they teach."""
 
 
 def evaluate(model: TinyTransformer, task: Task, prompts: int, seed: int) -> float:
@@ -69,7 +71,8 @@ def competent_policy(config: RunConfig, root: Path | None = None) -> tuple[TinyT
 
 
 def _recipe(task: Task) -> dict[str, Any]:
-    return RECIPE if task.competence is None else {**RECIPE, "competence": task.competence}
+    own = {} if task.competence is None else {"competence": task.competence}
+    return {**RECIPE, **own, "batch": min(RECIPE["batch"], max(16, TOKENS // task.response_length))}
 
 
 def _fresh(task: Task, config: RunConfig, seed: int) -> TinyTransformer:
@@ -159,7 +162,7 @@ def supervised_step(
     model: TinyTransformer, task: Task, optimizer: torch.optim.Optimizer, random: torch.Generator, mistakes: float = 0.0
 ) -> None:
     """One step of cross-entropy on demonstrations; a share of their tokens comes from the same place of another one."""
-    problems = task.problems(RECIPE["batch"], random)
+    problems = task.problems(_recipe(task)["batch"], random)
     answers = task.demonstrations(problems, random)
     if mistakes:
         other = answers[torch.randperm(len(answers), generator=random)]

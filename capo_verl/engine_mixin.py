@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where an engine of verl meets the filter: everything that does not depend on which engine it is."""
+"""Where an engine of verl meets the filter: everything that does not depend on which engine it is, checkpoints aside."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ BEFORE, AFTER = "before", "after"
 ROUNDED = (
     "capo.kl_budget: the KL is measured from logits in half precision, because this model changes them after its LM head "
     "(soft-capping, scaling) or has adapters on it, and they cannot be computed again in float32. Their rounding inflates a small "
-    "KL: a capo.kl_budget.delta below about 1e-3 may be out of reach, and the learning rate would fall to scale_min. Choose delta "
+    "KL: a capo.kl_budget.delta below about 2e-3 may be out of reach, and the learning rate would fall to scale_min. Choose delta "
     "from capo/kl_mean of a run with delta=1e9, or set capo.kl_budget.estimator=k3"
 )
 

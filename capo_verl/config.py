@@ -134,6 +134,7 @@ class CapoConfig:
         if self.max_rejection is not None:
             between("max_rejection", self.max_rejection, 0, 1, low_open=True)
         for name in ("policy_penalty", "objective_penalty"):
+            number(name, getattr(self, name))
             threshold(name, getattr(self, name))
         self._check_kl_budget()
         if self.mode != "track" and self.track_every != 1:

@@ -122,6 +122,7 @@ def test_values_outside_the_mask_may_be_anything():
         ({"mode": "off", "on_nonfinite": "skip_batch"}, "capo.on_nonfinite='skip_batch' has no effect with capo.mode=off"),
         ({"max_rejection": 0}, r"capo.max_rejection=0: expected a number in \(0, 1\]"),
         ({"max_rejection_steps": 0}, "capo.max_rejection_steps=0: expected an integer >= 1"),
+        ({"policy_penalty": None}, "capo.policy_penalty=None: expected a finite number"),
         ({"policy_penalty": -1}, "capo.policy_penalty=-1: a threshold must be >= 0"),
         ({"objective_penalty": 1.0, "granularity": "batch"}, "objective_penalty=1.0 is of single tokens: set capo.granu"),
         ({"granularity": "word"}, "capo.granularity='word': expected one of token, sequence, batch"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from difflib import get_close_matches
 from typing import Any, TypeVar
 
@@ -20,7 +20,7 @@ def build(cls: type[Knobs], knobs: Mapping[str, Any], prefix: str, exclude: Sequ
         exclude: fields that are no keys there.
 
     Raises:
-        ValueError: for an unknown key (lists the valid ones), or what the dataclass itself refuses.
+        ValueError: for an unknown key (lists the valid ones), one that is missing and has no default, or what the dataclass itself refuses.
     """
     valid = [f.name for f in fields(cls) if f.name not in exclude]  # type: ignore[arg-type]
     for key in knobs:
@@ -28,6 +28,9 @@ def build(cls: type[Knobs], knobs: Mapping[str, Any], prefix: str, exclude: Sequ
             close = get_close_matches(str(key), valid, n=1)
             hint = f" Did you mean '{close[0]}'?" if close else ""
             raise ValueError(f"{prefix}.{key} is not a knob of CAPO.{hint} Valid keys: {', '.join(valid)}")
+    for f in fields(cls):  # type: ignore[arg-type]
+        if f.default is MISSING and f.default_factory is MISSING and f.name not in knobs:
+            raise ValueError(f"{prefix}.{f.name} is missing: it has no default")
     return cls(**knobs)
 
 

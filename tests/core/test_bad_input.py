@@ -113,6 +113,7 @@ def test_values_outside_the_mask_may_be_anything():
         ({**SOFT, "granularity": "sequence"}, "capo.weighting=soft weighs single tokens: .*=token, not 'sequence'"),
         ({"policy_shift": "true"}, "capo.policy_shift='true': expected one of sampled, exact"),
         ({"policy_shift_max": {"target": 0.1}}, "capo.policy_shift_max.target is not a knob .*: target_rejection, memory"),
+        ({"policy_shift_max": {"memory": 0.5}}, "capo.policy_shift_max.target_rejection is missing: it has no default"),
         ({"policy_shift_max": {"target_rejection": 0}}, r"target_rejection=0: expected a number in \(0, 0.999\]"),
         ({"policy_shift_max": {"target_rejection": 0.1, "memory": 1}}, "capo.policy_shift_max.memory=1: expected a number in"),
         ({"policy_shift_max": {"target_rejection": 0.1}, "granularity": ["token", "batch"]}, "follows one granularity"),

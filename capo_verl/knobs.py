@@ -20,7 +20,8 @@ def build(cls: type[Knobs], knobs: Mapping[str, Any], prefix: str, exclude: Sequ
         exclude: fields that are no keys there.
 
     Raises:
-        ValueError: for an unknown key (lists the valid ones), one that is missing and has no default, or what the dataclass itself refuses.
+        ValueError: for an unknown key (lists the valid ones), one that is missing and has no default, or what the dataclass
+            itself refuses.
     """
     valid = [f.name for f in fields(cls) if f.name not in exclude]  # type: ignore[arg-type]
     for key in knobs:

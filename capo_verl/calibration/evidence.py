@@ -147,7 +147,7 @@ def _course_table(at_all: pd.DataFrame) -> str:
     own = at_all[at_all["predictor"] == "policy_shift"]
     rows = []
     for name, source in runs_by_source(own):
-        found = tables.aggregate(source, ("lr", "phase"))
+        found = tables.aggregate(source.sort_values(["lr", "phase"], kind="stable"), ("lr", "phase"))
         rows += [
             [name, f"{r['lr']:g}", str(r["phase"]), tables.cell(r, "spearman"), tables.cell(r, "slope"), _ratio(r)]
             for _, r in found.iterrows()
@@ -215,16 +215,16 @@ def _predictors_figure(steps: pd.DataFrame) -> Figure:
 def _depth_figure(steps: pd.DataFrame) -> Figure:
     kl = steps[steps["target"] == "kl"]
     found = {name: tables.aggregate(rows, ("depth", "predictor")) for name, rows in runs_by_source(kl)}
-    picture = figure.new_figure("Calibration over the depth trained", (12, 4.4))
+    picture = figure.new_figure("Calibration over the depth trained", (12, 4.8))
     ratio, step, rank = picture.subplots(1, 3)
-    figure.depth_panel(ratio, found)
+    figure.depth_panel(ratio, found, legend=True)
     figure.depth_panel(step, found, "head_step")
     figure.rank_panel(rank, found)
     return picture
 
 
 def _batch_figure(sources: Mapping[str, pd.DataFrame]) -> Figure:
-    picture, panels = _grid("Batch m_F and mean true KL of each measured step", len(sources))
+    picture, panels = _grid("Predicted policy shift of the batch and mean true KL of each measured step", len(sources))
     for panel, (name, rows) in zip(panels, sources.items(), strict=True):
         figure.batch_panel(panel, rows)
         panel.set_title(name, fontsize=9, loc="left")

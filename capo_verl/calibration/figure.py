@@ -77,7 +77,7 @@ def calibration_panel(
     x, y = np.log10(predicted[both]), np.log10(true[both])
     inside = (x > x.max() - DECADES) & (y > y.max() - DECADES)
     x, y = x[inside], y[inside]
-    panel.hexbin(x, y, gridsize=38, bins="log", cmap="Greys", mincnt=1, linewidths=0.1)
+    panel.hexbin(x, y, gridsize=38, bins="log", cmap="Greys", mincnt=1, linewidths=0.1, rasterized=True)
     # A handful of tokens with next to no prediction would squeeze all others into a corner.
     limits = [(float(np.quantile(v, 0.003)) - 0.5, float(v.max()) + 0.5) for v in (x, y)]
     low, high = min(v[0] for v in limits), max(v[1] for v in limits)
@@ -123,7 +123,9 @@ def bars_panel(panel: Axes, table: pd.DataFrame, statistic: str, label: str) -> 
     _clean(panel)
 
 
-def depth_panel(panel: Axes, tables: Mapping[str, pd.DataFrame], predictor: str = "policy_shift") -> None:
+def depth_panel(
+    panel: Axes, tables: Mapping[str, pd.DataFrame], predictor: str = "policy_shift", legend: bool = False
+) -> None:
     """Median ratio of the true KL to a prediction, and its 10 % and 90 % quantiles, over the depth trained.
 
     Args:
@@ -146,8 +148,10 @@ def depth_panel(panel: Axes, tables: Mapping[str, pd.DataFrame], predictor: str 
     panel.set_xticks([DEPTHS.index(d) for d in shown], [DEPTH_LABELS[d] for d in shown], fontsize=8)
     panel.set_xlabel("what is trained", fontsize=9)
     panel.set_ylabel(f"true KL / {LABELS[predictor]}  (median, 10–90 %)", fontsize=9)
-    if len(tables) > 1:
-        panel.legend(frameon=False, fontsize=8)
+    if legend:
+        panel.figure.legend(
+            *panel.get_legend_handles_labels(), loc="outside lower center", ncols=len(tables), frameon=False, fontsize=8
+        )
     _clean(panel)
 
 

@@ -54,4 +54,6 @@ class CapoPolicyLossConfig(PolicyLossConfig):
         if self.rival is not None and not isinstance(self.rival, RivalConfig):
             self.__dict__["rival"] = RivalConfig.from_mapping(self.rival)
         if self.rival is not None and self.rival.name != self.loss_mode:
-            raise ValueError(f"policy_loss.loss_mode={self.loss_mode}: set it to {self.rival.name}, as policy_loss.rival.name")
+            raise ValueError(
+                f"policy_loss.loss_mode={self.loss_mode}: set it to {self.rival.name}, as policy_loss.rival.name"
+            )

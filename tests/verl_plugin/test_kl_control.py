@@ -124,12 +124,18 @@ def test_line_search_goes_back_until_the_step_is_short_enough():
     assert engine.step(1.0, 1.0, 1.0, 1.0)["capo/kl_step_kept"] == [pytest.approx(1e-6)]  # gives up after three
 
 
-@pytest.mark.parametrize(("mode", "stopped", "whole"), [("filter", 0.0, False), ("filter", 1.0, True), ("track", 0.0, True)])
+@pytest.mark.parametrize(
+    ("mode", "stopped", "whole"), [("filter", 0.0, False), ("filter", 1.0, True), ("track", 0.0, True)]
+)
 def test_the_prediction_is_of_what_is_stepped_along(mode, stopped, whole):
     config = CapoConfig(mode=mode, policy_shift="exact", kl_budget={"predictor": "fisher_exact"})
     control = KLControl(Engine(), config, None, CPU)
     control.budget.scale = 0.5
-    metrics = {"capo/batch_policy_shift_before": 3e-6, "capo/batch_policy_shift_after": 1e-6, "capo/filter_stopped": stopped}
+    metrics = {
+        "capo/batch_policy_shift_before": 3e-6,
+        "capo/batch_policy_shift_after": 1e-6,
+        "capo/filter_stopped": stopped,
+    }
     control.predict(SimpleNamespace(config=config), metrics)
     assert control._predicted == pytest.approx((3e-6 if whole else 1e-6) * 4, rel=1e-12)
 
@@ -171,7 +177,9 @@ def test_ranks_without_tokens_or_head_learn_what_the_others_measured():
 
 def test_a_fused_head_is_not_rounded_to_bfloat16(monkeypatch):
     """Small KLs: exact from bfloat16 hidden states and weights, inflated from bfloat16 logits."""
-    monkeypatch.setattr("capo_verl.core.projected_logits.block_elements", lambda device: 1 << 14)  # several runs of rows
+    monkeypatch.setattr(
+        "capo_verl.core.projected_logits.block_elements", lambda device: 1 << 14
+    )  # several runs of rows
     generator = torch.Generator().manual_seed(1)
     hidden = (3 * torch.randn(1, 40, 64, generator=generator)).bfloat16()
     weights = [torch.randn(1000, 64, generator=generator).bfloat16()]

@@ -20,7 +20,7 @@ class KLBudgetConfig:
         ValueError: naming the knob, the value found and what is allowed.
     """
 
-    delta: float = 1e-4
+    delta: float = 3e-4
     """The budget: mean KL divergence of a response token's distribution that one optimizer step should cause (nats)."""
     eta: float = 0.2
     """How fast the scale follows, in (0, 1]."""

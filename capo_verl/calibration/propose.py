@@ -10,8 +10,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from capo_verl.calibration.step import StepMeasurement
+from capo_verl.kl_budget_config import KLBudgetConfig
 
-DELTA = 1e-4
+DELTA = KLBudgetConfig().delta
 """The KL budget per step that held over tasks, learning rates and batch sizes in docs/evidence.md."""
 KNOBS = "actor_rollout_ref.actor.policy_loss.capo"
 

@@ -17,7 +17,7 @@ def step(policy: np.ndarray, objective: np.ndarray, kl: float) -> StepMeasuremen
     return StepMeasurement(tokens, {}, {}, {}, {"kl_token_mean/all": kl})
 
 
-def made_up(kls: tuple[float, ...] = (1.0, 4e-4, 4e-4)) -> list[StepMeasurement]:
+def made_up(kls: tuple[float, ...] = (1.0, 1.2e-3, 1.2e-3)) -> list[StepMeasurement]:
     uniform = (np.arange(1000) + 0.5) / 1000
     signs = np.where(np.arange(1000) % 2, 1, -1)
     first = step(np.full(1000, 9.0), np.full(1000, 9.0), kls[0])  # its moments are empty: not to be used
@@ -30,7 +30,7 @@ def test_thresholds_reject_the_share_asked_for() -> None:
     assert found.objective_shift_max == pytest.approx(9e-3)
     assert found.rejected == pytest.approx(0.2)  # the tokens of one are not those of the other here
     assert found.steps == 2
-    assert found.kl == pytest.approx(4e-4)
+    assert found.kl == pytest.approx(1.2e-3)
     assert found.scale == pytest.approx(0.5)
     assert propose(made_up((1.0, 1e-6, 1e-6))).scale == 1.0
 

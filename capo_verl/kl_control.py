@@ -16,13 +16,10 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from capo_verl.config import CapoConfig
-from capo_verl.core.kl_budget import KLBudget
+from capo_verl.core.kl_budget import STEPS_BACK, KLBudget
 from capo_verl.filtered_step import FilteredStep
 from capo_verl.kl_probe import AFTER, BEFORE, Head, KLProbe, MeasuredKL, everywhere, probe_batch
 from capo_verl.stopwatch import Stopwatch
-
-STEPS_BACK = 3
-"""How often a step is shortened at most, with a forward pass each: far from the old policy KL is not quadratic in the step."""
 
 
 class ProbedEngine(Protocol):

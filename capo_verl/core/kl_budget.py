@@ -13,6 +13,9 @@ from capo_verl.kl_budget_config import KLBudgetConfig
 CALIBRATION_MEMORY = 0.9
 """How much of the old calibration's logarithm a step keeps."""
 
+STEPS_BACK = 3
+"""How often a step is shortened at most, with a forward pass each: far from the old policy KL is not quadratic in the step."""
+
 
 class KLBudget:
     """``log s += eta * clip(log(delta / KL) / 2, -1, 1)``, ``scale_min <= s <= 1``; KL is proportional to the squared step, hence

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from capo_verl.config import CapoConfig
 from capo_verl.core.filter import CapoFilter, CapoOutput
-from capo_verl.core.kl_budget import KLBudget
+from capo_verl.core.kl_budget import STEPS_BACK, KLBudget
 from capo_verl.core.logit_rows import VocabShard
 from capo_verl.core.penalty import curvature_penalty
 from capo_verl.core.token_kl import k3, token_kl
@@ -197,11 +197,14 @@ class Stepper:
         if budget is not None:
             kl = float(self._probe(rollout, logits, log_prob))
             budget.end_step(kl)
-            keep = budget.needs_line_search(kl)
-            if keep is not None and before is not None:
-                kept = keep
+            for _ in range(STEPS_BACK):
+                keep = budget.needs_line_search(kl)
+                if keep is None or before is None:
+                    break
+                kept *= keep
                 with torch.no_grad():
                     self.model.flat.copy_(torch.lerp(before, self.model.flat, keep))
+                kl = float(self._probe(rollout, logits, log_prob))
         measured = None
         if self.steps % self.config.kl_every == 0:
             measured = self._kl(rollout, logits)

@@ -182,7 +182,8 @@ def test_kl_budget_meets_its_budget(cache):
 
 
 def test_line_search_keeps_the_square_root():
-    config = small(lr=1e-1, warmup=1, capo={"mode": "off", "kl_budget": {"line_search": 1.0, "probe_share": 1.0}})
+    budget = {"delta": 1e-4, "line_search": 10.0, "probe_share": 1.0}
+    config = small(lr=1e-1, warmup=1, capo={"mode": "off", "kl_budget": budget})
     model, task = fresh(config)
     rollout = rollout_of(config, task, model)
     (measured,) = Stepper(config, model, task).update(rollout)
@@ -192,6 +193,12 @@ def test_line_search_keeps_the_square_root():
     kept = math.sqrt(1e-4 / float(without["kl"]))
     assert measured["scale"] == pytest.approx(kept, rel=1e-3)
     assert float(measured["kl"]) < 1e-3 < float(without["kl"])
+
+    config = small(lr=1e-1, warmup=1, capo={"mode": "off", "kl_budget": budget | {"line_search": 1.0}})
+    model, task = fresh(config)
+    (further,) = Stepper(config, model, task).update(rollout)
+    assert further["scale"] < 0.9 * kept  # far from the old policy one step back is not enough
+    assert float(further["kl"]) < 2e-4
 
 
 def test_measured_kl_is_the_naive_one():

@@ -12,7 +12,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=scripts/environment.sh
 source scripts/environment.sh
-make_environment '.[cpu,data,smollm2,test,viewer]' scripts/smollm2.requirements.txt
+make_environment '.[cpu,data,smollm2,study,test,viewer]' scripts/smollm2.requirements.txt
 
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} PYTHONPATH="${PYTHONPATH:-}"
 if [ $# -gt 0 ]; then exec "$VENV/bin/python" -m pytest "$@"; fi

@@ -6,12 +6,14 @@ Every rank comes to the same scale: what is measured or predicted is made known 
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 from tensordict import TensorDict
 from torch import Tensor
 
@@ -20,6 +22,14 @@ from capo_verl.core.kl_budget import STEPS_BACK, KLBudget
 from capo_verl.filtered_step import FilteredStep
 from capo_verl.kl_probe import AFTER, BEFORE, Head, KLProbe, MeasuredKL, everywhere, probe_batch
 from capo_verl.stopwatch import Stopwatch
+
+logger = logging.getLogger(__name__)
+
+AT_THE_FLOOR = (
+    "the KL budget has brought the learning rate down to capo.kl_budget.scale_min=%g of yours, and a step still measures a KL of "
+    "%.1e, above capo.kl_budget.delta=%g: the policy hardly trains. In half precision the rounding of activations alone may "
+    "measure that much (docs/interventions.md): set delta to a few times what capo/kl_mean shows at a tiny learning rate"
+)
 
 
 class ProbedEngine(Protocol):
@@ -59,6 +69,7 @@ class KLControl:
         self.budget, self.probe = KLBudget(self.config), KLProbe(head, self.config.estimator, device)
         self._stopwatch = Stopwatch(device)
         self._first_of_rollout = True
+        self._warned = False
         self._awaits = False
         """Whether the last step's KL is to come from this mini-batch's training pass."""
         self._begin()
@@ -203,9 +214,18 @@ class KLControl:
 
     def _learn(self, kl: MeasuredKL | None, reported: MeasuredKL | None = None) -> None:
         self.budget.end_step(None if kl is None else kl.mean)
+        self._warn_at_the_floor(kl)
         reported = reported or kl
         if kl is not None and reported is not None:
             self._report(kl_mean=reported.mean, kl_p99=reported.p99)
+
+    def _warn_at_the_floor(self, kl: MeasuredKL | None) -> None:
+        """Once: a run at the floor hardly trains, and nothing else would say so."""
+        if kl is None or self._warned or self.budget.scale > self.config.scale_min or kl.mean <= self.config.delta:
+            return
+        self._warned = True
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            logger.warning(AT_THE_FLOOR, self.config.scale_min, kl.mean, self.config.delta)
 
     def _look(self, which: str) -> MeasuredKL:
         assert self._batch is not None

@@ -113,6 +113,21 @@ def test_nan_stops_the_run():
         Engine().step(math.nan)
 
 
+def test_a_rate_at_its_floor_is_told_once(caplog):
+    engine = Engine(scale_min=0.5)
+    for _ in range(3):
+        engine.step(1.0)  # 0.82, 0.67, 0.55 of the rate
+    assert not caplog.records
+    for _ in range(3):
+        engine.step(1.0)
+    (record,) = caplog.records
+    assert "scale_min=0.5" in record.getMessage() and "KL of 1.0e+00" in record.getMessage()
+    below = Engine(scale_min=0.5)
+    below.control.budget.load_state_dict({"scale": 0.5})
+    below.step(1e-5)
+    assert len(caplog.records) == 1
+
+
 def test_line_search_goes_back_until_the_step_is_short_enough():
     engine = Engine(line_search=2.0)
     metrics = engine.step(1e-2, 4e-4, 1.5e-4)

@@ -175,7 +175,8 @@ def _save(figure: Any, panels: dict[str, Any], path: Path) -> None:
         for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
             handles.setdefault(label, handle)
     if handles:
-        columns = min(len(handles), 4 if len(panels) > 1 else 2)
+        entry = 0.6 + 0.085 * max(map(len, handles))  # inches of a handle and the longest label in this size
+        columns = max(1, min(len(handles), int(figure.get_figwidth() / entry)))
         figure.legend(
             handles.values(), handles.keys(), loc="outside lower center", ncols=columns, frameon=False, fontsize=9
         )

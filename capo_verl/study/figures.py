@@ -177,6 +177,9 @@ def _save(figure: Any, panels: dict[str, Any], path: Path) -> None:
     if handles:
         entry = 0.6 + 0.085 * max(map(len, handles))  # inches of a handle and the longest label in this size
         columns = max(1, min(len(handles), int(figure.get_figwidth() / entry)))
+        # Room for the rows beyond the two that the height was made for.
+        rows = -(-len(handles) // columns)
+        figure.set_figheight(figure.get_figheight() + 0.22 * max(0, rows - 2))
         figure.legend(
             handles.values(), handles.keys(), loc="outside lower center", ncols=columns, frameon=False, fontsize=9
         )

@@ -106,7 +106,9 @@ class NaiveFilter:
         curvature = d**2 - (mean_square - mean**2)
         objective = learning_rate * advantages * d + half * advantages * curvature
         policy = half * d**2
-        accepted = response_mask.bool() & judge(self.config, Shifts(objective, policy)).accepted
+        accepted = (
+            response_mask.bool() & judge(self.config, Shifts(objective, policy), self.config.policy_shift_max).accepted
+        )
         self._evaluated = _Evaluated(ids, g, accepted)
         return Decision(objective, policy, accepted)
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -45,6 +46,8 @@ def _run(options: argparse.Namespace) -> int:
     from capo_verl.study.grid import load_study
     from capo_verl.study.pool import run_study
 
+    # A shell starts background jobs with SIGINT ignored, and Python then leaves it so.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     runs = [run for path in options.study for run in load_study(path).runs]
     if options.only:
         runs = [run for run in runs if run.method in options.only]

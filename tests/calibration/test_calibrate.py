@@ -63,7 +63,7 @@ def test_report_figure_and_numbers(
     proposal = found["proposal"]
     assert proposal["policy_shift_max"] == pytest.approx(np.quantile(m_f, 0.98), rel=0.11)  # rounded up to two digits
     assert proposal["objective_shift_max"] == pytest.approx(np.quantile(np.abs(m_h), 0.98), rel=0.11)
-    assert proposal["scale"] == pytest.approx(min(1, (1e-4 / kl.mean()) ** 0.5), rel=0.02)
+    assert proposal["scale"] == pytest.approx(min(1, (3e-4 / kl.mean()) ** 0.5), rel=0.02)
     own = next(r for r in found["predictors"] if (r["predictor"], r["depth"]) == ("policy_shift", "all"))
     ratio = np.median(kl / m_f)
     assert own["ratio_50"] == pytest.approx(ratio, rel=0.05)

@@ -32,8 +32,11 @@ NAMED = ("method", "task", "lr", "seed")
 
 
 def is_study_table(path: Path) -> bool:
-    """The curves belong to the runs beside them."""
-    return path.suffix == ".parquet" and not (path.name == CURVES and (path.parent / RUNS).is_file())
+    """A table of runs, or a parquet file that is not beside one."""
+    if path.suffix != ".parquet" or path.name == RUNS:
+        return path.name == RUNS
+    # Beside a table of runs, its curves and whatever else a study left in the folder.
+    return not (path.parent / RUNS).is_file()
 
 
 def read_study_table(path: Path) -> list[Run]:

@@ -110,6 +110,7 @@ def test_study_tables(tmp_path):
     curve[0]["kl"] = None
     pd.DataFrame(runs).to_parquet(tmp_path / "runs.parquet")
     pd.DataFrame(curve).to_parquet(tmp_path / "curves.parquet")
+    pd.DataFrame([{"x": 1}]).to_parquet(tmp_path / "another.parquet")  # of something else
     for path in (tmp_path, tmp_path / "runs.parquet"):
         (run,) = load_runs([path])
         assert run.name == "grpo sort8 lr=0.001 seed=1"

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-ALONE = ("e2e/", "quickstart/", "rewards/", "slurm/", "viewer/test_browser.py")
+ALONE = ("e2e/", "launch/", "quickstart/", "rewards/", "slurm/", "viewer/test_browser.py")
 """Where tests wait for real time limits, signals or a browser: nothing else should run beside them."""
 
 

@@ -55,6 +55,8 @@ def check_run(config: DictConfig) -> None:
         return OmegaConf.select(config, path)
 
     actor, model = "actor_rollout_ref.actor", "actor_rollout_ref.model"
+    megatron = value(f"{actor}.strategy") == "megatron"
+    dtype = f"{actor}.megatron.dtype" if megatron else f"{actor}.fsdp_config.mixed_precision.param_dtype"
     refused: list[tuple[str, Callable[[Any], bool], str]] = [
         (f"{actor}.strategy", lambda x: x not in ENGINES, "set model_engine=megatron or model_engine=dp"),
         *_refused_with_fused_kernels(config),
@@ -62,7 +64,7 @@ def check_run(config: DictConfig) -> None:
         (f"{actor}.megatron.use_megatron_fsdp", bool, "set it to False"),
         (f"{model}.mtp.enable_train", bool, "its extra heads share the output layer; set it to False"),
         (
-            f"{actor}.fsdp_config.mixed_precision.param_dtype",
+            dtype,
             lambda x: x in ("fp16", "float16"),
             "its loss scaler skips optimizer steps that CAPO would count; set it to bf16",
         ),

@@ -145,6 +145,7 @@ def test_a_threshold_that_adapts_and_soft_weights_on_the_command_line(command_li
             ["model_engine=dp", f"+{FSDP}.mixed_precision={{param_dtype: fp16}}"],
             "mixed_precision.param_dtype=fp16: its loss scaler .* set it to bf16",
         ),
+        ([f"{MEGATRON}.dtype=float16"], "actor.megatron.dtype=float16: its loss scaler .* set it to bf16"),
         (
             ["trainer.total_training_steps=4", "actor_rollout_ref.actor.optim.lr_warmup_steps=5"],
             "lr_warmup_steps=5 must be less than trainer.total_training_steps=4",

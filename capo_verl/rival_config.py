@@ -73,6 +73,7 @@ class EntropyMaskKnobs(Clip):
     normalise_by: str = _choice("selected", "selected", "all")
     """Whether the mean runs over the selected tokens (the authors' code) or over all response tokens."""
     dual_clip: float = _number(10.0, 1, low_open=True)
+    """With a negative advantage A the loss of a token is at most -dual_clip * A."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,7 @@ class LoptiKnobs(Clip):
     """Which tokens a step trains on. ``alternate``: low-probability ones in even epochs over the batch, the others in odd ones
     (``+rival=lopti`` sets ``ppo_epochs=2``)."""
     dual_clip: float = _number(10.0, 1, low_open=True)
+    """With a negative advantage A the loss of a token is at most -dual_clip * A."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,7 @@ class AdvantageReweightingKnobs(Clip):
     alpha: float = _number(0.3, 0, 1)
     """The advantage is multiplied by ``alpha * pi_old + 1 - alpha``."""
     dual_clip: float = _number(10.0, 1, low_open=True)
+    """With a negative advantage A the loss of a token is at most -dual_clip * A."""
 
 
 @dataclass(frozen=True)
@@ -111,14 +114,19 @@ class BapoKnobs(Knobs):
     target: float = _number(0.5, 0)
     """The least positive advantage mass, in units of the negative one, for which the bounds are widened."""
     low_start: float = _number(0.8, 0, 1)
+    """The lower bound of the ratio is raised first: from here,"""
     low_max: float = _number(0.95, 0, 1)
+    """up to here,"""
     low_step: float = _number(0.05, 1e-3, 1)
-    """The lower bound of the ratio is tried from ``low_start`` to ``low_max``, first."""
+    """in steps of this size."""
     high_start: float = _number(1.2, 1)
+    """Then the upper bound: from here,"""
     high_max: float = _number(2.0, 1, 100)
+    """up to here,"""
     high_step: float = _number(0.1, 1e-2)
-    """Then the upper bound."""
+    """in steps of this size."""
     dual_clip: float = _number(3.0, 1, low_open=True)
+    """With a negative advantage A the loss of a token is at most -dual_clip * A."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -27,8 +27,10 @@ try:
     from capo_verl.benchmark.report import Report
     from capo_verl.benchmark.targets import judge_targets
     from capo_verl.benchmark.workload import DEFAULT_PRESETS, DEFAULT_TOKENS, PRESETS, Workload
-except ModuleNotFoundError as e:
-    sys.exit(f"benchmark_filter.py: {e}; it needs torch, rich and matplotlib")
+except ImportError as e:
+    from capo_verl.extras import missing
+
+    sys.exit(missing("benchmark_filter.py", e, "viewer"))
 
 DOCS = ROOT / "docs/performance.md"
 PROFILED_TOKENS = {"cpu": 2048, "cuda": 24576}

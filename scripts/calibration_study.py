@@ -8,7 +8,7 @@ python scripts/calibration_study.py draw docs/evidence --insert docs/evidence.md
 
 import sys
 
-from capo_verl.calibration.study_cli import main
+from capo_verl.extras import run
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run("calibration_study.py", "capo_verl.calibration.study_cli", extra="study"))

@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from capo_verl.data.prepare import main
+from capo_verl.extras import run
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run("prepare_data.py", "capo_verl.data.prepare", extra="data"))

@@ -51,14 +51,8 @@ def run(args: argparse.Namespace) -> int:
     """Run the command; returns the exit code."""
     if args.device == "cpu":
         os.environ.setdefault("VERL_PLATFORM", "cpu")  # verl looks for an accelerator as it is imported
-    try:
-        from capo_verl.calibration import run as calibration
-    except ImportError as error:
-        print(
-            f"capo-verl calibrate needs pandas, matplotlib and transformers ({error}); pip install -e .[cpu]",
-            file=sys.stderr,
-        )
-        return 2
+    from capo_verl.calibration import run as calibration
+
     options = {name: value for name, value in vars(args).items() if name not in ("command", "run")}
     try:
         settings = calibration.Settings(**{**options, "data": tuple(args.data), "depths": tuple(args.depths)})

@@ -56,9 +56,6 @@ def run(args: argparse.Namespace) -> int:
         runs = choose(load_runs(args.runs), args.where)
         groups = group_runs(runs, args.group_by)
         written = save_figures(groups, choose_axis(runs, args.x), args.output)
-    except ImportError as e:
-        print(f"capo-verl plot needs what the extra installs ({e}); pip install capo-verl[viewer]")
-        return 2
     except (ValueError, OSError) as e:
         print(f"capo-verl plot: {e}")
         return 2

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import signal
 import time
 from pathlib import Path
@@ -28,12 +29,12 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run(args: argparse.Namespace) -> int:
     """Run the quickstart; returns the exit code."""
-    try:
-        from capo_verl.quickstart import runner
-        from capo_verl.quickstart.display import Display
-    except ImportError as e:
-        print(f"capo-verl quickstart needs the CPU dependencies ({e}); install them: pip install -e .[cpu]")
-        return 2
+    from capo_verl.quickstart import runner
+    from capo_verl.quickstart.display import Display
+
+    for package in ("mbridge", "megatron.core", "ray", "verl"):  # imported by the launcher, minutes from now
+        if importlib.util.find_spec(package) is None:
+            raise ModuleNotFoundError(f"No module named {package!r}", name=package)
 
     algorithm, overrides = args.algorithm.upper(), list(args.overrides)
     if "=" in args.algorithm:  # overrides without an algorithm
@@ -69,6 +70,7 @@ def _problem(algorithm: str, overrides: list[str], runner: object) -> str | None
     wrong = [override for override in overrides if "=" not in override and not override.startswith("~")]
     if wrong:
         return f"{wrong[0]!r} is not a Hydra override; write key=value"
-    if not runner.LAUNCHER.exists():  # type: ignore[attr-defined]
-        return f"the launcher {runner.LAUNCHER} is missing; run from a checkout installed with pip install -e .[cpu]"  # type: ignore[attr-defined]
+    launcher = runner.LAUNCHER  # type: ignore[attr-defined]
+    if not launcher.exists():
+        return f"{launcher} is missing: install a checkout of the repository in place, pip install -e '.[cpu]'"
     return None

@@ -35,9 +35,6 @@ def run(args: argparse.Namespace) -> int:
         if args.tokenizer:
             _put_into_text(runs, args.tokenizer)
         write_page(group_runs(runs, args.group_by), args.output)
-    except ImportError as e:
-        print(f"capo-verl report needs what the extra installs ({e}); pip install capo-verl[viewer]")
-        return 2
     except (ValueError, OSError) as e:
         print(f"capo-verl report: {e}")
         return 2

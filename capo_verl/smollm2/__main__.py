@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import sys
 
+from capo_verl.extras import missing
 from capo_verl.smollm2 import pretrained, task
 
 
@@ -17,10 +18,13 @@ def main() -> int:
     args = parser.parse_args()
     try:
         model_path, _ = pretrained.prepare_model(args.tensor_parallel_size)
+        data_dir, _ = task.prepare_data(task.TaskConfig())
+    except ImportError as error:
+        print(missing("capo_verl.smollm2", error, "smollm2"), file=sys.stderr)
+        return 2
     except (RuntimeError, ValueError) as error:
         print(f"capo_verl.smollm2: {error}", file=sys.stderr)
         return 2
-    data_dir, _ = task.prepare_data(task.TaskConfig())
     print(data_dir, model_path, sep="\n")
     return 0
 

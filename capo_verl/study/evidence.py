@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The tables in ``docs/evidence.md`` and the figures beside it, from the packed results alone.
 
-    python -m capo_verl.study.evidence [docs/evidence.md]
+    python -m capo_verl.study.evidence [docs/evidence.md]      # default: the page of the checkout
 
 Between ``<!-- study NAME -->`` and ``<!-- end NAME -->`` the page's text is replaced by that study's tables; what is written
 outside stays. A marker without results gets one sentence which says so.
@@ -9,18 +9,19 @@ outside stays. A marker without results gets one sentence which says so.
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import pandas as pd
-
+from capo_verl.extras import missing
 from capo_verl.launch.files import replace_text
-from capo_verl.study import figures
-from capo_verl.study.store import CURVES, RUNS, read
-from capo_verl.study.tables import frame_tables
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "evidence.md"
 SECTION = re.compile(r"(<!-- study (?P<name>[\w-]+) -->\n).*?(<!-- end (?P=name) -->)", re.DOTALL)
@@ -32,6 +33,7 @@ def render(page: str, runs: pd.DataFrame, curves: pd.DataFrame) -> str:
     Args:
         runs, curves: as packed by :func:`capo_verl.study.frame.pack`.
     """
+    from capo_verl.study.tables import frame_tables
 
     def section(match: re.Match[str]) -> str:
         frame = runs[runs["study"] == match["name"]] if not runs.empty else runs
@@ -45,6 +47,8 @@ def render(page: str, runs: pd.DataFrame, curves: pd.DataFrame) -> str:
 
 def draw(runs: pd.DataFrame, curves: pd.DataFrame, folder: Path) -> list[Path]:
     """All figures of the studies that have results: ``STUDY-KIND.png`` and ``.svg``. Returns the PNGs."""
+    from capo_verl.study import figures
+
     made: list[Path] = []
 
     def add(name: str, kind: str, draw_: Callable[[Path], None]) -> None:
@@ -69,8 +73,26 @@ def draw(runs: pd.DataFrame, curves: pd.DataFrame, folder: Path) -> list[Path]:
     return made
 
 
-def main(page: Path = PAGE) -> int:
-    """Write tables and figures."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Write tables and figures; the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="capo_verl.study.evidence", description="Rewrite the page's tables and figures."
+    )
+    parser.add_argument("page", nargs="?", type=Path, default=PAGE, help="default: docs/evidence.md of the checkout")
+    page = parser.parse_args(argv).page
+    if not page.exists():
+        print(f"{page} is missing: run in a checkout, or name the page", file=sys.stderr)
+        return 2
+    try:
+        return _write(page)
+    except ImportError as error:
+        print(missing("capo_verl.study.evidence", error, "study"), file=sys.stderr)
+        return 2
+
+
+def _write(page: Path) -> int:
+    from capo_verl.study.store import CURVES, RUNS, read
+
     folder = page.with_suffix("")
     runs, curves = read(folder / RUNS), read(folder / CURVES)
     if runs.empty:
@@ -83,4 +105,4 @@ def main(page: Path = PAGE) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(*map(Path, sys.argv[1:2])))
+    sys.exit(main())

@@ -55,8 +55,17 @@ def train_verl(run: PlannedRun, results: Path) -> list[dict[str, float]]:
 
 
 def command(config: VerlRunConfig) -> list[str]:
-    """The launcher and its overrides; a method's come last."""
-    return ["bash", str(EXAMPLES / SCRIPTS[config.launcher]), *config.settings, *config.overrides]
+    """The launcher and its overrides; a method's come last.
+
+    Raises:
+        RuntimeError: if this package was not installed in place, so that there is no launcher.
+    """
+    launcher = EXAMPLES / SCRIPTS[config.launcher]
+    if not launcher.exists():
+        raise RuntimeError(
+            f"{launcher} is missing: install a checkout of the repository in place, pip install -e '.[cpu,study]'"
+        )
+    return ["bash", str(launcher), *config.settings, *config.overrides]
 
 
 def environment(config: VerlRunConfig, folder: Path) -> dict[str, str]:

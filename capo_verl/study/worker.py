@@ -81,8 +81,10 @@ def describe(run: PlannedRun) -> dict[str, Any]:
 
 @lru_cache(maxsize=1)
 def commit() -> str:
-    """The repository's commit, ``+`` if the files differ from it; empty outside a repository."""
-    folder = Path(__file__).resolve().parent
+    """The repository's commit, ``+`` if the files differ from it; empty outside a checkout."""
+    folder = Path(__file__).resolve().parents[2]
+    if not (folder / ".git").exists():  # an installed package may lie in somebody else's repository
+        return ""
 
     def git(*arguments: str) -> str:
         found = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=False)

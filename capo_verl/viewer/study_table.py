@@ -45,12 +45,9 @@ def read_study_table(path: Path) -> list[Run]:
     Raises:
         ValueError: if a table is missing or is not one of ``scripts/study.py``.
     """
-    try:
-        import pandas as pd
-    except ImportError as e:
-        raise ValueError(
-            f"{path}: reading a table needs pandas and pyarrow ({e}); pip install capo-verl[viewer]"
-        ) from e
+    import pandas as pd
+    import pyarrow  # noqa: F401  without it pandas would ask for one of several packages
+
     curves_path = path.with_name(path.name.replace("runs", "curves"))
     if path.name == CURVES or not curves_path.is_file():
         missing = RUNS if path.name == CURVES else curves_path.name

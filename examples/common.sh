@@ -55,8 +55,20 @@ choose_algorithm() {
     if [[ $CAPO != off && -z $on_command_line ]]; then ALGORITHM+=("+capo=$CAPO"); fi
 }
 
+# rival_in "$@": the NAME of a +rival=NAME.
+rival_in() {
+    local argument
+    for argument in "$@"; do
+        if [[ $argument == +rival=* ]]; then echo "${argument#+rival=}"; fi
+    done
+}
+
 CAPO=${CAPO:-off}
 choose_algorithm "$@"  # a sourced file sees the launcher's arguments
+RIVAL=$(rival_in "$@")
+if [[ -n $RIVAL && ${LOSS_MODE:-vanilla} != vanilla ]]; then
+    refuse "LOSS_MODE=$LOSS_MODE and +rival=$RIVAL contradict each other: drop one of them"
+fi
 NNODES=${NNODES:-${SLURM_JOB_NUM_NODES:-1}}
 [[ $NNODES =~ ^[1-9][0-9]*$ ]] || refuse "NNODES=$NNODES: set it to the number of nodes"
 save_freq=${SAVE_FREQ:-$default_save_freq}

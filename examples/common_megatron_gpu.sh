@@ -15,6 +15,7 @@ default_experiment_name() {
     local name
     name=$(basename "$MODEL_PATH" | tr '[:upper:]' '[:lower:]' | tr -c '[:alnum:]\n' _)_${CAPO}_$REGIME
     if [[ $LOSS_MODE != vanilla ]]; then name+=_$LOSS_MODE; fi
+    if [[ -n $RIVAL ]]; then name+=_$RIVAL; fi
     if [[ -n ${SEED:-} ]]; then name+=_seed$SEED; fi
     echo "$name"
 }
@@ -68,8 +69,12 @@ MODEL=(
     actor_rollout_ref.model.use_remove_padding=True
 )
 
+# A rival brings its own loss, and an explicit one would win over it.
+LOSS=(actor_rollout_ref.actor.policy_loss.loss_mode="$LOSS_MODE")
+if [[ -n $RIVAL ]]; then LOSS=(); fi
+
 ACTOR=(
-    actor_rollout_ref.actor.policy_loss.loss_mode="$LOSS_MODE"
+    ${LOSS[@]+"${LOSS[@]}"}
     actor_rollout_ref.actor.use_kl_loss=False
     actor_rollout_ref.actor.entropy_coeff=0
     actor_rollout_ref.actor.optim.lr="$actor_lr"

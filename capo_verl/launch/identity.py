@@ -16,6 +16,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from capo_verl.config import verl_knobs
 from capo_verl.launch.checkpoints import TRACKER, checkpoint_folder
 from capo_verl.launch.files import replace_text
 from capo_verl.launch.preflight import sees_files
@@ -37,18 +38,30 @@ SCHEDULE = tuple(
         "weight_decay",
     )
 )  # fmt: skip
+DIAGNOSTICS = ("sample_tokens", "batch_shift")
+"""Knobs of CAPO beginning like these change nothing but what is reported."""
 LENGTH = (STEPS, EPOCHS)
 BATCH = ("data.train_batch_size", f"{ROLLOUT}.n")
 
 
 def identity(config: DictConfig) -> dict[str, Any]:
-    """What is remembered of a run: keys of verl's configuration, and ``capo``, the preset or ``off``."""
+    """What is remembered of a run: keys of verl's configuration, and ``capo``: ``off``, or the preset and what differs from it."""
     found = {key: OmegaConf.select(config, key) for key in (*EXPERIMENT, *SCHEDULE, *LENGTH, *BATCH)}
-    knobs = OmegaConf.select(config, f"{ACTOR}.policy_loss.capo")
-    found[CAPO] = "off" if knobs is None else knobs.get("preset")
+    found[CAPO] = _method(config)
     if found[STEPS] is not None:
         found[EPOCHS] = None  # the number of steps wins
     return found
+
+
+def _method(config: DictConfig) -> str:
+    block = OmegaConf.select(config, f"{ACTOR}.policy_loss.capo")
+    if block is None:
+        return "off"
+    knobs = OmegaConf.to_container(block, resolve=True)
+    preset = knobs.pop("preset", None)
+    usual = verl_knobs(preset) if preset else {}
+    own = (f"{key}={value}" for key, value in knobs.items() if not key.startswith(DIAGNOSTICS) and value != usual.get(key))
+    return ", ".join([str(preset), *own])
 
 
 def check_identity(config: DictConfig) -> None:

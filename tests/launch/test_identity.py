@@ -58,6 +58,14 @@ def test_what_is_remembered(run, tmp_path, tiny_model):
         "data.train_batch_size": 144, "actor_rollout_ref.rollout.n": 8,
     }  # fmt: skip
     assert identity(run())["capo"] == "off"
+
+
+def test_knobs_that_differ_from_the_preset_tell_runs_apart(run, written):
+    block = "actor_rollout_ref.actor.policy_loss.capo"
+    written("+capo=grpo", f"{block}.sample_tokens_every=5")
+    check_identity(run("+capo=grpo", f"{block}.batch_shift_every=1"))  # reports more, trains alike
+    with pytest.raises(ValueError, match="capo was grpo, is grpo, top_k=20, mode=track: set another OUTPUT_DIR"):
+        check_identity(run("+capo=grpo", f"{block}.mode=track", f"{block}.top_k=20"))
     assert identity(run("trainer.total_epochs=7"))["trainer.total_epochs"] == 7
     for key in SCHEDULE:  # all are keys of one of verl's engines
         assert key in {f"{OPTIM}.{k}" for engine in ("megatron", "dp") for k in

@@ -332,8 +332,19 @@ def test_every_experiment_has_its_own_folder(script, tmp_path):
     )
     assert folder(REGIME="aggressive", CAPO="track") == f"{model}_track_aggressive"
     assert folder(LOSS_MODE="gspo", SEED=3) == f"{model}_off_conservative_gspo_seed3"
+    assert folder("+rival=dcpo", CAPO="kl_budget") == f"{model}_kl_budget_conservative_dcpo"
     assert folder(MODEL_PATH="/models/My Model-1.5/") == "my_model_1_5_off_conservative"
     assert folder(EXPERIMENT_NAME="mine", CAPO="grpo") == "mine"
+
+
+@pytest.mark.parametrize("script", GPU)
+def test_a_rival_brings_its_own_loss(script, tmp_path):
+    config = compose(command_line(script, tmp_path, "+rival=lopti", "+capo=grpo")[1:])
+    assert value(config, "actor_rollout_ref.actor.policy_loss.loss_mode") == "lopti"
+    assert value(config, "actor_rollout_ref.actor.ppo_epochs") == 2
+    refused = call(script, tmp_path, "+rival=lopti", LOSS_MODE="gspo")
+    assert refused.returncode == 2
+    assert refused.stderr == f"{script}: LOSS_MODE=gspo and +rival=lopti contradict each other: drop one of them\n"
 
 
 @pytest.mark.parametrize("script", [*GPU, *CPU])

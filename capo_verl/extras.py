@@ -6,7 +6,7 @@ from __future__ import annotations
 import importlib
 import sys
 
-EXTRAS = ("cpu", "smollm2", "data", "viewer", "study")
+EXTRAS = ("cpu", "smollm2", "data", "viewer", "trl", "study")
 """Where a package is looked for, in this order, if the program's own extra does not install it."""
 DISTRIBUTIONS = {"megatron": "megatron-core", "yaml": "pyyaml"}
 """Import name -> distribution, where the two differ by more than ``_`` and ``-``."""

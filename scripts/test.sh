@@ -8,22 +8,43 @@
 # TEST_JOBS            processes for the tests that may run side by side (default 2)
 # CAPO_VENV, PYTHON, TORCH_INDEX_URL see scripts/environment.sh.
 
+# shellcheck disable=SC2317,SC2329  # some functions are called by name only: by phase, by the trap
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=scripts/environment.sh
 source scripts/environment.sh
-make_environment '.[cpu,data,smollm2,study,test,viewer]' scripts/smollm2.requirements.txt
+make_environment '.[cpu,data,docs,smollm2,study,test,trl,viewer]' scripts/smollm2.requirements.txt
 
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} PYTHONPATH="${PYTHONPATH:-}"
 if [ $# -gt 0 ]; then exec "$VENV/bin/python" -m pytest "$@"; fi
 
-echo "== ruff";  "$VENV/bin/ruff" check . && "$VENV/bin/ruff" format --check .
-echo "== mypy";  "$VENV/bin/mypy"
-echo "== bash";  git ls-files -z '*.sh' '*.sbatch' .ci/run | xargs -0 -n1 bash -n
-git ls-files -z '*.sh' '*.sbatch' .ci/run | xargs -0 "$VENV/bin/shellcheck" -x
+reports=$(mktemp -d)
+finish() { "$VENV/bin/python" -m tests.summary "$reports" || true; rm -rf "$reports"; }
+trap finish EXIT
+
+# phase NAME COMMAND...: run it, and note for the summary how it ended and how long it took.
+phase() {
+    local name=$1 start=$SECONDS code=0
+    shift
+    echo "== $name"
+    "$@" || code=$?
+    printf '%s\t%d\t%d\n' "$name" "$code" "$((SECONDS - start))" >>"$reports/phases"
+    return "$code"
+}
+# A function that phase runs does not stop at the first error by itself.
+style() { "$VENV/bin/ruff" check . && "$VENV/bin/ruff" format --check .; }
+shell() {
+    git ls-files -z '*.sh' '*.sbatch' .ci/run | xargs -0 -n1 bash -n &&
+        git ls-files -z '*.sh' '*.sbatch' .ci/run | xargs -0 "$VENV/bin/shellcheck" -x
+}
+tests() {
+    phase "pytest: $1" "$VENV/bin/python" -m pytest --durations=15 --junitxml="$reports/pytest: $1.xml" "${@:2}" || failed=1
+}
+
+phase ruff style
+phase mypy "$VENV/bin/mypy"
+phase bash shell
 failed=0
-echo "== pytest: what may run side by side"
-"$VENV/bin/python" -m pytest -q -n "${TEST_JOBS:-2}" --dist loadfile --durations=15 -m "not alone" || failed=1
-echo "== pytest: what runs alone"
-"$VENV/bin/python" -m pytest -v --durations=15 -m alone || failed=1
+tests "what may run side by side" -q -n "${TEST_JOBS:-2}" --dist loadfile -m "not alone"
+tests "what runs alone" -v -m alone
 exit $failed

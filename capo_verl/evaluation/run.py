@@ -164,7 +164,7 @@ def load_reward(path: str | None, name: str) -> scoring.Reward:
         raise ValueError(f"--reward {path} --reward-name {name}: {error}") from error
     if not callable(function):
         raise ValueError(f"--reward {path}: {name} is not a function")
-    return function  # type: ignore[no-any-return]
+    return function
 
 
 def table(groups: dict[str, dict[str, list[float]]], results: dict[str, dict[str, statistics.Estimate]]) -> str:

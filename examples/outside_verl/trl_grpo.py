@@ -172,6 +172,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="CAPO in TRL's GRPOTrainer, with a small random model on a CPU")
     parser.add_argument("--steps", type=int, default=60)
     steps = parser.parse_args().steps
+    torch.set_num_threads(1)  # more of them only wait for each other on a model this small
     model, tokenizer = tiny_policy()
     prompts = [" ".join(str(1 + (i * k) % 7) for k in range(1, 2 + i % 3)) for i in range(64)]
     with tempfile.TemporaryDirectory() as folder:

@@ -57,7 +57,7 @@ def _method(config: DictConfig) -> str:
     block = OmegaConf.select(config, f"{ACTOR}.policy_loss.capo")
     if block is None:
         return "off"
-    knobs = OmegaConf.to_container(block, resolve=True)
+    knobs: dict[str, Any] = OmegaConf.to_container(block, resolve=True)  # type: ignore[assignment]
     preset = knobs.pop("preset", None)
     usual = verl_knobs(preset) if preset else {}
     own = (f"{key}={value}" for key, value in knobs.items() if not key.startswith(DIAGNOSTICS) and value != usual.get(key))

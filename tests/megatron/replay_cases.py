@@ -3,10 +3,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -14,6 +14,8 @@ import torch.distributed as dist
 from tests.cpu.engine_cases import Layout, export, make_engine
 from tests.helpers.recording import BETAS, EPS, KNOBS, LEARNING_RATES, RecordedBatch
 from tests.megatron.capo_cases import make_loss, to_verl
+
+Recorded = TypeVar("Recorded")
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,20 @@ class Case:
             "fused" if self.fused else "",
         ]
         return ", ".join([str(self.layout), *filter(None, options)])
+
+
+def once_per_model(record: Callable[..., Recorded], models: dict[str, str]) -> Callable[[Case], Recorded]:
+    """The recording a case is compared with: ``record(path, temperature, padded_rows)``, each made once."""
+    recordings: dict[tuple[Any, ...], Recorded] = {}
+
+    def get(case: Case) -> Recorded:
+        padded_rows = -125 % case.layout.tp if case.model == "odd-vocabulary" else 0
+        key = (case.model, case.temperature, padded_rows)
+        if key not in recordings:
+            recordings[key] = record(models[case.model], case.temperature, padded_rows)
+        return recordings[key]
+
+    return get
 
 
 @dataclass

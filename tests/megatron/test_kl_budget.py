@@ -13,9 +13,8 @@ from tests.cpu.engine_cases import Layout
 from tests.helpers.grouped import launch_by_size
 from tests.helpers.kl_recording import ADAM_LR, DELTA, ETA, KLRecording, log_probs_of, mean_k3, record_kl
 from tests.helpers.spawn import run_on_ranks
-from tests.helpers.tiny_model import make_tiny_model
 from tests.megatron.kl_cases import PROBED, Trained, adaptive, knobs_of, mini_batches, train
-from tests.megatron.replay_cases import Case
+from tests.megatron.replay_cases import Case, once_per_model
 
 PRELOAD = ("torch", "verl.workers.engine.megatron.transformer_impl", "capo_verl.cpu.bridge")
 CASES = [
@@ -40,28 +39,8 @@ CASES = [
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    made = {"untied": {}, "odd-vocabulary": {"vocab_size": 125}}
-    return {
-        name: make_tiny_model(
-            tmp_path_factory.mktemp(name), layers=4, num_attention_heads=8, num_key_value_heads=4, **options
-        )
-        for name, options in made.items()
-    }
-
-
-@pytest.fixture(scope="module")
 def recording_of(models):
-    recordings: dict[tuple, KLRecording] = {}
-
-    def get(case: Case) -> KLRecording:
-        padded_rows = -125 % case.layout.tp if case.model == "odd-vocabulary" else 0
-        key = (case.model, case.temperature, padded_rows)
-        if key not in recordings:
-            recordings[key] = record_kl(models[case.model], PROBED, case.temperature, padded_rows)
-        return recordings[key]
-
-    return get
+    return once_per_model(lambda path, *rest: record_kl(path, PROBED, *rest), models)
 
 
 @pytest.fixture(scope="module")

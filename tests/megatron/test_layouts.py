@@ -16,8 +16,7 @@ import pytest
 from tests.cpu.engine_cases import Layout
 from tests.helpers.grouped import launch_by_size
 from tests.helpers.recording import Recording, record
-from tests.helpers.tiny_model import make_tiny_model
-from tests.megatron.replay_cases import Case, replay
+from tests.megatron.replay_cases import Case, once_per_model, replay
 
 PRELOAD = ("torch", "verl.workers.engine.megatron.transformer_impl", "capo_verl.cpu.bridge")
 CASES = [
@@ -110,29 +109,8 @@ TOLERANCE = Deviation(objective_shift=5e-6, policy_shift=1e-5, loss=2e-6, gradie
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Four layers for two pipeline stages of two chunks, four key-value heads for four tensor-parallel ranks."""
-    made = {"untied": {}, "tied": {"tie_word_embeddings": True}, "odd-vocabulary": {"vocab_size": 125}}
-    return {
-        name: make_tiny_model(
-            tmp_path_factory.mktemp(name), layers=4, num_attention_heads=8, num_key_value_heads=4, **options
-        )
-        for name, options in made.items()
-    }
-
-
-@pytest.fixture(scope="module")
 def recording_of(models):
-    recordings: dict[tuple, Recording] = {}
-
-    def get(case: Case) -> Recording:
-        padded_rows = -125 % case.layout.tp if case.model == "odd-vocabulary" else 0
-        key = (case.model, case.temperature, padded_rows)
-        if key not in recordings:
-            recordings[key] = record(models[case.model], case.temperature, padded_rows)
-        return recordings[key]
-
-    return get
+    return once_per_model(record, models)
 
 
 @pytest.fixture(scope="module")

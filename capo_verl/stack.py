@@ -127,7 +127,9 @@ def _read_pyproject() -> dict[str, Any]:
 def wanted(stack: Stack) -> tuple[str, dict[str, Requirement]]:
     """The Python range and the requirements of a stack, by canonical name; the stack's own win over the project's."""
     python, requirements = declared(stack.extra)
-    by_name: dict[str, Requirement] = {canonicalize_name(r.name): r for r in [*requirements, *map(Requirement, stack.requirements)]}
+    by_name: dict[str, Requirement] = {
+        canonicalize_name(r.name): r for r in [*requirements, *map(Requirement, stack.requirements)]
+    }
     for name, other in stack.same_as.items():
         by_name[name] = next(r for r in declared(other)[1] if canonicalize_name(r.name) == name)
     return stack.python or python, by_name

@@ -60,7 +60,9 @@ def _method(config: DictConfig) -> str:
     knobs: dict[str, Any] = OmegaConf.to_container(block, resolve=True)  # type: ignore[assignment]
     preset = knobs.pop("preset", None)
     usual = verl_knobs(preset) if preset else {}
-    own = (f"{key}={value}" for key, value in knobs.items() if not key.startswith(DIAGNOSTICS) and value != usual.get(key))
+    own = (
+        f"{key}={value}" for key, value in knobs.items() if not key.startswith(DIAGNOSTICS) and value != usual.get(key)
+    )
     return ", ".join([str(preset), *own])
 
 

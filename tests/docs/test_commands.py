@@ -63,8 +63,7 @@ def _models(folder: Path) -> None:
     from tests.helpers.tiny_model import make_tiny_qwen2
 
     make_tiny_qwen2(folder / "MODEL")
-    for run, step in (("CHECKPOINT", 50), ("checkpoints", 60)):
-        shutil.copytree(folder / "MODEL", folder / run / f"global_step_{step}/actor/huggingface")
+    shutil.copytree(folder / "MODEL", folder / "CHECKPOINT/global_step_50/actor/huggingface")
 
 
 def _data(folder: Path) -> None:

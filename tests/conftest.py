@@ -7,7 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-ALONE = ("e2e/", "launch/", "quickstart/", "rewards/", "slurm/", "viewer/test_browser.py")
+ALONE = (
+    "e2e/", "launch/test_ray_cluster.py", "launch/test_stop.py", "quickstart/test_runner.py", "rewards/", "slurm/",
+    "viewer/test_browser.py",
+)  # fmt: skip
 """Where tests wait for real time limits, signals or a browser: nothing else should run beside them."""
 
 

@@ -44,7 +44,7 @@ def call(script: str, tmp_path: Path, *arguments: str, **variables: object) -> s
     """Run a launcher to its end."""
     return subprocess.run(
         ["bash", str(EXAMPLES / script), *arguments], env=environment(tmp_path, **variables), cwd=tmp_path,
-        capture_output=True, text=True, timeout=120,
+        capture_output=True, text=True, timeout=500,
     )  # fmt: skip
 
 

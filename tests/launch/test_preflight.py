@@ -170,6 +170,6 @@ def test_a_worker_of_ray_raises_instead(run):
         "validate_config(compose(['trainer.resume_mode=maybe', 'actor_rollout_ref.rollout.name=hf']), False, False)"
     )
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", program], env={**os.environ, "PYTHONPATH": str(ROOT)},
-                          capture_output=True, text=True, timeout=120)  # fmt: skip
+                          capture_output=True, text=True, timeout=500)  # fmt: skip
     assert done.returncode == 1
     assert "ValueError: " in done.stderr.splitlines()[-1]

@@ -21,6 +21,7 @@ from capo_verl.study.compare import interval, scores
 CONTROL = "#000000"
 OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F")
 """With grey for their yellow, which is hard to see on white; black is the control's alone."""
+FAMILIAR = ("capo", "capo adaptive", "kl_budget", "soft", "soft + kl_budget")
 MARKERS = "osD^vPX*"
 DASHES = ("-", "--", "-.", ":")
 
@@ -34,10 +35,12 @@ def style(number: int) -> dict[str, Any]:
 
 
 def styles(frame: pd.DataFrame) -> dict[str, dict[str, Any]]:
-    """Of all methods of a study, the control first and black."""
+    """Of all methods of a study, the control first and black; those that several studies have look the same in each."""
     control = frame["control"].iloc[0]
-    methods = [control, *(m for m in frame["method"].unique() if m != control)]
-    return {method: style(i) for i, method in enumerate(methods)}
+    methods = [m for m in frame["method"].unique() if m != control]
+    numbers = {m: FAMILIAR.index(m) + 1 for m in methods if m in FAMILIAR}
+    free = (n for n in itertools.count(1) if n not in numbers.values())
+    return {control: style(0), **{m: style(numbers.get(m) or next(free)) for m in methods}}
 
 
 def over_learning_rate(frame: pd.DataFrame, path: Path) -> None:

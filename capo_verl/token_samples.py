@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 FILE = "capo_tokens.jsonl"
 FILTER_COLUMNS = ("policy_shift", "objective_shift", "in_trust_region", "weights")
-"""What is kept of :class:`~capo_verl.core.filter.CapoOutput`."""
+"""What is kept of :class:`~capo_verl.core.output.CapoOutput`."""
 
 
 class TokenSamples:

@@ -11,7 +11,7 @@ from torch import Tensor
 from capo_verl.calibration.policy import Policy
 from capo_verl.calibration.rollouts import Rollouts
 from capo_verl.config import CapoConfig
-from capo_verl.core.filter import CapoFilter, CapoOutput
+from capo_verl.core import CapoFilter, CapoOutput
 from capo_verl.core.projected_logits import ProjectedLogits
 
 Columns = dict[str, np.ndarray]

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import wraps
 from typing import Any, NamedTuple, TypeVar, cast
 
@@ -19,6 +18,7 @@ from capo_verl.core.curvature import Shifts, sequence_sums, set_shifts, token_sh
 from capo_verl.core.kernels import choose
 from capo_verl.core.logit_rows import LogitRows, VocabShard
 from capo_verl.core.optimizer_model import AdamModel, OptimizerModel, SgdModel
+from capo_verl.core.output import CapoOutput, Stage
 from capo_verl.core.penalty import PenaltyTerms, joined_terms, penalises, token_shifts_and_terms
 from capo_verl.core.projected_logits import ProjectedLogits, ProjectedRows
 from capo_verl.core.support import Support, find_support
@@ -38,50 +38,6 @@ def _exact(method: _Method) -> _Method:
             return method(self, *args, **kwargs)
 
     return cast(_Method, wrapper)
-
-
-class Stage(NamedTuple):
-    """What one granularity measured and decided; every tensor has the shape of ``actions``."""
-
-    granularity: str
-    objective_shift: Tensor
-    """m_H of the token, or of its sequence or batch; 0 where the stage did not look (outside the mask, rejected before)."""
-    policy_shift: Tensor
-    """m_F, likewise."""
-    objective_ok: Tensor
-    """bool, the m_H test was passed."""
-    policy_ok: Tensor
-    """bool, the m_F test was passed."""
-    verdict: Tensor
-    """bool, inside the mask and passed both tests of this and of all earlier stages."""
-
-
-@dataclass(frozen=True)
-class CapoOutput:
-    """Result of :meth:`CapoFilter.evaluate`; every tensor has the shape of ``actions``."""
-
-    objective_shift: Tensor
-    """m_H in units of the advantage, from the first granularity of the config."""
-    policy_shift: Tensor
-    """m_F in nats, likewise. Token granularity: defined at all positions unless ``skip_masked``."""
-    accepted: Tensor
-    """bool, the tokens to train on, inside the response mask. It is the response mask with ``mode="track"``, with soft weights and
-    once the guard has stopped the filtering."""
-    weights: Tensor
-    """Factor of the token's loss, or of its advantage, 0 outside the response mask: 0 or 1 as ``accepted``, with soft weights
-    in 0..1."""
-    trust_weights: Tensor
-    """What ``weights`` would be if the filter did not only track and had not been stopped."""
-    in_trust_region: Tensor
-    """bool, the verdict of all stages, inside the response mask. Equal to ``accepted`` with ``mode="filter"`` and hard weights."""
-    in_support: Tensor
-    """bool, whether the taken token is among the top k."""
-    problems: dict[str, Tensor] = field(repr=False)
-    """What is wrong with the inputs -> bool, where inside the response mask. All False unless ``check_values=False``."""
-    stages: tuple[Stage, ...] = field(repr=False)
-    """One entry per granularity, in the order in which they were applied."""
-    penalty_terms: PenaltyTerms | None = field(default=None, repr=False)
-    """For ``curvature_penalty``; None unless the config asks for a penalty."""
 
 
 class _Decision(NamedTuple):

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from capo_verl.core import collectives
-from capo_verl.core.filter import CapoOutput
 from capo_verl.core.order_statistics import nearest_rank, ordered_keys
+from capo_verl.core.output import CapoOutput
 
 QUANTILES = {"min": 0.0, "p01": 0.01, "p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
 SHIFTS = ("policy", "objective")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from capo_verl.config import CapoConfig
-from capo_verl.core.filter import CapoFilter, CapoOutput
+from capo_verl.core import CapoFilter, CapoOutput
 from capo_verl.core.kl_budget import STEPS_BACK, KLBudget
 from capo_verl.core.logit_rows import VocabShard
 from capo_verl.core.penalty import curvature_penalty

@@ -56,8 +56,8 @@ def _classes() -> Iterator[str]:
     from capo_verl.algorithms.rivals import Rival
     from capo_verl.core import CapoFilter, CapoOutput, ProjectedLogits, curvature_penalty
     from capo_verl.core.batch_shifts import BatchShifts
-    from capo_verl.core.filter import Stage
     from capo_verl.core.kl_budget import KLBudget
+    from capo_verl.core.output import Stage
 
     for cls in (CapoFilter, KLBudget):
         yield f"{cls.__name__}({_parameters(cls.__init__)})"

@@ -9,7 +9,7 @@ import math
 import pandas as pd
 import pytest
 
-from capo_verl.study import compare
+from capo_verl.study import compare, tables
 from capo_verl.study.measures import area, first_reached, summarise
 from capo_verl.study.tables import frame_tables
 
@@ -133,3 +133,14 @@ def test_tables_name_the_control_and_mark_verdicts():
     assert "All cells, control `grpo`" in text
     # At 1e-4 the differences are 0.001, 0.002 and 0.003: Student's interval holds 0.
     assert "| budget | 2 / 1 / 0 | +0.002 | +0.202 |" in text
+
+
+def test_rows_begin_with_the_control_and_rise_with_the_knob():
+    cells = [
+        '{"capo.top_k": "8", "lr": "1"}',
+        '{"capo.top_k": "16", "lr": "1"}',
+        '{"lr": "1"}',
+        '{"capo.top_k": "2", "lr": "1"}',
+    ]
+    frame = pd.DataFrame({"method": ["capo", "capo", "grpo", "capo"], "control": "grpo", "cell": cells})
+    assert list(tables._ordered(frame).index) == [2, 3, 0, 1]

@@ -124,10 +124,6 @@ def test_last_number_of_a_sentence() -> None:
 
 def test_committed_tables_are_those_of_the_committed_data() -> None:
     folder = ROOT / "docs" / "evidence"
-    if not (folder / "calibration.parquet").exists():
-        pytest.skip("the study has not been run")
     text = evidence.markdown(evidence.load(folder))
     assert (folder / "calibration.md").read_text(encoding="utf-8") == text
-    page = ROOT / "docs" / "evidence.md"
-    if page.exists() and evidence.BEGIN in page.read_text(encoding="utf-8"):
-        assert text in page.read_text(encoding="utf-8")
+    assert text in (ROOT / "docs" / "evidence.md").read_text(encoding="utf-8")

@@ -31,15 +31,21 @@ def outside(path: Path, *allowed: str) -> set[str]:
     return {name for name in imports(path) if not any(name == a or name.startswith(a + ".") for a in allowed)}
 
 
+def python_files(folder: str) -> list[Path]:
+    files = sorted((PACKAGE / folder).rglob("*.py"))
+    assert files, f"no Python files in {folder}: a folder that was moved would hold to everything"
+    return files
+
+
 def test_the_method_imports_torch_and_its_own_configuration_only() -> None:
-    files = sorted((PACKAGE / "core").rglob("*.py"))
+    files = python_files("core")
     assert len(files) > 20
     allowed = ("torch", "triton", "capo_verl.core", *CONFIG)
     assert {str(f.relative_to(ROOT)): bad for f in files if (bad := outside(f, *allowed))} == {}
 
 
 def test_only_one_file_of_the_method_communicates() -> None:
-    users = {f.name for f in (PACKAGE / "core").rglob("*.py") if any("torch.distributed" in i for i in imports(f))}
+    users = {f.name for f in python_files("core") if any("torch.distributed" in i for i in imports(f))}
     assert users == {"collectives.py"}
 
 
@@ -51,12 +57,12 @@ def test_the_configuration_imports_nothing() -> None:
 
 
 def test_rivals_need_torch_only() -> None:
-    for path in (PACKAGE / "algorithms" / "rivals").glob("*.py"):
+    for path in python_files("algorithms/rivals"):
         assert outside(path, "torch", "capo_verl.algorithms.rivals", *CONFIG) == set(), path.name
 
 
 def test_nothing_depends_on_the_embedded_default() -> None:
     """Deleting cpu/ would not touch the method nor the engines: verl's registry and the plugin load it by name."""
     for folder in ("core", "megatron", "fsdp", "algorithms", "rewards", "data"):
-        for path in (PACKAGE / folder).rglob("*.py"):
+        for path in python_files(folder):
             assert not [i for i in imports(path) if i.startswith("capo_verl.cpu")], path

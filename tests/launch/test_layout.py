@@ -23,13 +23,6 @@ RUN = RunSpec(
     [
         {},
         {"tp": 4},
-        {
-            "tp": 7,
-            "gpus_per_node": 7,
-            "rollout_tp": 7,
-            "mini_batch": 7,
-            "pads_vocab": True,
-        },  # refused for another reason below
         {"pp": 4},
         {"pp": 2, "vpp": 7},
         {"cp": 4},
@@ -48,16 +41,18 @@ RUN = RunSpec(
     ids=str,
 )
 def test_accepted(change):
-    run = dataclasses.replace(RUN, **change)
-    if run.tp == 7:
-        assert problems(run, SHAPE) == [
-            "Qwen2.5-Math-7B has 18944 rows of the feed-forward layer, which do not divide by "
-            "actor_rollout_ref.actor.megatron.tensor_model_parallel_size=7: choose another",
-            "Qwen2.5-Math-7B has 4 key-value heads, neither a multiple nor a divisor of "
-            "actor_rollout_ref.actor.megatron.tensor_model_parallel_size=7: choose another",
-        ]
-    else:
-        assert problems(run, SHAPE) == []
+    assert problems(dataclasses.replace(RUN, **change), SHAPE) == []
+
+
+def test_everything_that_does_not_divide_is_named():
+    """Seven divides the GPUs, the heads and, padded, the vocabulary, but neither the feed-forward rows nor the groups."""
+    run = dataclasses.replace(RUN, tp=7, gpus_per_node=7, rollout_tp=7, mini_batch=7, pads_vocab=True)
+    assert problems(run, SHAPE) == [
+        "Qwen2.5-Math-7B has 18944 rows of the feed-forward layer, which do not divide by "
+        "actor_rollout_ref.actor.megatron.tensor_model_parallel_size=7: choose another",
+        "Qwen2.5-Math-7B has 4 key-value heads, neither a multiple nor a divisor of "
+        "actor_rollout_ref.actor.megatron.tensor_model_parallel_size=7: choose another",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from tests.cpu.engine_cases import Layout, export, make_engine
+from tests.cpu.engine_cases import export, make_engine
 from tests.cpu.fsdp_cases import FsdpLayout, make_fsdp_engine
 from tests.helpers.kl_recording import ADAM_LR, DELTA, ETA, SGD_LR, STEPS
 from tests.helpers.recording import BETAS, EPS, RecordedBatch
@@ -74,10 +74,6 @@ def train(
         rates.append(float(engine.optimizer.param_groups[0]["lr"]))
     scale = engine._kl.budget.scale if getattr(engine, "_kl", None) is not None else 1.0
     return Trained(reports, scale, rates, replay_cases._of_end_ranks(export(engine)))
-
-
-def plain_layout(**sizes: Any) -> replay_cases.Case:
-    return replay_cases.Case(Layout(**sizes))
 
 
 def adaptive(case: Any, model_path: str, knobs: dict[str, Any], steps: int = 4) -> list[dict[str, Any]]:

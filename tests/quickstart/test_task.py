@@ -52,7 +52,7 @@ def test_parquet_has_verls_schema(data_dir, splits):
             assert json.loads(row["extra_info"]["entry"])["answer"] == entry["answer"]
 
 
-def test_prompts_differ_only_in_the_problem_and_answers_are_the_reversed_word(splits):
+def test_answers_are_the_reversed_word(splits):
     for entry in splits["train"]:
         assert entry["answer"] == entry["metadata"]["word"][::-1]
 

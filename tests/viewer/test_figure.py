@@ -85,6 +85,7 @@ def test_nothing_to_draw_is_said(tmp_path, capsys):
 def test_a_single_run_of_one_step_can_be_drawn(tmp_path):
     log = write_file_log(tmp_path / "m.jsonl", capo_rows(1))
     assert main(["plot", str(log), "--output", str(tmp_path / "out")]) == 0
+    assert "Held-out accuracy" in (tmp_path / "out" / "curves.svg").read_text()
 
 
 def test_many_runs_leave_room_for_the_panels(tmp_path):

@@ -11,6 +11,8 @@ from omegaconf import DictConfig, OmegaConf
 from capo_verl.config import PRESETS, verl_knobs
 
 POLICY_LOSS = "actor_rollout_ref.actor.policy_loss"
+TARGET = "capo_verl.config.CapoPolicyLossConfig"
+"""``policy_loss._target_`` of a run with ``+capo`` or ``+rival``: the dataclass that carries their knobs to the workers."""
 
 
 def preset_node(name: str) -> DictConfig:
@@ -18,7 +20,7 @@ def preset_node(name: str) -> DictConfig:
     node = OmegaConf.create({})
     for path, value in PRESETS[name].verl.items():
         OmegaConf.update(node, path, value)
-    policy_loss: dict[str, Any] = {"_target_": "capo_verl.config.CapoPolicyLossConfig"}
+    policy_loss: dict[str, Any] = {"_target_": TARGET}
     OmegaConf.update(node, POLICY_LOSS, policy_loss)
     # Where the checkpoints go, every node of the run can write.
     places = {"sample_tokens_dir": "${trainer.default_local_dir}"}

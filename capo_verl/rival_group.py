@@ -8,9 +8,8 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
+from capo_verl.hydra_group import POLICY_LOSS, TARGET
 from capo_verl.rival_config import RIVAL_SPECS, RivalConfig
-
-POLICY_LOSS = "actor_rollout_ref.actor.policy_loss"
 
 
 def rival_node(name: str) -> DictConfig:
@@ -20,7 +19,7 @@ def rival_node(name: str) -> DictConfig:
     for path, value in spec.verl.items():
         OmegaConf.update(node, path, value)
     # The same dataclass as +capo: the two go together in either order.
-    OmegaConf.update(node, f"{POLICY_LOSS}._target_", "capo_verl.config.CapoPolicyLossConfig")
+    OmegaConf.update(node, f"{POLICY_LOSS}._target_", TARGET)
     OmegaConf.update(node, f"{POLICY_LOSS}.loss_mode", name)
     knobs = OmegaConf.create({"name": name, **spec.defaults()})
     OmegaConf.set_struct(knobs, False)  # an unknown key must reach our own check
@@ -46,7 +45,7 @@ def check_rival(config: DictConfig) -> None:
 
     name, block = value(f"{POLICY_LOSS}.loss_mode"), value(f"{POLICY_LOSS}.rival")
     if block is not None:
-        if value(f"{POLICY_LOSS}._target_") != "capo_verl.config.CapoPolicyLossConfig":
+        if value(f"{POLICY_LOSS}._target_") != TARGET:
             raise ValueError(f"{POLICY_LOSS}.rival is set without the switch; add +rival={block.get('name')}")
         rival = RivalConfig.from_mapping(block)
     elif name in RIVAL_SPECS:

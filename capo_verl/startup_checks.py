@@ -12,13 +12,14 @@ from omegaconf import DictConfig, OmegaConf
 from capo_verl import plugin
 from capo_verl.config import PRESETS, CapoConfig
 from capo_verl.core.penalty import penalises
+from capo_verl.hydra_group import POLICY_LOSS, TARGET
 from capo_verl.launch.preflight import check_sizes
+from capo_verl.launch.run_spec import ACTOR, MODEL
 from capo_verl.policy_loss_config import parse_knobs
 from capo_verl.rival_group import check_rival
 
 logger = logging.getLogger(__name__)
 
-POLICY_LOSS = "actor_rollout_ref.actor.policy_loss"
 ENGINES = ("megatron", "fsdp", "fsdp2")
 """Values of ``actor.strategy`` whose engines have the filter."""
 FUSED_BACKENDS = ("torch", "triton")
@@ -48,21 +49,20 @@ def check_run(config: DictConfig) -> None:
         return
     plugin.raise_if_broken()
     capo = parse_knobs(knobs)
-    if OmegaConf.select(config, f"{POLICY_LOSS}._target_") != "capo_verl.config.CapoPolicyLossConfig":
+    if OmegaConf.select(config, f"{POLICY_LOSS}._target_") != TARGET:
         raise ValueError(f"{POLICY_LOSS}.capo is set without the switch; add +capo={knobs.get('preset') or 'grpo'}")
 
     def value(path: str) -> Any:
         return OmegaConf.select(config, path)
 
-    actor, model = "actor_rollout_ref.actor", "actor_rollout_ref.model"
-    megatron = value(f"{actor}.strategy") == "megatron"
-    dtype = f"{actor}.megatron.dtype" if megatron else f"{actor}.fsdp_config.mixed_precision.param_dtype"
+    megatron = value(f"{ACTOR}.strategy") == "megatron"
+    dtype = f"{ACTOR}.megatron.dtype" if megatron else f"{ACTOR}.fsdp_config.mixed_precision.param_dtype"
     refused: list[tuple[str, Callable[[Any], bool], str]] = [
-        (f"{actor}.strategy", lambda x: x not in ENGINES, "set model_engine=megatron or model_engine=dp"),
+        (f"{ACTOR}.strategy", lambda x: x not in ENGINES, "set model_engine=megatron or model_engine=dp"),
         *_refused_with_fused_kernels(config),
-        (f"{actor}.megatron.dynamic_context_parallel", bool, "set it to False"),
-        (f"{actor}.megatron.use_megatron_fsdp", bool, "set it to False"),
-        (f"{model}.mtp.enable_train", bool, "its extra heads share the output layer; set it to False"),
+        (f"{ACTOR}.megatron.dynamic_context_parallel", bool, "set it to False"),
+        (f"{ACTOR}.megatron.use_megatron_fsdp", bool, "set it to False"),
+        (f"{MODEL}.mtp.enable_train", bool, "its extra heads share the output layer; set it to False"),
         (
             dtype,
             lambda x: x in ("fp16", "float16"),
@@ -78,22 +78,22 @@ def check_run(config: DictConfig) -> None:
         if is_refused(found):
             raise ValueError(f"CAPO does not support {path}={found}: {instead}")
     _check_kl_budget(config, capo)
-    if capo.mode != "off" and (value(f"{model}.lora.rank") or value(f"{model}.lora_rank")):
+    if capo.mode != "off" and (value(f"{MODEL}.lora.rank") or value(f"{MODEL}.lora_rank")):
         logger.warning(
             "with LoRA the LM head is not trained; CAPO's m_H and m_F describe the step as if it were, so the paper's "
             "thresholds need not fit: measure with +capo=track first"
         )
-    optimizer = value(f"{actor}.optim.optimizer")
+    optimizer = value(f"{ACTOR}.optim.optimizer")
     if capo.mode != "off" and capo.optimizer_model == "adam" and "adam" not in str(optimizer).lower():
         raise ValueError(
-            f"{POLICY_LOSS}.capo.optimizer_model=adam models Adam, but {actor}.optim.optimizer={optimizer}; "
+            f"{POLICY_LOSS}.capo.optimizer_model=adam models Adam, but {ACTOR}.optim.optimizer={optimizer}; "
             f"set capo.optimizer_model=sgd or use Adam"
         )
     for path in SEQUENCE_SPLITTERS if capo.mode != "off" else ():
-        if (value(f"{actor}.{path}") or 1) > 1 and capo.stages != ("token",):
+        if (value(f"{ACTOR}.{path}") or 1) > 1 and capo.stages != ("token",):
             raise ValueError(
                 f"{POLICY_LOSS}.capo.granularity={capo.granularity} needs whole sequences on a rank; with "
-                f"{actor}.{path} > 1 set it to token"
+                f"{ACTOR}.{path} > 1 set it to token"
             )
     for name in ("policy_penalty", "objective_penalty") if penalises(capo) else ():
         _check_penalty(config, name, getattr(capo, name))
@@ -110,7 +110,7 @@ def check_run(config: DictConfig) -> None:
 
 def _check_kl_budget(config: DictConfig, capo: CapoConfig) -> None:
     """What the control of the learning rate cannot do in this run."""
-    budget, actor = capo.kl_budget, "actor_rollout_ref.actor"
+    budget = capo.kl_budget
     if budget is None:
         return
     if budget.estimator == "k3" and budget.reuse_next_forward:
@@ -120,9 +120,9 @@ def _check_kl_budget(config: DictConfig, capo: CapoConfig) -> None:
                 f"{POLICY_LOSS}.capo.kl_budget.reuse_next_forward=True needs the actor's own old log-probs, and with "
                 f"{bypass}=True they are the rollout engine's; set one of them to False"
             )
-    if budget.line_search is not None and OmegaConf.select(config, f"{actor}.strategy") == "megatron":
+    if budget.line_search is not None and OmegaConf.select(config, f"{ACTOR}.strategy") == "megatron":
         for key in OUT_OF_REACH:
-            path = f"{actor}.optim.override_optimizer_config.{key}"
+            path = f"{ACTOR}.optim.override_optimizer_config.{key}"
             if OmegaConf.select(config, path):
                 raise ValueError(
                     f"{POLICY_LOSS}.capo.kl_budget.line_search={budget.line_search} cannot step back with {path}=True, which "
@@ -132,7 +132,7 @@ def _check_kl_budget(config: DictConfig, capo: CapoConfig) -> None:
 
 def _check_penalty(config: DictConfig, name: str, value: float) -> None:
     """A penalty is a function of the logits of whole sequences."""
-    actor, fused = "actor_rollout_ref.actor", "actor_rollout_ref.model.use_fused_kernels"
+    fused = f"{MODEL}.use_fused_kernels"
     if not value:
         return
     if OmegaConf.select(config, fused):
@@ -141,27 +141,26 @@ def _check_penalty(config: DictConfig, name: str, value: float) -> None:
             "0 or False"
         )
     for path in SEQUENCE_SPLITTERS:
-        split = OmegaConf.select(config, f"{actor}.{path}") or 1
+        split = OmegaConf.select(config, f"{ACTOR}.{path}") or 1
         if split > 1:
             raise ValueError(
-                f"{POLICY_LOSS}.capo.{name}={value} needs whole sequences on a rank; with {actor}.{path}={split} set it to 0, or "
+                f"{POLICY_LOSS}.capo.{name}={value} needs whole sequences on a rank; with {ACTOR}.{path}={split} set it to 0, or "
                 "that to 1"
             )
 
 
 def _refused_with_fused_kernels(config: DictConfig) -> list[tuple[str, Callable[[Any], bool], str]]:
     """What does not go together with ``use_fused_kernels=True``: key, which values of it, what to do instead."""
-    actor, model = "actor_rollout_ref.actor", "actor_rollout_ref.model"
-    if not OmegaConf.select(config, f"{model}.use_fused_kernels"):
+    if not OmegaConf.select(config, f"{MODEL}.use_fused_kernels"):
         return []
-    if OmegaConf.select(config, f"{actor}.strategy") != "megatron":
-        backend = f"{model}.fused_kernel_options.impl_backend"
+    if OmegaConf.select(config, f"{ACTOR}.strategy") != "megatron":
+        backend = f"{MODEL}.fused_kernel_options.impl_backend"
         return [(backend, lambda x: x not in FUSED_BACKENDS, "set it to torch or triton, or use_fused_kernels=False")]
-    sharded = (OmegaConf.select(config, f"{actor}.megatron.tensor_model_parallel_size") or 1) > 1
-    packed = OmegaConf.select(config, f"{model}.use_remove_padding")  # otherwise verl does not fuse
+    sharded = (OmegaConf.select(config, f"{ACTOR}.megatron.tensor_model_parallel_size") or 1) > 1
+    packed = OmegaConf.select(config, f"{MODEL}.use_remove_padding")  # otherwise verl does not fuse
     return [
         (
-            f"{actor}.megatron.sequence_parallel",
+            f"{ACTOR}.megatron.sequence_parallel",
             lambda x: bool(sharded and packed and not x),
             "with use_fused_kernels=True and tensor parallelism verl leaves each rank its own part of the gradient of the "
             "hidden states, which only sequence parallelism adds up; set it to True",
@@ -172,9 +171,9 @@ def _refused_with_fused_kernels(config: DictConfig) -> list[tuple[str, Callable[
 def _check_warmup(config: DictConfig) -> None:
     """Megatron's scheduler asserts this only after all workers have started (``optimizer_param_scheduler.py:157``)."""
     steps = OmegaConf.select(config, "trainer.total_training_steps")
-    warmup = OmegaConf.select(config, "actor_rollout_ref.actor.optim.lr_warmup_steps")
-    if OmegaConf.select(config, "actor_rollout_ref.actor.strategy") == "megatron" and steps and (warmup or 0) >= steps:
+    warmup = OmegaConf.select(config, f"{ACTOR}.optim.lr_warmup_steps")
+    if OmegaConf.select(config, f"{ACTOR}.strategy") == "megatron" and steps and (warmup or 0) >= steps:
         raise ValueError(
-            f"actor_rollout_ref.actor.optim.lr_warmup_steps={warmup} must be less than "
+            f"{ACTOR}.optim.lr_warmup_steps={warmup} must be less than "
             f"trainer.total_training_steps={steps}; lower it, or train longer"
         )

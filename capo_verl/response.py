@@ -23,13 +23,22 @@ class PackedResponse(NamedTuple):
     """int64, position of the sample in the micro-batch."""
     samples: Tensor
     """``[num_sequences]`` int64, index of each sample in this rank's share of the mini-batch."""
-
     max_tokens: int
     """At most so many tokens are in the response mask; known from shapes."""
 
     @property
     def num_sequences(self) -> int:
         return len(self.samples)
+
+    @classmethod
+    def of(cls, fields: Tensor, batch: TensorDict) -> PackedResponse:
+        """From the columns of :func:`next_token_fields`, ``[3, ...]``, laid out as the labels are.
+
+        Args:
+            batch: the micro-batch they are of, with :data:`SAMPLE`.
+        """
+        advantages, mask, sequence = fields
+        return cls(advantages.contiguous(), mask > 0.5, sequence.long(), batch[SAMPLE], max_response_tokens(batch))
 
 
 def masked_values(data: TensorDict, name: str) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,7 @@ from tensordict import TensorDict
 from torch import Tensor
 from verl.utils.ulysses import ulysses_pad_and_slice_inputs
 
-from capo_verl.response import SAMPLE, PackedResponse, max_response_tokens, next_token_fields
+from capo_verl.response import PackedResponse, next_token_fields
 
 
 def packed_response(engine: Any, batch: TensorDict) -> PackedResponse:
@@ -27,12 +27,12 @@ def packed_response(engine: Any, batch: TensorDict) -> PackedResponse:
     fields, _ = pad_packed_inputs(fields, None, engine._get_packed_pad_size(fields.shape[1]))
     if engine.use_ulysses_sp:
         fields, _, _ = ulysses_pad_and_slice_inputs(fields, None, engine.ulysses_sequence_parallel_size)
-    return _unpack(fields[:, None], batch)
+    return PackedResponse.of(fields[:, None], batch)
 
 
 def padded_response(batch: TensorDict, length: int) -> PackedResponse:
     """Advantages and response mask ``[b, length]``."""
-    return _unpack(to_padded(next_token_fields(batch), batch, length).movedim(-1, 0), batch)
+    return PackedResponse.of(to_padded(next_token_fields(batch), batch, length).movedim(-1, 0), batch)
 
 
 def to_padded(values: Tensor, batch: TensorDict, length: int) -> Tensor:
@@ -49,10 +49,3 @@ def from_padded(values: Tensor, batch: TensorDict) -> Tensor:
     shift = torch.arange(b, device=values.device) * length - offsets[:-1]
     at = torch.arange(total, device=values.device) + shift.repeat_interleave(offsets.diff(), output_size=total)
     return values.flatten()[at]
-
-
-def _unpack(fields: Tensor, batch: TensorDict) -> PackedResponse:
-    advantages, mask, sequence = fields
-    return PackedResponse(
-        advantages.contiguous(), mask > 0.5, sequence.long(), batch[SAMPLE], max_response_tokens(batch)
-    )

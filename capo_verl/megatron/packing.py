@@ -18,7 +18,7 @@ from torch import Tensor
 from verl.models.mcore.util import _compute_fp8_thd_align_size
 
 from capo_verl.core import collectives
-from capo_verl.response import SAMPLE, PackedResponse, max_response_tokens, next_token_fields
+from capo_verl.response import PackedResponse, next_token_fields
 
 
 def token_positions(
@@ -73,10 +73,7 @@ def pack_response(batch: TensorDict, at: Tensor) -> PackedResponse:
         at: from :func:`token_positions`.
     """
     fields = torch.nn.functional.pad(next_token_fields(batch), (0, 0, 0, 1))[at]
-    advantages, mask, sequence = fields.unbind(-1)
-    return PackedResponse(
-        advantages.contiguous(), mask > 0.5, sequence.long(), batch[SAMPLE], max_response_tokens(batch)
-    )
+    return PackedResponse.of(fields.movedim(-1, 0), batch)
 
 
 def unpack(values: Tensor, batch: TensorDict, at: Tensor) -> Tensor:

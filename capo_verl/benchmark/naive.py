@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from capo_verl.config import CapoConfig
+from capo_verl.config import CapoConfig, TargetRejection
 from capo_verl.core.chunks import chunk_slices
 from capo_verl.core.curvature import Shifts
 from capo_verl.core.trust_region import judge
@@ -54,6 +54,9 @@ class NaiveFilter:
         device: where the moments live.
         dtype: of the moments and of the tensors ``[N, k, H]``; sums per token are at least float32.
         reuse_temporaries: write over tensors that are no longer needed, and form no product that is only summed.
+
+    Raises:
+        ValueError: for a threshold that sets itself, which the paper does not have.
     """
 
     def __init__(
@@ -66,7 +69,12 @@ class NaiveFilter:
         dtype: torch.dtype,
         reuse_temporaries: bool = False,
     ):
+        if isinstance(config.policy_shift_max, TargetRejection):
+            raise ValueError(
+                f"policy_shift_max={config.policy_shift_max}: the published CAPO has a fixed tau_F; set a number"
+            )
         self.config, self.dtype, self.reuse_temporaries = config, dtype, reuse_temporaries
+        self._policy_shift_max = config.policy_shift_max
         self.wide = torch.promote_types(dtype, torch.float32)
         self.exp_avg = torch.zeros(vocab_size, hidden_size, device=device, dtype=dtype)
         self.exp_avg_sq = torch.zeros_like(self.exp_avg)
@@ -106,9 +114,8 @@ class NaiveFilter:
         curvature = d**2 - (mean_square - mean**2)
         objective = learning_rate * advantages * d + half * advantages * curvature
         policy = half * d**2
-        accepted = (
-            response_mask.bool() & judge(self.config, Shifts(objective, policy), self.config.policy_shift_max).accepted
-        )
+        verdict = judge(self.config, Shifts(objective, policy), self._policy_shift_max)
+        accepted = response_mask.bool() & verdict.accepted
         self._evaluated = _Evaluated(ids, g, accepted)
         return Decision(objective, policy, accepted)
 

@@ -250,7 +250,7 @@ class CapoFilter:
         Raises:
             RuntimeError: if ``hidden_states`` were modified in place since they were evaluated.
         """
-        self._weighting.step(self.model.has_moments, self.model.dtype)
+        self._weighting.step(self.model.is_settled, self.model.dtype)
         self.model.update((self.dp_group, self.cp_group))
         self._retained.clear()
 

@@ -33,8 +33,8 @@ class SgdModel:
         pass
 
     @property
-    def has_moments(self) -> bool:
-        """Whether P is what it will be from now on."""
+    def is_settled(self) -> bool:
+        """Whether P(g) is on the scale that it will have from now on."""
         return True
 
     def partial_sums(
@@ -117,7 +117,7 @@ class AdamModel:
         self._accepted.move(device)
 
     @property
-    def has_moments(self) -> Tensor:
+    def is_settled(self) -> Tensor:
         """Scalar bool, False before the first update: until then ``P(g) = g``, which is on another scale."""
         return self._steps > 0
 

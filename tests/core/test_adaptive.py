@@ -58,7 +58,7 @@ def run(config: CapoConfig, tp: int = 1, dp: int = 1, cp: int = 1, parts: int = 
         ]  # fmt: skip
         after = capo.batch_shifts().after
         with recorded_syncs() as syncs:
-            capo._weighting.step(capo.model.has_moments, capo.model.dtype)
+            capo._weighting.step(capo.model.is_settled, capo.model.dtype)
         assert syncs == []
         capo.model.update((capo.dp_group, capo.cp_group))
         capo._retained.clear()

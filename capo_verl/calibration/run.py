@@ -157,7 +157,7 @@ def _load(path: str, device: str) -> Any:
 
 def report(settings: Settings, found: Calibration) -> list[str]:
     """Lines to print: what predicts the KL, what a step does, and what to paste."""
-    rows = _rows(settings, found)
+    rows = _rows(found)
     table = tables.aggregate(rows, ("depth", "target", "predictor"))
     at_all = table[(table["depth"] == "all") & (table["target"] == "kl")].set_index("predictor")
     objective = table[(table["depth"] == "all") & (table["target"] == "objective")].iloc[0]
@@ -187,7 +187,7 @@ def report(settings: Settings, found: Calibration) -> list[str]:
         "the learning rate and with the moments' age, and spikes as a policy degrades: with few steps they are a start, "
         "not a steady state.",
     ]
-    if proposal.steps < 3 or found.proposal.kl == 0:
+    if proposal.steps < 3 or proposal.kl == 0:
         lines.append("Fewer than three usable steps: raise --steps before relying on them.")
     cut = sum(found.truncated) / len(found.truncated)
     if cut > 0.2:
@@ -205,7 +205,7 @@ def write(settings: Settings, found: Calibration) -> list[Path]:
     from capo_verl.data.prepare import write_json
 
     settings.output.mkdir(parents=True, exist_ok=True)
-    rows = _rows(settings, found)
+    rows = _rows(found)
     table = tables.aggregate(rows, ("depth", "target", "predictor"))
     kept = _used(found.measurements)
     tokens = pd.concat([tables.token_rows(m, 4096, draw=i) for i, m in kept])
@@ -233,7 +233,7 @@ def _used(measurements: Sequence[StepMeasurement]) -> list[tuple[int, StepMeasur
     return numbered[1:] if len(numbered) > 1 else numbered
 
 
-def _rows(settings: Settings, found: Calibration) -> Any:
+def _rows(found: Calibration) -> Any:
     import pandas as pd
 
     return pd.DataFrame([row for i, m in _used(found.measurements) for row in tables.step_rows(m, step=i)])

@@ -31,8 +31,6 @@ class StepMeasurement:
     """Depth -> ``[N]``, the true KL(old || new), nats."""
     objective: dict[str, np.ndarray]
     """Depth -> ``[N]``, ``A (pi_new / pi_old - 1)``: the change of the token's surrogate objective, which m_H predicts."""
-    log_objective: dict[str, np.ndarray]
-    """Depth -> ``[N]``, ``A (log pi_new - log pi_old)``."""
     batch: dict[str, float]
     """Means over tokens per sequence, then over sequences: predicted ``policy_shift, policy_shift_exact, objective_shift,
     head_step``; true ``kl/DEPTH, objective/DEPTH``; also ``kl_token_mean/DEPTH``, ``gradient_norm``, ``learning_rate``."""
@@ -102,7 +100,6 @@ def measure_step(
         {**{name: _numpy(x) for name, x in tokens.items()}, **columns},
         {d: _numpy(x) for d, x in kl.items()},
         {d: _numpy(x) for d, x in objective.items()},
-        {d: _numpy(advantage * o.log_ratio) for d, o in found.items()},
         batch,
     )
 

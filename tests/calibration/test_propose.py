@@ -14,7 +14,7 @@ from capo_verl.calibration.step import StepMeasurement
 
 def step(policy: np.ndarray, objective: np.ndarray, kl: float) -> StepMeasurement:
     tokens = {"policy_shift": policy, "objective_shift": objective}
-    return StepMeasurement(tokens, {}, {}, {}, {"kl_token_mean/all": kl})
+    return StepMeasurement(tokens, {}, {}, {"kl_token_mean/all": kl})
 
 
 def made_up(kls: tuple[float, ...] = (1.0, 1.2e-3, 1.2e-3)) -> list[StepMeasurement]:

@@ -96,10 +96,9 @@ class KLControl:
         from verl.utils import tensordict_utils as tu
 
         self._begin()
-        first, last = (
-            self._first_of_rollout,
-            bool(tu.get_non_tensor_data(data, key="update_lr_scheduler", default=True)),
-        )
+        first = self._first_of_rollout
+        # verl moves the learning-rate schedule on after the last mini-batch of a rollout.
+        last = bool(tu.get_non_tensor_data(data, key="update_lr_scheduler", default=True))
         self._first_of_rollout = last
         reuses = self.config.estimator == "k3" and self.config.reuse_next_forward and self.config.line_search is None
         self._defers = reuses and first and not last and data.get("old_log_probs", None) is not None

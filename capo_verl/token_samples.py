@@ -19,7 +19,7 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from capo_verl.config import CapoConfig
-from capo_verl.core import CapoFilter, collectives
+from capo_verl.core import CapoFilter, CapoOutput, collectives
 from capo_verl.response import SAMPLE, next_token_fields
 from capo_verl.token_text import token_pieces
 
@@ -69,12 +69,10 @@ class TokenSamples:
         self._first: list[dict[str, Any]] = []
         self._others: list[dict[str, Any]] = []
 
-    def keep(self, out: Any) -> None:
-        """What the filter found in a micro-batch, ``CapoOutput``, until :meth:`lay_out`. Does not wait for the device."""
+    def keep(self, out: CapoOutput) -> None:
+        """What the filter found in a micro-batch, until :meth:`add`. Does not wait for the device."""
         if self.active:
-            found = [getattr(out, name, None) for name in FILTER_COLUMNS]
-            found = [out.accepted if column is None else column for column in found]
-            self._columns = torch.stack([column.float() for column in found], dim=-1)
+            self._columns = torch.stack([getattr(out, name).float() for name in FILTER_COLUMNS], dim=-1)
 
     def lay_out(self, to_sequences: Callable[[Tensor], Tensor]) -> None:
         """Bring what was kept from the layout of the model into that of ``input_ids``.

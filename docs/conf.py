@@ -19,3 +19,18 @@ html_theme = "furo"
 html_title = f"capo_verl {release}"
 html_show_sourcelink = False
 html_copy_source = False
+
+
+def setup(app):
+    """Keep Napoleon away from fields: it reads "Support size: how many ..." below one as "TYPE: description"."""
+    written = {}
+
+    def before(app, what, name, obj, options, lines):
+        if what == "attribute":
+            written[name] = list(lines)
+
+    def after(app, what, name, obj, options, lines):
+        lines[:] = written.pop(name, lines)
+
+    app.connect("autodoc-process-docstring", before, priority=400)
+    app.connect("autodoc-process-docstring", after, priority=600)

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import argparse
 import enum
 import importlib.metadata
 import json
@@ -21,7 +20,6 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from capo_verl import compat, stack
-from capo_verl.cli import doctor
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "scripts" / "check_stack.py"
@@ -220,20 +218,6 @@ def test_unreadable_project_is_one_sentence(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(stack, "PYPROJECT", tmp_path / "pyproject.toml")
     assert stack.main([]) == 1
     assert capsys.readouterr().err.startswith("check_stack.py: capo-verl is not installed, and Python 3.")
-
-
-def test_doctor_names_the_nearest_stack(monkeypatch, capsys):
-    reports = [stack.check(compat.CPU, {}.get, "3.11.7"), gpu_report(vllm="0.23.0", triton=None)]
-    monkeypatch.setattr(stack, "check_all", lambda: reports)
-    monkeypatch.setattr(doctor, "CHECKS", {"software stack": doctor.CHECKS["software stack"]})
-    assert doctor.run(argparse.Namespace()) == 0  # other versions are a warning: nothing is known to be broken
-    printed = capsys.readouterr().out
-    assert f"GPU stack: not installed, 2 of {len(reports[1].packages) + 1} missing or wrong\n" in printed
-    lacking = "triton (missing), vllm==0.24.0 (0.23.0)"
-    warning = f"other versions than the tested ones; the nearest stack, gpu, has {lacking}"
-    assert f"\nwarn  software stack: {warning}\n" in printed
-    monkeypatch.setattr(stack, "check_all", lambda: [reports[0], gpu_report()])
-    assert doctor.CHECKS["software stack"]() == "gpu"
 
 
 def fake_megatron(monkeypatch, model_type: type[enum.Enum]) -> ModuleType:

@@ -72,20 +72,6 @@ def test_a_broken_registration_is_logged_and_stops_a_capo_run():
     assert "REFUSED capo_verl could not register with verl (policy losses and advantage estimators: " in result.stdout
 
 
-def test_doctor_names_what_is_broken_and_exits_with_1():
-    result = python(BREAK + "from capo_verl.cli import main; sys.exit(main(['doctor']))", VERL_PLATFORM="cpu")
-    assert result.returncode == 1
-    assert "FAIL  registered with verl: RuntimeError: capo_verl could not register" in result.stdout
-    assert "ok    switch composes" not in result.stdout or "checks failed" in result.stdout
-
-
-def test_doctor_passes_here():
-    result = python("import sys; from capo_verl.cli import main; sys.exit(main(['doctor']))", VERL_PLATFORM="cpu")
-    assert result.returncode == 0, result.stdout + result.stderr[-2000:]
-    assert "ok    Megatron engine: capo_verl.cpu.engine.CpuMegatronEngine" in result.stdout
-    assert "ok    FSDP engine: capo_verl.cpu.fsdp_engine.CpuFsdpEngine" in result.stdout
-
-
 def test_metric_names_survive_verls_renaming():
     import verl  # noqa: F401
     from verl.utils.py_functional import rename_dict

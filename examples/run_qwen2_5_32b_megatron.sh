@@ -4,7 +4,7 @@
 #
 #   python scripts/prepare_data.py math --output data           # data/math/train.parquet and test.parquet
 #   bash examples/run_qwen2_5_32b_megatron.sh                             # GRPO
-#   CAPO=grpo bash examples/run_qwen2_5_32b_megatron.sh                   # CAPO; also dr_grpo, reinforce, track
+#   CAPO=grpo bash examples/run_qwen2_5_32b_megatron.sh                   # CAPO; also dr_grpo, reinforce, soft, kl_budget, track
 #   REGIME=aggressive CAPO=grpo bash examples/run_qwen2_5_32b_megatron.sh
 #   DRY_RUN=1 bash examples/run_qwen2_5_32b_megatron.sh                   # prints the configuration and the plan
 #

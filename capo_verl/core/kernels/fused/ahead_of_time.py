@@ -17,7 +17,7 @@ ALIGNED = ("hidden", "logits", "token", "weight", "sums", "exp_avg", "exp_avg_sq
 """Tensors from torch's allocator; as integers, strides and offsets that are multiples of 16."""
 
 
-def variants() -> dict:
+def variants() -> dict[str, tuple[Any, dict[str, str], dict[str, Any]]]:
     """Name -> (kernel, types of its arguments, constants), at the shapes of Qwen2.5-7B with TP 1."""
     curvature = {
         "hidden": BF16, "ids": I64, "probs": F32, "actions": I64, "advantages": F32, "corrected": F32, "steps": I64,

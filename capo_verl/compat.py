@@ -82,6 +82,28 @@ def shim_mbridge() -> None:
         )
 
 
+def shim_trl(verl_module: Any) -> None:
+    """verl's FSDP engine patches a class of trl wherever trl is installed (``monkey_patch.py:352``), which TRL 1.16 no longer has.
+
+    A trl without it is none to verl. What else asks this module's ``is_trl_available`` wants the same class.
+    """
+    installed = verl_module.is_trl_available
+
+    def is_trl_available() -> bool:
+        return installed() and any(
+            _has("AutoModelForCausalLMWithValueHead", m) for m in ("trl.experimental.ppo", "trl")
+        )
+
+    verl_module.is_trl_available = is_trl_available
+
+
+def _has(name: str, module: str) -> bool:
+    try:
+        return hasattr(importlib.import_module(module), name)
+    except ImportError:
+        return False
+
+
 def import_checkpoint_modules() -> None:
     """Import now what megatron-core >= 0.19 imports at the first save, so that ``torch_view`` sees those modules."""
     for name in ("state_dict_saver", "filesystem_async", "fully_parallel", "torch"):

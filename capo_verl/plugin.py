@@ -18,6 +18,7 @@ from types import ModuleType
 
 import wrapt
 
+from capo_verl import compat
 from capo_verl.launch import stop
 from capo_verl.launch.outcome import REFUSED
 
@@ -129,6 +130,7 @@ def register() -> None:
         "advantages of rival losses",
         _call("capo_verl.algorithms.rival_advantages", "follow_advantages"),
     )
+    _when_imported("verl.models.transformers.monkey_patch", "shim for trl", compat.shim_trl)
     verl_engine = "verl.workers.engine.{}.transformer_impl"
     _when_imported(verl_engine.format("megatron"), "Megatron engine", _import("capo_verl.megatron.engine"))
     _when_imported(verl_engine.format("fsdp"), "FSDP engine", _import("capo_verl.fsdp.engine"))

@@ -88,7 +88,7 @@ HOW = (
     How(r"python scripts/calibration_study\.py draw .*", makes=("docs/evidence/calibration_tokens.png",)),
     How(r"python scripts/study\.py run \S+\.yaml.*", append="--limit 1", says=r"1 finished"),
     How(r"python scripts/study\.py (status|tables|pack) .*"),
-    How(r"python -m capo_verl\.study\.evidence", makes=("docs/evidence/main-rates.png",)),
+    How(r"python -m capo_verl\.study\.evidence", makes=("docs/evidence/base-curves.png",)),
     How(r"(\w+=\S+ )*python scripts/benchmark_filter\.py.*", append=_SMALL_BENCHMARK, says="evaluate"),
     How(r"python scripts/plan\.py --config resolved\.yaml --json", says=r'"'),
     How(r"python scripts/plan\.py .*", says="GiB"),

@@ -13,12 +13,13 @@ from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+from generated import renewed
+
 from capo_verl.config import FROM_OPTIMIZER, PRESETS, CapoConfig, TargetRejection
 from capo_verl.kl_budget_config import KLBudgetConfig
 from capo_verl.rival_config import RIVAL_SPECS
 
 PAGE = Path(__file__).with_name("config.md")
-BEGIN, END = "<!-- generated: begin -->", "<!-- generated: end -->"
 BLOCK = "actor_rollout_ref.actor.policy_loss"
 
 
@@ -112,9 +113,7 @@ def render() -> str:
 
 def written() -> str:
     """The page with its tables renewed."""
-    head, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
-    _, _, tail = rest.partition(END)
-    return f"{head}{BEGIN}\n\n{render()}\n\n{END}{tail}"
+    return renewed(PAGE, render())
 
 
 if __name__ == "__main__":

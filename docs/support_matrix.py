@@ -11,9 +11,10 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from generated import renewed
+
 DOCS = Path(__file__).parent
 PAGE = DOCS / "support.md"
-BEGIN, END = "<!-- generated: begin -->", "<!-- generated: end -->"
 
 ACTOR, MODEL = "actor_rollout_ref.actor", "actor_rollout_ref.model"
 FUSED = (f"{MODEL}.use_fused_kernels=True", f"{MODEL}.use_remove_padding=True")
@@ -264,9 +265,7 @@ def missing_tests(tests: Path) -> list[str]:
 
 def written() -> str:
     """The page with its tables renewed."""
-    head, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
-    _, _, tail = rest.partition(END)
-    return f"{head}{BEGIN}\n\n{render()}\n\n{END}{tail}"
+    return renewed(PAGE, render())
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,10 +15,12 @@ DOCS = Path(__file__).resolve().parents[2] / "docs"
 
 @pytest.fixture(scope="module")
 def reference():
+    sys.path.insert(0, str(DOCS))  # as it is for `python docs/config_reference.py`
     spec = importlib.util.spec_from_file_location("config_reference", DOCS / "config_reference.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module
+    yield module
+    sys.path.remove(str(DOCS))
 
 
 def test_the_page_is_up_to_date(reference) -> None:

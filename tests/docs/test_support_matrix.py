@@ -18,12 +18,14 @@ DOCS = TESTS.parent / "docs"
 
 @pytest.fixture(scope="module")
 def matrix():
+    sys.path.insert(0, str(DOCS))  # as it is for `python docs/support_matrix.py`
     spec = importlib.util.spec_from_file_location("support_matrix", DOCS / "support_matrix.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules["support_matrix"] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     yield module
     del sys.modules["support_matrix"]
+    sys.path.remove(str(DOCS))
 
 
 def test_the_page_is_up_to_date(matrix) -> None:

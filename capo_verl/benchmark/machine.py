@@ -6,12 +6,12 @@ from __future__ import annotations
 import os
 import platform
 import statistics
-import subprocess
 from pathlib import Path
 
 import torch
 
 from capo_verl.benchmark.measure import clock, measure_seconds
+from capo_verl.provenance import commit, processor
 
 _COPY_BYTES = {"cpu": 1 << 28, "cuda": 1 << 31}
 
@@ -19,7 +19,7 @@ _COPY_BYTES = {"cpu": 1 << 28, "cuda": 1 << 31}
 def environment(device: str) -> dict[str, str | int]:
     """Names and versions, for the record."""
     facts: dict[str, str | int] = {
-        "processor": torch.cuda.get_device_name() if device == "cuda" else _cpu_name(),
+        "processor": torch.cuda.get_device_name() if device == "cuda" else processor(),
         "device": device,
         "clock": clock(device),
         "threads": torch.get_num_threads(),
@@ -28,7 +28,7 @@ def environment(device: str) -> dict[str, str | int]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "allocator": _allocator_settings() or "default",
-        "commit": _commit(),
+        "commit": commit() or "unknown",
     }
     if device == "cuda":
         import triton
@@ -62,24 +62,3 @@ def _allocator_settings() -> str:
     """Of the C library: they decide how often large tensors are new to the system, which costs time on a CPU."""
     names = sorted(name for name in os.environ if name.startswith("MALLOC_") or name == "GLIBC_TUNABLES")
     return " ".join(f"{name}={os.environ[name]}" for name in names)
-
-
-def _cpu_name() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return " ".join(line.partition(":")[2].replace("(R)", "").replace("(TM)", "").split())
-    return platform.processor() or platform.machine()
-
-
-def _commit() -> str:
-    """Short hash of the source tree, ``+`` if it has changes; "unknown" outside a git repository."""
-    root = Path(__file__).resolve().parents[2]
-    if not (root / ".git").exists():
-        return "unknown"
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(
-            ("git", "-C", str(root), *arguments), check=True, capture_output=True, text=True
-        ).stdout.strip()
-
-    return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "--", "capo_verl") else "")

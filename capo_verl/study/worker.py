@@ -5,15 +5,14 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import signal
-import subprocess
 import time
 import traceback
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from capo_verl.provenance import commit, processor
 from capo_verl.study.grid import PlannedRun
 from capo_verl.study.measures import summarise
 from capo_verl.study.store import Store
@@ -80,30 +79,8 @@ def describe(run: PlannedRun) -> dict[str, Any]:
 
 
 @lru_cache(maxsize=1)
-def commit() -> str:
-    """The repository's commit, ``+`` if the files differ from it; empty outside a checkout."""
-    folder = Path(__file__).resolve().parents[2]
-    if not (folder / ".git").exists():  # an installed package may lie in somebody else's repository
-        return ""
-
-    def git(*arguments: str) -> str:
-        found = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=False)
-        return found.stdout.strip()
-
-    head = git("rev-parse", "--short=12", "HEAD")
-    return head + ("+" if head and git("status", "--porcelain", "--untracked-files=no") else "")
-
-
-@lru_cache(maxsize=1)
 def machine() -> str:
     """Processor, cores and library version; no names of machines."""
     import torch
 
-    processor = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        names = [
-            line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")
-        ]
-        processor = names[0] if names else processor
-    return f"{processor}, {os.cpu_count()} cores, torch {torch.__version__}"
+    return f"{processor()}, {os.cpu_count()} cores, torch {torch.__version__}"

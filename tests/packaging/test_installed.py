@@ -130,9 +130,9 @@ def test_help_needs_no_checkout(module, installed):
 
 
 def test_commit_is_unknown_outside_a_checkout(installed):
-    code = "from capo_verl.benchmark import machine as m; from capo_verl.study import worker as w; print([m._commit(), w.commit()])"
+    code = "from capo_verl.provenance import commit; print([commit()])"
     done = installed.run("-c", code)
-    assert done.stdout == "['unknown', '']\n", done.stderr
+    assert done.stdout == "['']\n", done.stderr
 
 
 def test_stack_reads_the_wheels_metadata(installed):

@@ -48,6 +48,7 @@ def render(page: str, runs: pd.DataFrame, curves: pd.DataFrame) -> str:
 def draw(runs: pd.DataFrame, curves: pd.DataFrame, folder: Path) -> list[Path]:
     """All figures of the studies that have results: ``STUDY-KIND.png`` and ``.svg``. Returns the PNGs."""
     from capo_verl.study import figures
+    from capo_verl.study.frame import ordered
 
     made: list[Path] = []
 
@@ -57,6 +58,7 @@ def draw(runs: pd.DataFrame, curves: pd.DataFrame, folder: Path) -> list[Path]:
         made.append(path)
 
     for name, frame in runs.groupby("study", sort=True):
+        frame = ordered(frame)
         mine = curves[curves["run_id"].isin(frame["run_id"])]
         rates = sorted(frame["lr"].unique())
         if any("." in axis for cell in frame["cell"] for axis in json.loads(cell)):

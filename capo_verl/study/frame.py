@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -39,6 +40,19 @@ def study_frame(study: Study, runs: pd.DataFrame) -> pd.DataFrame:
     if runs.empty:
         return planned.iloc[:0]
     return planned.merge(runs.drop(columns="method"), on="run_id", how="inner")
+
+
+def ordered(frame: pd.DataFrame) -> pd.DataFrame:
+    """The control first; of each method the cells by the numbers that they begin with, the smallest first."""
+    methods = [frame["control"].iloc[0], *frame["method"].unique()]
+    cells = [[_sortable(value) for value in json.loads(cell).values()] for cell in frame["cell"]]
+    keys = [(methods.index(m), len(c), c) for m, c in zip(frame["method"], cells, strict=True)]
+    return frame.iloc[sorted(range(len(frame)), key=keys.__getitem__)]
+
+
+def _sortable(value: str) -> tuple[float, str]:
+    number = re.match(r"[-+]?\d+(\.\d+)?(e[-+]?\d+)?", value)
+    return (float(number[0]), value) if number else (0.0, value)
 
 
 def pack(studies: Sequence[Study], results: Path, output: Path) -> str:

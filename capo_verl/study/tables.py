@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 import pandas as pd
 
 from capo_verl.study.compare import SHARE, differences, efficiency, interval, over_rates, scores, tuned_control
-from capo_verl.study.frame import study_frame
+from capo_verl.study.frame import ordered, study_frame
 from capo_verl.study.grid import Study
 
 MARKS = {"better": " ▲", "worse": " ▼", "same": ""}
@@ -26,7 +26,7 @@ def study_tables(study: Study, runs: pd.DataFrame, curves: pd.DataFrame) -> str:
 def frame_tables(frame: pd.DataFrame, curves: pd.DataFrame) -> str:
     """Final accuracy by learning rate, the summary per method, and efficiency."""
     name, control = frame["study"].iloc[0], frame["control"].iloc[0]
-    frame = _ordered(frame)
+    frame = ordered(frame)
     failed = frame[frame["status"] == "failed"]
     parts = [f"### {name}", *final_tables(frame), summary_table(frame)]
     if frame["lr"].nunique() > 1:
@@ -39,21 +39,6 @@ def frame_tables(frame: pd.DataFrame, curves: pd.DataFrame) -> str:
         + (f" {len(failed)} failed: {_failures(failed)}." if len(failed) else "")
     )
     return "\n\n".join(parts) + "\n"
-
-
-def _ordered(frame: pd.DataFrame) -> pd.DataFrame:
-    """The control first; of a method with several values of a knob, the smallest first."""
-    methods = [frame["control"].iloc[0], *frame["method"].unique()]
-    cells = [[v for k, v in json.loads(c).items() if "." in k] for c in frame["cell"]]
-    keys = [(methods.index(m), [_sortable(v) for v in c]) for m, c in zip(frame["method"], cells, strict=True)]
-    return frame.iloc[sorted(range(len(frame)), key=keys.__getitem__)]
-
-
-def _sortable(value: str) -> tuple[float, str]:
-    try:
-        return float(value), ""
-    except ValueError:
-        return 0.0, value
 
 
 def final_tables(frame: pd.DataFrame) -> list[str]:

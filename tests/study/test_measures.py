@@ -9,7 +9,8 @@ import math
 import pandas as pd
 import pytest
 
-from capo_verl.study import compare, tables
+from capo_verl.study import compare
+from capo_verl.study.frame import ordered
 from capo_verl.study.measures import area, first_reached, summarise
 from capo_verl.study.tables import frame_tables
 
@@ -143,4 +144,12 @@ def test_rows_begin_with_the_control_and_rise_with_the_knob():
         '{"capo.top_k": "2", "lr": "1"}',
     ]
     frame = pd.DataFrame({"method": ["capo", "capo", "grpo", "capo"], "control": "grpo", "cell": cells})
-    assert list(tables._ordered(frame).index) == [2, 3, 0, 1]
+    assert list(ordered(frame).index) == [2, 3, 0, 1]
+
+
+def test_cells_are_ordered_by_the_numbers_they_begin_with():
+    cells = [
+        json.dumps({"name": name, "lr": lr}) for name in ("128 of", "16 of", "32 in 4") for lr in ("1e-3", "0.0001")
+    ]
+    frame = pd.DataFrame({"method": "grpo", "control": "grpo", "cell": cells})
+    assert list(ordered(frame).index) == [3, 2, 5, 4, 1, 0]

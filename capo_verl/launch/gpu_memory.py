@@ -16,7 +16,7 @@ SECONDS = 30
 
 
 def gpu_memory(look: bool) -> tuple[float, list[str]]:
-    """GiB of a GPU: ``GPU_MEMORY_GIB``, else of this machine's smallest, else of an H100-80GB.
+    """GiB of a GPU: ``GPU_MEMORY_GIB``, else of the smallest that ``CUDA_VISIBLE_DEVICES`` leaves, else of an H100-80GB.
 
     Args:
         look: whether this is the machine that the run is for.
@@ -48,5 +48,9 @@ def gpu_memory(look: bool) -> tuple[float, list[str]]:
 
 
 def _smallest() -> float:
-    done = subprocess.run(["nvidia-smi", *QUERY], capture_output=True, text=True, timeout=SECONDS, check=True)
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    these = (
+        ("-i", visible) if visible and "MIG" not in visible else ()
+    )  # of a slice nvidia-smi does not tell the memory this way
+    done = subprocess.run(["nvidia-smi", *QUERY, *these], capture_output=True, text=True, timeout=SECONDS, check=True)
     return round(min(float(line) for line in done.stdout.split("\n") if line.strip()) / 1024, 1)  # it counts in MiB

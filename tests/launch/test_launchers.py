@@ -140,7 +140,7 @@ def gpus(tmp_path, monkeypatch):
             (folder / "nvidia-smi").chmod(0o755)
         monkeypatch.setenv("PATH", str(folder))
         monkeypatch.setenv("DRY_RUN", "strict" if strict else "1")
-        for name in ("GPU_MEMORY_GIB", "CAPO_PLAN"):
+        for name in ("GPU_MEMORY_GIB", "CAPO_PLAN", "CUDA_VISIBLE_DEVICES"):
             monkeypatch.delenv(name, raising=False)
         for name, text in variables.items():
             monkeypatch.setenv(name, text)
@@ -159,6 +159,8 @@ TWO_SIZES = "[ \"$*\" = '--query-gpu=memory.total --format=csv,noheader,nounits'
         ({"script": "printf '143771\\n'"}, "140.4"),
         ({"script": TWO_SIZES}, "79.6"),
         ({"script": TWO_SIZES.replace("81559", "97871")}, "95.6"),
+        ({"script": "[ \"${4-all}\" = 0,2 ] && printf '143771\\n'", "CUDA_VISIBLE_DEVICES": "0,2"}, "140.4"),
+        ({"script": TWO_SIZES, "CUDA_VISIBLE_DEVICES": "MIG-1"}, "79.6"),
         ({"script": "printf '143771\\n'", "strict": False}, "79.6"),
         ({"script": "printf '143771\\n'", "GPU_MEMORY_GIB": "94.5"}, "94.5"),
     ],

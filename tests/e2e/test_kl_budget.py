@@ -13,10 +13,9 @@ pytestmark = pytest.mark.e2e
 BUDGET = "actor_rollout_ref.actor.policy_loss.capo.kl_budget"
 
 
-@pytest.mark.parametrize("estimator", ["exact", "k3"])
-def test_the_learning_rate_follows_the_measured_kl(estimator, inputs, output):  # noqa: F811
+def test_the_learning_rate_follows_the_measured_kl(inputs, output):  # noqa: F811
     overrides = (
-        "+capo=kl_budget", f"{BUDGET}.delta=1e-5", f"{BUDGET}.estimator={estimator}", f"{BUDGET}.eta=0.5",
+        "+capo=kl_budget", f"{BUDGET}.delta=1e-5", f"{BUDGET}.eta=0.5",
         "actor_rollout_ref.actor.optim.lr=3e-3",
         "actor_rollout_ref.actor.ppo_mini_batch_size=2",  # two optimizer steps per rollout
         "trainer.save_freq=1", "trainer.resume_mode=auto",
@@ -29,8 +28,6 @@ def test_the_learning_rate_follows_the_measured_kl(estimator, inputs, output):  
         assert metrics["capo/kl_probe_seconds"] > 0 and metrics["actor/lr"] == 3e-3
     saved = [json.loads((output / f"checkpoints/global_step_{i}/actor/capo/control.json").read_text()) for i in (1, 2)]
     assert saved[1]["kl_budget"]["scale"] < saved[0]["kl_budget"]["scale"] < 1 and not saved[1]["moments"]
-    if estimator == "k3":
-        return  # the rest is the same
 
     second = Run(inputs, output, "second", steps=3, first_step=2, overrides=overrides)
     assert second.wait() == 0, second.printed[-4000:]

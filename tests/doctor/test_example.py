@@ -15,8 +15,6 @@ from capo_verl.doctor.example import Example
 from tests.doctor.command import doctor, rows
 from tests.helpers.tiny_inputs import make_inputs
 
-pytestmark = pytest.mark.alone
-
 EXAMPLES = Path(__file__).parents[2] / "examples"
 QUICKSTART = EXAMPLES / "run_quickstart_cpu.sh"
 HERE = here.Here(gpus=0, gpu_memory=79.6, gpu_free=None, memory=24.0, memory_free=20.0)

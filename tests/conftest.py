@@ -21,6 +21,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("alone")
 
 
+@pytest.fixture(scope="session")
+def tiny_qwen2(tmp_path_factory: pytest.TempPathFactory) -> str:
+    from tests.helpers.tiny_model import make_tiny_qwen2
+
+    return make_tiny_qwen2(tmp_path_factory.mktemp("tiny-qwen2"))
+
+
 if not torch.cuda.is_available():
     # The kernels run in Triton's interpreter then. Triton reads this when it is first imported, by whichever test.
     os.environ["TRITON_INTERPRET"] = "1"

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
-import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
@@ -25,6 +23,7 @@ from capo_verl.data import gym, lengths, overlap, sources
 from capo_verl.data.datasets import DATASETS, GYM_LICENCE, DataSet, find, markdown
 from capo_verl.data.rows import Row, check_rows, math_rows
 from capo_verl.data.templates import TEMPLATES
+from capo_verl.launch.files import replace_text, replacing
 from capo_verl.quickstart.task import SOURCE_PREFIX
 
 REPORT = "report.json"
@@ -199,25 +198,13 @@ def write_parquet(rows: Sequence[Row], path: Path) -> None:
     import pyarrow.parquet as parquet
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    _write_atomically(path, lambda scratch: parquet.write_table(pa.Table.from_pylist(list(rows)), scratch))
+    with replacing(path) as temporary:
+        parquet.write_table(pa.Table.from_pylist(list(rows)), temporary)
 
 
 def write_json(value: Any, path: Path) -> None:
     """One JSON file, whole or not at all."""
-    _write_atomically(path, lambda scratch: scratch.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8"))
-
-
-def _write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
-    descriptor, scratch = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(descriptor)
-    try:
-        write(Path(scratch))
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(scratch, 0o666 & ~umask)  # mkstemp's files are private; data are shared
-        os.replace(scratch, path)
-    finally:
-        Path(scratch).unlink(missing_ok=True)
+    replace_text(path, json.dumps(value, indent=2) + "\n")
 
 
 def _refuse_to_overwrite(output: Path, plan: Iterable[str], overwrite: bool) -> None:

@@ -6,10 +6,11 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from capo_verl.launch.files import TRACKER
+
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 # Under global_step_N: verl's FSDP layout, its Megatron layout, and that of versions before 0.9.
 INSIDE = ("actor/huggingface", "actor/model/huggingface", "huggingface", "model/huggingface")
-LATEST = "latest_checkpointed_iteration.txt"
 
 
 def find_model(path: str) -> str:
@@ -27,8 +28,8 @@ def find_model(path: str) -> str:
         raise ValueError(f"--model {path}: no such folder")
     if not folder.is_dir():
         raise ValueError(f"--model {path}: a folder is expected")
-    if (folder / LATEST).exists():
-        folder = folder / f"global_step_{(folder / LATEST).read_text().strip()}"
+    if (folder / TRACKER).exists():
+        folder = folder / f"global_step_{(folder / TRACKER).read_text().strip()}"
     for candidate in (folder, *(folder / inside for inside in INSIDE)):
         if (candidate / "config.json").exists() and any(next(candidate.glob(pattern), None) for pattern in WEIGHTS):
             return str(candidate)

@@ -15,11 +15,10 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from capo_verl.launch.files import replace_text
+from capo_verl.launch.files import TRACKER, replace_text
 
 logger = logging.getLogger(__name__)
 
-TRACKER = "latest_checkpointed_iteration.txt"
 LAST_FILE = "data.pt"
 """What verl writes last into a checkpoint, after all ranks have written theirs."""
 

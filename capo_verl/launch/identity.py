@@ -17,8 +17,8 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from capo_verl.config import verl_knobs
-from capo_verl.launch.checkpoints import TRACKER, checkpoint_folder
-from capo_verl.launch.files import replace_text
+from capo_verl.launch.checkpoints import checkpoint_folder
+from capo_verl.launch.files import TRACKER, replace_text
 from capo_verl.launch.preflight import sees_files
 from capo_verl.launch.run_spec import ACTOR, MODEL, ROLLOUT
 

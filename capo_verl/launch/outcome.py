@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from capo_verl.launch.files import TRACKER
 from capo_verl.launch.progress import Progress
 
 REFUSED = 2
@@ -92,7 +93,7 @@ def read_attempts(history: Path) -> list[Attempt]:
 
 def newest_checkpoint(checkpoints: Path) -> int:
     """The step that verl's tracker names; 0 without one."""
-    tracker = checkpoints / "latest_checkpointed_iteration.txt"
+    tracker = checkpoints / TRACKER
     text = tracker.read_text().strip() if tracker.exists() else ""
     return int(text) if text.isdecimal() else 0
 

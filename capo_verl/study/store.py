@@ -8,7 +8,6 @@ takes a lock, so several ``study.py`` may share a folder.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from typing import Any
 import pandas as pd
 from filelock import FileLock
 
-from capo_verl.launch.files import replace_text
+from capo_verl.launch.files import replace_text, replacing
 
 RUNS, CURVES = "runs.parquet", "curves.parquet"
 
@@ -70,9 +69,8 @@ def read(path: Path) -> pd.DataFrame:
 
 def write(path: Path, table: pd.DataFrame) -> None:
     """Replace a parquet table in one step."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    table.to_parquet(temporary, index=False, compression="zstd")
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        table.to_parquet(temporary, index=False, compression="zstd")
 
 
 def _append(path: Path, rows: Iterable[dict[str, Any]], replaced: set[str]) -> None:

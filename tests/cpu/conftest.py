@@ -3,16 +3,7 @@
 
 import os
 
-import pytest
-
 os.environ["VERL_PLATFORM"] = "cpu"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import capo_verl.cpu.platform  # noqa: E402, F401
-
-
-@pytest.fixture(scope="session")
-def tiny_qwen2(tmp_path_factory: pytest.TempPathFactory) -> str:
-    from tests.helpers.tiny_model import make_tiny_qwen2
-
-    return make_tiny_qwen2(tmp_path_factory.mktemp("tiny-qwen2"))

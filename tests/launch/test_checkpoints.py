@@ -5,7 +5,8 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from capo_verl.launch.checkpoints import TRACKER, check_resume, complete_steps, repair_tracker
+from capo_verl.launch.checkpoints import check_resume, complete_steps, repair_tracker
+from capo_verl.launch.files import TRACKER
 
 
 def checkpoint(folder, step: int, complete: bool = True) -> None:

@@ -9,8 +9,8 @@ from types import SimpleNamespace
 import pytest
 from omegaconf import OmegaConf
 
-from capo_verl.launch.checkpoints import TRACKER
 from capo_verl.launch.dry_run import compose, dry_run
+from capo_verl.launch.files import TRACKER
 from capo_verl.launch.identity import FILE, SCHEDULE, check_identity, identity, record_identity
 from capo_verl.launch.outcome import REFUSED
 from tests.launch.launchers import command_line

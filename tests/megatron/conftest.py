@@ -10,13 +10,6 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
 @pytest.fixture(scope="session")
-def tiny_qwen2(tmp_path_factory: pytest.TempPathFactory) -> str:
-    from tests.helpers.tiny_model import make_tiny_qwen2
-
-    return make_tiny_qwen2(tmp_path_factory.mktemp("tiny-qwen2"))
-
-
-@pytest.fixture(scope="session")
 def odd_vocabulary(tmp_path_factory: pytest.TempPathFactory) -> str:
     """125 tokens: two tensor-parallel ranks hold one row of padding."""
     from tests.helpers.tiny_model import make_tiny_qwen2

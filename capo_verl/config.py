@@ -111,36 +111,35 @@ class CapoConfig:
     """Controls the learning rate by the KL divergence measured after each step; a number is its ``delta``. None = off."""
 
     def __post_init__(self) -> None:
+        # Each knob by itself,
+        self._check_choices()
+        self._check_counts()
+        self._check_thresholds()
+        self._check_granularity()
+        self._check_optimizer()
+        self._check_kl_budget()
+        # and what it asks of others.
+        self._check_weighting()
+        self._check_mode()
+
+    def _check_choices(self) -> None:
         one_of("optimizer_model", self.optimizer_model, OPTIMIZER_MODELS)
         one_of("mode", self.mode, MODES)
         one_of("moments_dtype", self.moments_dtype, MOMENTS_DTYPES)
         one_of("on_nonfinite", self.on_nonfinite, ON_NONFINITE)
-        integer("top_k", self.top_k, minimum=1, none="the whole vocabulary")
-        integer("batch_shift_tokens", self.batch_shift_tokens, minimum=0, none="all tokens")
-        integer("batch_shift_every", self.batch_shift_every, minimum=1)
-        integer("track_every", self.track_every, minimum=1)
-        integer("sample_tokens_every", self.sample_tokens_every, minimum=1, none="no samples")
-        integer("sample_tokens", self.sample_tokens, minimum=1)
-        if self.sample_tokens_dir is not None and not isinstance(self.sample_tokens_dir, str):
-            raise ValueError(f"capo.sample_tokens_dir={self.sample_tokens_dir!r}: expected a path, or null")
-        if self.mode == "off" and self.sample_tokens_every is not None:
-            raise ValueError(
-                f"capo.sample_tokens_every={self.sample_tokens_every!r} needs the shifts of the tokens, which capo.mode=off does "
-                "not measure; set capo.mode=track"
-            )
-        integer("max_rejection_steps", self.max_rejection_steps, minimum=1)
         one_of("policy_shift", self.policy_shift, POLICY_SHIFTS)
         one_of("weighting", self.weighting, WEIGHTINGS)
-        if self.max_rejection is not None:
-            between("max_rejection", self.max_rejection, 0, 1, low_open=True)
-        for name in ("policy_penalty", "objective_penalty"):
-            number(name, getattr(self, name))
-            threshold(name, getattr(self, name))
-        self._check_kl_budget()
-        if self.mode != "track" and self.track_every != 1:
-            raise ValueError(
-                f"capo.track_every={self.track_every!r} needs capo.mode=track: capo.mode={self.mode} decides in every step"
-            )
+        if self.sample_tokens_dir is not None and not isinstance(self.sample_tokens_dir, str):
+            raise ValueError(f"capo.sample_tokens_dir={self.sample_tokens_dir!r}: expected a path, or null")
+
+    def _check_counts(self) -> None:
+        integer("top_k", self.top_k, minimum=1, none="the whole vocabulary")
+        integer("batch_shift_tokens", self.batch_shift_tokens, minimum=0, none="all tokens")
+        integer("sample_tokens_every", self.sample_tokens_every, minimum=1, none="no samples")
+        for name in ("batch_shift_every", "track_every", "sample_tokens", "max_rejection_steps"):
+            integer(name, getattr(self, name), minimum=1)
+
+    def _check_thresholds(self) -> None:
         if isinstance(self.policy_shift_max, Mapping):
             found = build(TargetRejection, self.policy_shift_max, "capo.policy_shift_max")
             object.__setattr__(self, "policy_shift_max", found)
@@ -154,18 +153,24 @@ class CapoConfig:
                 )
         elif self.objective_shift_min is not None:
             number("objective_shift_min", self.objective_shift_min)
-        stages = (self.granularity,) if isinstance(self.granularity, str) else self.granularity
+        if self.max_rejection is not None:
+            between("max_rejection", self.max_rejection, 0, 1, low_open=True)
+        for name in ("policy_penalty", "objective_penalty"):
+            number(name, getattr(self, name))
+            threshold(name, getattr(self, name))
+
+    def _check_granularity(self) -> None:
+        given = self.granularity
+        stages = (given,) if isinstance(given, str) else given
         if not isinstance(stages, Sequence) or not stages:
-            raise ValueError(f"capo.granularity={self.granularity!r}: expected one or several of {GRANULARITIES}")
+            raise ValueError(f"capo.granularity={given!r}: expected one or several of {GRANULARITIES}")
         for stage in stages:
             one_of("granularity", stage, GRANULARITIES)
         if len(set(stages)) != len(stages):
-            raise ValueError(f"capo.granularity={self.granularity!r}: name each granularity once")
-        object.__setattr__(
-            self, "granularity", self.granularity if isinstance(self.granularity, str) else tuple(stages)
-        )
-        self._check_weighting()
-        self._check_off()
+            raise ValueError(f"capo.granularity={given!r}: name each granularity once")
+        object.__setattr__(self, "granularity", given if isinstance(given, str) else tuple(stages))
+
+    def _check_optimizer(self) -> None:
         if isinstance(self.betas, str) or not isinstance(self.betas, Sequence) or len(self.betas) != 2:
             raise ValueError(f"capo.betas={self.betas!r}: expected two numbers in [0, 1)")
         for beta in self.betas:
@@ -207,10 +212,19 @@ class CapoConfig:
                     f"capo.{name}={getattr(self, name)!r} is of single tokens: set capo.granularity=token, not {self.granularity!r}"
                 )
 
-    def _check_off(self) -> None:
+    def _check_mode(self) -> None:
         """What somebody who asks for it would miss: ``mode=off`` leaves out everything but the KL budget."""
+        if self.mode != "track" and self.track_every != 1:
+            raise ValueError(
+                f"capo.track_every={self.track_every!r} needs capo.mode=track: capo.mode={self.mode} decides in every step"
+            )
         if self.mode != "off":
             return
+        if self.sample_tokens_every is not None:
+            raise ValueError(
+                f"capo.sample_tokens_every={self.sample_tokens_every!r} needs the shifts of the tokens, which capo.mode=off does "
+                "not measure; set capo.mode=track"
+            )
         for name in ("weighting", "max_rejection", "policy_penalty", "objective_penalty", "on_nonfinite"):
             value = getattr(self, name)
             if value != type(self).__dataclass_fields__[name].default:

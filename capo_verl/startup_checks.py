@@ -51,11 +51,17 @@ def check_run(config: DictConfig) -> None:
     capo = parse_knobs(knobs)
     if OmegaConf.select(config, f"{POLICY_LOSS}._target_") != TARGET:
         raise ValueError(f"{POLICY_LOSS}.capo is set without the switch; add +capo={knobs.get('preset') or 'grpo'}")
+    _check_supported(config)
+    _check_kl_budget(config, capo)
+    if capo.mode != "off":
+        _check_filter(config, capo)
+    if knobs.get("preset"):
+        _warn_of_another_variant(config, knobs.preset)
 
-    def value(path: str) -> Any:
-        return OmegaConf.select(config, path)
 
-    megatron = value(f"{ACTOR}.strategy") == "megatron"
+def _check_supported(config: DictConfig) -> None:
+    """Settings of verl beside which CAPO does not work, whatever its knobs."""
+    megatron = OmegaConf.select(config, f"{ACTOR}.strategy") == "megatron"
     dtype = f"{ACTOR}.megatron.dtype" if megatron else f"{ACTOR}.fsdp_config.mixed_precision.param_dtype"
     refused: list[tuple[str, Callable[[Any], bool], str]] = [
         (f"{ACTOR}.strategy", lambda x: x not in ENGINES, "set model_engine=megatron or model_engine=dp"),
@@ -74,38 +80,43 @@ def check_run(config: DictConfig) -> None:
         (f"{POLICY_LOSS}.loss_mode", lambda x: x == "bypass_mode", "choose its inner loss directly"),
     ]
     for path, is_refused, instead in refused:
-        found = value(path)
+        found = OmegaConf.select(config, path)
         if is_refused(found):
             raise ValueError(f"CAPO does not support {path}={found}: {instead}")
-    _check_kl_budget(config, capo)
-    if capo.mode != "off" and (value(f"{MODEL}.lora.rank") or value(f"{MODEL}.lora_rank")):
+
+
+def _check_filter(config: DictConfig, capo: CapoConfig) -> None:
+    """What the curvature asks of the run."""
+    if OmegaConf.select(config, f"{MODEL}.lora.rank") or OmegaConf.select(config, f"{MODEL}.lora_rank"):
         logger.warning(
             "with LoRA the LM head is not trained; CAPO's m_H and m_F describe the step as if it were, so the paper's "
             "thresholds need not fit: measure with +capo=track first"
         )
-    optimizer = value(f"{ACTOR}.optim.optimizer")
-    if capo.mode != "off" and capo.optimizer_model == "adam" and "adam" not in str(optimizer).lower():
+    optimizer = OmegaConf.select(config, f"{ACTOR}.optim.optimizer")
+    if capo.optimizer_model == "adam" and "adam" not in str(optimizer).lower():
         raise ValueError(
             f"{POLICY_LOSS}.capo.optimizer_model=adam models Adam, but {ACTOR}.optim.optimizer={optimizer}; "
             f"set capo.optimizer_model=sgd or use Adam"
         )
-    for path in SEQUENCE_SPLITTERS if capo.mode != "off" else ():
-        if (value(f"{ACTOR}.{path}") or 1) > 1 and capo.stages != ("token",):
+    for path in SEQUENCE_SPLITTERS:
+        if (OmegaConf.select(config, f"{ACTOR}.{path}") or 1) > 1 and capo.stages != ("token",):
             raise ValueError(
                 f"{POLICY_LOSS}.capo.granularity={capo.granularity} needs whole sequences on a rank; with "
                 f"{ACTOR}.{path} > 1 set it to token"
             )
     for name in ("policy_penalty", "objective_penalty") if penalises(capo) else ():
         _check_penalty(config, name, getattr(capo, name))
-    preset = knobs.get("preset")
-    if preset:
-        resolved = OmegaConf.create({"expected": PRESETS[preset].verl, "data": value("data")})
-        for path, expected in OmegaConf.to_container(resolved, resolve=True)["expected"].items():
-            if value(path) != expected:
-                logger.warning(
-                    "+capo=%s is defined with %s=%s, but the command line says %s, which wins: this is not the paper's "
-                    "variant any more", preset, path, expected, value(path),
-                )  # fmt: skip
+
+
+def _warn_of_another_variant(config: DictConfig, preset: str) -> None:
+    resolved = OmegaConf.create({"expected": PRESETS[preset].verl, "data": OmegaConf.select(config, "data")})
+    for path, expected in OmegaConf.to_container(resolved, resolve=True)["expected"].items():
+        found = OmegaConf.select(config, path)
+        if found != expected:
+            logger.warning(
+                "+capo=%s is defined with %s=%s, but the command line says %s, which wins: this is not the paper's "
+                "variant any more", preset, path, expected, found,
+            )  # fmt: skip
 
 
 def _check_kl_budget(config: DictConfig, capo: CapoConfig) -> None:

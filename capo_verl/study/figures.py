@@ -89,7 +89,7 @@ def learning_curves(frame: pd.DataFrame, curves: pd.DataFrame, rates: Sequence[f
 
 
 def sensitivity(frame: pd.DataFrame, path: Path) -> None:
-    """Final accuracy over every dotted axis of a study: a row of panels per cell, a column per axis; the control as a line."""
+    """Final accuracy over every dotted axis of a study, of several cells a row of panels each; the control as a line."""
     frame = scores(frame, "final").copy()
     frame["rest"] = [
         ", ".join(x for x in (_rest(c), f"lr {lr:g}") if x) for c, lr in zip(frame["cell"], frame["lr"], strict=True)
@@ -102,7 +102,7 @@ def sensitivity(frame: pd.DataFrame, path: Path) -> None:
         if any(any(a in c for a in axes) for c, x in zip(cells, frame["rest"], strict=True) if x == r)
     ]
     titles = [f"{axis.split('.')[-1]}, {rest}" for rest in rests for axis in axes]
-    figure, panels = _panels(titles, "", "final accuracy", columns=len(axes))
+    figure, panels = _panels(titles, "", "final accuracy", columns=len(axes) if len(rests) > 1 else None)
     look = styles(frame)
     for (rest, axis), ax in zip(itertools.product(rests, axes), panels.values(), strict=True):
         here = frame["rest"] == rest
@@ -115,6 +115,10 @@ def sensitivity(frame: pd.DataFrame, path: Path) -> None:
         if len(control):
             ax.axhline(control.mean(), color=CONTROL, linewidth=1, label=f"{frame['control'].iloc[0]} (control)")
         ax.set_xscale("log")
+        values = rows["value"].unique()
+        if len(values) and max(values) < 100 * min(values):  # so few decades have crowded labels between them
+            ax.set_xticks(sorted(values), [f"{v:g}" for v in sorted(values)])
+            ax.minorticks_off()
         ax.set_xlabel(axis.removeprefix("capo."))
         ax.set_ylim(-0.02, 1.02)
     _save(figure, panels, path)

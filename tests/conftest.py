@@ -7,17 +7,21 @@ from pathlib import Path
 import pytest
 import torch
 
+RAY = ("e2e/", "evaluation/test_generation.py", "slurm/")
+"""Where tests start a Ray of their own, and wait for it most of the time."""
 ALONE = (
-    "e2e/", "launch/test_ray_cluster.py", "launch/test_stop.py", "quickstart/test_runner.py", "rewards/", "slurm/",
-    "viewer/test_browser.py",
+    "launch/test_ray_cluster.py", "launch/test_stop.py", "quickstart/test_runner.py", "rewards/", "viewer/test_browser.py",
 )  # fmt: skip
-"""Where tests wait for real time limits, signals or a browser: nothing else should run beside them."""
+"""Where tests wait for short real time limits, signals or a browser: nothing else should run beside them."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     here = Path(__file__).parent
     for item in items:
-        if item.path.relative_to(here).as_posix().startswith(ALONE):
+        place = item.path.relative_to(here).as_posix()
+        if place.startswith(RAY):
+            item.add_marker("ray")
+        if place.startswith(ALONE):
             item.add_marker("alone")
 
 

@@ -8,6 +8,7 @@ are real). Where it would take long, arguments at its end make it shorter; where
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from tests.docs.markdown import PAGES, blocks
@@ -36,8 +37,12 @@ class How:
     """Exit code."""
     makes: tuple[str, ...] = ()
     """Files that exist afterwards."""
-    alone: bool = False
-    """Starts Ray, or waits for real time: nothing else should run beside it."""
+    check: Callable[[str], bool] = bool
+    """Whether its output is as it should be."""
+    needs: str = ""
+    """A package without which it is skipped."""
+    ray: bool = False
+    """Starts Ray."""
 
 
 _FEW = (
@@ -47,14 +52,21 @@ _FEW = (
 _SMALL_BENCHMARK = "--vocab-size 512 --hidden-size 32 --tokens 64 --repeats 1"
 _SHORT = "--max-prompt-length 64 --max-response-length 4"
 
+
+def _rewards_rise(output: str) -> bool:
+    rewards = [float(reward) for reward in re.findall(r"^step .* reward ([0-9.]+)", output, re.MULTILINE)]
+    return len(rewards) == 60 and sum(rewards[-10:]) > sum(rewards[:10]) + 0.5
+
+
 HOW = (
     # what runs here is this repository's own tests, so one of them stands for all
     How(r"bash scripts/test\.sh", append="tests/docs/test_links.py -q", prefix="CAPO_SKIP_INSTALL=1", says=r"\d+ passed"),
+    How(r"bash scripts/test\.sh -m .*", append="tests/docs --collect-only -q", prefix="CAPO_SKIP_INSTALL=1", says="collected"),
     How(r"bash scripts/test\.sh \S.*", append="--collect-only -q", prefix="CAPO_SKIP_INSTALL=1", says=r"tests? collected"),
-    How(r"bash scripts/quickstart\.sh( (CAPO|GRPO))?", append=_FEW, prefix="CAPO_SKIP_INSTALL=1", alone=True, says="held-out"),
+    How(r"bash scripts/quickstart\.sh( (CAPO|GRPO))?", append=_FEW, prefix="CAPO_SKIP_INSTALL=1", ray=True, says="held-out"),
     How(r"pip install (-e )?\S+", append="--dry-run --no-deps --no-build-isolation", says="Would install capo-verl"),
     How(r"python scripts/check_stack\.py", says="CPU stack: complete"),
-    How(r"capo-verl doctor.*", prefix="VERL_PLATFORM=cpu", alone=True, says=r"(?i)all .*checks passed|\"status\": \"ok\""),
+    How(r"capo-verl doctor.*", prefix="VERL_PLATFORM=cpu", ray=True, says=r"(?i)all .*checks passed|\"status\": \"ok\""),
     How(r"sphinx-build .*", makes=("outputs/site/index.html",)),
     # GPU launchers
     How(r"DRY_RUN=1 bash examples/run_qwen\S+_megatron\.sh( >resolved\.yaml)?", says=r"GiB"),
@@ -73,7 +85,7 @@ HOW = (
         makes=("data/reasoning_gym_countdown/train.parquet",),
     ),
     How(r"python scripts/prepare_data\.py math .*", append="--output outputs/hub", code=2, says="hub"),
-    How(r"python scripts/evaluate\.py .*", append=f"{_SHORT} --limit 2 --reward reward.py", prefix="VERL_PLATFORM=cpu", alone=True,
+    How(r"python scripts/evaluate\.py .*", append=f"{_SHORT} --limit 2 --reward reward.py", prefix="VERL_PLATFORM=cpu", ray=True,
         says="avg@16"),
     # plots
     How(r"capo-verl plot .*", makes=("figures",)),
@@ -91,7 +103,8 @@ HOW = (
     How(r"python scripts/plan\.py --config resolved\.yaml --json", says=r'"'),
     How(r"python scripts/plan\.py .*", says="GiB"),
     How(r"python -m tests\.packaging\.public_api"),
-    How(r"python examples/outside_verl/\S+\.py.*"),
+    How(r"python examples/outside_verl/plain_pytorch\.py.*", check=_rewards_rise),
+    How(r"python examples/outside_verl/trl_grpo\.py.*", check=_rewards_rise, needs="trl"),
 )  # fmt: skip
 
 

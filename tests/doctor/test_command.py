@@ -17,7 +17,7 @@ BREAK = "sys.modules['capo_verl.algorithms.losses'] = None"  # the import fails,
 WITHOUT_RAY = "--no-ray: leave that out to see whether workers load the plugin"
 
 
-@pytest.mark.alone
+@pytest.mark.ray
 def test_all_is_well_here():
     pytest.importorskip("triton")
     done = doctor()
@@ -95,7 +95,7 @@ def test_an_engine_that_does_not_win_and_a_bad_preset():
     )
 
 
-@pytest.mark.alone
+@pytest.mark.ray
 def test_excluded_from_verls_plugins_in_driver_and_worker():
     done = doctor("--json", VERL_USE_EXTERNAL_PLUGINS="none")
     assert done.returncode == 1
@@ -117,7 +117,7 @@ sys.stdin.read()
 """
 
 
-@pytest.mark.alone
+@pytest.mark.ray
 def test_a_cluster_whose_workers_do_not_load_the_plugin():
     """The driver is in order; only the cluster was started in another environment."""
     quick = {"RAY_enable_worker_prestart": "0", "RAY_prestart_worker_first_driver": "0", "RAY_worker_niceness": "0"}

@@ -37,8 +37,8 @@ class How:
     """Exit code."""
     makes: tuple[str, ...] = ()
     """Files that exist afterwards."""
-    check: Callable[[str], bool] = bool
-    """Whether its output is as it should be."""
+    check: Callable[[str], bool] = lambda output: True
+    """Whether its output is as it should be, where that takes more than ``says``."""
     needs: str = ""
     """A package without which it is skipped."""
     ray: bool = False

@@ -45,7 +45,7 @@ phase ruff style
 phase mypy "$VENV/bin/mypy"
 phase bash shell
 failed=0
-tests "what may run side by side" -q -n "${TEST_JOBS:-2}" --dist loadfile -m "not alone and not ray"
-tests "what starts Ray" -v -n "${TEST_JOBS:-2}" --dist loadgroup -m ray
+tests "what may run side by side" -q -n "${TEST_JOBS:-2}" -m "not alone and not ray"
+tests "what starts Ray" -v -n "${TEST_JOBS:-2}" -m ray
 tests "what runs alone" -q -m alone
 exit $failed

@@ -49,8 +49,7 @@ def gpu_memory(look: bool) -> tuple[float, list[str]]:
 
 def _smallest() -> float:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    these = (
-        ("-i", visible) if visible and "MIG" not in visible else ()
-    )  # of a slice nvidia-smi does not tell the memory this way
+    # nvidia-smi tells the memory of whole GPUs only, not that of a slice.
+    these = ("-i", visible) if visible and "MIG" not in visible else ()
     done = subprocess.run(["nvidia-smi", *QUERY, *these], capture_output=True, text=True, timeout=SECONDS, check=True)
     return round(min(float(line) for line in done.stdout.split("\n") if line.strip()) / 1024, 1)  # it counts in MiB

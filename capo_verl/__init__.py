@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 __all__ = ["CapoConfig", "CapoFilter", "__version__"]
 
+__path__.append(f"{__path__[0]}/moved")  # modules under their old names
+
 try:
     __version__ = version("capo-verl")
 except PackageNotFoundError:  # a source tree that was not installed

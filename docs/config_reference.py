@@ -15,9 +15,8 @@ from typing import Any
 
 from generated import renewed
 
-from capo_verl.config import FROM_OPTIMIZER, PRESETS, CapoConfig, TargetRejection
-from capo_verl.kl_budget_config import KLBudgetConfig
-from capo_verl.rival_config import RIVAL_SPECS
+from capo_verl.config import FROM_OPTIMIZER, PRESETS, CapoConfig, KLBudgetConfig, TargetRejection
+from capo_verl.config.rivals import RIVAL_SPECS
 
 PAGE = Path(__file__).with_name("config.md")
 BLOCK = "actor_rollout_ref.actor.policy_loss"

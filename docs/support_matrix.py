@@ -213,7 +213,7 @@ def refusal(cell: Cell) -> str | None:
     """The sentence of the start-up checks; None if they accept it."""
     from hydra import compose
 
-    from capo_verl.startup_checks import check_run
+    from capo_verl.plugin.checks.capo import check_run
 
     engine = [o for o in cell.overrides if o.startswith("model_engine")] or ["model_engine=megatron"]
     rest = [o for o in cell.overrides if not o.startswith("model_engine")]

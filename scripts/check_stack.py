@@ -13,7 +13,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 try:
-    from capo_verl.stack import main
+    from capo_verl.plugin.stack import main
 except ModuleNotFoundError as e:
     sys.exit(f"check_stack.py: {e}")
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from capo_verl.extras import run  # noqa: E402
+from capo_verl.plugin.missing_packages import run  # noqa: E402
 
 if __name__ == "__main__":
     sys.exit(run("plan.py", "capo_verl.launch.plan_cli", extra="cpu"))

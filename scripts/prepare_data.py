@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from capo_verl.extras import run
+from capo_verl.plugin.missing_packages import run
 
 if __name__ == "__main__":
     sys.exit(run("prepare_data.py", "capo_verl.data.prepare", extra="data"))

@@ -14,4 +14,4 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/environment.sh
 make_environment '.[cpu]'
 
-exec "$VENV/bin/python" -m capo_verl.cli quickstart "$@"
+exec "$VENV/bin/python" -m capo_verl.commands quickstart "$@"

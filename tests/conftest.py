@@ -8,10 +8,18 @@ from typing import Any
 import pytest
 import torch
 
-RAY = ("e2e/", "evaluation/test_generation.py", "slurm/")
+# verl chooses its platform once per process, when it is first asked: before any test imports it.
+os.environ["VERL_PLATFORM"] = "cpu"
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if not torch.cuda.is_available():
+    # The kernels run in Triton's interpreter then. Triton reads this when it is first imported, by whichever test.
+    os.environ["TRITON_INTERPRET"] = "1"
+
+RAY = ("e2e/", "data/evaluation/test_generation.py", "slurm/")
 """Where tests start a Ray of their own, and wait for it most of the time."""
 ALONE = (
-    "launch/test_ray_cluster.py", "launch/test_stop.py", "quickstart/test_runner.py", "rewards/", "viewer/test_browser.py",
+    "cpu/quickstart/test_runner.py", "data/rewards/", "launch/test_ray_cluster.py", "plugin/test_stop.py",
+    "viewer/test_browser.py",
 )  # fmt: skip
 """Where tests wait for short real time limits, signals or a browser: nothing else should run beside them."""
 
@@ -33,6 +41,12 @@ def tiny_qwen2(tmp_path_factory: pytest.TempPathFactory) -> str:
     return make_tiny_qwen2(tmp_path_factory.mktemp("tiny-qwen2"))
 
 
+@pytest.fixture(scope="session")
+def tiny_model(tiny_qwen2: str) -> Path:
+    """A folder with a small Qwen2."""
+    return Path(tiny_qwen2)
+
+
 @pytest.hookimpl(optionalhook=True)  # of pytest-xdist
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """Of two processes each takes a file at a time; all of Slurm's go to one, for there is one cluster."""
@@ -43,8 +57,3 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
             return "slurm" if nodeid.startswith("tests/slurm/") else super()._split_scope(nodeid)
 
     return ByFile(config, log)
-
-
-if not torch.cuda.is_available():
-    # The kernels run in Triton's interpreter then. Triton reads this when it is first imported, by whichever test.
-    os.environ["TRITON_INTERPRET"] = "1"

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from capo_verl.core import collectives
 from capo_verl.core.chunks import chunk_slices
-from capo_verl.core.entries import RowEntries, sort_by_row
 from capo_verl.core.kernels import Kernels
+from capo_verl.core.kernels.entries import RowEntries, sort_by_row
+from capo_verl.core.kernels.moments import Moments
 from capo_verl.core.memory import fold_limit
-from capo_verl.core.moments import Moments
 from capo_verl.core.support import FullSupport, Support, TopKSupport
 
 SCRATCH_ELEMENTS = 1 << 24

@@ -21,8 +21,8 @@ from torch import Tensor
 
 from capo_verl.core import collectives
 from capo_verl.core.chunks import chunk_slices, scratch_elements
-from capo_verl.core.entries import sort_by_row
 from capo_verl.core.kernels import plain
+from capo_verl.core.kernels.entries import sort_by_row
 from capo_verl.core.optimizer_model import OptimizerModel
 from capo_verl.core.support import Pairs, Support
 

@@ -16,11 +16,10 @@ from capo_verl.core.batch_shifts import BatchShifts, RetainedTokens
 from capo_verl.core.chunks import block_tokens, chunk_slices
 from capo_verl.core.curvature import Shifts, sequence_sums, set_shifts, token_shifts
 from capo_verl.core.kernels import choose
-from capo_verl.core.logit_rows import LogitRows, VocabShard
+from capo_verl.core.logits import LogitRows, ProjectedLogits, ProjectedRows, VocabShard
 from capo_verl.core.optimizer_model import AdamModel, OptimizerModel, SgdModel
 from capo_verl.core.output import CapoOutput, Stage
 from capo_verl.core.penalty import PenaltyTerms, joined_terms, penalises, token_shifts_and_terms
-from capo_verl.core.projected_logits import ProjectedLogits, ProjectedRows
 from capo_verl.core.support import Support, find_support
 from capo_verl.core.trust_region import judge
 from capo_verl.core.validation import Inputs, check_inputs, find_problems, raise_for

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 
-from capo_verl.kl_budget_config import KLBudgetConfig
+from capo_verl.config import KLBudgetConfig
 
 CALIBRATION_MEMORY = 0.9
 """How much of the old calibration's logarithm a step keeps."""

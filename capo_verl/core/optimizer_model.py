@@ -16,8 +16,8 @@ from torch import Tensor
 from capo_verl.core import collectives
 from capo_verl.core.accepted import AcceptedTokens
 from capo_verl.core.kernels import Kernels, plain
-from capo_verl.core.logit_rows import VocabShard
-from capo_verl.core.moments import Moments
+from capo_verl.core.kernels.moments import Moments
+from capo_verl.core.logits import VocabShard
 from capo_verl.core.support import Support
 
 

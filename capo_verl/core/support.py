@@ -19,7 +19,7 @@ from torch import Tensor
 from capo_verl.core import collectives
 from capo_verl.core.chunks import chunk_slices, scratch_elements
 from capo_verl.core.keys import NON_FINITE, ids_of, logits_of
-from capo_verl.core.logit_rows import LogitRows, VocabShard
+from capo_verl.core.logits import LogitRows, VocabShard
 
 if TYPE_CHECKING:
     from capo_verl.core.kernels import Kernels

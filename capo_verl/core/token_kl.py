@@ -13,7 +13,7 @@ from torch import Tensor
 
 from capo_verl.core import collectives
 from capo_verl.core.chunks import chunk_slices, scratch_elements
-from capo_verl.core.logit_rows import VocabShard
+from capo_verl.core.logits import VocabShard
 
 _SMALL = 0.125
 """Below it, phi is taken from its series: exp(d) - 1 - d would lose ``eps / d`` of its digits."""

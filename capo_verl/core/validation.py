@@ -9,8 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from capo_verl.core.logit_rows import VocabShard
-from capo_verl.core.projected_logits import ProjectedLogits
+from capo_verl.core.logits import ProjectedLogits, VocabShard
 
 TOKEN_PROBLEMS = (
     "logits are not finite",

@@ -21,10 +21,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from capo_verl.data import gym, lengths, overlap, sources
 from capo_verl.data.datasets import DATASETS, GYM_LICENCE, DataSet, find, markdown
+from capo_verl.data.gym import SOURCE_PREFIX
 from capo_verl.data.rows import Row, check_rows, math_rows
 from capo_verl.data.templates import TEMPLATES
-from capo_verl.launch.files import replace_text, replacing
-from capo_verl.quickstart.task import SOURCE_PREFIX
+from capo_verl.utils import replace_text, replacing
 
 REPORT = "report.json"
 INSTRUCTIONS = [part.strip() for template in TEMPLATES.values() for part in template.user.split("{question}")]

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from capo_verl.data.datasets import DataSet
+from capo_verl.data.rewards.extraction import last_box
 from capo_verl.data.templates import Template
-from capo_verl.rewards.extraction import last_box
 
 Record = Mapping[str, Any]
 Row = dict[str, Any]

@@ -12,8 +12,8 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from capo_verl.data.cache import cache_root
 from capo_verl.data.datasets import WheelSource
-from capo_verl.quickstart.cache import cache_root
 
 
 def members(source: WheelSource, folder: Path | None = None) -> Iterator[tuple[str, bytes]]:

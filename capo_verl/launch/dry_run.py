@@ -16,13 +16,13 @@ from collections.abc import Sequence
 
 from omegaconf import DictConfig, OmegaConf
 
-from capo_verl import plugin
-from capo_verl.launch import identity, preflight, run_spec
 from capo_verl.launch.gpu_memory import gpu_memory
-from capo_verl.launch.outcome import REFUSED
 from capo_verl.launch.plan import make_plan
 from capo_verl.launch.plan_cli import machine_memory
-from capo_verl.launch.shapes import find_shape
+from capo_verl.plugin.checks import files, identity, run_spec
+from capo_verl.plugin.checks.model_shape import find_shape
+from capo_verl.plugin.checks.sizes import PLANNED
+from capo_verl.plugin.state import REFUSED, on_cpu, refusal
 
 
 def compose(overrides: Sequence[str]) -> DictConfig:
@@ -49,15 +49,15 @@ def validate(config: DictConfig) -> list[str]:
     from verl.trainer.ppo.utils import need_critic, need_reference_policy
     from verl.utils.config import validate_config
 
-    from capo_verl.startup_checks import check_run
+    from capo_verl.plugin.checks.before_start import check_config
 
-    check_run(config)
-    for problem in preflight.model_problems(config):
+    check_config(config)
+    for problem in files.model_problems(config):
         raise ValueError(problem)
     # Behind the hook of this project's plugin, which checks files as well.
     unchecked = getattr(validate_config, "__wrapped__", validate_config)
     unchecked(config, need_reference_policy(config), need_critic(config))
-    return [*preflight.cache_problems(config), *preflight.data_problems(config)]
+    return [*files.cache_problems(config), *files.data_problems(config)]
 
 
 def plan(config: DictConfig) -> tuple[str, list[str]]:
@@ -69,8 +69,8 @@ def plan(config: DictConfig) -> tuple[str, list[str]]:
     on_misfit = os.environ.get("CAPO_PLAN") or "refuse"
     if on_misfit not in ("refuse", "note"):
         raise ValueError(f"CAPO_PLAN={on_misfit}: choose one of refuse, note")
-    run = run_spec.from_config(config, plugin.on_cpu())
-    if run.engine not in preflight.PLANNED:
+    run = run_spec.from_config(config, on_cpu())
+    if run.engine not in PLANNED:
         return f"No plan for actor_rollout_ref.actor.strategy={run.engine}.", []
     try:
         shape = find_shape(run.model)
@@ -98,7 +98,7 @@ def dry_run(overrides: Sequence[str]) -> tuple[str, list[str]]:
         config = compose(overrides)
         notes = validate(config)
         if _is_strict():
-            preflight.check_files(config)
+            files.check_files(config)
             identity.check_identity(config)
     table, more = plan(config)
     planned = "".join(f"# {line}\n" for line in table.splitlines())
@@ -112,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         printed, notes = dry_run(sys.argv[1:] if argv is None else argv)
     except (ValueError, AssertionError, RuntimeError, HydraException, OmegaConfBaseException) as e:
-        print(plugin.refusal(e), file=sys.stderr)
+        print(refusal(e), file=sys.stderr)
         return REFUSED
     print(printed, end="")
     for note in notes:

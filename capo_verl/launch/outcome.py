@@ -14,11 +14,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from capo_verl.launch.files import TRACKER
-from capo_verl.launch.progress import Progress
+from capo_verl.plugin.state import REFUSED
+from capo_verl.plugin.stop import Progress
+from capo_verl.utils import TRACKER
 
-REFUSED = 2
-"""Exit code of a run whose configuration was refused before it started."""
 FINISHED, REQUEUE, GIVE_UP = "finished", "requeue", "give up"
 STANDSTILLS = 3
 """So many attempts in a row that were asked to stop, and failed or left no new checkpoint, end the job."""

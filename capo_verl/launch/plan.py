@@ -11,9 +11,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from capo_verl.launch import layout, plan_memory
-from capo_verl.launch.run_spec import ROLLOUT, RunSpec
-from capo_verl.launch.shapes import ModelShape
+from capo_verl.launch import plan_memory
+from capo_verl.plugin.checks import sizes
+from capo_verl.plugin.checks.model_shape import ModelShape
+from capo_verl.plugin.checks.run_spec import ROLLOUT, RunSpec
 
 GIB = 1 << 30
 H100_80GB = 79.6
@@ -140,7 +141,7 @@ def make_plan(
     Raises:
         PlanError: for sizes that do not divide or cannot fit.
     """
-    found = layout.problems(run, shape)
+    found = sizes.problems(run, shape)
     if run.sequence_length > shape.max_positions > 0:
         found.append(
             f"data.max_prompt_length={run.prompt_length} + data.max_response_length={run.response_length} = "
@@ -238,8 +239,8 @@ def _on_gpu(run: RunSpec, shape: ModelShape, memory: float, reserve: float) -> P
 def _on_cpu(run: RunSpec, shape: ModelShape, memory: float) -> Plan:
     """Nothing is offloaded and nothing sleeps: ranks and servers share the machine's memory throughout.
 
-    A server holds the model in float32 and the keys and values of the batch it generates (``capo_verl/cpu/sampling.py``). It
-    receives the weights through Ray's object store, from copies of one bucket (``capo_verl/cpu/rollout_replica.py``).
+    A server holds the model in float32 and the keys and values of the batch it generates (``capo_verl/cpu/rollout/sampling.py``). It
+    receives the weights through Ray's object store, from copies of one bucket (``capo_verl/cpu/rollout/replica.py``).
     """
     fullest = _fullest([_update(run, shape, stage) for stage in range(run.pp)])
     per_node = {name: size * run.gpus_per_node for name, size in fullest.items()}

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from capo_verl.config import verl_knobs
 from capo_verl.launch.plan import H100_80GB, RESERVE, Plan, make_plan
-from capo_verl.launch.run_spec import RunSpec, from_config
-from capo_verl.launch.shapes import KNOWN, ModelShape, find_shape
+from capo_verl.plugin.checks.model_shape import KNOWN, ModelShape, find_shape
+from capo_verl.plugin.checks.run_spec import RunSpec, from_config
 
 SHAPE = ("layers", "hidden", "heads", "kv_heads", "head_dim", "intermediate", "vocab")
 

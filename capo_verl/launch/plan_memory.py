@@ -10,10 +10,10 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from capo_verl.config import KLBudgetConfig
 from capo_verl.core.memory import FilterMemory, filter_memory
-from capo_verl.kl_budget_config import KLBudgetConfig
-from capo_verl.launch.run_spec import RunSpec
-from capo_verl.launch.shapes import ModelShape
+from capo_verl.plugin.checks.model_shape import ModelShape
+from capo_verl.plugin.checks.run_spec import RunSpec
 
 FLOAT32 = 4
 ADAM_MOMENTS = 2 * FLOAT32
@@ -133,7 +133,7 @@ class ProbeMemory:
 
 
 def kl_probe(run: RunSpec, shape: ModelShape, stage: int) -> ProbeMemory:
-    """Full-length responses of ``probe_share`` of a rank's samples (``capo_verl/kl_probe.py``). k3 keeps no logits."""
+    """Full-length responses of ``probe_share`` of a rank's samples (``capo_verl/engines/kl_probe.py``). k3 keeps no logits."""
     budget = None if run.capo is None else run.capo.get("kl_budget")
     if not budget:
         return ProbeMemory(0, 0)

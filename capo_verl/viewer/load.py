@@ -17,7 +17,7 @@ from capo_verl.viewer.tensorboard_log import is_event_file, read_event_files
 from capo_verl.viewer.wandb_log import SUFFIX, read_wandb
 
 KINDS = (
-    "verl's file logger (.jsonl), TensorBoard event files, a wandb offline run (.wandb), a table of scripts/study.py "
+    "verl's file logger (.jsonl), TensorBoard event files, a wandb offline run (.wandb), a table of capo_verl.experiments.study "
     "(runs.parquet), or a folder that holds one of them"
 )
 ATTEMPT = re.compile(r"(metrics)(\.\d+)?\.jsonl")

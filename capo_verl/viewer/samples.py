@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from capo_verl.token_text import token_pieces
+from capo_verl.viewer.token_text import token_pieces
 
 FILE = "capo_tokens.jsonl"
-"""As in :mod:`capo_verl.token_samples`, which needs torch."""
+"""As in :mod:`capo_verl.engines.token_samples`, which needs torch."""
 COLUMNS = ("ids", "advantage", "mask", "probability", "policy_shift", "objective_shift", "in_trust_region", "weight")
 FOLDERS = ("actor_rollout_ref.actor.policy_loss.capo.sample_tokens_dir", "trainer.default_local_dir")
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tables of ``scripts/study.py``: ``runs.parquet``, a row for each run, and ``curves.parquet``, a row for each evaluation."""
+"""Tables of ``capo_verl.experiments.study``: ``runs.parquet``, a row for each run, and ``curves.parquet``, a row for each evaluation."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def read_study_table(path: Path) -> list[Run]:
     """The runs with a curve; those that failed before their first evaluation have none.
 
     Raises:
-        ValueError: if a table is missing or is not one of ``scripts/study.py``.
+        ValueError: if a table is missing or is not one of ``capo_verl.experiments.study``.
     """
     import pandas as pd
     import pyarrow  # noqa: F401  without it pandas would ask for one of several packages
@@ -52,14 +52,16 @@ def read_study_table(path: Path) -> list[Run]:
     if path.name == CURVES or not curves_path.is_file():
         missing = RUNS if path.name == CURVES else curves_path.name
         raise ValueError(
-            f"{path}: the other table, {missing}, is not beside it; give the folder that scripts/study.py wrote"
+            f"{path}: the other table, {missing}, is not beside it; give the folder that capo_verl.experiments.study wrote"
         )
     try:
         runs, curves = pd.read_parquet(path), pd.read_parquet(curves_path)
     except Exception as e:  # of many kinds
         raise ValueError(f"{path}: cannot be read as a table ({type(e).__name__}: {e})") from e
     if "run_id" not in runs or not {"run_id", "step"} <= set(curves):
-        raise ValueError(f"{path}: not a table of scripts/study.py (no column run_id); give the folder that it wrote")
+        raise ValueError(
+            f"{path}: not a table of capo_verl.experiments.study (no column run_id); give the folder that it wrote"
+        )
     rows = dict(tuple(curves.groupby("run_id", sort=False)))
     found = []
     for about in runs.to_dict("records"):
@@ -68,7 +70,7 @@ def read_study_table(path: Path) -> list[Run]:
             config = _config(about)
             found.append(Run(_name(config, about["run_id"]), path, collect(_points(curve)), config))
     if not found:
-        raise ValueError(f"{path}: no run has a curve yet; see python scripts/study.py status")
+        raise ValueError(f"{path}: no run has a curve yet; see python -m capo_verl.experiments.study status")
     return found
 
 

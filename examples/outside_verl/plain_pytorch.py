@@ -12,7 +12,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from capo_verl import CapoConfig, CapoFilter
 from capo_verl.core.kl_budget import KLBudget, KLBudgetConfig
-from capo_verl.core.logit_rows import VocabShard
+from capo_verl.core.logits import VocabShard
 from capo_verl.core.token_kl import token_kl
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

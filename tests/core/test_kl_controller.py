@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from capo_verl.config import KLBudgetConfig
 from capo_verl.core.kl_budget import CALIBRATION_MEMORY, KLBudget
-from capo_verl.kl_budget_config import KLBudgetConfig
 
 
 def budget(**knobs: Any) -> KLBudget:

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from capo_verl.core import token_kl as module
-from capo_verl.core.logit_rows import VocabShard
+from capo_verl.core.logits import VocabShard
 from capo_verl.core.token_kl import k3, token_kl
 from tests.helpers.spawn import run_on_ranks
 

@@ -8,7 +8,7 @@ import torch
 
 from capo_verl import CapoConfig, CapoFilter
 from capo_verl.core.checksum import checksum
-from capo_verl.core.rounding import round_to_bfloat16
+from capo_verl.core.kernels.rounding import round_to_bfloat16
 
 V, H, LR = 40, 16, 0.02
 NEVER = 1 << 40

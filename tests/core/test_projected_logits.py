@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from capo_verl import CapoConfig, CapoFilter
 from capo_verl.core import ProjectedLogits, chunks
 from capo_verl.core.kernels.plain import BLOCK_ENTRIES
-from capo_verl.core.projected_logits import ProjectedRows
+from capo_verl.core.logits import ProjectedRows
 from tests.core.test_filter import kept_tokens, make
 from tests.helpers.batches import Batch, oracle_decision
 from tests.helpers.spawn import run_on_ranks
@@ -105,7 +105,7 @@ def test_equals_oracle(
 def _tiny_scratch(patch: pytest.MonkeyPatch) -> None:
     for module in ("curvature", "support", "kernels.plain"):
         patch.setattr(f"capo_verl.core.{module}.scratch_elements", lambda device: 7)
-    patch.setattr("capo_verl.core.projected_logits.block_elements", lambda device: 7)
+    patch.setattr("capo_verl.core.logits.block_elements", lambda device: 7)
     patch.setattr("capo_verl.core.kernels.plain.BLOCK_ENTRIES", 5)
     patch.setattr("capo_verl.core.accepted.SCRATCH_ELEMENTS", 5)
 
@@ -138,7 +138,7 @@ def test_logits_never_exist_whole(top_k, monkeypatch):
     """Counted: elements of every piece that is read, and how many pieces are alive at once."""
     tokens, v, h = 3000, 500, 8
     bound = chunks.scratch_elements(torch.device("cpu"))
-    monkeypatch.setattr("capo_verl.core.projected_logits.block_elements", lambda device: bound)
+    monkeypatch.setattr("capo_verl.core.logits.block_elements", lambda device: bound)
     rng = np.random.default_rng(0)
     model = Model(rng, v, h)
     alive: list[weakref.ref] = []

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from tests.cpu.engine_cases import LENGTHS, Measured, next_token_mask, sequences
+from tests.cpu.megatron.engine_cases import LENGTHS, Measured, next_token_mask, sequences
 
 LR, CLIP = 0.5, 1.0
 

@@ -13,7 +13,8 @@ import types
 import pytest
 import torch
 
-from capo_verl.cpu import process_group, torch_view
+from capo_verl.cpu import process_group
+from capo_verl.cpu.megatron import torch_view
 from tests.helpers.spawn import RankError, run_on_ranks
 
 

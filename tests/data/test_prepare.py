@@ -100,7 +100,7 @@ def test_against_a_file_that_is_there(tmp_path, jsonl, capsys):
 
 
 def test_prompt_lengths(tmp_path, jsonl, capsys):
-    from capo_verl.quickstart.model import build_tokenizer
+    from capo_verl.cpu.quickstart.model import build_tokenizer
 
     tokenizer = build_tokenizer(128)
     tokenizer.save_pretrained(tmp_path / "tokenizer")

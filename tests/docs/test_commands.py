@@ -52,8 +52,10 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     _models(folder)
     _data(folder)
     _runs(folder)
-    study = yaml.safe_load((folder / "examples/calibration_study.yaml").read_text())
-    (folder / "examples/calibration_study.yaml").write_text(yaml.safe_dump({**study, "tiny": SHORT_CALIBRATION}))
+    study = yaml.safe_load((folder / "capo_verl/experiments/calibration/study.yaml").read_text())
+    (folder / "capo_verl/experiments/calibration/study.yaml").write_text(
+        yaml.safe_dump({**study, "tiny": SHORT_CALIBRATION})
+    )
     recorder = folder / "bin/sbatch"
     recorder.parent.mkdir()
     recorder.write_text("#!/bin/sh\necho Submitted batch job 1 >&2\necho 1\n")

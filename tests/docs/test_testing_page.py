@@ -58,12 +58,12 @@ def test_files_exist(name: str) -> None:
 @pytest.mark.parametrize(
     ("file", "names"),
     [
-        ("tests/megatron/test_layouts.py", ["CASES", "TOLERANCE", "CAPO_VERL_WRITE_MATRIX"]),
-        ("tests/megatron/test_layouts.py", ["def test_documented_matrix_is_of_these_layouts"]),
+        ("tests/engines/megatron/test_layouts.py", ["CASES", "TOLERANCE", "CAPO_VERL_WRITE_MATRIX"]),
+        ("tests/engines/megatron/test_layouts.py", ["def test_documented_matrix_is_of_these_layouts"]),
         ("tests/helpers/grouped.py", ["launch_by_size"]),
         ("tests/helpers/spawn.py", ["run_on_ranks"]),
-        ("tests/cpu/engine_cases.py", ["class Layout", "def make_engine"]),
-        ("tests/fsdp/test_engine.py", ["LAYOUTS"]),
+        ("tests/cpu/megatron/engine_cases.py", ["class Layout", "def make_engine"]),
+        ("tests/engines/fsdp/test_engine.py", ["LAYOUTS"]),
         ("tests/conftest.py", ["ALONE"]),
     ],
 )  # fmt: skip

@@ -23,11 +23,11 @@ LEAST = 12
 """Characters of a quotation besides ``…``: fewer could be anything."""
 
 COMPLETE = (
-    "capo_verl/config.py", "capo_verl/engine_mixin.py", "capo_verl/filtered_step.py", "capo_verl/fsdp/engine.py",
-    "capo_verl/hidden_states.py", "capo_verl/kl_budget_config.py", "capo_verl/kl_control.py", "capo_verl/kl_probe.py",
-    "capo_verl/knobs.py", "capo_verl/launch/identity.py", "capo_verl/launch/layout.py", "capo_verl/launch/preflight.py",
-    "capo_verl/megatron/engine.py", "capo_verl/megatron/parameters.py", "capo_verl/plugin.py",
-    "capo_verl/policy_loss_config.py", "capo_verl/rival_group.py", "capo_verl/saved_state.py", "capo_verl/startup_checks.py",
+    "capo_verl/config/capo.py", "capo_verl/engines/mixin.py", "capo_verl/engines/filter_step.py", "capo_verl/engines/fsdp/engine.py",
+    "capo_verl/engines/lm_head.py", "capo_verl/config/kl_budget.py", "capo_verl/engines/kl_control.py", "capo_verl/engines/kl_probe.py",
+    "capo_verl/config/checks.py", "capo_verl/plugin/checks/identity.py", "capo_verl/plugin/checks/sizes.py", "capo_verl/plugin/checks/files.py",
+    "capo_verl/engines/megatron/engine.py", "capo_verl/engines/megatron/parameters.py", "capo_verl/plugin/register.py",
+    "capo_verl/plugin/policy_loss.py", "capo_verl/plugin/checks/rivals.py", "capo_verl/engines/checkpoint_files.py", "capo_verl/plugin/checks/capo.py",
 )  # fmt: skip
 """Modules of which every message that is raised, logged as a warning, or returned as a problem has to be on the page."""
 

@@ -47,7 +47,7 @@ def wrap_filter(module):
         return evaluate(self, *args, **kwargs)
     module.CapoFilter.evaluate = evaluated
 
-wrapt.register_post_import_hook(wrap_save, "capo_verl.megatron.checkpoint")
+wrapt.register_post_import_hook(wrap_save, "capo_verl.engines.megatron.checkpoint")
 wrapt.register_post_import_hook(wrap_filter, "capo_verl.core.filter")
 """
 

@@ -7,7 +7,7 @@ import os
 
 import torch
 
-from capo_verl.quickstart.model import build_tokenizer
+from capo_verl.cpu.quickstart.model import build_tokenizer
 
 
 def make_tiny_model(

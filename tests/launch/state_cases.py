@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from tests.cpu.engine_cases import Layout, make_engine, train_step
+from tests.cpu.megatron.engine_cases import Layout, make_engine, train_step
 
 
 def held_bytes(layout: Layout, model_path: str) -> dict[str, int]:

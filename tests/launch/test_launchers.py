@@ -11,11 +11,12 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
-from capo_verl import plugin
 from capo_verl.config import PRESETS
 from capo_verl.launch import dry_run as dry_run_module
-from capo_verl.launch import plan, preflight, run_spec, shapes
+from capo_verl.launch import plan
 from capo_verl.launch.dry_run import compose, dry_run
+from capo_verl.plugin.checks import files, model_shape, run_spec
+from capo_verl.plugin import state
 from tests.launch.launchers import CPU, EXAMPLES, GPU, ROOT, SWITCH, call, command_line
 
 SIZES = {
@@ -37,9 +38,9 @@ def platform(monkeypatch):
         else:
             import verl  # noqa: F401  it chose its platform for this process when it was first imported
 
-            for name in ("VERL_PLATFORM", *preflight.OFFLINE):
+            for name in ("VERL_PLATFORM", *files.OFFLINE):
                 monkeypatch.delenv(name, raising=False)
-        assert plugin.on_cpu() == cpu
+        assert state.on_cpu() == cpu
 
     return choose
 
@@ -414,7 +415,7 @@ def header_rows(script):
 def header_row(variables, overrides):
     """The line as it should be."""
     run = run_spec.from_config(compose(overrides), cpu=False)
-    made = plan.make_plan(run, shapes.find_shape(run.model))
+    made = plan.make_plan(run, model_shape.find_shape(run.model))
     totals = [sum(parts.values()) / plan.GIB for parts in made.phases.values()]
     moments = made.phases["update"]["CAPO moments"] / plan.GIB
     nodes, gpus, tp, pp, rollout_tp = variables.values()

@@ -4,7 +4,7 @@ from __future__ import annotations
 import pytest
 
 from capo_verl.launch.outcome import FINISHED, GIVE_UP, REQUEUE, Attempt, decide, main, read_attempts
-from capo_verl.launch.progress import Progress
+from capo_verl.plugin.stop import Progress
 
 AT_4 = Progress(step=4, total_steps=10, checkpoint=3, step_seconds=60.0)
 STOPPED = Progress(step=4, total_steps=10, checkpoint=4, step_seconds=60.0, stopped=True)

@@ -11,13 +11,13 @@ import pytest
 from capo_verl.config import verl_knobs
 from capo_verl.launch import plan_cli, plan_memory
 from capo_verl.launch.plan import GIB, PlanError, make_plan
-from capo_verl.launch.run_spec import RunSpec
-from capo_verl.launch.shapes import KNOWN, find_shape
-from tests.cpu.engine_cases import Layout
+from capo_verl.plugin.checks.model_shape import KNOWN, find_shape
+from capo_verl.plugin.checks.run_spec import RunSpec
+from tests.cpu.megatron.engine_cases import Layout
 from tests.helpers.spawn import run_on_ranks
 from tests.launch.state_cases import held_bytes
 
-PRELOAD = ("torch", "verl.workers.engine.megatron.transformer_impl", "capo_verl.cpu.bridge")
+PRELOAD = ("torch", "verl.workers.engine.megatron.transformer_impl", "capo_verl.cpu.megatron.bridge")
 QWEN_7B = KNOWN["qwen/qwen2.5-math-7b"]
 RUN = RunSpec(
     gpus_per_node=8, tp=2, prompts=144, completions_per_prompt=8, mini_batch=144, tokens_per_gpu=16384,

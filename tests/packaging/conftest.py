@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PARTS = ("capo_verl", "hydra_plugins", "tests", "docs", "examples", "scripts", "pyproject.toml", "setup.cfg", "MANIFEST.in",
          "README.md", "CHANGELOG.md", "LICENSE", "CITATION.cff")  # fmt: skip
 LITTER = ("outputs/run/metrics.jsonl", "data/train.parquet", ".venv/lib/module.py", "capo_verl/__pycache__/config.pyc",
-          "capo_verl/config.py.orig", "capo_quickstart/log.jsonl")  # fmt: skip
+          "capo_verl/config/capo.py.orig", "capo_quickstart/log.jsonl")  # fmt: skip
 """What lies about in a checkout that is worked in."""
 
 BUILD = "import sys; from setuptools import build_meta; print(getattr(build_meta, sys.argv[1])(sys.argv[2]))"

@@ -8,11 +8,10 @@ from torch import Tensor
 from typing_extensions import assert_type
 
 from capo_verl import CapoConfig, CapoFilter, __version__
-from capo_verl.algorithms.rivals import RIVALS
-from capo_verl.config import PRESETS, TargetRejection
+from capo_verl.config import PRESETS, KLBudgetConfig, TargetRejection
 from capo_verl.core import CapoOutput, ProjectedLogits, curvature_penalty
 from capo_verl.core.kl_budget import KLBudget
-from capo_verl.kl_budget_config import KLBudgetConfig
+from capo_verl.rivals import RIVALS
 
 
 def make() -> tuple[CapoFilter, KLBudget]:

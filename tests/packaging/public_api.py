@@ -27,11 +27,11 @@ def render() -> str:
 
 
 def _names() -> Iterator[str]:
-    import capo_verl.algorithms.rivals
     import capo_verl.core
     import capo_verl.core.kl_budget
+    import capo_verl.rivals
 
-    for module in (capo_verl, capo_verl.core, capo_verl.algorithms.rivals):
+    for module in (capo_verl, capo_verl.core, capo_verl.rivals):
         for name in sorted(module.__all__):
             getattr(module, name)
             yield f"{module.__name__}.{name}"
@@ -39,9 +39,8 @@ def _names() -> Iterator[str]:
 
 
 def _configuration() -> Iterator[str]:
-    from capo_verl.config import CapoConfig, TargetRejection
-    from capo_verl.kl_budget_config import KLBudgetConfig
-    from capo_verl.policy_loss_config import CapoPolicyLossConfig
+    from capo_verl.config import CapoConfig, KLBudgetConfig, TargetRejection
+    from capo_verl.plugin.policy_loss import CapoPolicyLossConfig
 
     for cls in (CapoConfig, TargetRejection, KLBudgetConfig):
         yield from _fields(cls)
@@ -53,11 +52,11 @@ def _configuration() -> Iterator[str]:
 
 
 def _classes() -> Iterator[str]:
-    from capo_verl.algorithms.rivals import Rival
     from capo_verl.core import CapoFilter, CapoOutput, ProjectedLogits, curvature_penalty
     from capo_verl.core.batch_shifts import BatchShifts
     from capo_verl.core.kl_budget import KLBudget
     from capo_verl.core.output import Stage
+    from capo_verl.rivals import Rival
 
     for cls in (CapoFilter, KLBudget):
         yield f"{cls.__name__}({_parameters(cls.__init__)})"
@@ -80,7 +79,7 @@ def _presets() -> Iterator[str]:
 
 
 def _rivals() -> Iterator[str]:
-    from capo_verl.rival_config import RIVAL_SPECS
+    from capo_verl.config.rivals import RIVAL_SPECS
 
     for name, spec in RIVAL_SPECS.items():
         yield f"+rival={name} arXiv {spec.paper}, needs {', '.join(sorted(spec.needs)) or 'nothing else'}"
@@ -89,7 +88,7 @@ def _rivals() -> Iterator[str]:
 
 
 def _command_line() -> Iterator[str]:
-    from capo_verl.cli import make_parser
+    from capo_verl.commands.main import make_parser
 
     parser = make_parser()
     yield from (f"{parser.prog} {line}" for line in _options(parser))
@@ -138,11 +137,9 @@ def _in_verl() -> Iterator[str]:
 def _in_hydra() -> Iterator[str]:
     from hydra.core.config_store import ConfigStore
 
-    from capo_verl.hydra_group import store_presets
-    from capo_verl.rival_group import store_rivals
+    from capo_verl.plugin.hydra_groups import store_groups
 
-    store_presets()
-    store_rivals()
+    store_groups()
     for group in ("capo", "rival"):
         yield from (f"{group}={name.removesuffix('.yaml')}" for name in sorted(ConfigStore.instance().list(group)))
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
-from capo_verl.stack import declared
+from capo_verl.plugin.stack import declared
 from tests.packaging.conftest import ROOT, build
 
 ASSETS = {
@@ -28,7 +28,11 @@ ASSETS = {
     "series.js",
     "tokens.js",
 }
-DATA = {"capo_verl/py.typed", "capo_verl/REQUIRED_VERL.txt", *(f"capo_verl/viewer/assets/{name}" for name in ASSETS)}
+DATA = {
+    "capo_verl/py.typed",
+    "capo_verl/plugin/REQUIRED_VERL.txt",
+    *(f"capo_verl/viewer/assets/{name}" for name in ASSETS),
+}
 METADATA = {"METADATA", "RECORD", "WHEEL", "entry_points.txt", "top_level.txt", "licenses/LICENSE"}
 MACHINE_PATHS = re.compile(rb"/(?:tmp|home|root|Users)/[\w.]+/")
 
@@ -121,12 +125,12 @@ def test_every_extra_arrives_with_its_requirements(metadata):
 def test_entry_points(wheel):
     (text,) = (text for name, text in contents(wheel).items() if name.endswith("/entry_points.txt"))
     assert text.decode().split() == [
-        "[console_scripts]", "capo-verl", "=", "capo_verl.cli:main",
-        "[verl.plugins]", "capo_verl", "=", "capo_verl.plugin",
+        "[console_scripts]", "capo-verl", "=", "capo_verl.commands.main:main",
+        "[verl.plugins]", "capo_verl", "=", "capo_verl.plugin.register",
     ]  # fmt: skip
 
 
 def test_required_verl_is_the_pin_of_the_cpu_stack(installed):
     (verl,) = (str(r) for r in map(Requirement, project()["optional-dependencies"]["cpu"]) if r.name == "verl")
-    assert (installed.site_packages / "capo_verl" / "REQUIRED_VERL.txt").read_text() == f"{verl}\n"
+    assert (installed.site_packages / "capo_verl" / "plugin" / "REQUIRED_VERL.txt").read_text() == f"{verl}\n"
     assert [str(r) for r in declared("cpu")[1] if r.name == "verl"][0].partition(";")[0].strip() == verl

@@ -23,7 +23,7 @@ def test_the_package_is_the_wheels(installed):
 
 def test_command_and_module_say_the_version(installed):
     version = project()["version"]
-    for command in (["capo-verl"], ["-m", "capo_verl.cli"]):
+    for command in (["capo-verl"], ["-m", "capo_verl.commands"]):
         done = installed.run(*command, "--version")
         assert (done.returncode, done.stdout, done.stderr) == (0, f"capo-verl {version}\n", "")
 
@@ -71,7 +71,7 @@ with initialize_config_module("verl.trainer.config", version_base=None):
         )]))
 import verl, sys
 from verl.trainer.ppo.core_algos import get_policy_loss_fn
-print("composed", json.dumps([get_policy_loss_fn("capo").__module__, sys.modules["capo_verl.plugin"].__file__]))
+print("composed", json.dumps([get_policy_loss_fn("capo").__module__, sys.modules["capo_verl.plugin.register"].__file__]))
 """
 
 
@@ -81,11 +81,11 @@ def test_verl_finds_switch_and_plugin(installed):
     found = [
         json.loads(line.removeprefix("composed ")) for line in done.stdout.splitlines() if line.startswith("composed ")
     ]
-    target = "capo_verl.config.CapoPolicyLossConfig"
+    target = "capo_verl.plugin.policy_loss.CapoPolicyLossConfig"
     assert found == [
         [target, "vanilla", "grpo", 1e-4],
         [target, "spo", "spo", 0.2],
-        ["capo_verl.algorithms.losses", str(installed.site_packages / "capo_verl" / "plugin.py")],
+        ["capo_verl.plugin.losses", str(installed.site_packages / "capo_verl" / "plugin" / "register.py")],
     ]
 
 
@@ -105,10 +105,10 @@ CHECKOUT_ONLY = {
         ["capo-verl", "quickstart"], "examples/run_quickstart_cpu.sh is missing: install a checkout of the repository in place"
     ),
     "evidence": (
-        ["-m", "capo_verl.study.evidence"], "docs/evidence.md is missing: run in a checkout, or name the page"
+        ["-m", "capo_verl.experiments.study.evidence"], "docs/evidence.md is missing: run in a checkout, or name the page"
     ),
     "verl tier": (
-        ["-c", "from capo_verl.study import verl_tier, verl_config\ntry: verl_tier.command(verl_config.VerlRunConfig())\n"
+        ["-c", "from capo_verl.experiments.study import verl_tier, verl_config\ntry: verl_tier.command(verl_config.VerlRunConfig())\n"
          "except RuntimeError as e: print(e); raise SystemExit(2)"],
         "examples/run_quickstart_cpu.sh is missing: install a checkout of the repository in place",
     ),
@@ -124,19 +124,19 @@ def test_what_needs_a_checkout_says_so(name, installed):
     assert done.returncode == 2 and len(lines) == 1 and sentence in lines[0], done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("module", ["capo_verl.study.evidence", "capo_verl.smollm2"])
+@pytest.mark.parametrize("module", ["capo_verl.experiments.study.evidence", "capo_verl.cpu.smollm2"])
 def test_help_needs_no_checkout(module, installed):
     assert installed.run("-m", module, "--help").returncode == 0
 
 
 def test_commit_is_unknown_outside_a_checkout(installed):
-    code = "from capo_verl.provenance import commit; print([commit()])"
+    code = "from capo_verl.experiments.provenance import commit; print([commit()])"
     done = installed.run("-c", code)
     assert done.stdout == "['']\n", done.stderr
 
 
 def test_stack_reads_the_wheels_metadata(installed):
-    code = "from capo_verl import stack; print(stack.declared('cpu')[0]); print(*stack.declared('cpu')[1], sep='\\n')"
+    code = "from capo_verl.plugin import stack; print(stack.declared('cpu')[0]); print(*stack.declared('cpu')[1], sep='\\n')"
     done = installed.run("-c", code)
     python, *requirements = done.stdout.splitlines()
     assert set(python.split(",")) == {">=3.10", "<3.13"}

@@ -43,7 +43,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator:
 @pytest.fixture(scope="session")
 def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The page about three runs."""
-    from capo_verl.cli import main
+    from capo_verl.commands.main import main
 
     folder = tmp_path_factory.mktemp("report")
     assert main(["report", str(write_runs(folder / "runs")), "--output", str(folder / "report.html")]) == 0

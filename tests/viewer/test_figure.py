@@ -9,7 +9,7 @@ import pytest
 
 pytest.importorskip("matplotlib")
 
-from capo_verl.cli import main
+from capo_verl.commands.main import main
 from capo_verl.viewer.figure import OKABE_ITO, draw
 from capo_verl.viewer.groups import group_runs
 from capo_verl.viewer.load import load_runs

@@ -16,7 +16,7 @@ from capo_verl.viewer.load import load_runs
 from capo_verl.viewer.run import Run
 from tests.viewer.logs import capo_rows, sample, write_config, write_file_log, write_runs, write_samples
 
-RECORDED = Path(__file__).parents[1] / "quickstart" / "data" / "grpo.jsonl"
+RECORDED = Path(__file__).parents[1] / "cpu" / "quickstart" / "data" / "grpo.jsonl"
 
 
 def at(run: Run, metric: str) -> dict[int, float]:

@@ -9,11 +9,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from capo_verl.token_text import token_pieces
 from capo_verl.viewer.groups import group_runs
 from capo_verl.viewer.load import load_runs
 from capo_verl.viewer.page import MOST_RUNS, embed, page_data, render, write_page
 from capo_verl.viewer.samples import put_into_text, read_samples
+from capo_verl.viewer.token_text import token_pieces
 from tests.viewer.logs import SCRIPT_END, sample, write_runs, write_samples
 
 

@@ -17,9 +17,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from capo_verl.core.entries import RowEntries
-from capo_verl.core.logit_rows import LogitRows, VocabShard
-from capo_verl.core.moments import Moments
+from capo_verl.core.kernels.entries import RowEntries
+from capo_verl.core.kernels.moments import Moments
+from capo_verl.core.logits import LogitRows, VocabShard
 from capo_verl.core.support import Support
 
 NAMES = ("torch", "triton")

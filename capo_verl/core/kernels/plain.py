@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from capo_verl.core.chunks import chunk_slices, scratch_elements
-from capo_verl.core.entries import RowEntries
+from capo_verl.core.kernels.entries import RowEntries
+from capo_verl.core.kernels.moments import Moments
+from capo_verl.core.kernels.rounding import round_to_bfloat16
 from capo_verl.core.keys import LOWEST, NON_FINITE, keys_of
-from capo_verl.core.logit_rows import LogitRows, VocabShard
-from capo_verl.core.moments import Moments
-from capo_verl.core.rounding import round_to_bfloat16
+from capo_verl.core.logits import LogitRows, VocabShard
 from capo_verl.core.support import Block, Support, TopKSupport
 
 BLOCK_ENTRIES = 1 << 18

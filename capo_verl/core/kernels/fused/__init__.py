@@ -9,13 +9,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from capo_verl.core.entries import RowEntries
 from capo_verl.core.kernels import plain
+from capo_verl.core.kernels.entries import RowEntries
 from capo_verl.core.kernels.fused.curvature_kernel import launch_partial_sums
 from capo_verl.core.kernels.fused.moment_kernels import launch_move, launch_row_sums, launch_update
 from capo_verl.core.kernels.fused.support_kernel import MAX_K, launch_best_keys
-from capo_verl.core.logit_rows import LogitRows, VocabShard
-from capo_verl.core.moments import Moments
+from capo_verl.core.kernels.moments import Moments
+from capo_verl.core.logits import LogitRows, VocabShard
 from capo_verl.core.support import Support, TopKSupport
 
 

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from capo_verl.core.moments import Moments
+from capo_verl.core.kernels.moments import Moments
 from capo_verl.core.support import TopKSupport
 
 _TILE = 2048

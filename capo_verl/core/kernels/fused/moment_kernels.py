@@ -12,9 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from capo_verl.core import rounding
-from capo_verl.core.entries import RowEntries
-from capo_verl.core.moments import Moments
+from capo_verl.core.kernels import rounding
+from capo_verl.core.kernels.entries import RowEntries
+from capo_verl.core.kernels.moments import Moments
 
 BLOCK_ENTRIES = 16
 BLOCK_H = 256

@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The plugin in this process, which stands for the driver of a run."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from capo_verl.commands.doctor import registered
+from capo_verl.commands.doctor.check import OK, Broken, Outcome
+
+
+@functools.cache
+def seen() -> dict[str, Any]:
+    """Looked at once: verl is imported once per process."""
+    return registered.look()
+
+
+def _ok_unless(problem: str | None, message: str) -> Outcome:
+    if problem:
+        raise Broken(problem)
+    return Outcome(OK, message)
+
+
+def plugin() -> Outcome:
+    """The entry point, and that verl loads it."""
+    return _ok_unless(registered.plugin_problem(seen()), "verl loads capo_verl.plugin.register")
+
+
+def registration() -> Outcome:
+    """Losses, estimators, and every other hook."""
+    loss = f"policy loss '{registered.LOSS}', advantage estimator '{registered.ESTIMATOR}'"
+    return _ok_unless(
+        registered.registration_problem(seen()), f"{loss}, hooks in {len(registered.MODULES)} modules of verl"
+    )
+
+
+def engine(*backends: str) -> Outcome:
+    """The classes that verl would train with."""
+    problem = next(filter(None, (registered.engine_problem(seen(), backend) for backend in backends)), None)
+    names = dict.fromkeys(seen()["engines"].get(backend, {}).get("name") for backend in backends)
+    return _ok_unless(problem, f"verl uses {' and '.join(map(str, names))}")

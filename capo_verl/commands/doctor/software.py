@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Are the installed versions a supported stack?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from capo_verl import __version__
+from capo_verl.commands.doctor.check import OK, WARN, Outcome
+from capo_verl.plugin import stack
+from capo_verl.plugin.stack import Report
+
+TOLD = ("verl", "torch", "megatron-core", "ray")
+"""Versions that the message names."""
+
+
+def versions(reports: Sequence[Report]) -> dict[str, str | None]:
+    """Installed version of Python, of this project and of every package of a stack; None if missing."""
+    found = {"python": reports[0].python.found, "capo-verl": __version__}
+    return {**found, **{f.name: f.found for report in reports for f in report.packages}}
+
+
+def compare(reports: Sequence[Report]) -> Outcome:
+    """Other versions are a warning: nobody has tested them, but nothing is known to be broken."""
+    complete = [report for report in reports if report.complete]
+    if complete:
+        installed = versions(reports)
+        told = ", ".join(f"{name} {installed[name]}" for name in TOLD if installed.get(name))
+        return Outcome(OK, f"the {' and '.join(report.stack for report in complete)} stack is complete: {told}")
+    nearest = min(reports, key=lambda report: len(report.problems))
+    wrong = ", ".join(f"{f.name}{f.wanted} ({f.found or 'missing'})" for f in nearest.problems)
+    return Outcome(
+        WARN,
+        f"other versions than the tested ones; the nearest stack, {nearest.stack}, has {wrong}: "
+        f"scripts/check_stack.py --stack {nearest.stack} says how to install it",
+    )
+
+
+def table(reports: Sequence[Report]) -> str:
+    """All packages, if no stack is complete; else "": then the message says enough."""
+    return "" if any(report.complete for report in reports) else stack.render(reports)

@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The process that judges answers: one JSON request per line on stdin, one JSON reply per line on stdout.
+
+``python -m capo_verl.data.rewards.worker math`` or ``... reasoning_gym``. It is killed when it takes too long (``pool.py``).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable
+from typing import Any
+
+ORPHAN_SECONDS = 60.0
+"""An answer that takes this long ends the worker even if nobody is left to kill it."""
+
+Request = dict[str, Any]
+
+
+def math(request: Request) -> float:
+    """1 if ``request["answer"]`` equals ``request["reference"]``, else 0."""
+    from capo_verl.data.rewards.equivalence import equal
+
+    return float(equal(request["reference"], request["answer"]))
+
+
+def reasoning_gym(request: Request) -> float:
+    """reasoning-gym's score of ``request["answer"]``, in [0, 1]."""
+    from capo_verl.data.gym import compute_score
+
+    extra = {"entry": request["entry"]}
+    return compute_score(request["data_source"], request["answer"], request["reference"], extra)["score"]
+
+
+def _start_math() -> Callable[[Request], float]:
+    from capo_verl.data.rewards.guard import guard_sympy
+
+    guard_sympy()
+    # The first answer of a kind imports parts of sympy and builds the parser's tables: not at the cost of a real answer.
+    for pair in (("\\frac{1}{2}", "0.5"), ("\\sqrt{8}", "2\\sqrt2"), ("[0,1)", "0\\le x<1"), ("\\{1,2\\}", "2,1"),
+                 ("x^2+2x+1", "(x+1)^2"), ("\\begin{pmatrix}1\\\\2\\end{pmatrix}", "1")):  # fmt: skip
+        math({"reference": pair[0], "answer": pair[1]})
+    return math
+
+
+def _start_reasoning_gym() -> Callable[[Request], float]:
+    from capo_verl.data.rewards.guard import guard_reasoning_gym, guard_sympy
+
+    guard_sympy()
+    import reasoning_gym as package
+
+    guard_reasoning_gym()
+    package.get_score_answer_fn("letter_counting")
+    return reasoning_gym
+
+
+KINDS: dict[str, Callable[[], Callable[[Request], float]]] = {
+    "math": _start_math,
+    "reasoning_gym": _start_reasoning_gym,
+}
+
+
+def main(kind: str) -> None:
+    """Answer requests until stdin is closed."""
+    from capo_verl.data.rewards.guard import RefusedError, confine
+
+    replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # whatever else is printed must not look like a reply
+
+    def reply(**values: Any) -> None:
+        print(json.dumps(values), file=replies, flush=True)
+
+    logging.disable(logging.WARNING)
+    try:
+        judge = KINDS[kind]()
+    except ImportError as error:
+        reply(failed=f"{error.name or error} is missing")
+        return
+    confine()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
+    reply(ready=True)
+    for line in sys.stdin:
+        signal.setitimer(signal.ITIMER_REAL, ORPHAN_SECONDS)
+        refused = RefusedError.count
+        try:
+            score = judge(json.loads(line))
+            reply(score=score, refused="" if score or RefusedError.count == refused else "refused")
+        except MemoryError:
+            reply(score=0.0, refused="memory")
+        except (
+            Exception
+        ) as error:  # an answer that cannot be read is a wrong answer; the reason is counted and reported
+            reply(score=0.0, refused=type(error).__name__)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""NaN and infinity in a mini-batch: noticed on the device, agreed upon by all ranks before the optimizer steps.
+
+A rank that raised alone would leave the others waiting in their next collective, and a NaN that only one data-parallel rank
+saw would reach all weights with the next gradient reduction. So what is found is only noted while the micro-batches run; one
+small gather before the optimizer step tells every rank, and all do the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+import torch
+from tensordict import TensorDict
+from torch import Tensor
+
+from capo_verl.core import collectives
+from capo_verl.core.validation import TOKEN_PROBLEMS
+from capo_verl.engines.response import masked_values
+
+LOSS_INPUTS = ("old_log_probs", "ref_log_prob", "rollout_is_weights")
+"""Fields of a micro-batch which the loss reads beside what the filter sees."""
+LOSS, GRADIENTS = "the loss is not finite", "gradients are not finite"
+PROBLEMS = (*TOKEN_PROBLEMS, *(f"{name} are not finite" for name in LOSS_INPUTS), LOSS, GRADIENTS)
+
+_NO_SAMPLE = torch.iinfo(torch.int64).max
+_SHOWN = 8
+
+
+class Finding(NamedTuple):
+    """One problem on one rank."""
+
+    rank: int
+    what: str
+    count: int
+    """Tokens; of the loss, micro-batches."""
+    sample: int | None
+    """Index of the first sample concerned in that rank's share of the mini-batch."""
+
+    def __str__(self) -> str:
+        places = f" in {self.count} places" if self.count > 1 else ""
+        where = "" if self.sample is None else f", first in sample {self.sample} of its mini-batch"
+        return f"rank {self.rank}: {self.what}{places}{where}"
+
+
+class Health:
+    """What is wrong on this rank since the last :meth:`clear`.
+
+    Args:
+        device: where the training runs.
+    """
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self.clear()
+
+    def clear(self) -> None:
+        self._count = torch.zeros(len(PROBLEMS), device=self._device, dtype=torch.int64)
+        self._sample = torch.full_like(self._count, _NO_SAMPLE)
+
+    def note(self, what: str, bad: Tensor, samples: Tensor | None = None) -> None:
+        """Remember ``bad [...]`` bool, concerning ``samples [...]`` int64. Does not wait for the device."""
+        self._note(PROBLEMS.index(what), bad[None], samples)
+
+    def note_tokens(self, problems: Mapping[str, Tensor], samples: Tensor) -> None:
+        """All of ``TOKEN_PROBLEMS`` of a micro-batch at once, ``[...]`` bool each. Does not wait for the device."""
+        self._note(0, torch.stack([problems[what] for what in TOKEN_PROBLEMS]), samples)
+
+    def _note(self, first: int, bad: Tensor, samples: Tensor | None) -> None:
+        """``bad [P, ...]``, concerning the problems from ``first`` on."""
+        rows = slice(first, first + len(bad))
+        self._count[rows] += bad.reshape(len(bad), -1).sum(-1)
+        if samples is not None and bad[0].numel():
+            concerned = torch.where(bad, samples, _NO_SAMPLE).reshape(len(bad), -1).amin(-1)
+            self._sample[rows] = torch.minimum(self._sample[rows], concerned)
+
+    def note_loss(self, loss: Tensor, data: TensorDict, samples: Tensor) -> None:
+        """The loss of a micro-batch and what it was computed from. ``samples [b]`` int64."""
+        for name in LOSS_INPUTS:
+            if data.get(name, None) is not None:
+                values, of = masked_values(data, name)
+                self.note(f"{name} are not finite", ~values.isfinite(), samples[of])
+        self.note(LOSS, ~loss.detach().isfinite().reshape(1), samples.min().reshape(1))
+
+    def note_gradients(self, gradients: Iterable[Tensor]) -> None:
+        """The gradients of this rank; a norm that overflows counts, because it could not be clipped."""
+        norm = torch.nn.utils.get_total_norm(list(gradients))
+        self.note(GRADIENTS, ~norm.isfinite().to(self._device))
+
+    def agree(self, group: collectives.Group) -> list[Finding]:
+        """What was found on any rank of ``group``, the same list on all of them; empty if all is well. Collective."""
+        mine = torch.stack((self._count, self._sample), dim=-1).flatten()
+        table = collectives.gather(mine, group).view(-1, len(PROBLEMS), 2)
+        return [
+            Finding(rank, what, count, None if sample == _NO_SAMPLE else sample)
+            for rank, rows in enumerate(table.tolist())
+            for what, (count, sample) in zip(PROBLEMS, rows, strict=True)
+            if count
+        ]
+
+
+def describe(findings: list[Finding], step: int) -> str:
+    """One sentence for logs and errors: what, on which rank, in which sample, in which optimizer step."""
+    shown = "; ".join(str(finding) for finding in findings[:_SHOWN])
+    more = f"; and {len(findings) - _SHOWN} more" if len(findings) > _SHOWN else ""
+    return f"optimizer step {step} is not usable: {shown}{more}"

@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Everything a run of the tiny tier depends on, and the hash that identifies it. Pure Python."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any
+
+from capo_verl.config import PRESETS
+
+ADVANTAGES = ("grpo", "dr_grpo", "reinforce")
+AGGREGATIONS = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum-norm")
+SCALES = ("mean", "shuffled")
+BASES = ("noisy", "early")
+VERSION = 2
+"""Raised when the meaning of a knob or a measure changes: runs of other versions are other runs."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One run: a task, a method and a seed. Every field is a key of the study's YAML.
+
+    Raises:
+        ValueError: naming the key, the value found and what is allowed.
+    """
+
+    task: str = "sort8"
+    """A key of :data:`capo_verl.experiments.study.tasks.TASKS`."""
+    task_knobs: dict[str, Any] = field(default_factory=dict)
+    """Arguments of the task."""
+    base: float = 0.4
+    """Sampled accuracy of the warm start, in (0, 1)."""
+    base_kind: str = "noisy"
+    """How the warm start gets to ``base``: ``noisy``, a competent model that learnt to make mistakes, which is what reinforcement
+    learning on verifiable rewards mostly repairs; or ``early``, supervised training stopped early, which has more to learn."""
+    base_seed: int | None = None
+    """Seed of the warm start. None: ``seed``."""
+    seed: int = 1
+    lr: float = 5e-4
+    steps: int = 200
+    """Rollouts; each gives ``mini_batches`` optimizer steps."""
+    warmup: int = 10
+    """Optimizer steps over which the learning rate rises linearly."""
+    prompts: int = 4
+    """Per rollout."""
+    group: int = 8
+    """Completions per prompt."""
+    mini_batches: int = 1
+    """Optimizer steps per rollout and epoch; must divide ``prompts``."""
+    epochs: int = 1
+    """Passes over each rollout."""
+    advantage: str = "grpo"
+    """``grpo`` (r - mean) / (std + 1e-4), ``dr_grpo`` r - mean, ``reinforce`` r."""
+    aggregation: str = "seq-mean-token-mean"
+    """verl's ``loss_agg_mode``; ``seq-mean-token-sum-norm`` divides by the longest response."""
+    loss: str = "pg"
+    """``pg``: -A pi/pi_old without clipping; else a rival of :mod:`capo_verl.rivals`, or ``verl:NAME``."""
+    loss_knobs: dict[str, Any] = field(default_factory=dict)
+    """Knobs of the loss: a rival's, or fields of verl's actor config (``policy_loss`` as a mapping)."""
+    capo: dict[str, Any] | None = None
+    """Knobs of :class:`capo_verl.CapoConfig`; ``preset`` starts from one of its presets. ``top_k`` is the whole vocabulary
+    unless given. None: no filter, no control."""
+    grad_clip: float = 1.0
+    """Largest gradient norm; 0 = off."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    entropy_bonus: float = 0.0
+    """Subtracts this times the mean token entropy from the loss."""
+    reference_penalty: float = 0.0
+    """Adds this times the mean k3 estimate of KL(policy || warm start) to the loss."""
+    random_drop: float = 0.0
+    """Control: drop this share of the response tokens at random."""
+    lr_scale: float = 1.0
+    """Control: a constant factor of the learning rate."""
+    lr_scales_of: dict[str, Any] | None = None
+    """Control: other values of these fields make a second run, which is run first, and whose sequence of learning-rate scales
+    this run uses, as ``lr_scales`` says."""
+    lr_scales: str = "mean"
+    """``mean``: constantly the mean of that sequence; ``shuffled``: the sequence in random order."""
+    evaluations: int = 16
+    """How often accuracy is measured after the start, evenly spaced."""
+    eval_prompts: int = 512
+    kl_every: int = 4
+    """The reported KL of a step is measured in every n-th optimizer step (a budget measures by its own rule)."""
+    layers: int = 2
+    hidden: int = 64
+
+    def __post_init__(self) -> None:
+        from capo_verl.experiments.study.tasks import TASKS
+
+        _one_of("task", self.task, tuple(TASKS))
+        _one_of("advantage", self.advantage, ADVANTAGES)
+        _one_of("aggregation", self.aggregation, AGGREGATIONS)
+        _one_of("lr_scales", self.lr_scales, SCALES)
+        _one_of("base_kind", self.base_kind, BASES)
+        for name in ("steps", "prompts", "group", "mini_batches", "epochs", "evaluations", "eval_prompts", "kl_every"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}={value!r}: expected an integer >= 1")
+        for name in ("lr", "lr_scale", "base"):
+            object.__setattr__(self, name, _number(name, getattr(self, name)))
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name}={getattr(self, name)!r}: expected a number > 0")
+        for name in ("grad_clip", "entropy_bonus", "reference_penalty", "random_drop"):
+            object.__setattr__(self, name, _number(name, getattr(self, name)))
+        if not 0 < self.base < 1:
+            raise ValueError(f"base={self.base!r}: expected an accuracy between 0 and 1")
+        if not 0 <= self.random_drop < 1:
+            raise ValueError(f"random_drop={self.random_drop!r}: expected a share in [0, 1)")
+        if self.prompts % self.mini_batches:
+            raise ValueError(f"mini_batches={self.mini_batches}: must divide prompts={self.prompts}")
+        if self.loss == "lopti" and self.loss_knobs.get("part", "alternate") == "alternate" and self.epochs % 2:
+            raise ValueError(
+                f"epochs={self.epochs}: loss=lopti trains on half of the tokens in each; expected an even number"
+            )
+        object.__setattr__(self, "betas", tuple(self.betas))
+        if self.capo is not None:
+            preset = self.capo.get("preset")
+            if preset is not None and preset not in PRESETS:
+                raise ValueError(f"capo.preset={preset!r}: expected one of {', '.join(PRESETS)}")
+
+    @classmethod
+    def from_mapping(cls, knobs: Mapping[str, Any]) -> RunConfig:
+        """From plain data.
+
+        Raises:
+            ValueError: for an unknown key (lists the valid ones) or an invalid value.
+        """
+        valid = [f.name for f in fields(cls)]
+        for key in knobs:
+            if key not in valid:
+                raise ValueError(f"{key} is not a key of a run. Valid keys: {', '.join(valid)}")
+        return cls(**knobs)
+
+    def capo_knobs(self) -> dict[str, Any] | None:
+        """Arguments of :class:`capo_verl.CapoConfig`, with the preset's and the optimizer's filled in."""
+        if self.capo is None:
+            return None
+        knobs = dict(self.capo)
+        preset = knobs.pop("preset", None)
+        start = PRESETS[preset].knobs if preset else {}
+        return {"top_k": None, "betas": self.betas, **start, **knobs}
+
+    def to_dict(self) -> dict[str, Any]:
+        """What differs from the defaults, as plain JSON data: a later knob with a default does not change old runs' hashes."""
+        found = {}
+        for f in fields(self):
+            value = getattr(self, f.name)
+            default = f.default_factory() if f.default_factory is not MISSING else f.default
+            if value != default:
+                found[f.name] = value
+        return json.loads(json.dumps(found))
+
+    @property
+    def run_id(self) -> str:
+        """First 16 hex digits of the SHA-256 of version and :meth:`to_dict`."""
+        text = json.dumps({"version": VERSION, "tier": "tiny", **self.to_dict()}, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    @property
+    def warm_start(self) -> dict[str, Any]:
+        """What the warm-started model depends on."""
+        seed = self.seed if self.base_seed is None else self.base_seed
+        return {
+            "task": self.task, "task_knobs": self.task_knobs, "base": self.base, "kind": self.base_kind, "seed": seed,
+            "layers": self.layers, "hidden": self.hidden,
+        }  # fmt: skip
+
+
+def _one_of(key: str, value: Any, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{key}={value!r}: expected one of {', '.join(allowed)}")
+
+
+def _number(key: str, value: Any) -> float:
+    if isinstance(value, str):  # YAML 1.1 reads 1e-4 as text
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"{key}={value!r}: expected a number")
+    return float(value)

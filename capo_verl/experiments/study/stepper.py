@@ -1,0 +1,230 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One rollout's optimizer steps: loss, filter, KL budget, controls, and what is measured of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from capo_verl.config import CapoConfig
+from capo_verl.core import CapoFilter, CapoOutput
+from capo_verl.core.kl_budget import STEPS_BACK, KLBudget
+from capo_verl.core.logits import VocabShard
+from capo_verl.core.penalty import curvature_penalty
+from capo_verl.core.token_kl import k3, token_kl
+from capo_verl.experiments.study.config import RunConfig
+from capo_verl.experiments.study.model import TinyTransformer
+from capo_verl.experiments.study.objective import Batch, aggregate, policy_loss
+from capo_verl.experiments.study.seeds import generator
+from capo_verl.experiments.study.tasks import Task
+
+Measured = dict[str, "Tensor | float | None"]
+
+
+@dataclass
+class Rollout:
+    """Completions of one rollout; groups are neighbours."""
+
+    tokens: Tensor
+    """``[B, P + T]`` int64."""
+    mask: Tensor
+    """``[B, T]`` bool."""
+    advantages: Tensor
+    """``[B]`` float32."""
+    group: Tensor
+    """``[B]`` int64."""
+    old_log_prob: Tensor | None = None
+    """``[B, T]``; None: that of the model at the time of the update (one step per rollout)."""
+
+    def part(self, rows: slice) -> Rollout:
+        old = None if self.old_log_prob is None else self.old_log_prob[rows]
+        return Rollout(self.tokens[rows], self.mask[rows], self.advantages[rows], self.group[rows], old)
+
+
+class Stepper:
+    """Adam, the filter, the budget and their state.
+
+    Args:
+        scales: factors of the learning rate step by step, in place of ``lr_scale`` (controls).
+    """
+
+    def __init__(self, config: RunConfig, model: TinyTransformer, task: Task, scales: list[float] | None = None):
+        self.config, self.model, self.task, self.scales = config, model, task, scales
+        self.optimizer = torch.optim.Adam([model.flat], lr=config.lr, betas=config.betas, fused=True)
+        self.drop = generator(config.seed, "random drop")
+        self.shard = VocabShard(model.vocab_size, model.vocab_size, 0)
+        self.reference = model.flat.detach().clone() if config.reference_penalty else None
+        self.steps = 0
+        self.factors: list[float] = []
+        self.last_output: CapoOutput | None = None
+        knobs = config.capo_knobs()
+        capo = None if knobs is None else CapoConfig.from_mapping(knobs)
+        budget = None if capo is None else capo.kl_budget
+        self.budget = None if budget is None else KLBudget(budget)
+        self.filter: CapoFilter | None = None
+        self.filters = capo is not None and capo.mode == "filter"
+        self.predicts = budget is not None and budget.predicts_by_curvature
+        if capo is not None and capo.mode != "off":
+            self.filter = CapoFilter(capo, model.vocab_size, model.config.hidden)
+            self.filter.keep_for_batch_shifts = self.predicts
+
+    def update(self, rollout: Rollout) -> Iterator[Measured]:
+        """All optimizer steps of one rollout; yields what was measured in each."""
+        config = self.config
+        if config.mini_batches * config.epochs > 1:
+            with torch.no_grad():
+                rollout.old_log_prob = self._taken(self._logits(rollout)[1], rollout)
+        size = len(rollout.tokens) // config.mini_batches
+        for epoch in range(config.epochs):
+            for start in range(0, len(rollout.tokens), size):
+                yield self._step(rollout.part(slice(start, start + size)), epoch)
+
+    def _logits(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
+        return self.model.response(rollout.tokens, self.task.prompt_length)
+
+    def _actions(self, rollout: Rollout) -> Tensor:
+        return rollout.tokens[:, self.task.prompt_length :]
+
+    def _taken(self, logits: Tensor, rollout: Rollout) -> Tensor:
+        return logits.log_softmax(-1).gather(-1, self._actions(rollout)[..., None])[..., 0]
+
+    def _step(self, rollout: Rollout, epoch: int) -> Measured:
+        config = self.config
+        lr = config.lr * min(1.0, (self.steps + 1) / max(1, config.warmup))
+        hidden, logits = self._logits(rollout)
+        log_probs = logits.log_softmax(-1)
+        log_prob = log_probs.gather(-1, self._actions(rollout)[..., None])[..., 0]
+        entropy = -(log_probs.exp() * log_probs).sum(-1)
+        old_log_prob = log_prob.detach() if rollout.old_log_prob is None else rollout.old_log_prob
+        advantages = rollout.advantages[:, None].expand_as(log_prob)
+
+        mask = rollout.mask
+        output = self._evaluate(hidden, logits, rollout, advantages, lr)
+        if output is not None and self.filters:
+            mask = output.accepted
+            if self.filter is not None and self.filter.config.weighting != "hard":
+                # Losses are positively homogeneous in the advantage, so that is where a weight belongs.
+                advantages = advantages * output.weights.to(advantages.dtype)
+        if config.random_drop:
+            mask = mask & (torch.rand(mask.shape, generator=self.drop) >= config.random_drop)
+        batch = Batch(old_log_prob, log_prob, advantages, mask, rollout.mask, entropy.detach(), rollout.group,
+                      self._actions(rollout))  # fmt: skip
+        loss = policy_loss(config, batch, epoch) + self._penalties(batch, entropy, logits, output, rollout)
+        self.model.flat.grad.zero_()
+        loss.backward()
+        norm = torch.linalg.vector_norm(self.model.flat.grad)
+        if config.grad_clip:
+            self.model.flat.grad.mul_((config.grad_clip / (norm + 1e-6)).clamp(max=1.0))
+
+        kl, factor, kept = self._move(rollout, logits.detach(), log_prob.detach(), lr)
+        if self.filter is not None:
+            self.filter.step()
+        self.steps += 1
+        self.factors.append(factor * kept)
+        with torch.no_grad():
+            total = rollout.mask.sum()
+            ratio = (log_prob - old_log_prob).exp()
+            return {
+                "tokens": total,
+                "accepted_tokens": mask.sum(),
+                "entropy": (entropy * rollout.mask).sum() / total,
+                "rejection": 1 - mask.sum() / total,
+                "weight": None if output is None else output.weights[rollout.mask].mean(),
+                "out_of_region": None if output is None else 1 - output.in_trust_region.sum() / total,
+                "ratio_deviation": ((ratio - 1).abs() * rollout.mask).sum() / total,
+                "grad_norm": norm,
+                "kl": kl,
+                "scale": factor * kept,
+            }
+
+    def _evaluate(
+        self, hidden: Tensor, logits: Tensor, rollout: Rollout, advantages: Tensor, lr: float
+    ) -> CapoOutput | None:
+        if self.filter is None:
+            return None
+        factor = self._factor()
+        self.last_output = self.filter.evaluate(
+            hidden.detach(), logits.detach(), self._actions(rollout), advantages, rollout.mask, lr * factor
+        )
+        return self.last_output
+
+    def _factor(self) -> float:
+        """The factor of the learning rate as far as it is known before the step."""
+        if self.scales is not None:
+            return self.scales[self.steps]
+        return self.config.lr_scale * (1.0 if self.budget is None else self.budget.scale)
+
+    def _penalties(
+        self, batch: Batch, entropy: Tensor, logits: Tensor, output: CapoOutput | None, rollout: Rollout
+    ) -> Tensor | float:
+        """What is added to the policy loss, aggregated as it is."""
+        config, total = self.config, 0.0
+        if output is not None and output.penalty_terms is not None:
+            total = aggregate(curvature_penalty(logits, output.penalty_terms), batch, config.aggregation)
+        if config.entropy_bonus:
+            total = total - config.entropy_bonus * aggregate(entropy, batch, config.aggregation)
+        if self.reference is not None:
+            with torch.no_grad():
+                now = self.model.flat.clone()
+                self.model.flat.copy_(self.reference)
+                reference = self._taken(self._logits(rollout)[1], rollout)
+                self.model.flat.copy_(now)
+            penalty = aggregate(k3(batch.log_prob, reference), batch, config.aggregation)
+            total = total + config.reference_penalty * penalty
+        return total
+
+    def _move(
+        self, rollout: Rollout, logits: Tensor, log_prob: Tensor, lr: float
+    ) -> tuple[Tensor | None, float, float]:
+        """The optimizer step: measured KL of the whole mini-batch (or None), factor of the learning rate, kept share."""
+        budget, factor, kept = self.budget, self._factor(), 1.0
+        before = None
+        if budget is not None:
+            predicted = None
+            if self.predicts and self.filter is not None:
+                # Predicted at the factor in force; the budget wants it at the full learning rate.
+                kind = budget.config.predictor.removeprefix("fisher_")
+                shifts = self.filter.batch_shifts(policy_shift=kind)
+                predicted = float((shifts.after if self.filters else shifts.before).policy) / factor**2
+            factor = budget.begin_step(predicted) * self.config.lr_scale
+            if budget.config.line_search is not None:
+                before = self.model.flat.detach().clone()
+        self.optimizer.param_groups[0]["lr"] = lr * factor
+        self.optimizer.step()
+        if budget is not None:
+            kl = float(self._probe(rollout, logits, log_prob))
+            budget.end_step(kl)
+            for _ in range(STEPS_BACK):
+                keep = budget.needs_line_search(kl)
+                if keep is None or before is None:
+                    break
+                kept *= keep
+                with torch.no_grad():
+                    self.model.flat.copy_(torch.lerp(before, self.model.flat, keep))
+                kl = float(self._probe(rollout, logits, log_prob))
+        measured = None
+        if self.steps % self.config.kl_every == 0:
+            measured = self._kl(rollout, logits)
+        return measured, factor, kept
+
+    def _probe(self, rollout: Rollout, logits: Tensor, log_prob: Tensor) -> Tensor:
+        """The budget's own measurement: mean token KL of an evenly strided share of the samples."""
+        assert self.budget is not None
+        config, n = self.budget.config, len(rollout.tokens)
+        size = max(1, round(config.probe_share * n))
+        rows = torch.arange(size) * n // size
+        part = Rollout(rollout.tokens[rows], rollout.mask[rows], rollout.advantages[rows], rollout.group[rows])
+        if config.estimator == "exact":
+            return self._kl(part, logits[rows])
+        with torch.no_grad():
+            new = self._taken(self._logits(part)[1], part)
+            return k3(log_prob[rows][part.mask], new[part.mask]).mean()
+
+    @torch.no_grad()
+    def _kl(self, rollout: Rollout, logits: Tensor) -> Tensor:
+        """Exact mean token KL(old || new); ``logits [B, T, V]`` are the old ones."""
+        new = self._logits(rollout)[1]
+        return token_kl(logits[rollout.mask], new[rollout.mask], self.shard).mean()

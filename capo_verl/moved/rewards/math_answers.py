@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+from capo_verl.data.rewards.math_answers import compute_score as compute_score

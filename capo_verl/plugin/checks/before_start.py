@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Everything that is refused before a run starts, in the driver and before any GPU time is spent. Each refusal is one sentence."""
+
+from __future__ import annotations
+
+from omegaconf import DictConfig
+
+from capo_verl.plugin.checks.capo import check_capo
+from capo_verl.plugin.checks.files import check_files
+from capo_verl.plugin.checks.identity import check_identity
+from capo_verl.plugin.checks.names import check_names
+from capo_verl.plugin.checks.resume import check_resume
+from capo_verl.plugin.checks.rivals import check_rival
+from capo_verl.plugin.checks.sizes import check_sizes, check_warmup
+
+
+def check_config(config: DictConfig) -> None:
+    """Check what verl's whole config says by itself, also for a run on other machines.
+
+    Raises:
+        ValueError: naming key and value, and what to set.
+        RuntimeError: if CAPO is switched on and the plugin is not registered properly.
+    """
+    for check in (check_warmup, check_names, check_sizes, check_rival, check_capo):
+        check(config)
+
+
+def before_start(config: DictConfig) -> None:
+    """Check a run that is about to start on this machine: its config, its files, and the checkpoints that it would continue.
+
+    Raises:
+        ValueError: naming key or file, the value, and what to set.
+        RuntimeError: if CAPO is switched on and the plugin is not registered properly.
+    """
+    for check in (check_config, check_files, check_resume, check_identity):
+        check(config)

@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""verl's Megatron engine on gloo ranks against Hugging Face: log-probs, entropy, weights, gradients, checkpoints."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.cpu.hugging_face import check, check_resumed, make_reference
+from tests.cpu.megatron.engine_cases import Layout, make_engine, measure, save_and_resume
+from tests.helpers.grouped import launch_by_size
+from tests.helpers.spawn import RankError, run_on_ranks
+from tests.helpers.tiny_model import make_tiny_model, make_tiny_qwen2
+
+PRELOAD = ("torch", "verl.workers.engine.megatron.transformer_impl", "capo_verl.cpu.megatron.bridge")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A layout, the model in it, whether activations are recomputed, whether the cross-entropy is fused."""
+
+    layout: Layout
+    model: str = "qwen2"
+    recompute: bool = False
+    fused: bool = False
+
+    def __str__(self) -> str:
+        options = ("-recompute" if self.recompute else "") + ("-fused" if self.fused else "")
+        return f"{self.layout}-{self.model}{options}"
+
+
+CASES = [
+    Case(Layout()),
+    Case(Layout(packed=False)),
+    Case(Layout(tp=2)),
+    Case(Layout(tp=2, sp=True)),
+    Case(Layout(pp=2)),
+    Case(Layout(dp=2)),
+    Case(Layout(cp=2)),
+    Case(Layout(cp=2, packed=False)),
+    Case(Layout(tp=2, packed=False)),
+    Case(Layout(pp=2, packed=False)),
+    Case(Layout(pp=2, vpp=2), model="qwen2-deep"),
+    Case(Layout(pp=2), model="qwen2-tied"),
+    Case(Layout(tp=2), model="llama"),
+    Case(Layout(tp=2), model="qwen3"),
+    Case(Layout(tp=2), recompute=True),
+    Case(Layout(), fused=True),
+    Case(Layout(packed=False), fused=True),  # verl falls back to logits
+    Case(Layout(tp=2, sp=True), fused=True),
+    Case(Layout(tp=2, sp=True), model="qwen2-tied", recompute=True, fused=True),
+    Case(Layout(tp=2, sp=True), model="llama", fused=True),
+    Case(Layout(pp=2), model="qwen2-tied", fused=True),
+    Case(Layout(pp=2, vpp=2), model="qwen2-deep", fused=True),
+    Case(Layout(dp=2), fused=True),
+    Case(Layout(cp=2), fused=True),
+]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    made = {
+        "qwen2": {},
+        "qwen2-deep": {"layers": 4},
+        "qwen2-tied": {"tie_word_embeddings": True},
+        "llama": {"model_type": "llama"},
+        "qwen3": {"model_type": "qwen3"},
+    }
+    return {name: make_tiny_model(tmp_path_factory.mktemp(name), **options) for name, options in made.items()}
+
+
+@pytest.fixture(scope="module")
+def measured(request, models):
+    recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+
+    def call_of(case: Case) -> tuple:
+        return case.layout, models[case.model], recompute if case.recompute else {}, case.fused
+
+    return launch_by_size(request, measure, call_of, preload=PRELOAD)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_matches_hugging_face(case: Case, models, measured) -> None:
+    check(measured(case), case.layout.dp, make_reference(models[case.model]))
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        Layout(),
+        Layout(tp=2),
+        Layout(pp=2),
+        Layout(dp=2),
+        Layout(dp=2, distributed_optimizer=True),
+        Layout(tp=2, distributed_optimizer=True),
+    ],
+    ids=str,
+)
+def test_checkpoint(layout: Layout, tiny_qwen2: str, tmp_path) -> None:
+    """Loading restores the weights and the optimizer: the step after it repeats the step after saving."""
+    ranks = run_on_ranks(save_and_resume, layout.world_size, layout, tiny_qwen2, str(tmp_path), preload=PRELOAD)
+    check_resumed(ranks)
+
+
+@pytest.mark.parametrize(
+    ("layout", "megatron", "named"),
+    [
+        (
+            Layout(),
+            {"lora": {"rank": 8}},
+            "actor_rollout_ref.model.lora.rank > 0 is not supported on the CPU: set it to 0",
+        ),
+        (
+            Layout(tp=2),
+            {"use_fused_kernels": True},
+            "actor_rollout_ref.model.use_fused_kernels=True with actor_rollout_ref.actor.megatron.sequence_parallel=False is not "
+            "supported on the CPU: set sequence_parallel=True",
+        ),
+        (Layout(), {"use_megatron_fsdp": True}, "actor_rollout_ref.actor.megatron.use_megatron_fsdp"),
+    ],
+    ids=["lora", "fused-kernels", "fsdp"],
+)
+def test_what_a_cpu_cannot_do_is_named(layout: Layout, megatron: dict, named: str, tiny_qwen2: str) -> None:
+    with pytest.raises(RankError, match="ValueError") as error:
+        run_on_ranks(make_engine, layout.world_size, layout, tiny_qwen2, preload=PRELOAD, **megatron)
+    assert named in str(error.value)
+
+
+def test_rope_scaling_is_refused(tmp_path) -> None:
+    path = Path(make_tiny_qwen2(tmp_path)) / "config.json"
+    config = json.loads(path.read_text())
+    config["rope_parameters"] = {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}
+    path.write_text(json.dumps(config))
+    with pytest.raises(RankError, match="rope_type=linear of the model is not supported on the CPU"):
+        run_on_ranks(make_engine, 1, Layout(), str(tmp_path), preload=PRELOAD)

@@ -1,0 +1,273 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The tiny tier's training loop against naive versions: sampling, gradients, the filter, the budget, determinism."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from capo_verl.experiments.study.loop import evaluation_steps, train
+from capo_verl.experiments.study.model import ModelConfig, TinyTransformer
+from capo_verl.experiments.study.objective import group_advantages
+from capo_verl.experiments.study.seeds import generator
+from capo_verl.experiments.study.stepper import Rollout, Stepper
+from capo_verl.experiments.study.tasks import make_task
+from tests.experiments.study.conftest import small
+from tests.helpers.oracle import Oracle, make_token
+
+
+def rollout_of(config, task, model, seed: int = 3) -> Rollout:
+    random = generator(seed, "test")
+    problems = task.problems(config.prompts, random).repeat(config.group)
+    responses = model.sample(problems.prompts, task.response_length, random)
+    rewards = torch.rand(len(responses), generator=random)
+    return Rollout(
+        torch.cat((problems.prompts, responses), 1),
+        task.mask(responses),
+        group_advantages(rewards, config.group, config.advantage),
+        torch.arange(config.prompts).repeat_interleave(config.group),
+    )
+
+
+def fresh(config):
+    task = make_task(config.task, config.task_knobs)
+    length = task.prompt_length + task.response_length
+    return TinyTransformer(task.vocab_size, length, 0, ModelConfig(hidden=config.hidden)), task
+
+
+def test_a_loss_that_draws_random_numbers_depends_on_the_seed_alone(cache):
+    """verl's clip_cov takes tokens at random from torch's own generator, which a worker has used for other runs before."""
+    knobs = {"policy_loss": {"clip_cov_ratio": 0.2, "clip_cov_lb": -1e9, "clip_cov_ub": 1e9}}
+    config = small(loss="verl:clip_cov", loss_knobs=knobs, steps=4)
+    found = []
+    for drawn in (0, 7):
+        torch.rand(drawn)
+        found.append([row["kl"] for row in train(config, cache)[0][1:]])
+    assert found[0] == found[1]
+
+
+def test_sampling_follows_the_policy():
+    """The cache gives the logits of the plain forward pass: frequencies of the second token fit its softmax."""
+    config = small()
+    model, task = fresh(config)
+    with torch.no_grad():
+        model.flat.mul_(3)  # a policy with preferences
+    prompt = task.problems(1, generator(0, "p")).prompts
+    responses = model.sample(prompt.repeat(20_000, 1), 2, generator(0, "s"))
+    first = int(responses[:, 0].mode().values)
+    second = responses[responses[:, 0] == first, 1]
+    with torch.no_grad():
+        probs = model(torch.cat((prompt, torch.tensor([[first]])), 1))[1][0, -1].softmax(-1)
+    found = torch.bincount(second, minlength=16) / len(second)
+    assert len(second) > 2000 and float((found - probs).abs().max()) < 4 * 0.5 / math.sqrt(len(second))
+
+
+@pytest.mark.parametrize("kind", ["grpo", "dr_grpo", "reinforce"])
+def test_advantages(kind):
+    rewards = torch.tensor([1.0, 0, 0, 1, 1, 1, 1, 1], dtype=torch.float64)
+    expected = []
+    for group in rewards.view(2, 4).tolist():
+        mean, std = np.mean(group), np.std(group, ddof=1)
+        expected += {
+            "grpo": [(r - mean) / (std + 1e-4) for r in group],
+            "dr_grpo": [r - mean for r in group],
+            "reinforce": group,
+        }[kind]
+    assert group_advantages(rewards, 4, kind).tolist() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("aggregation", ["token-mean", "seq-mean-token-mean", "seq-mean-token-sum-norm"])
+def test_gradient_is_that_of_a_naive_loop(aggregation):
+    config = small(aggregation=aggregation, grad_clip=0.0)
+    model, task = fresh(config)
+    rollout = rollout_of(config, task, model)
+    rollout.mask = torch.rand(rollout.mask.shape, generator=generator(1, "mask")) < 0.7
+    rollout.mask[0] = False
+    b, t = rollout.mask.shape
+    reference, _ = fresh(config)
+    log_probs = reference(rollout.tokens[:, :-1])[1].log_softmax(-1)
+    total = torch.zeros(())
+    for i in range(b):
+        own = [
+            -rollout.advantages[i] * log_probs[i, task.prompt_length - 1 + j, rollout.tokens[i, task.prompt_length + j]]
+            for j in range(t)
+            if rollout.mask[i, j]
+        ]
+        if own:
+            share = {
+                "token-mean": 1 / int(rollout.mask.sum()),
+                "seq-mean-token-mean": 1 / (b * len(own)),
+                "seq-mean-token-sum-norm": 1 / (b * t),
+            }[aggregation]
+            total = total + sum(own) * share
+    total.backward()
+    before = model.flat.detach().clone()
+    list(Stepper(config, model, task).update(rollout))
+    torch.testing.assert_close(model.flat.grad, reference.flat.grad, rtol=1e-4, atol=1e-7)
+    # Adam's first step is the sign of the gradient, at the first rate of the warm-up.
+    large = reference.flat.grad.abs() > 1e-4
+    expected = -config.lr / config.warmup * reference.flat.grad.sign()
+    torch.testing.assert_close((model.flat.detach() - before)[large], expected[large], rtol=2e-3, atol=1e-9)
+
+
+def test_filter_decides_as_the_oracle():
+    """Over several steps, so that the moments matter; the oracle sees what the loop gave the filter."""
+    config = small(lr=2e-2, warmup=1, capo={"policy_shift_max": 1e-3, "objective_shift_max": 5e-2})
+    model, task = fresh(config)
+    stepper = Stepper(config, model, task)
+    oracle = Oracle(task.vocab_size, config.hidden, top_k=None)
+    rejected = 0
+    for step in range(4):
+        rollout = rollout_of(config, task, model, seed=step)
+        with torch.no_grad():
+            hidden, logits = model.response(rollout.tokens, task.prompt_length)
+        (measured,) = stepper.update(rollout)
+        output = stepper.last_output
+        assert output is not None
+        kept, m_f = [], []
+        for i, j in np.argwhere(rollout.mask.numpy()):
+            token = make_token(
+                hidden[i, j].double().numpy(), logits[i, j].double().numpy(),
+                int(rollout.tokens[i, task.prompt_length + j]), float(rollout.advantages[i]), None,
+            )  # fmt: skip
+            objective, policy = oracle.token_shifts(token, config.lr)
+            m_f.append((float(output.policy_shift[i, j]), policy))
+            inside = abs(objective) < 5e-2 and policy < 1e-3
+            near = abs(policy / 1e-3 - 1) < 1e-2 or abs(abs(objective) / 5e-2 - 1) < 1e-2
+            assert near or bool(output.accepted[i, j]) == inside
+            if bool(output.accepted[i, j]):
+                kept.append(token)
+        found, expected = np.array(m_f).T
+        np.testing.assert_allclose(found, expected, rtol=2e-2, atol=1e-7)
+        assert int(measured["accepted_tokens"]) == len(kept)
+        rejected += len(m_f) - len(kept)
+        oracle.update(kept)
+    assert rejected > 10
+
+
+def test_soft_weights_scale_the_gradient():
+    """With one weight for all tokens, the gradient is that weight times the unfiltered one."""
+    hard, soft = small(grad_clip=0.0), small(grad_clip=0.0, capo={"preset": "soft"})
+    gradients = []
+    for config in (hard, soft):
+        model, task = fresh(config)
+        rollout = rollout_of(config, task, model)
+        stepper = Stepper(config, model, task)
+        if stepper.filter is not None:
+            evaluate = stepper.filter.evaluate
+
+            def halved(*args, _evaluate=evaluate, **kwargs):
+                output = _evaluate(*args, **kwargs)
+                output.weights.fill_(0.5)
+                return output
+
+            stepper.filter.evaluate = halved  # type: ignore[method-assign]
+        list(stepper.update(rollout))
+        gradients.append(model.flat.grad.clone())
+    torch.testing.assert_close(gradients[1], gradients[0] / 2, rtol=1e-4, atol=1e-8)
+
+
+def test_kl_budget_meets_its_budget(cache):
+    """A rate far too fast: without control the KL is far above the budget, with it near."""
+    knobs = {"steps": 40, "lr": 1e-2, "evaluations": 4, "warmup": 1}
+    free, _ = train(small(**knobs), cache)
+    budget = {"mode": "off", "kl_budget": {"delta": 1e-4, "probe_share": 1.0}}
+    held, factors = train(small(**knobs, capo=budget), cache)
+    assert max(row["kl_max"] for row in free[1:]) > 1e-2
+    assert 2.5e-5 < held[-1]["kl"] < 4e-4
+    assert factors[0] == 1 and len(factors) == 40 and factors[-1] < 0.3
+
+
+def test_line_search_keeps_the_square_root():
+    budget = {"delta": 1e-4, "line_search": 10.0, "probe_share": 1.0}
+    config = small(lr=1e-1, warmup=1, capo={"mode": "off", "kl_budget": budget})
+    model, task = fresh(config)
+    rollout = rollout_of(config, task, model)
+    (measured,) = Stepper(config, model, task).update(rollout)
+    plain = small(lr=1e-1, warmup=1)
+    model, task = fresh(plain)
+    (without,) = Stepper(plain, model, task).update(rollout)
+    kept = math.sqrt(1e-4 / float(without["kl"]))
+    assert measured["scale"] == pytest.approx(kept, rel=1e-3)
+    assert float(measured["kl"]) < 1e-3 < float(without["kl"])
+
+    config = small(lr=1e-1, warmup=1, capo={"mode": "off", "kl_budget": budget | {"line_search": 1.0}})
+    model, task = fresh(config)
+    (further,) = Stepper(config, model, task).update(rollout)
+    assert further["scale"] < 0.9 * kept  # far from the old policy one step back is not enough
+    assert float(further["kl"]) < 2e-4
+
+
+def test_measured_kl_is_the_naive_one():
+    config = small(lr=1e-2, warmup=1)
+    model, task = fresh(config)
+    rollout = rollout_of(config, task, model)
+
+    def log_probs() -> torch.Tensor:
+        with torch.no_grad():
+            return model.response(rollout.tokens, task.prompt_length)[1].double().log_softmax(-1)
+
+    before = log_probs()
+    (measured,) = Stepper(config, model, task).update(rollout)
+    naive = (before.exp() * (before - log_probs())).sum(-1)[rollout.mask].mean()
+    assert float(measured["kl"]) == pytest.approx(float(naive), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "knobs",
+    [
+        {"capo": {"kl_budget": {}, "policy_shift_max": 1e-3}},
+        {"mini_batches": 2, "epochs": 2, "random_drop": 0.1, "loss": "spo"},
+        {"lr_scales_of": {"capo": {"preset": "kl_budget"}}, "lr_scales": "shuffled"},
+    ],
+)
+def test_a_run_is_determined_by_its_seed(cache, knobs):
+    config = small(**knobs)
+    first, second = train(config, cache), train(config, cache)
+    for a, b in zip(first[0], second[0], strict=True):
+        assert {k: v for k, v in a.items() if k != "seconds"} == {k: v for k, v in b.items() if k != "seconds"}
+    assert first[1] == second[1]
+    other = train(small(**{**knobs, "seed": 2, "base_seed": 1}), cache)
+    assert [r["reward"] for r in other[0][1:]] != [r["reward"] for r in first[0][1:]]
+
+
+def test_scale_controls(cache):
+    source = {"capo": {"preset": "kl_budget"}}
+    _, own = train(small(lr=1e-2, **source), cache)
+    _, mean = train(small(lr=1e-2, lr_scales_of=source), cache)
+    _, shuffled = train(small(lr=1e-2, lr_scales_of=source, lr_scales="shuffled"), cache)
+    assert mean == pytest.approx([sum(own) / len(own)] * len(own))
+    assert sorted(shuffled) == sorted(own) and shuffled != own
+
+
+def test_random_drop_drops_its_share(cache):
+    rows, _ = train(small(steps=20, random_drop=0.25), cache)
+    assert rows[-1]["accepted_tokens"] / rows[-1]["tokens"] == pytest.approx(0.75, abs=0.03)
+
+
+def test_two_mini_batches_have_ratios_other_than_one(cache):
+    one, _ = train(small(), cache)
+    two, factors = train(small(mini_batches=2), cache)
+    assert one[-1]["ratio_deviation"] == 0 < two[-1]["ratio_deviation"] and len(factors) == 12
+
+
+def test_evaluations_are_evenly_spaced():
+    assert evaluation_steps(200, 16)[:3] == [12, 25, 38] and evaluation_steps(200, 16)[-1] == 200
+    assert evaluation_steps(3, 16) == [1, 2, 3]
+
+
+@pytest.mark.parametrize("reach", ["early", "noisy"])
+def test_warm_start_meets_its_accuracy(tmp_path, monkeypatch, reach):
+    from capo_verl.experiments.study import warm_start
+
+    config = small(base=0.3, base_kind=reach)
+    model, task = warm_start.base_policy(config, tmp_path)
+    found = warm_start.evaluate(model, task, 1024, 7)
+    assert found == pytest.approx(0.3, abs=0.08)
+    calls = []
+    monkeypatch.setattr(warm_start, "supervised_step", lambda *a: calls.append(a))
+    again, _ = warm_start.base_policy(config, tmp_path)
+    assert torch.equal(again.flat, model.flat) and not calls

@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which sizes are refused, and that those which the stack accepts are not."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+
+import pytest
+
+from capo_verl.plugin.checks.model_shape import KNOWN
+from capo_verl.plugin.checks.run_spec import RunSpec
+from capo_verl.plugin.checks.sizes import problems
+
+SHAPE = KNOWN["qwen/qwen2.5-math-7b"]  # 28 layers, 28 heads, 4 key-value heads, 152,064 rows
+RUN = RunSpec(
+    gpus_per_node=8, tp=2, prompts=16, completions_per_prompt=8, mini_batch=16, micro_batch=4, log_prob_micro_batch=4
+)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"tp": 4},
+        {"pp": 4},
+        {"pp": 2, "vpp": 7},
+        {"cp": 4},
+        {"pp": 8, "tp": 1, "uneven_stages": True},
+        {"rollout_tp": 4},
+        {"rollout_tp": 3, "rollout": "hf", "colocated": False},
+        {"nodes": 2, "rollout_tp": 14, "gpus_per_node": 7, "tp": 1, "mini_batch": 14, "prompts": 14, "rollout": "hf"},
+        {"micro_batch": None, "log_prob_micro_batch": None, "tokens_per_gpu": 4096},
+        {"micro_batch": None, "log_prob_micro_batch": None, "tokens_per_gpu": 1536, "log_prob_tokens_per_gpu": 1536},
+        {"micro_batch": None, "log_prob_micro_batch": None, "tokens_per_gpu": 384, "cp": 4},
+        {"engine": "fsdp2", "tp": 1},
+        {"prompts": 15},  # verl pads the batch
+        {"mini_batch": 3, "dynamic_cp": True},
+        {"tokens_per_gpu": 16, "dynamic_cp": True},
+    ],
+    ids=str,
+)
+def test_accepted(change):
+    assert problems(dataclasses.replace(RUN, **change), SHAPE) == []
+
+
+def test_everything_that_does_not_divide_is_named():
+    """Seven divides the GPUs, the heads and, padded, the vocabulary, but neither the feed-forward rows nor the groups."""
+    run = dataclasses.replace(RUN, tp=7, gpus_per_node=7, rollout_tp=7, mini_batch=7, pads_vocab=True)
+    assert problems(run, SHAPE) == [
+        "Qwen2.5-Math-7B has 18944 rows of the feed-forward layer, which do not divide by "
+        "actor_rollout_ref.actor.megatron.tensor_model_parallel_size=7: choose another",
+        "Qwen2.5-Math-7B has 4 key-value heads, neither a multiple nor a divisor of "
+        "actor_rollout_ref.actor.megatron.tensor_model_parallel_size=7: choose another",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"tp": 3}, "= 8 GPUs do not divide by .*tensor_model_parallel_size=3 x .* = 3: change"),
+        ({"nodes": 3, "pp": 7}, "trainer.nnodes=3 x trainer.n_gpus_per_node=8 = 24 GPUs do not divide by .* = 14"),
+        ({"tp": 8}, "28 attention heads, which do not divide by .*=8: choose another"),
+        ({"pp": 8, "tp": 1, "mini_batch": 8}, "28 layers, which do not divide by .*pipeline_model_parallel_size=8"),
+        ({"pp": 2, "vpp": 3}, "28 layers, .*=2 x virtual_pipeline_model_parallel_size=3"),
+        ({"tp": 1, "rollout_tp": 8}, "28 attention heads, which do not divide by .*rollout.tensor_model_parallel_size=8"),
+        ({"rollout_tp": 3}, "8 GPUs do not divide by .*rollout: tensor_model_parallel_size=3"),
+        ({"nodes": 3, "rollout_tp": 12, "rollout": "hf", "mini_batch": 12}, "a replica of 12 GPUs does not fill whole nodes"),
+        ({"mini_batch": 5, "completions_per_prompt": 1}, "=5 x .*n=1 = 5 completions do not divide by the data-parallel size 4"),
+        ({"micro_batch": 5}, "on 4 data-parallel ranks are 32 each, .*ppo_micro_batch_size_per_gpu=5"),
+        ({"log_prob_micro_batch": 5}, "are 32 each, .*log_prob_micro_batch_size_per_gpu=5"),
+        ({"max_model_len": 5000}, "max_model_len=5000 is more than the 4096 positions"),
+        ({"tp": 0}, "tensor_model_parallel_size=0: set it to a positive integer"),
+        ({"tokens_per_gpu": 1535}, "=512 .*=1024 = 1536 tokens are more .*ppo_max_token_len_per_gpu=1535: .* least 1536"),
+        ({"log_prob_tokens_per_gpu": 383, "cp": 4}, "log_prob_max_token_len_per_gpu=383 x 4 context-.*: .* least 384"),
+        ({"engine": "fsdp2", "cp": 3}, "8 GPUs do not divide by .*ulysses_sequence_parallel_size=3"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_refused_with_the_numbers(change, expected):
+    found = problems(dataclasses.replace(RUN, **change), SHAPE)
+    assert re.search(expected, found[0]) and "\n" not in found[0]
+
+
+def test_the_vocabulary_is_split_evenly_where_nobody_pads_it():
+    odd = dataclasses.replace(SHAPE, vocab=151_001)
+    assert problems(RUN, odd) == []
+    (problem,) = problems(dataclasses.replace(RUN, pads_vocab=False), odd)
+    assert "151001 rows of the vocabulary, which do not divide by" in problem
+
+
+def test_megatron_core_agrees():
+    """Its own refusals of heads, groups and stages, for the sizes refused here."""
+    from megatron.core.transformer import TransformerConfig
+    from megatron.core.transformer.transformer_block import get_num_layers_to_build
+
+    def config(tp=1, pp=1, **more):
+        return TransformerConfig(
+            num_layers=28, hidden_size=3584, num_attention_heads=28, num_query_groups=4, kv_channels=128,
+            tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp, pipeline_dtype="float32", **more,
+        )  # fmt: skip
+
+    config(tp=4, pp=4)
+    for tp in (8, 7):  # the heads; the groups
+        with pytest.raises(ValueError, match="num_attention_heads|num_query_groups"):
+            config(tp=tp)
+    assert get_num_layers_to_build(config(pp=4), pp_rank=0) == 7
+    with pytest.raises(AssertionError, match="num_layers should be divisible by pipeline_model_parallel_size"):
+        get_num_layers_to_build(config(pp=8), pp_rank=0)

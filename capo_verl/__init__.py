@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """CAPO (Curvature-Aware Policy Optimization, arXiv 2510.00819) for verl and Megatron.
 
-``CapoConfig`` and ``CapoFilter`` work in any trainer; inside verl the plugin does the wiring (``+capo=grpo``).
+``CapoConfig`` and ``CapoFilter`` work in any trainer; inside verl the plugin does the wiring
+(``+capo=grpo``).
 """
 
 from __future__ import annotations

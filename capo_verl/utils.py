@@ -14,7 +14,9 @@ TRACKER = "latest_checkpointed_iteration.txt"
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yields where to write a file that is to be at ``path`` whole or not at all: after an exception what was there still is."""
+    """Yields where to write a file that is to be at ``path`` whole or not at all: after an
+    exception what was there still is.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         yield temporary

@@ -22,7 +22,9 @@ html_copy_source = False
 
 
 def setup(app):
-    """Keep Napoleon away from fields: it reads "Support size: how many ..." below one as "TYPE: description"."""
+    """Keep Napoleon away from fields: it reads "Support size: how many ..." below one as "TYPE:
+    description".
+    """
     written = {}
 
     def before(app, what, name, obj, options, lines):

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes the tables of docs/config.md from the dataclasses that define the knobs: ``python docs/config_reference.py``."""
+"""Writes the tables of docs/config.md from the dataclasses that define the knobs: ``python
+docs/config_reference.py``.
+"""
 
 from __future__ import annotations
 
@@ -94,14 +96,36 @@ def sets(verl: dict[str, Any]) -> str:
 
 def render() -> str:
     """All tables, with their headings."""
-    lines = ["## `capo`", "", f"Under `{BLOCK}.capo`.", "", *knobs(CapoConfig, "capo", FROM_OPTIMIZER), ""]
-    lines += ["### `capo.policy_shift_max` as a mapping", "", *knobs(TargetRejection, "policy_shift_max"), ""]
+    lines = [
+        "## `capo`",
+        "",
+        f"Under `{BLOCK}.capo`.",
+        "",
+        *knobs(CapoConfig, "capo", FROM_OPTIMIZER),
+        "",
+    ]
+    lines += [
+        "### `capo.policy_shift_max` as a mapping",
+        "",
+        *knobs(TargetRejection, "policy_shift_max"),
+        "",
+    ]
     lines += ["### `capo.kl_budget`", "", *knobs(KLBudgetConfig, "kl_budget"), ""]
-    lines += ["## Presets: `+capo=NAME`", "", "| `+capo=` | | knobs that differ from the defaults | verl's settings |"]
+    lines += [
+        "## Presets: `+capo=NAME`",
+        "",
+        "| `+capo=` | | knobs that differ from the defaults | verl's settings |",
+    ]
     lines += ["|---|---|---|---|"]
     for name, preset in PRESETS.items():
-        own = {key: v for key, v in preset.knobs.items() if v != CapoConfig.__dataclass_fields__[key].default}
-        told = "<br>".join("`kl_budget`" if key == "kl_budget" else f"`{key}={value(v)}`" for key, v in own.items())
+        own = {
+            key: v
+            for key, v in preset.knobs.items()
+            if v != CapoConfig.__dataclass_fields__[key].default
+        }
+        told = "<br>".join(
+            "`kl_budget`" if key == "kl_budget" else f"`{key}={value(v)}`" for key, v in own.items()
+        )
         verl = "<br>".join(f"`{key}={value(v)}`" for key, v in preset.verl.items())
         lines.append(f"| `{name}` | {preset.description} | {told or 'none'} | {verl or 'none'} |")
     lines += ["", "## Rivals: `+rival=NAME`", "", f"Under `{BLOCK}.rival`.", ""]

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Writes the table of docs/support.md: ``python docs/support_matrix.py``.
 
-What is refused is found out by composing verl's configuration and asking the start-up checks; what is tested names the test.
+What is refused is found out by composing verl's configuration and asking the start-up checks; what
+is tested names the test.
 """
 
 from __future__ import annotations
@@ -81,17 +82,32 @@ ROWS: dict[str, dict[str, tuple[Cell, Cell]]] = {
     },
     "Batches and models": {
         "packed, padded, dynamic micro-batches": (tested(LAYOUTS), tested(FSDP)),
-        "tied embeddings": (tested(LAYOUTS), tested("fsdp/test_engine.py::test_tied_embeddings_with_fused_kernels")),
+        "tied embeddings": (
+            tested(LAYOUTS),
+            tested("fsdp/test_engine.py::test_tied_embeddings_with_fused_kernels"),
+        ),
         "vocabulary padded for tensor parallelism": (
-            tested(LAYOUTS, "megatron/test_engine.py::test_padding_of_the_vocabulary_is_never_in_the_support"),
+            tested(
+                LAYOUTS,
+                "megatron/test_engine.py::test_padding_of_the_vocabulary_is_never_in_the_support",
+            ),
             NONE,
         ),
         "fused cross-entropy": (
             asks(*FUSED, tests=(LAYOUTS,)),
-            asks("model_engine=dp", *FUSED, tests=(FSDP,), note="`torch`; `triton` for packed batches"),
+            asks(
+                "model_engine=dp",
+                *FUSED,
+                tests=(FSDP,),
+                note="`torch`; `triton` for packed batches",
+            ),
         ),
         "fused cross-entropy, tensor without sequence parallelism": (
-            asks(*FUSED, megatron("tensor_model_parallel_size", 2), megatron("sequence_parallel", False)),
+            asks(
+                *FUSED,
+                megatron("tensor_model_parallel_size", 2),
+                megatron("sequence_parallel", False),
+            ),
             NONE,
         ),
         "fused cross-entropy, `liger`": (
@@ -100,13 +116,22 @@ ROWS: dict[str, dict[str, tuple[Cell, Cell]]] = {
         ),
         "LoRA": (
             says("untested; allowed with a warning, not on a CPU"),
-            tested("fsdp/test_engine.py::test_lora", "e2e/test_training.py::test_capo_trains_with_fsdp_and_lora"),
+            tested(
+                "fsdp/test_engine.py::test_lora",
+                "e2e/test_training.py::test_capo_trains_with_fsdp_and_lora",
+            ),
         ),
         "mixture of experts": (says("untested; not on a CPU"), UNTESTED),
         "float32": (tested(LAYOUTS), tested(FSDP)),
         "bfloat16": (
-            tested("megatron/test_half_precision.py::test_logits_are_computed_again_in_float32", note="KL probe only"),
-            tested("fsdp/test_half_precision.py::test_logits_are_computed_again_in_float32", note="KL probe only"),
+            tested(
+                "megatron/test_half_precision.py::test_logits_are_computed_again_in_float32",
+                note="KL probe only",
+            ),
+            tested(
+                "fsdp/test_half_precision.py::test_logits_are_computed_again_in_float32",
+                note="KL probe only",
+            ),
         ),
         "float16": (
             asks(megatron("dtype", "float16")),
@@ -127,7 +152,10 @@ ROWS: dict[str, dict[str, tuple[Cell, Cell]]] = {
             asks(f"{ACTOR}.policy_loss.loss_mode=bypass_mode"),
             asks("model_engine=dp", f"{ACTOR}.policy_loss.loss_mode=bypass_mode"),
         ),
-        "distillation": (asks("distillation.enabled=True"), asks("model_engine=dp", "distillation.enabled=True")),
+        "distillation": (
+            asks("distillation.enabled=True"),
+            asks("model_engine=dp", "distillation.enabled=True"),
+        ),
         "soft weights, adaptive threshold": (
             tested("megatron/test_weighting.py::test_soft_weights_with_an_adaptive_threshold"),
             tested("fsdp/test_weighting.py::test_training_equals_the_reference"),
@@ -156,7 +184,9 @@ ROWS: dict[str, dict[str, tuple[Cell, Cell]]] = {
             tested("fsdp/test_weighting.py::test_training_equals_the_reference"),
         ),
         "penalties with a split sequence": (
-            asks(megatron("context_parallel_size", 2), f"{ACTOR}.policy_loss.capo.policy_penalty=1"),
+            asks(
+                megatron("context_parallel_size", 2), f"{ACTOR}.policy_loss.capo.policy_penalty=1"
+            ),
             asks(
                 "model_engine=dp",
                 f"{ACTOR}.fsdp_config.ulysses_sequence_parallel_size=2",
@@ -164,7 +194,10 @@ ROWS: dict[str, dict[str, tuple[Cell, Cell]]] = {
             ),
         ),
         "granularity `sequence`, `batch` with a split sequence": (
-            asks(megatron("context_parallel_size", 2), f"{ACTOR}.policy_loss.capo.granularity=sequence"),
+            asks(
+                megatron("context_parallel_size", 2),
+                f"{ACTOR}.policy_loss.capo.granularity=sequence",
+            ),
             asks(
                 "model_engine=dp",
                 f"{ACTOR}.fsdp_config.ulysses_sequence_parallel_size=2",
@@ -185,14 +218,19 @@ ROWS: dict[str, dict[str, tuple[Cell, Cell]]] = {
             asks("trainer.v1.trainer_mode=separate_async"),
             asks("model_engine=dp", "trainer.v1.trainer_mode=separate_async"),
         ),
-        "legacy trainer": (asks("trainer.use_v1=False"), asks("model_engine=dp", "trainer.use_v1=False")),
+        "legacy trainer": (
+            asks("trainer.use_v1=False"),
+            asks("model_engine=dp", "trainer.use_v1=False"),
+        ),
         "rollout server on a CPU (`hf`)": (
             tested("e2e/test_training.py::test_killed_broken_and_resumed"),
             tested("e2e/test_training.py::test_capo_trains_with_fsdp_and_lora"),
         ),
         "vLLM, SGLang": (says("untested; launchers are dry-run"), UNTESTED),
         "two nodes, Slurm, Ray": (
-            tested("slurm/test_interruptions.py::test_usr1_requeue_and_a_killed_raylet_change_nothing"),
+            tested(
+                "slurm/test_interruptions.py::test_usr1_requeue_and_a_killed_raylet_change_nothing"
+            ),
             UNTESTED,
         ),
     },
@@ -202,7 +240,9 @@ ROWS: dict[str, dict[str, tuple[Cell, Cell]]] = {
             tested("fsdp/test_state.py::test_resuming_continues_bit_exactly"),
         ),
         "under another layout": (
-            tested("megatron/test_state.py::test_resuming_continues_bit_exactly_and_under_another_layout"),
+            tested(
+                "megatron/test_state.py::test_resuming_continues_bit_exactly_and_under_another_layout"
+            ),
             tested("fsdp/test_state.py::test_any_number_of_ranks_reads_the_moments"),
         ),
     },
@@ -215,7 +255,9 @@ def refusal(cell: Cell) -> str | None:
 
     from capo_verl.plugin.checks.capo import check_run
 
-    engine = [o for o in cell.overrides if o.startswith("model_engine")] or ["model_engine=megatron"]
+    engine = [o for o in cell.overrides if o.startswith("model_engine")] or [
+        "model_engine=megatron"
+    ]
     rest = [o for o in cell.overrides if not o.startswith("model_engine")]
     config = compose("ppo_trainer", overrides=[*engine, f"+capo={cell.capo}", *rest])
     try:
@@ -249,17 +291,26 @@ def render() -> str:
     with initialize_config_module("verl.trainer.config", version_base=None):
         for group, rows in ROWS.items():
             lines += [f"## {group}", "", "| | Megatron | FSDP |", "|---|---|---|"]
-            lines += [f"| {what} | {render_cell(m)} | {render_cell(f)} |" for what, (m, f) in rows.items()]
+            lines += [
+                f"| {what} | {render_cell(m)} | {render_cell(f)} |" for what, (m, f) in rows.items()
+            ]
             lines.append("")
     return "\n".join(lines).rstrip()
 
 
 def missing_tests(tests: Path) -> list[str]:
     """Tests which a cell names and which do not exist."""
-    named = {test for rows in ROWS.values() for cells in rows.values() for cell in cells for test in cell.tests}
+    named = {
+        test
+        for rows in ROWS.values()
+        for cells in rows.values()
+        for cell in cells
+        for test in cell.tests
+    }
     return sorted(
         test for test in named
-        if not re.search(rf"^def {test.split('::')[1]}\(", (tests / test.split("::")[0]).read_text(encoding="utf-8"), re.M)
+        if not re.search(rf"^def {test.split('::')[1]}\(",
+            (tests / test.split("::")[0]).read_text(encoding="utf-8"), re.M)
     )  # fmt: skip
 
 

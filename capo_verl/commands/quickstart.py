@@ -15,15 +15,22 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser = subparsers.add_parser(
         "quickstart",
         help="train a small model with CAPO or GRPO through verl and Megatron on this machine's CPU",
-        description="Train a small model on a reasoning-gym task through verl's main_ppo and Megatron (TP2), on a CPU.",
+        description="Train a small model on a reasoning-gym task through verl's main_ppo and "
+        "Megatron (TP2), on a CPU.",
         epilog="Example: capo-verl quickstart GRPO trainer.total_training_steps=40",
     )
     parser.add_argument("algorithm", nargs="?", default="CAPO", help="CAPO (default) or GRPO")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="Hydra overrides for verl's main_ppo")
     parser.add_argument(
-        "--output", type=Path, help="folder of the run (default: outputs/quickstart/<algorithm>-<time>)"
+        "overrides", nargs="*", metavar="key=value", help="Hydra overrides for verl's main_ppo"
     )
-    parser.add_argument("--prepare-only", action="store_true", help="make data and model, print their paths, stop")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        help="folder of the run (default: outputs/quickstart/<algorithm>-<time>)",
+    )
+    parser.add_argument(
+        "--prepare-only", action="store_true", help="make data and model, print their paths, stop"
+    )
     parser.set_defaults(run=run)
 
 
@@ -32,7 +39,12 @@ def run(args: argparse.Namespace) -> int:
     from capo_verl.cpu.quickstart import runner
     from capo_verl.cpu.quickstart.display import Display
 
-    for package in ("mbridge", "megatron.core", "ray", "verl"):  # imported by the launcher, minutes from now
+    for package in (
+        "mbridge",
+        "megatron.core",
+        "ray",
+        "verl",
+    ):  # imported by the launcher, minutes from now
         if importlib.util.find_spec(package) is None:
             raise ModuleNotFoundError(f"No module named {package!r}", name=package)
 
@@ -44,7 +56,8 @@ def run(args: argparse.Namespace) -> int:
         print(f"capo-verl quickstart: {problem}")
         return 2
 
-    # Whatever ends us ends the run we started. SIGINT too: a shell's background jobs start with it ignored.
+    # Whatever ends us ends the run we started. SIGINT too: a shell's background jobs start with it
+    # ignored.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.default_int_handler)
     display = Display()
@@ -67,7 +80,9 @@ def _problem(algorithm: str, overrides: list[str], runner: object) -> str | None
     known = runner.ALGORITHMS  # type: ignore[attr-defined]
     if algorithm not in known:
         return f"unknown algorithm {algorithm!r}; use one of {', '.join(known)}"
-    wrong = [override for override in overrides if "=" not in override and not override.startswith("~")]
+    wrong = [
+        override for override in overrides if "=" not in override and not override.startswith("~")
+    ]
     if wrong:
         return f"{wrong[0]!r} is not a Hydra override; write key=value"
     launcher = runner.LAUNCHER  # type: ignore[attr-defined]

@@ -13,13 +13,19 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     """Add the sub-command."""
     parser = subparsers.add_parser(
         "report",
-        help="write one HTML page: interactive curves, configurations side by side, rejected tokens in their text",
-        description="Write a self-contained HTML page about runs. Token samples: set capo.sample_tokens_every in the run.",
+        help="write one HTML page: interactive curves, configurations side by side, rejected "
+        "tokens in their text",
+        description="Write a self-contained HTML page about runs. Token samples: set "
+        "capo.sample_tokens_every in the run.",
         epilog="Example: capo-verl report outputs/grpo outputs/capo --output report.html",
     )
     add_run_arguments(parser)
-    parser.add_argument("--output", type=Path, default=Path("report.html"), help="the page (default: report.html)")
-    parser.add_argument("--tokenizer", help="folder or name of a Hugging Face tokenizer, for samples without text")
+    parser.add_argument(
+        "--output", type=Path, default=Path("report.html"), help="the page (default: report.html)"
+    )
+    parser.add_argument(
+        "--tokenizer", help="folder or name of a Hugging Face tokenizer, for samples without text"
+    )
     parser.set_defaults(run=run)
 
 
@@ -40,7 +46,8 @@ def run(args: argparse.Namespace) -> int:
         return 2
     samples = sum(len(run.samples) for run in runs)
     print(
-        f"{args.output}: {len(runs)} runs, {samples} sequences of sampled tokens, {args.output.stat().st_size / 1e6:.1f} MB"
+        f"{args.output}: {len(runs)} runs, {samples} sequences of sampled tokens, "
+        f"{args.output.stat().st_size / 1e6:.1f} MB"
     )
     return 0
 
@@ -53,6 +60,8 @@ def _put_into_text(runs: list, name: str) -> None:  # type: ignore[type-arg]
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except Exception as e:  # of many kinds
-        raise ValueError(f"--tokenizer {name}: cannot be loaded ({type(e).__name__}: {str(e).splitlines()[0]})") from e
+        raise ValueError(
+            f"--tokenizer {name}: cannot be loaded ({type(e).__name__}: {str(e).splitlines()[0]})"
+        ) from e
     for run in runs:
         put_into_text(run.samples, tokenizer)

@@ -21,7 +21,8 @@ ON_NONFINITE = ("error", "skip_batch")
 
 @dataclass(frozen=True)
 class TargetRejection:
-    """A threshold that sets itself: the running quantile of m_F above which ``target_rejection`` of the tokens lie.
+    """A threshold that sets itself: the running quantile of m_F above which ``target_rejection`` of
+    the tokens lie.
 
     Raises:
         ValueError: naming the knob, the value found and what is allowed.
@@ -34,7 +35,13 @@ class TargetRejection:
 
     def __post_init__(self) -> None:
         for name in ("target_rejection", "memory"):
-            between(f"policy_shift_max.{name}", getattr(self, name), 0, 0.999, low_open=name == "target_rejection")
+            between(
+                f"policy_shift_max.{name}",
+                getattr(self, name),
+                0,
+                0.999,
+                low_open=name == "target_rejection",
+            )
 
 
 @dataclass(frozen=True)
@@ -46,36 +53,58 @@ class CapoConfig:
     """
 
     optimizer_model: str = "adam"
-    """What the optimizer makes of a gradient: ``adam`` (row-wise moments of the LM head) or ``sgd`` (the gradient itself)."""
+    """What the optimizer makes of a gradient: ``adam`` (row-wise moments of the LM head) or ``sgd``
+    (the gradient itself).
+    """
     top_k: int | None = 50
-    """Support size: how many of the largest logits stand for the policy. None = the whole vocabulary."""
+    """Support size: how many of the largest logits stand for the policy.
+
+    None = the whole vocabulary.
+    """
     policy_shift_max: float | TargetRejection | None = 1e-4
-    """tau_F: a token is accepted only if m_F < tau_F (nats). None or 0 switches the test off. ``{target_rejection: 0.02}``
-    follows the quantile of m_F, one optimizer step behind. Nothing is rejected by this test before the first quantile, which is
-    that of the first step (with ``adam`` of the second: before it has moments its m_F is on another scale)."""
+    """tau_F: a token is accepted only if m_F < tau_F (nats). None or 0 switches the test off.
+    ``{target_rejection: 0.02}`` follows the quantile of m_F, one optimizer step behind. Nothing is
+    rejected by this test before the first quantile, which is that of the first step (with ``adam``
+    of the second: before it has moments its m_F is on another scale).
+    """
     policy_shift: str = "sampled"
-    """Which m_F: ``sampled``, lr^2/2 d^2 of the taken token (the paper's), or ``exact``, its expectation over the policy."""
+    """Which m_F: ``sampled``, lr^2/2 d^2 of the taken token (the paper's), or ``exact``, its
+    expectation over the policy.
+    """
     weighting: str = "hard"
-    """``hard`` drops what leaves the trust region. ``soft`` keeps every token, with weight min(1, sqrt(tau_F / m_F));
-    ``soft_balanced`` also scales the sign of the advantage that lost less, so that positive and negative advantage mass lose the
-    same share (by the ratio of the step before)."""
+    """``hard`` drops what leaves the trust region. ``soft`` keeps every token, with weight min(1,
+    sqrt(tau_F / m_F)); ``soft_balanced`` also scales the sign of the advantage that lost less, so
+    that positive and negative advantage mass lose the same share (by the ratio of the step before).
+    """
     max_rejection: float | None = None
-    """Guard: if more than this share of the tokens is rejected in ``max_rejection_steps`` optimizer steps in a row, filtering
-    stops for the rest of the run, with a warning. None switches the guard off."""
+    """Guard: if more than this share of the tokens is rejected in ``max_rejection_steps`` optimizer
+    steps in a row, filtering stops for the rest of the run, with a warning. None switches the guard
+    off.
+    """
     max_rejection_steps: int = 5
     """See ``max_rejection``."""
     objective_shift_max: float | None = 1e-2
-    """tau_H: a token is accepted only if m_H < tau_H (units of the advantage). None or 0 switches the test off."""
+    """tau_H: a token is accepted only if m_H < tau_H (units of the advantage).
+
+    None or 0 switches the test off.
+    """
     objective_shift_min: str | float | None = "symmetric"
-    """Lower bound of m_H: ``symmetric`` (m_H > -tau_H), a number (m_H >= number; 0 is the one-sided variant) or None."""
+    """Lower bound of m_H: ``symmetric`` (m_H > -tau_H), a number (m_H >= number; 0 is the one-sided
+    variant) or None.
+    """
     granularity: str | tuple[str, ...] = "token"
-    """What is accepted or rejected as one: ``token``, ``sequence``, ``batch``, or several, applied in turn."""
+    """What is accepted or rejected as one: ``token``, ``sequence``, ``batch``, or several, applied
+    in turn.
+    """
     mode: str = "filter"
-    """``filter`` removes rejected tokens from the loss; ``track`` measures and changes nothing; ``off`` does not even measure,
-    for runs that want the ``kl_budget`` alone; NaN is then found by the KL probe only, after the step."""
+    """``filter`` removes rejected tokens from the loss; ``track`` measures and changes nothing;
+    ``off`` does not even measure, for runs that want the ``kl_budget`` alone; NaN is then found by
+    the KL probe only, after the step.
+    """
     policy_penalty: float = 0.0
-    """lambda_F: adds lambda_F * m_F, as a function of the logits along a fixed direction, to the loss of every token that is
-    kept. Needs ``granularity=token``; ignored with ``mode=track``."""
+    """lambda_F: adds lambda_F * m_F, as a function of the logits along a fixed direction, to the
+    loss of every token that is kept. Needs ``granularity=token``; ignored with ``mode=track``.
+    """
     objective_penalty: float = 0.0
     """lambda_H: adds -lambda_H * m_H, likewise."""
     betas: tuple[float, float] = (0.9, 0.999)
@@ -83,28 +112,42 @@ class CapoConfig:
     eps: float = 1e-8
     """Adam's epsilon. Inside verl it comes from the actor's optimizer instead."""
     moments_dtype: str = "float32"
-    """How the moments are stored: ``float32``, or ``bfloat16`` for half the memory (rounded stochastically)."""
+    """How the moments are stored: ``float32``, or ``bfloat16`` for half the memory (rounded
+    stochastically).
+    """
     on_nonfinite: str = "error"
-    """When hidden states, logits, advantages, the loss or gradients are NaN or infinite: ``error`` stops the run on every
-    rank, ``skip_batch`` leaves out the optimizer step and goes on. Used by the engines; ``CapoFilter`` alone always raises."""
+    """When hidden states, logits, advantages, the loss or gradients are NaN or infinite: ``error``
+    stops the run on every rank, ``skip_batch`` leaves out the optimizer step and goes on. Used by
+    the engines; ``CapoFilter`` alone always raises.
+    """
     batch_shift_tokens: int | None = 65536
-    """How many tokens per rank are kept between optimizer steps for ``batch_shifts()`` (each costs one hidden state of
-    memory). 0 switches the batch-level diagnostics off, None keeps all."""
+    """How many tokens per rank are kept between optimizer steps for ``batch_shifts()`` (each costs
+    one hidden state of memory). 0 switches the batch-level diagnostics off, None keeps all.
+    """
     batch_shift_every: int = 10
-    """Batch-level diagnostics in every n-th step (of those measured, with ``track_every``), beginning with the first; in
-    between nothing is kept for them. Read by the engines: ``CapoFilter`` alone measures whenever it is asked."""
+    """Batch-level diagnostics in every n-th step (of those measured, with ``track_every``),
+    beginning with the first; in between nothing is kept for them. Read by the engines:
+    ``CapoFilter`` alone measures whenever it is asked.
+    """
     track_every: int = 1
-    """With ``mode=track`` only: measure every n-th step, beginning with the first. In between nothing is done at all, so the
-    moments see the measured steps only. Read by the engines."""
+    """With ``mode=track`` only: measure every n-th step, beginning with the first. In between
+    nothing is done at all, so the moments see the measured steps only. Read by the engines.
+    """
     sample_tokens_every: int | None = None
-    """Write some sequences with what the filter saw of each token, for ``capo-verl report``, in every n-th training step,
-    beginning with the first. None = never. Read by the engines."""
+    """Write some sequences with what the filter saw of each token, for ``capo-verl report``, in
+    every n-th training step, beginning with the first. None = never. Read by the engines.
+    """
     sample_tokens: int = 4
     """How many sequences; half of them are those with most rejected tokens."""
     sample_tokens_dir: str | None = None
-    """Folder of the file ``capo_tokens.jsonl``. Inside verl ``trainer.default_local_dir``, where the checkpoints are."""
+    """Folder of the file ``capo_tokens.jsonl``.
+
+    Inside verl ``trainer.default_local_dir``, where the checkpoints are.
+    """
     kl_budget: KLBudgetConfig | None = None
-    """Controls the learning rate by the KL divergence measured after each step; a number is its ``delta``. None = off."""
+    """Controls the learning rate by the KL divergence measured after each step; a number is its
+    ``delta``. None = off.
+    """
 
     def __post_init__(self) -> None:
         # Each knob by itself,
@@ -126,7 +169,9 @@ class CapoConfig:
         one_of("policy_shift", self.policy_shift, POLICY_SHIFTS)
         one_of("weighting", self.weighting, WEIGHTINGS)
         if self.sample_tokens_dir is not None and not isinstance(self.sample_tokens_dir, str):
-            raise ValueError(f"capo.sample_tokens_dir={self.sample_tokens_dir!r}: expected a path, or null")
+            raise ValueError(
+                f"capo.sample_tokens_dir={self.sample_tokens_dir!r}: expected a path, or null"
+            )
 
     def _check_counts(self) -> None:
         integer("top_k", self.top_k, minimum=1, none="the whole vocabulary")
@@ -145,7 +190,8 @@ class CapoConfig:
         if isinstance(self.objective_shift_min, str):
             if self.objective_shift_min != "symmetric":
                 raise ValueError(
-                    f"capo.objective_shift_min={self.objective_shift_min!r}: expected 'symmetric', a number or null"
+                    f"capo.objective_shift_min={self.objective_shift_min!r}: expected 'symmetric', "
+                    "a number or null"
                 )
         elif self.objective_shift_min is not None:
             number("objective_shift_min", self.objective_shift_min)
@@ -159,7 +205,9 @@ class CapoConfig:
         given = self.granularity
         stages = (given,) if isinstance(given, str) else given
         if not isinstance(stages, Sequence) or not stages:
-            raise ValueError(f"capo.granularity={given!r}: expected one or several of {GRANULARITIES}")
+            raise ValueError(
+                f"capo.granularity={given!r}: expected one or several of {GRANULARITIES}"
+            )
         for stage in stages:
             one_of("granularity", stage, GRANULARITIES)
         if len(set(stages)) != len(stages):
@@ -167,7 +215,11 @@ class CapoConfig:
         object.__setattr__(self, "granularity", given if isinstance(given, str) else tuple(stages))
 
     def _check_optimizer(self) -> None:
-        if isinstance(self.betas, str) or not isinstance(self.betas, Sequence) or len(self.betas) != 2:
+        if (
+            isinstance(self.betas, str)
+            or not isinstance(self.betas, Sequence)
+            or len(self.betas) != 2
+        ):
             raise ValueError(f"capo.betas={self.betas!r}: expected two numbers in [0, 1)")
         for beta in self.betas:
             number("betas", beta)
@@ -183,49 +235,68 @@ class CapoConfig:
         if self.weighting != "hard":
             key = f"capo.weighting={self.weighting}"
             if not tokens_only:
-                raise ValueError(f"{key} weighs single tokens: set capo.granularity=token, not {self.granularity!r}")
+                raise ValueError(
+                    f"{key} weighs single tokens: set capo.granularity=token, not "
+                    f"{self.granularity!r}"
+                )
             if not tau:
-                raise ValueError(f"{key} needs capo.policy_shift_max > 0 (or a target_rejection), got {tau!r}")
+                raise ValueError(
+                    f"{key} needs capo.policy_shift_max > 0 (or a target_rejection), got {tau!r}"
+                )
             if self.objective_shift_max or isinstance(self.objective_shift_min, int | float):
                 raise ValueError(
-                    f"{key} has no m_H test, but capo.objective_shift_max={self.objective_shift_max!r} and "
-                    f"objective_shift_min={self.objective_shift_min!r}; set capo.objective_shift_max=null and "
-                    "objective_shift_min=null"
+                    f"{key} has no m_H test, but "
+                    f"capo.objective_shift_max={self.objective_shift_max!r} and "
+                    f"objective_shift_min={self.objective_shift_min!r}; set "
+                    "capo.objective_shift_max=null and objective_shift_min=null"
                 )
         if isinstance(tau, TargetRejection) and len(self.stages) > 1:
             raise ValueError(
-                f"capo.policy_shift_max.target_rejection follows one granularity, but capo.granularity={self.granularity!r}; set "
+                "capo.policy_shift_max.target_rejection follows one granularity, but "
+                f"capo.granularity={self.granularity!r}; set "
                 "it to one of them, or policy_shift_max to a number"
             )
         if isinstance(tau, TargetRejection) and self.stages == ("batch",):
             raise ValueError(
-                "capo.policy_shift_max.target_rejection is a share of the tokens, but with capo.granularity=batch all of them have "
+                "capo.policy_shift_max.target_rejection is a share of the tokens, but with "
+                "capo.granularity=batch all of them have "
                 "one m_F; set granularity=token or sequence, or policy_shift_max to a number"
             )
         for name in ("policy_penalty", "objective_penalty"):
             if getattr(self, name) and not tokens_only:
                 raise ValueError(
-                    f"capo.{name}={getattr(self, name)!r} is of single tokens: set capo.granularity=token, not {self.granularity!r}"
+                    f"capo.{name}={getattr(self, name)!r} is of single tokens: set "
+                    f"capo.granularity=token, not {self.granularity!r}"
                 )
 
     def _check_mode(self) -> None:
-        """What somebody who asks for it would miss: ``mode=off`` leaves out everything but the KL budget."""
+        """What somebody who asks for it would miss: ``mode=off`` leaves out everything but the KL
+        budget.
+        """
         if self.mode != "track" and self.track_every != 1:
             raise ValueError(
-                f"capo.track_every={self.track_every!r} needs capo.mode=track: capo.mode={self.mode} decides in every step"
+                f"capo.track_every={self.track_every!r} needs capo.mode=track: "
+                f"capo.mode={self.mode} decides in every step"
             )
         if self.mode != "off":
             return
         if self.sample_tokens_every is not None:
             raise ValueError(
-                f"capo.sample_tokens_every={self.sample_tokens_every!r} needs the shifts of the tokens, which capo.mode=off does "
-                "not measure; set capo.mode=track"
+                f"capo.sample_tokens_every={self.sample_tokens_every!r} needs the shifts of the "
+                "tokens, which capo.mode=off does not measure; set capo.mode=track"
             )
-        for name in ("weighting", "max_rejection", "policy_penalty", "objective_penalty", "on_nonfinite"):
+        for name in (
+            "weighting",
+            "max_rejection",
+            "policy_penalty",
+            "objective_penalty",
+            "on_nonfinite",
+        ):
             value = getattr(self, name)
             if value != type(self).__dataclass_fields__[name].default:
                 raise ValueError(
-                    f"capo.{name}={value!r} has no effect with capo.mode=off; set capo.mode=filter (or track), or leave it out"
+                    f"capo.{name}={value!r} has no effect with capo.mode=off; set capo.mode=filter "
+                    "(or track), or leave it out"
                 )
 
     def _check_kl_budget(self) -> None:
@@ -235,17 +306,19 @@ class CapoConfig:
         elif isinstance(budget, Mapping):
             budget = build(KLBudgetConfig, budget, "capo.kl_budget")
         elif budget is not None and not isinstance(budget, KLBudgetConfig):
-            raise ValueError(f"capo.kl_budget={budget!r}: expected delta, a mapping of its knobs, or null")
+            raise ValueError(
+                f"capo.kl_budget={budget!r}: expected delta, a mapping of its knobs, or null"
+            )
         object.__setattr__(self, "kl_budget", budget)
         if self.mode == "off" and budget is not None and budget.predicts_by_curvature:
             raise ValueError(
-                f"capo.kl_budget.predictor={budget.predictor} needs the curvature, which capo.mode=off does not measure; set "
-                "capo.mode=track"
+                f"capo.kl_budget.predictor={budget.predictor} needs the curvature, which "
+                "capo.mode=off does not measure; set capo.mode=track"
             )
         if self.batch_shift_tokens == 0 and budget is not None and budget.predicts_by_curvature:
             raise ValueError(
-                f"capo.kl_budget.predictor={budget.predictor} needs the batch's shift, which capo.batch_shift_tokens=0 switches "
-                "off; raise it"
+                f"capo.kl_budget.predictor={budget.predictor} needs the batch's shift, which "
+                "capo.batch_shift_tokens=0 switches off; raise it"
             )
 
     @property
@@ -254,7 +327,9 @@ class CapoConfig:
         return (self.granularity,) if isinstance(self.granularity, str) else self.granularity
 
     def measures(self, step: int) -> bool:
-        """Whether anything is looked at in training step ``step``, counted from 0 and from the start of the run."""
+        """Whether anything is looked at in training step ``step``, counted from 0 and from the
+        start of the run.
+        """
         return step % self.track_every == 0
 
     def takes_batch_shifts(self, step: int) -> bool:

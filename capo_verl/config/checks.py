@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks of single knobs: each raises one sentence with the key, the value found and what is allowed."""
+"""Checks of single knobs: each raises one sentence with the key, the value found and what is
+allowed.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,9 @@ from typing import Any, TypeVar
 Knobs = TypeVar("Knobs")
 
 
-def build(cls: type[Knobs], knobs: Mapping[str, Any], prefix: str, exclude: Sequence[str] = ()) -> Knobs:
+def build(
+    cls: type[Knobs], knobs: Mapping[str, Any], prefix: str, exclude: Sequence[str] = ()
+) -> Knobs:
     """A dataclass of knobs from plain data (YAML, Hydra).
 
     Args:
@@ -20,15 +24,17 @@ def build(cls: type[Knobs], knobs: Mapping[str, Any], prefix: str, exclude: Sequ
         exclude: fields that are no keys there.
 
     Raises:
-        ValueError: for an unknown key (lists the valid ones), one that is missing and has no default, or what the dataclass
-            itself refuses.
+        ValueError: for an unknown key (lists the valid ones), one that is missing and has no
+            default, or what the dataclass itself refuses.
     """
     valid = [f.name for f in fields(cls) if f.name not in exclude]  # type: ignore[arg-type]
     for key in knobs:
         if key not in valid:
             close = get_close_matches(str(key), valid, n=1)
             hint = f" Did you mean '{close[0]}'?" if close else ""
-            raise ValueError(f"{prefix}.{key} is not a knob of CAPO.{hint} Valid keys: {', '.join(valid)}")
+            raise ValueError(
+                f"{prefix}.{key} is not a knob of CAPO.{hint} Valid keys: {', '.join(valid)}"
+            )
     for f in fields(cls):  # type: ignore[arg-type]
         if f.default is MISSING and f.default_factory is MISSING and f.name not in knobs:
             raise ValueError(f"{prefix}.{f.name} is missing: it has no default")
@@ -58,11 +64,16 @@ def threshold(key: str, value: Any) -> None:
         return
     number(key, value)
     if value < 0:
-        raise ValueError(f"capo.{key}={value!r}: a threshold must be >= 0 (0 or null switches the test off)")
+        raise ValueError(
+            f"capo.{key}={value!r}: a threshold must be >= 0 (0 or null switches the test off)"
+        )
 
 
 def between(key: str, value: Any, low: float, high: float, *, low_open: bool = False) -> None:
     """A finite number in ``low..high``, ``low`` itself excluded with ``low_open``."""
     number(key, value)
     if not (low < value if low_open else low <= value) or value > high:
-        raise ValueError(f"capo.{key}={value!r}: expected a number in {'(' if low_open else '['}{low:g}, {high:g}]")
+        raise ValueError(
+            f"capo.{key}={value!r}: expected a number in {'(' if low_open else '['}{low:g}, "
+            f"{high:g}]"
+        )

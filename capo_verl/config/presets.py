@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The presets: the values of the switch ``+capo=NAME``. Hydra groups, launchers, studies and the documentation derive from here."""
+"""The presets: the values of the switch ``+capo=NAME``.
+
+Hydra groups, launchers, studies and the documentation derive from here.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,9 @@ from capo_verl.config.kl_budget import KLBudgetConfig
 
 @dataclass(frozen=True)
 class Preset:
-    """One value of the switch ``+capo=NAME``: CAPO's knobs and the verl settings which belong to the variant."""
+    """One value of the switch ``+capo=NAME``: CAPO's knobs and the verl settings which belong to
+    the variant.
+    """
 
     description: str
     knobs: dict[str, Any] = field(default_factory=dict)
@@ -25,7 +30,8 @@ _PAPER = "arXiv 2510.00819, Qwen2.5-Math-7B on MATH"
 
 PRESETS: dict[str, Preset] = {
     "grpo": Preset(
-        f"CAPO ({_PAPER}): group-normalised advantages, each sequence divides by its accepted tokens",
+        f"CAPO ({_PAPER}): group-normalised advantages, each sequence divides by its accepted "
+        "tokens",
         {"policy_shift_max": 1e-4, "objective_shift_max": 1e-2},
         {
             "algorithm.adv_estimator": "grpo",
@@ -56,19 +62,30 @@ PRESETS: dict[str, Preset] = {
         {"weighting": "soft", "policy_shift_max": 1e-4, "objective_shift_max": None},
     ),
     "kl_budget": Preset(
-        "no filter: scale the learning rate so that a step moves the policy by a given KL divergence",
+        "no filter: scale the learning rate so that a step moves the policy by a given KL "
+        "divergence",
         {"mode": "off", "kl_budget": asdict(KLBudgetConfig())},
     ),
-    "track": Preset("measure m_H and m_F at CAPO's thresholds and change nothing", {"mode": "track"}),
+    "track": Preset(
+        "measure m_H and m_F at CAPO's thresholds and change nothing", {"mode": "track"}
+    ),
 }
 
 FROM_OPTIMIZER = ("betas", "eps")
-"""Knobs that inside verl are read from the actor's optimizer at every step, and therefore are no config keys there."""
+"""Knobs that inside verl are read from the actor's optimizer at every step, and therefore are no
+config keys there.
+"""
 
 
 def verl_knobs(preset: str) -> dict[str, Any]:
-    """All knobs of a preset as plain data, in the order of :class:`CapoConfig`, without those of the optimizer."""
-    knobs = {f.name: f.default for f in fields(CapoConfig) if f.name not in FROM_OPTIMIZER and f.default is not MISSING}
+    """All knobs of a preset as plain data, in the order of :class:`CapoConfig`, without those of
+    the optimizer.
+    """
+    knobs = {
+        f.name: f.default
+        for f in fields(CapoConfig)
+        if f.name not in FROM_OPTIMIZER and f.default is not MISSING
+    }
     return {**knobs, **PRESETS[preset].knobs}
 
 
@@ -85,6 +102,7 @@ def parse_knobs(knobs: Mapping[str, Any]) -> CapoConfig:
     for name in FROM_OPTIMIZER:
         if name in knobs:
             raise ValueError(
-                f"capo.{name} is read from the actor's optimizer; set actor_rollout_ref.actor.optim.* instead"
+                f"capo.{name} is read from the actor's optimizer; set "
+                "actor_rollout_ref.actor.optim.* instead"
             )
     return CapoConfig.from_mapping(knobs, exclude=FROM_OPTIMIZER)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Names, papers and knobs of the rival losses: the one place where they are defined and checked.
 
-Pure Python, like :mod:`capo_verl.config`: Hydra reads it in every process. The losses themselves are in
-:mod:`capo_verl.rivals`; where each formula and default comes from, in ``docs/rivals.md``.
+Pure Python, like :mod:`capo_verl.config`: Hydra reads it in every process. The losses themselves
+are in :mod:`capo_verl.rivals`; where each formula and default comes from, in ``docs/rivals.md``.
 """
 
 from __future__ import annotations
@@ -18,7 +18,12 @@ _INF = math.inf
 
 
 def _number(
-    default: float | None, low: float, high: float = _INF, *, low_open: bool = False, null: bool = False
+    default: float | None,
+    low: float,
+    high: float = _INF,
+    *,
+    low_open: bool = False,
+    null: bool = False,
 ) -> Any:
     return field(default=default, metadata={"range": (low, high, low_open), "null": null})
 
@@ -43,16 +48,23 @@ class Knobs:
 def _check(name: str, value: Any, rule: Mapping[str, Any]) -> None:
     if "choices" in rule:
         if value not in rule["choices"]:
-            raise ValueError(f"rival.{name}={value!r}: expected one of {', '.join(rule['choices'])}")
+            raise ValueError(
+                f"rival.{name}={value!r}: expected one of {', '.join(rule['choices'])}"
+            )
     elif "range" not in rule:
         if not isinstance(value, bool):
             raise ValueError(f"rival.{name}={value!r}: expected True or False")
     elif not (value is None and rule["null"]):
         low, high, low_open = rule["range"]
-        good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        good = (
+            isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        )
         if not good or value > high or not (low < value if low_open else low <= value):
             allowed = f"{'(' if low_open else '['}{low:g}, {high:g}{')' if high == _INF else ']'}"
-            raise ValueError(f"rival.{name}={value!r}: expected a number in {allowed}{', or null' * rule['null']}")
+            raise ValueError(
+                f"rival.{name}={value!r}: expected a number in "
+                f"{allowed}{', or null' * rule['null']}"
+            )
 
 
 @dataclass(frozen=True)
@@ -71,7 +83,9 @@ class EntropyMaskKnobs(Clip):
     top_share: float = _number(0.2, 0, 1, low_open=True)
     """Share of the response tokens, those of the highest entropy, that stay in the loss."""
     normalise_by: str = _choice("selected", "selected", "all")
-    """Whether the mean runs over the selected tokens (the authors' code) or over all response tokens."""
+    """Whether the mean runs over the selected tokens (the authors' code) or over all response
+    tokens.
+    """
     dual_clip: float = _number(10.0, 1, low_open=True)
     """With a negative advantage A the loss of a token is at most -dual_clip * A."""
 
@@ -84,8 +98,9 @@ class LoptiKnobs(Clip):
     alpha: float = _number(0.0, 0, 1)
     """Of advantage reweighting, on top; 0 = off."""
     part: str = _choice("alternate", "alternate", "low", "high", "both")
-    """Which tokens a step trains on. ``alternate``: low-probability ones in even epochs over the batch, the others in odd ones
-    (``+rival=lopti`` sets ``ppo_epochs=2``)."""
+    """Which tokens a step trains on. ``alternate``: low-probability ones in even epochs over the
+    batch, the others in odd ones (``+rival=lopti`` sets ``ppo_epochs=2``).
+    """
     dual_clip: float = _number(10.0, 1, low_open=True)
     """With a negative advantage A the loss of a token is at most -dual_clip * A."""
 
@@ -112,7 +127,9 @@ class DcpoKnobs(Knobs):
 @dataclass(frozen=True)
 class BapoKnobs(Knobs):
     target: float = _number(0.5, 0)
-    """The least positive advantage mass, in units of the negative one, for which the bounds are widened."""
+    """The least positive advantage mass, in units of the negative one, for which the bounds are
+    widened.
+    """
     low_start: float = _number(0.8, 0, 1)
     """The lower bound of the ratio is raised first: from here,"""
     low_max: float = _number(0.95, 0, 1)
@@ -133,7 +150,9 @@ class BapoKnobs(Knobs):
         for side in ("low", "high"):
             start, end = getattr(self, f"{side}_start"), getattr(self, f"{side}_max")
             if start > end:
-                raise ValueError(f"rival.{side}_start={start!r}: must not exceed rival.{side}_max={end!r}")
+                raise ValueError(
+                    f"rival.{side}_start={start!r}: must not exceed rival.{side}_max={end!r}"
+                )
 
 
 @dataclass(frozen=True)
@@ -171,11 +190,17 @@ class MinproKnobs(Knobs):
 @dataclass(frozen=True)
 class GtpoKnobs(Knobs):
     conflict_weight: float = _number(2.0, 0)
-    """Of a token in conflict in a response of positive advantage; in one of negative advantage its weight is 0."""
+    """Of a token in conflict in a response of positive advantage; in one of negative advantage its
+    weight is 0.
+    """
     entropy_max: float | None = _number(0.7, 0, null=True)
-    """A response of higher mean entropy (nats) is left out. null: none is, and no entropies are needed."""
+    """A response of higher mean entropy (nats) is left out. null: none is, and no entropies are
+    needed.
+    """
     entropy_scale: float = _number(0.1, 0)
-    """The mean entropy times this is subtracted from the advantage; without effect if ``entropy_max`` is null."""
+    """The mean entropy times this is subtracted from the advantage; without effect if
+    ``entropy_max`` is null.
+    """
     divide_by_conflicts: bool = False
     """Divide the loss of a response by its number of conflicts, as the authors' code does."""
 
@@ -189,7 +214,9 @@ class RivalSpec:
     description: str
     knobs: type[Knobs]
     needs: frozenset[str] = frozenset()
-    """Keyword inputs of the loss besides verl's four: ``entropy``, ``group``, ``tokens`` or ``epoch``."""
+    """Keyword inputs of the loss besides verl's four: ``entropy``, ``group``, ``tokens`` or
+    ``epoch``.
+    """
     verl: dict[str, Any] = field(default_factory=dict)
     """What else ``+rival=NAME`` sets. Dotted verl config path -> value."""
 
@@ -202,18 +229,20 @@ _PER_RESPONSE = {f"{_ACTOR}.loss_agg_mode": "seq-mean-token-mean"}
 
 RIVAL_SPECS: dict[str, RivalSpec] = {
     "entropy_mask": RivalSpec(
-        "2506.01939", "only the tokens of highest entropy", EntropyMaskKnobs, frozenset({"entropy"}),
-        {f"{_ACTOR}.calculate_entropy": True},
+        "2506.01939", "only the tokens of highest entropy", EntropyMaskKnobs,
+        frozenset({"entropy"}), {f"{_ACTOR}.calculate_entropy": True},
     ),
     "lopti": RivalSpec(
-        "2505.12929", "low-probability tokens in an update of their own", LoptiKnobs, frozenset({"epoch"}),
-        {f"{_ACTOR}.ppo_epochs": 2},
+        "2505.12929", "low-probability tokens in an update of their own", LoptiKnobs,
+        frozenset({"epoch"}), {f"{_ACTOR}.ppo_epochs": 2},
     ),
     "advantage_reweighting": RivalSpec(
         "2505.12929", "advantages times alpha * pi_old + 1 - alpha", AdvantageReweightingKnobs
     ),
-    "dcpo": RivalSpec("2509.02333", "clip bounds that depend on the old probability", DcpoKnobs, verl=_PER_RESPONSE),
-    "bapo": RivalSpec("2510.18927", "clip bounds that balance positive and negative mass", BapoKnobs),
+    "dcpo": RivalSpec("2509.02333", "clip bounds that depend on the old probability", DcpoKnobs,
+        verl=_PER_RESPONSE),
+    "bapo": RivalSpec("2510.18927", "clip bounds that balance positive and negative mass",
+        BapoKnobs),
     "aspo": RivalSpec("2510.06062", "inverse ratios for positive advantages", AspoKnobs),
     "cpgd": RivalSpec("2505.12504", "clipped log-ratio and a policy drift", CpgdKnobs),
     "spo": RivalSpec("2401.16025", "a quadratic penalty instead of the clip", SpoKnobs),
@@ -221,7 +250,8 @@ RIVAL_SPECS: dict[str, RivalSpec] = {
     "minpro": RivalSpec("2601.22718", "ratios times the least ratio of the prefix", MinproKnobs),
     "gtpo": RivalSpec(
         "2508.03772", "tokens shared by good and bad responses are not punished", GtpoKnobs,
-        frozenset({"entropy", "group", "tokens"}), {"algorithm.adv_estimator": "grpo", **_PER_RESPONSE},
+        frozenset({"entropy", "group", "tokens"}),
+        {"algorithm.adv_estimator": "grpo", **_PER_RESPONSE},
     ),
 }  # fmt: skip
 

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The accepted tokens of a mini-batch, from their evaluation to the update of the moments.
 
-Hidden states and supports are kept, not row sums: a few megabytes per thousand tokens where the row sums of a large
-vocabulary would be gigabytes, and every touched row is summed and used in one go. Only when the hidden states would outgrow
-half of what the sums of all rows take, they are folded into those.
+Hidden states and supports are kept, not row sums: a few megabytes per thousand tokens where the row
+sums of a large vocabulary would be gigabytes, and every touched row is summed and used in one go.
+Only when the hidden states would outgrow half of what the sums of all rows take, they are folded
+into those.
 """
 
 from __future__ import annotations
@@ -23,7 +24,10 @@ from capo_verl.core.memory import fold_limit
 from capo_verl.core.support import FullSupport, Support, TopKSupport
 
 SCRATCH_ELEMENTS = 1 << 24
-"""Elements of one reduction, and of hidden states joined for it: 64 MiB of float32. What exceeds it is cut into columns."""
+"""Elements of one reduction, and of hidden states joined for it: 64 MiB of float32.
+
+What exceeds it is cut into columns.
+"""
 COLUMNS = 64
 """Columns are cut at multiples of this: kernels are compiled for aligned widths."""
 
@@ -45,7 +49,14 @@ class AcceptedTokens:
         kernels: what computes.
     """
 
-    def __init__(self, rows: int, hidden_size: int, device: torch.device, dtype: torch.dtype, kernels: Kernels):
+    def __init__(
+        self,
+        rows: int,
+        hidden_size: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        kernels: Kernels,
+    ):
         self.dtype = dtype
         self._rows, self._hidden_size, self._kernels = rows, hidden_size, kernels
         # The last element counts accepted tokens: they travel in the same reduction.
@@ -62,7 +73,8 @@ class AcceptedTokens:
         """Keep the tokens in ``accepted [N]``.
 
         Args:
-            hidden: ``[N, H]``, kept by reference until the update; advantages: ``[N]`` in the compute dtype.
+            hidden: ``[N, H]``, kept by reference until the update; advantages: ``[N]`` in the
+                compute dtype.
         """
         self._count[-1] += accepted.sum()
         if isinstance(support, FullSupport):
@@ -87,7 +99,8 @@ class AcceptedTokens:
             self._sums = self._sums.to(device=device, dtype=dtype)
 
     def update(self, moments: Moments, groups: Sequence[collectives.Group]) -> None:
-        """Move ``moments`` and their number of updates by the mean gradients over all ranks of ``groups``. Collective.
+        """Move ``moments`` and their number of updates by the mean gradients over all ranks of
+        ``groups``. Collective.
 
         Raises:
             RuntimeError: if hidden states were overwritten since they were evaluated.
@@ -109,10 +122,15 @@ class AcceptedTokens:
         moments.steps.add_(count[-1] > 0)
 
     def _update_over_ranks(
-        self, moments: Moments, entries: RowEntries | None, count: Tensor, groups: Sequence[collectives.Group]
+        self,
+        moments: Moments,
+        entries: RowEntries | None,
+        count: Tensor,
+        groups: Sequence[collectives.Group],
     ) -> None:
         """Of the rows that any rank touched, as many columns at a time as one reduction may hold."""
-        # The one place that waits for the device: the number of rows, without which all of them would be reduced.
+        # The one place that waits for the device: the number of rows, without which all of them
+        # would be reduced.
         rows = count.nonzero()[:, 0]
         if not len(rows):
             return
@@ -121,7 +139,9 @@ class AcceptedTokens:
             if self._sums is not None:
                 sums = self._sums[rows, columns]
             else:
-                sums = torch.zeros(len(rows), columns.stop - columns.start, device=count.device, dtype=self.dtype)
+                sums = torch.zeros(
+                    len(rows), columns.stop - columns.start, device=count.device, dtype=self.dtype
+                )
             if entries is not None:
                 for part in self._columns(self._tokens, columns):
                     inner = slice(part.start - columns.start, part.stop - columns.start)
@@ -134,14 +154,18 @@ class AcceptedTokens:
         return sum(len(m.hidden) for m in self._kept)
 
     def _columns(self, rows: int, within: slice | None = None) -> Iterator[slice]:
-        """Columns of H, or of a part of them, so many at a time that ``rows`` of them are no more than ``SCRATCH_ELEMENTS``."""
+        """Columns of H, or of a part of them, so many at a time that ``rows`` of them are no more
+        than ``SCRATCH_ELEMENTS``.
+        """
         first, last = (0, self._hidden_size) if within is None else (within.start, within.stop)
         width = max(COLUMNS, SCRATCH_ELEMENTS // max(1, rows) // COLUMNS * COLUMNS)
         for part in chunk_slices(last - first, width):
             yield slice(first + part.start, first + part.stop)
 
     def _hidden(self, columns: slice) -> Tensor:
-        """``[N, c]``, in columns so that several micro-batches can be joined without holding all of them twice."""
+        """``[N, c]``, in columns so that several micro-batches can be joined without holding all of
+        them twice.
+        """
         parts = [m.hidden[:, columns] for m in self._kept]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
@@ -149,8 +173,8 @@ class AcceptedTokens:
         for m in kept:
             if m.version != _version(m.hidden):
                 raise RuntimeError(
-                    "hidden_states were modified in place between CapoFilter.evaluate() and step(); they are needed for "
-                    "the moments until then: pass a copy to evaluate()"
+                    "hidden_states were modified in place between CapoFilter.evaluate() and "
+                    "step(); they are needed for the moments until then: pass a copy to evaluate()"
                 )
         row = torch.cat([m.support.ids for m in kept]) - kept[0].support.shard.start
         weight = torch.cat([m.advantages[:, None] * m.support.v for m in kept])
@@ -163,19 +187,27 @@ class AcceptedTokens:
             self._kernels.add_row_sums(entries, m.hidden, self._all_sums())
         self._kept = []
 
-    def _fold_full(self, hidden: Tensor, advantages: Tensor, support: FullSupport, accepted: Tensor) -> None:
+    def _fold_full(
+        self, hidden: Tensor, advantages: Tensor, support: FullSupport, accepted: Tensor
+    ) -> None:
         """Every row is touched by every token: a matrix product, a run of tokens at a time."""
         self._count[: support.shard.real_rows] += accepted.sum()
         sums = self._all_sums()
         for tokens, probs, taken in support.all_rows():
             # What is not accepted may be anything, NaN included: 0 times NaN would not do.
             keep = accepted[tokens, None]
-            weight = torch.where(keep, advantages[tokens, None] * (taken.to(probs.dtype) - probs), 0)
-            sums[: weight.shape[1]].addmm_(weight.T, hidden[tokens].to(self.dtype).masked_fill(~keep, 0))
+            weight = torch.where(
+                keep, advantages[tokens, None] * (taken.to(probs.dtype) - probs), 0
+            )
+            sums[: weight.shape[1]].addmm_(
+                weight.T, hidden[tokens].to(self.dtype).masked_fill(~keep, 0)
+            )
 
     def _all_sums(self) -> Tensor:
         if self._sums is None:
-            self._sums = torch.zeros(self._rows, self._hidden_size, device=self._count.device, dtype=self.dtype)
+            self._sums = torch.zeros(
+                self._rows, self._hidden_size, device=self._count.device, dtype=self.dtype
+            )
         return self._sums
 
 

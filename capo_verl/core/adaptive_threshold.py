@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A threshold of m_F that sets itself: the quantile above which a given share of the tokens lies, in a running mean of its log.
+"""A threshold of m_F that sets itself: the quantile above which a given share of the tokens lies,
+in a running mean of its log.
 
     q_t = (1 - target) quantile of the step's m_F, exact, over all ranks
     log tau_{t+1} = memory * log tau_t + (1 - memory) * log q_t
 
-It starts with the quantile of the first step that can be compared with later ones; until then nothing is above it.
+It starts with the quantile of the first step that can be compared with later ones; until then
+nothing is above it.
 """
 
 from __future__ import annotations
@@ -28,10 +30,13 @@ class AdaptiveThreshold:
         groups: groups over which the tokens of a step are spread.
 
     Attributes:
-        value: scalar float64 on the device, infinity before the first quantile. A new tensor after every step.
+        value: scalar float64 on the device, infinity before the first quantile. A new tensor after
+            every step.
     """
 
-    def __init__(self, target: TargetRejection, device: torch.device, groups: Sequence[collectives.Group]):
+    def __init__(
+        self, target: TargetRejection, device: torch.device, groups: Sequence[collectives.Group]
+    ):
         self._target, self._groups = target, groups
         self.value = torch.full((), torch.inf, device=device, dtype=torch.float64)
         self.discard()
@@ -45,7 +50,10 @@ class AdaptiveThreshold:
         self.value = self.value.to(device)
 
     def add(self, policy_shift: Tensor, mask: Tensor) -> None:
-        """Some of the step's tokens: ``policy_shift [N]``, those in ``mask [N]`` bool. Does not wait for the device."""
+        """Some of the step's tokens: ``policy_shift [N]``, those in ``mask [N]`` bool.
+
+        Does not wait for the device.
+        """
         self._keys.append(ordered_keys(policy_shift, mask))
         self._counts.append(mask.sum())
 
@@ -53,12 +61,15 @@ class AdaptiveThreshold:
         """Move by the quantile of the tokens added. Collective; does not wait for the device.
 
         Args:
-            comparable: False if this step's m_F is not on the scale of later ones; then nothing moves.
+            comparable: False if this step's m_F is not on the scale of later ones; then nothing
+                moves.
             dtype: of the shifts, the same on all ranks.
         """
         device = self.value.device
         keys = self._keys or [
-            ordered_keys(torch.empty(0, device=device, dtype=dtype), torch.ones((), device=device).bool())
+            ordered_keys(
+                torch.empty(0, device=device, dtype=dtype), torch.ones((), device=device).bool()
+            )
         ]
         counts = self._counts or [torch.zeros((), device=device, dtype=torch.int64)]
         count = collectives.sum_(torch.stack(counts).sum(), self._groups)
@@ -66,7 +77,8 @@ class AdaptiveThreshold:
         found = nearest_rank(torch.cat(keys)[None], count, (share,), self._groups)[0, 0].double()
         memory = self._target.memory
         moved = (memory * self.value.log() + (1 - memory) * found.log()).exp()
-        # A quantile of 0 (no advantage anywhere) has no logarithm, and would reject everything ever after.
+        # A quantile of 0 (no advantage anywhere) has no logarithm, and would reject everything ever
+        # after.
         known = (found > 0) & found.isfinite() & comparable
         self.value = torch.where(known, torch.where(self.value.isinf(), found, moved), self.value)
         self.discard()

@@ -25,11 +25,12 @@ class BatchShifts(NamedTuple):
 
 
 class RetainedTokens:
-    """Keeps what :meth:`shifts` needs: the direction of the batch is known only after its last micro-batch.
+    """Keeps what :meth:`shifts` needs: the direction of the batch is known only after its last
+    micro-batch.
 
     Args:
-        max_tokens: tokens to keep per rank; micro-batches which would exceed it are left out, except the first. Places
-            that hold no token count as well. 0 = off, None = no limit.
+        max_tokens: tokens to keep per rank; micro-batches which would exceed it are left out,
+            except the first. Places that hold no token count as well. 0 = off, None = no limit.
     """
 
     def __init__(self, max_tokens: int | None):
@@ -48,11 +49,14 @@ class RetainedTokens:
         if not self._seen:
             return torch.ones(())
         kept, seen = (
-            torch.stack(x).sum() if x else torch.zeros_like(self._seen[0]) for x in (self._tokens, self._seen)
+            torch.stack(x).sum() if x else torch.zeros_like(self._seen[0])
+            for x in (self._tokens, self._seen)
         )
         return torch.where(seen > 0, kept / seen, 1.0)
 
-    def add(self, inputs: Inputs, supports: list[Support], kept: Tensor, advantages: Tensor) -> None:
+    def add(
+        self, inputs: Inputs, supports: list[Support], kept: Tensor, advantages: Tensor
+    ) -> None:
         """Keep one micro-batch.
 
         Args:
@@ -62,12 +66,18 @@ class RetainedTokens:
         n = len(kept)
         tokens = inputs.mask.sum()
         self._seen.append(tokens)
-        if self.max_tokens == 0 or (self._kept and self.max_tokens is not None and self._places + n > self.max_tokens):
+        if self.max_tokens == 0 or (
+            self._kept and self.max_tokens is not None and self._places + n > self.max_tokens
+        ):
             return
         self._places += n
         self._tokens.append(tokens)
-        no_logits = inputs.hidden.new_empty(0)  # not a view of the logits: it would keep all of them alive
-        self._kept.append((inputs._replace(logits=no_logits), [s.snapshot() for s in supports], kept, advantages))
+        no_logits = inputs.hidden.new_empty(
+            0
+        )  # not a view of the logits: it would keep all of them alive
+        self._kept.append(
+            (inputs._replace(logits=no_logits), [s.snapshot() for s in supports], kept, advantages)
+        )
 
     def shifts(
         self,
@@ -85,7 +95,9 @@ class RetainedTokens:
         if self.max_tokens == 0:
             raise RuntimeError("batch_shifts() needs capo.batch_shift_tokens > 0 (or null)")
         if not self._kept:
-            raise RuntimeError("batch_shifts() found no tokens: call evaluate() before it, and step() after it")
+            raise RuntimeError(
+                "batch_shifts() found no tokens: call evaluate() before it, and step() after it"
+            )
         inputs = [kept[0] for kept in self._kept]
         support = _concatenate([support for kept in self._kept for support in kept[1]])
         sequence = _number_sequences(inputs)
@@ -95,8 +107,8 @@ class RetainedTokens:
 
         def over(include: Tensor, advantages: Tensor) -> Shifts:
             per_token = set_shifts(
-                model, support, hidden, advantages, include, torch.zeros_like(sequence), 1, learning_rate,
-                tp_group, (dp_group, cp_group), exact,
+                model, support, hidden, advantages, include, torch.zeros_like(sequence), 1,
+                learning_rate, tp_group, (dp_group, cp_group), exact,
             )  # fmt: skip
             sums, tokens = sequence_sums(per_token, include, sequence, num_sequences)
             # Context-parallel ranks hold slices of the same sequences.
@@ -106,8 +118,13 @@ class RetainedTokens:
             objective, policy, sequences = collectives.sum_(overall, (dp_group,)).unbind()
             return Shifts(objective / sequences.clamp(min=1), policy / sequences.clamp(min=1))
 
-        before = over(torch.cat([i.mask for i in inputs]), torch.cat([i.advantages for i in inputs]))
-        return BatchShifts(before, over(torch.cat([k[2] for k in self._kept]), torch.cat([k[3] for k in self._kept])))
+        before = over(
+            torch.cat([i.mask for i in inputs]), torch.cat([i.advantages for i in inputs])
+        )
+        return BatchShifts(
+            before,
+            over(torch.cat([k[2] for k in self._kept]), torch.cat([k[3] for k in self._kept])),
+        )
 
 
 def _number_sequences(inputs: list[Inputs]) -> Tensor:

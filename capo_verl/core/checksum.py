@@ -13,7 +13,8 @@ _ODD = 0x1E3779B97F4A7C15
 
 
 def checksum(x: Tensor, first_row: int, tp_group: collectives.Group) -> Tensor:
-    """Sum of the bits of every element times an odd weight of its place, modulo 2^64. Collective over ``tp_group``.
+    """Sum of the bits of every element times an odd weight of its place, modulo 2^64. Collective
+    over ``tp_group``.
 
     Rows of zeros, such as the padding of a vocabulary, do not count.
 

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How much scratch memory one pass may use, and how work is cut so that it does not grow with the number of tokens."""
+"""How much scratch memory one pass may use, and how work is cut so that it does not grow with the
+number of tokens.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,9 @@ import torch
 
 
 def scratch_elements(device: torch.device) -> int:
-    """Elements of the largest temporary: small enough to stay in a CPU's cache, large enough to fill a GPU."""
+    """Elements of the largest temporary: small enough to stay in a CPU's cache, large enough to
+    fill a GPU.
+    """
     return 1 << 17 if device.type == "cpu" else 1 << 23
 
 

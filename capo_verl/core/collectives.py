@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every collective CAPO uses. The only file of the core that calls ``torch.distributed``.
 
-A group is a ``torch.distributed.ProcessGroup`` or None, which means one process; then nothing is communicated.
+A group is a ``torch.distributed.ProcessGroup`` or None, which means one process; then nothing is
+communicated.
 """
 
 from __future__ import annotations
@@ -34,7 +35,9 @@ def max_(x: Tensor, groups: Sequence[Group]) -> Tensor:
 
 
 def gather(x: Tensor, group: Group) -> Tensor:
-    """Concatenate ``x [..., n]`` of all ranks, in rank order, along the last dimension: ``[..., n * size]``."""
+    """Concatenate ``x [..., n]`` of all ranks, in rank order, along the last dimension: ``[..., n *
+    size]``.
+    """
     if size(group) == 1:
         return x
     parts = [torch.empty_like(x) for _ in range(size(group))]

@@ -7,8 +7,9 @@ With ``u = P(g) h``, ``d = v.u``, ``e = sum_j pi_j u_j`` and ``s = sum_j pi_j u_
     m_F = lr^2/2 * d^2                                       sampled Fisher form, ~ KL
     m_F = lr^2/2 * (s - e^2)                                 exact: its expectation over the policy's actions
 
-(arXiv 2510.00819, sections 3 and 4, in closed form.) As ``d = u_a - e`` for the taken token ``a`` (``u_a = 0`` outside the
-support), the sums ``u_a, e, s`` over this rank's rows and one all-reduce of ``[N, 3]`` are all that is needed.
+(arXiv 2510.00819, sections 3 and 4, in closed form.) As ``d = u_a - e`` for the taken token ``a``
+(``u_a = 0`` outside the support), the sums ``u_a, e, s`` over this rank's rows and one all-reduce
+of ``[N, 3]`` are all that is needed.
 """
 
 from __future__ import annotations
@@ -72,12 +73,14 @@ def set_shifts(
 ) -> Shifts:
     """Shifts of every included token along the direction of its whole set.
 
-    The direction of a set is ``P(G)``, ``G_j`` the mean of ``g_j`` over the set's tokens whose support holds row j. It is
-    built a few columns of H at a time, for all sets at once, so scratch memory does not grow with ``H * tokens``.
+    The direction of a set is ``P(G)``, ``G_j`` the mean of ``g_j`` over the set's tokens whose
+    support holds row j. It is built a few columns of H at a time, for all sets at once, so scratch
+    memory does not grow with ``H * tokens``.
 
     Args:
         hidden: one or several ``[n_i, H]`` that follow each other, N tokens in all.
-        advantages: ``[N]`` in the compute dtype; include: ``[N]`` bool; group: ``[N]`` int64, the set of each token.
+        advantages: ``[N]`` in the compute dtype; include: ``[N]`` bool; group: ``[N]`` int64, the
+            set of each token.
         n_groups: number of sets.
         reduce_groups: groups over which the tokens of a set are spread; needs ``n_groups == 1``.
         exact: as for :func:`token_shifts`.
@@ -100,7 +103,9 @@ def set_shifts(
         segments, segment, count = key.unique(return_inverse=True, return_counts=True)
     segment_rows, segment_groups = segments % rows_per_rank, segments // rows_per_rank
     weight = advantages[pairs.token] * pairs.v
-    entries = sort_by_row(segment[:, None], weight[:, None], torch.ones_like(pairs.taken), len(segments))
+    entries = sort_by_row(
+        segment[:, None], weight[:, None], torch.ones_like(pairs.taken), len(segments)
+    )
     entries = entries._replace(token=pairs.token[entries.token])
 
     u = torch.zeros_like(weight)
@@ -123,10 +128,14 @@ def set_shifts(
     collectives.sum_(inner, (tp_group,))
     shifts = shifts_of(sums, advantages, learning_rate, learning_rate * inner[group], exact)
     zero = torch.zeros((), device=device, dtype=dtype)
-    return Shifts(torch.where(include, shifts.objective, zero), torch.where(include, shifts.policy, zero))
+    return Shifts(
+        torch.where(include, shifts.objective, zero), torch.where(include, shifts.policy, zero)
+    )
 
 
-def sequence_sums(shifts: Shifts, include: Tensor, sequence: Tensor, n_sequences: int) -> tuple[Shifts, Tensor]:
+def sequence_sums(
+    shifts: Shifts, include: Tensor, sequence: Tensor, n_sequences: int
+) -> tuple[Shifts, Tensor]:
     """Sums of token shifts per sequence and the number of tokens summed: ``[S]`` each."""
     weight = include.to(shifts.policy.dtype)
 
@@ -138,13 +147,21 @@ def sequence_sums(shifts: Shifts, include: Tensor, sequence: Tensor, n_sequences
 
 
 def _pair_chunks(pairs: Pairs, hidden: Tensor) -> Iterator[slice]:
-    return chunk_slices(len(pairs.token), max(1, scratch_elements(hidden.device) // max(1, hidden.shape[1])))
+    return chunk_slices(
+        len(pairs.token), max(1, scratch_elements(hidden.device) // max(1, hidden.shape[1]))
+    )
 
 
 def shifts_of(
-    sums: Tensor, advantages: Tensor, learning_rate: float, linear: Tensor | None = None, exact: bool = False
+    sums: Tensor,
+    advantages: Tensor,
+    learning_rate: float,
+    linear: Tensor | None = None,
+    exact: bool = False,
 ) -> Shifts:
-    """m_H and m_F from the three sums ``[N, 3]`` over all rows; ``linear [N]``: first term of m_H, if not the token's own."""
+    """m_H and m_F from the three sums ``[N, 3]`` over all rows; ``linear [N]``: first term of m_H,
+    if not the token's own.
+    """
     u_taken, mean, mean_square = sums.unbind(-1)
     d = u_taken - mean
     if linear is None:

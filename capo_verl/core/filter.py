@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""CapoFilter: support -> optimizer model -> curvature -> trust region, for one rank of any parallel layout."""
+"""CapoFilter: support -> optimizer model -> curvature -> trust region, for one rank of any parallel
+layout.
+"""
 
 from __future__ import annotations
 
@@ -50,23 +52,28 @@ class _Decision(NamedTuple):
 class CapoFilter:
     """Decides which response tokens of a policy-gradient step stay in the loss.
 
-    Call :meth:`evaluate` for every micro-batch, then :meth:`step` once, when the optimizer steps. Token granularity does
-    not depend on how a mini-batch is cut into micro-batches; ``sequence`` and ``batch`` see one call: all tokens of a
-    sequence must come in the same call, and a "batch" is the tokens of the call.
+    Call :meth:`evaluate` for every micro-batch, then :meth:`step` once, when the optimizer steps.
+    Token granularity does not depend on how a mini-batch is cut into micro-batches; ``sequence``
+    and ``batch`` see one call: all tokens of a sequence must come in the same call, and a "batch"
+    is the tokens of the call.
 
     Args:
         config: the knobs.
         vocab_size: V, number of real tokens.
         hidden_size: H.
         device: where the moments live.
-        tp_group: tensor-parallel group over which the vocabulary is sharded; None = one process holds it all.
-        dp_group, cp_group: data- and context-parallel groups over which the tokens of a mini-batch are spread.
-        padded_vocab_size: rows of the LM head over all tensor-parallel ranks, if more than V (padding rows are never in a
-            support). Default: V rounded up to the size of ``tp_group``.
+        tp_group: tensor-parallel group over which the vocabulary is sharded; None = one process
+            holds it all.
+        dp_group, cp_group: data- and context-parallel groups over which the tokens of a mini-batch
+            are spread.
+        padded_vocab_size: rows of the LM head over all tensor-parallel ranks, if more than V
+            (padding rows are never in a support). Default: V rounded up to the size of
+            ``tp_group``.
         kernels: ``triton`` or ``torch``. Default: triton on a GPU where it is installed.
 
     Raises:
-        ValueError: if ``top_k`` exceeds the vocabulary, the sizes do not fit the group, or ``mode`` is ``off``.
+        ValueError: if ``top_k`` exceeds the vocabulary, the sizes do not fit the group, or ``mode``
+            is ``off``.
         ImportError: for ``kernels="triton"`` where it is not installed.
     """
 
@@ -84,27 +91,33 @@ class CapoFilter:
         kernels: str | None = None,
     ):
         if config.mode == "off":
-            raise ValueError("capo.mode=off measures nothing: make no filter, or set capo.mode=track")
+            raise ValueError(
+                "capo.mode=off measures nothing: make no filter, or set capo.mode=track"
+            )
         tp = collectives.size(tp_group)
         padded_vocab_size = padded_vocab_size or -(-vocab_size // tp) * tp
         if config.top_k is not None and config.top_k > vocab_size:
             raise ValueError(
-                f"capo.top_k={config.top_k} exceeds the vocabulary of {vocab_size} tokens; use null for the whole vocabulary"
+                f"capo.top_k={config.top_k} exceeds the vocabulary of {vocab_size} tokens; use "
+                "null for the whole vocabulary"
             )
         if padded_vocab_size < vocab_size or padded_vocab_size % tp:
             raise ValueError(
-                f"padded_vocab_size={padded_vocab_size} must be >= vocab_size={vocab_size} and a multiple of the "
-                f"tensor-parallel size {tp}"
+                f"padded_vocab_size={padded_vocab_size} must be >= vocab_size={vocab_size} and a "
+                f"multiple of the tensor-parallel size {tp}"
             )
         if collectives.size(cp_group) > 1 and config.stages != ("token",):
             raise ValueError(
-                f"capo.granularity={config.granularity!r} needs whole sequences on a rank, but context parallelism of size "
+                f"capo.granularity={config.granularity!r} needs whole sequences on a rank, but "
+                "context parallelism of size "
                 f"{collectives.size(cp_group)} splits them; set capo.granularity=token"
             )
         if collectives.size(cp_group) > 1 and penalises(config):
             raise ValueError(
-                f"capo.policy_penalty={config.policy_penalty} and capo.objective_penalty={config.objective_penalty} need whole "
-                f"sequences on a rank, but context parallelism of size {collectives.size(cp_group)} splits them; set both to 0"
+                f"capo.policy_penalty={config.policy_penalty} and "
+                f"capo.objective_penalty={config.objective_penalty} need whole "
+                "sequences on a rank, but context parallelism of size "
+                f"{collectives.size(cp_group)} splits them; set both to 0"
             )
         rows = padded_vocab_size // tp
         self.config = config
@@ -115,8 +128,8 @@ class CapoFilter:
         self._kernels = choose(device, kernels)
         self.model: OptimizerModel = (
             AdamModel(
-                self.shard, hidden_size, config.betas, config.eps, device, getattr(torch, config.moments_dtype),
-                self._kernels,
+                self.shard, hidden_size, config.betas, config.eps, device,
+                getattr(torch, config.moments_dtype), self._kernels,
             )
             if config.optimizer_model == "adam"
             else SgdModel()
@@ -124,7 +137,9 @@ class CapoFilter:
         self._weighting = Weighting(config, device, (dp_group, cp_group))
         self._retained = RetainedTokens(config.batch_shift_tokens)
         self.keep_for_batch_shifts = True
-        """Whether :meth:`evaluate` keeps what :meth:`batch_shifts` needs; set to False for steps that will not ask."""
+        """Whether :meth:`evaluate` keeps what :meth:`batch_shifts` needs; set to False for steps
+        that will not ask.
+        """
 
     def set_optimizer(self, betas: tuple[float, float], eps: float) -> None:
         """Follow the real optimizer's hyper-parameters, should they change during training."""
@@ -148,44 +163,53 @@ class CapoFilter:
         max_tokens: int | None = None,
         check_values: bool = True,
     ) -> CapoOutput:
-        """Predict the shifts of every token, decide, and remember the accepted gradients for :meth:`step`.
+        """Predict the shifts of every token, decide, and remember the accepted gradients for
+        :meth:`step`.
 
         Args:
-            hidden_states: ``[..., H]``, input of the LM head at the position that predicts the token. Kept by reference until
-                :meth:`step`, unless ``skip_masked`` makes a copy; modifying it in place before is an error there.
-            logits: ``[..., rows]``, after temperature, this rank's vocabulary rows. Only read. Or :class:`ProjectedLogits`: the
-                LM head, which the filter multiplies with the hidden states itself, a run of tokens at a time.
+            hidden_states: ``[..., H]``, input of the LM head at the position that predicts the
+                token. Kept by reference until :meth:`step`, unless ``skip_masked`` makes a copy;
+                modifying it in place before is an error there.
+            logits: ``[..., rows]``, after temperature, this rank's vocabulary rows. Only read. Or
+                :class:`ProjectedLogits`: the LM head, which the filter multiplies with the hidden
+                states itself, a run of tokens at a time.
             actions: ``[...]`` integer, global ids of the taken tokens.
-            advantages: ``[...]``, or of the same number of dimensions and broadcastable, or a scalar.
-            response_mask: ``[...]`` bool or 0/1. Values outside it may be anything, also non-finite.
+            advantages: ``[...]``, or of the same number of dimensions and broadcastable, or a
+                scalar.
+            response_mask: ``[...]`` bool or 0/1. Values outside it may be anything, also
+                non-finite.
             learning_rate: alpha of the coming optimizer step.
-            temperature: ``[...]`` > 0; if given, ``logits`` are before temperature and divided by it in their own dtype.
-            skip_masked: evaluate only the tokens of the mask; the shifts of the others are reported as 0. Saves the work
-                for prompts and padding.
-            sequence_ids: ``[...]`` integer in ``0..num_sequences``, for packed layouts. Default: the last dimension is
-                time, every row a sequence of its own.
+            temperature: ``[...]`` > 0; if given, ``logits`` are before temperature and divided by
+                it in their own dtype.
+            skip_masked: evaluate only the tokens of the mask; the shifts of the others are reported
+                as 0. Saves the work for prompts and padding.
+            sequence_ids: ``[...]`` integer in ``0..num_sequences``, for packed layouts. Default:
+                the last dimension is time, every row a sequence of its own.
             num_sequences: required with ``sequence_ids``.
-            max_tokens: with ``skip_masked``, an upper bound of the number of tokens in the mask, known without asking the
-                device for it. Default on a GPU: all positions, at the cost of memory for those outside the mask.
-            check_values: raise for unusable values, which waits for the device. If False they are only marked in the result,
-                and the caller has to :meth:`discard` the mini-batch.
+            max_tokens: with ``skip_masked``, an upper bound of the number of tokens in the mask,
+                known without asking the device for it. Default on a GPU: all positions, at the cost
+                of memory for those outside the mask.
+            check_values: raise for unusable values, which waits for the device. If False they are
+                only marked in the result, and the caller has to :meth:`discard` the mini-batch.
 
         Returns:
             :class:`CapoOutput`. float64 inputs are evaluated in float64, all others in float32.
 
         Raises:
-            ValueError: for wrong shapes, or non-finite values or token ids out of range inside the mask (how many, where);
-                nothing has been updated then. For penalties without logits.
+            ValueError: for wrong shapes, or non-finite values or token ids out of range inside the
+                mask (how many, where); nothing has been updated then. For penalties without logits.
         """
         if penalises(self.config) and isinstance(logits, ProjectedLogits):
             raise ValueError(
-                "capo.policy_penalty and capo.objective_penalty are functions of the logits, but logits is ProjectedLogits: pass "
-                "the logits, or set both to 0"
+                "capo.policy_penalty and capo.objective_penalty are functions of the logits, but "
+                "logits is ProjectedLogits: pass the logits, or set both to 0"
             )
         inputs = check_inputs(
             hidden_states, logits, actions, advantages, response_mask, learning_rate,
-            temperature=temperature, skip_masked=skip_masked, sequence_ids=sequence_ids, num_sequences=num_sequences,
-            max_tokens=max_tokens if skip_masked else None, hidden_size=self.hidden_size, shard=self.shard,
+            temperature=temperature, skip_masked=skip_masked, sequence_ids=sequence_ids,
+            num_sequences=num_sequences,
+            max_tokens=max_tokens if skip_masked else None, hidden_size=self.hidden_size,
+            shard=self.shard,
         )  # fmt: skip
         dtype = torch.promote_types(self.model.dtype, inputs.dtype)
         rows = (
@@ -193,12 +217,18 @@ class CapoFilter:
             if isinstance(inputs.logits, ProjectedLogits)
             else LogitRows(inputs.logits, inputs.positions, inputs.temperature)
         )
-        # Decisions about tokens are made a block at a time: scratch memory does not grow with the tokens of a call.
-        size = block_tokens(inputs.hidden.device) if self.config.stages == ("token",) else len(inputs.mask)
+        # Decisions about tokens are made a block at a time: scratch memory does not grow with the
+        # tokens of a call.
+        size = (
+            block_tokens(inputs.hidden.device)
+            if self.config.stages == ("token",)
+            else len(inputs.mask)
+        )
         blocks = list(chunk_slices(len(inputs.mask), max(1, size))) or [slice(0, 0)]
         supports = [
             find_support(
-                rows.part(tokens), inputs.actions[tokens], self.config.top_k, self.shard, dtype, self.tp_group, self._kernels
+                rows.part(tokens), inputs.actions[tokens], self.config.top_k, self.shard, dtype,
+                self.tp_group, self._kernels
             )
             for tokens in blocks
         ]  # fmt: skip
@@ -207,7 +237,8 @@ class CapoFilter:
             raise_for(problems, inputs, self.shard)
         self.model.promote(dtype)
         inputs = inputs._replace(
-            advantages=inputs.advantages.to(dtype), sequence=inputs.sequence.clamp(0, max(0, inputs.num_sequences - 1))
+            advantages=inputs.advantages.to(dtype),
+            sequence=inputs.sequence.clamp(0, max(0, inputs.num_sequences - 1)),
         )
 
         decisions = [
@@ -215,14 +246,22 @@ class CapoFilter:
             for tokens, support in zip(blocks, supports, strict=True)
         ]
         verdict = _joined([decision.stages[-1].verdict for decision in decisions])
-        weights = Weights(*map(_joined, map(list, zip(*(decision.weights for decision in decisions), strict=True))))
+        weights = Weights(
+            *map(
+                _joined, map(list, zip(*(decision.weights for decision in decisions), strict=True))
+            )
+        )
         if self.keep_for_batch_shifts:
             if self.config.weighting == "hard":
                 self._retained.add(inputs, supports, verdict, inputs.advantages)
             else:
-                self._retained.add(inputs, supports, inputs.mask, inputs.advantages * weights.trusted)
+                self._retained.add(
+                    inputs, supports, inputs.mask, inputs.advantages * weights.trusted
+                )
         stages = tuple(
-            Stage(same[0].granularity, *(inputs.restore(_joined(list(x))) for x in zip(*(s[1:] for s in same), strict=True)))
+            Stage(same[0].granularity,
+                *(inputs.restore(_joined(list(x))) for x in zip(*(s[1:] for s in same),
+                    strict=True)))
             for same in zip(*(decision.stages for decision in decisions), strict=True)
         )  # fmt: skip
         terms = [decision.terms for decision in decisions if decision.terms is not None]
@@ -241,10 +280,12 @@ class CapoFilter:
 
     @_exact
     def step(self) -> None:
-        """Update the moments with the accepted gradients since the last call, over all data- and context-parallel ranks.
+        """Update the moments with the accepted gradients since the last call, over all data- and
+        context-parallel ranks.
 
-        Call it once per optimizer step, on every rank. With no accepted token anywhere the moments stay as they are. Threshold,
-        balance of signs and guard, where the config asks for them, move here too, from sums over the same ranks.
+        Call it once per optimizer step, on every rank. With no accepted token anywhere the moments
+        stay as they are. Threshold, balance of signs and guard, where the config asks for them,
+        move here too, from sums over the same ranks.
 
         Raises:
             RuntimeError: if ``hidden_states`` were modified in place since they were evaluated.
@@ -255,9 +296,11 @@ class CapoFilter:
 
     @_exact
     def batch_shifts(self, policy_shift: str | None = None) -> BatchShifts:
-        """m_H and m_F of all tokens since the last :meth:`step` as one batch, ``before`` and ``after`` filtering.
+        """m_H and m_F of all tokens since the last :meth:`step` as one batch, ``before`` and
+        ``after`` filtering.
 
-        Call it before :meth:`step`, on every rank. It covers the first ``batch_shift_tokens`` tokens of each rank.
+        Call it before :meth:`step`, on every rank. It covers the first ``batch_shift_tokens``
+        tokens of each rank.
 
         Args:
             policy_shift: ``sampled`` or ``exact``, in place of the config's.
@@ -270,7 +313,9 @@ class CapoFilter:
 
     @property
     def batch_shift_coverage(self) -> Tensor:
-        """Share of this rank's response tokens since the last :meth:`step` which :meth:`batch_shifts` covers, scalar."""
+        """Share of this rank's response tokens since the last :meth:`step` which
+        :meth:`batch_shifts` covers, scalar.
+        """
         return self._retained.coverage
 
     def discard(self) -> None:
@@ -280,31 +325,38 @@ class CapoFilter:
         self._retained.clear()
 
     def to(self, device: torch.device | str) -> None:
-        """Move the moments to ``device``, to give its memory to others between training steps, and back."""
+        """Move the moments to ``device``, to give its memory to others between training steps, and
+        back.
+        """
         self.model.move(torch.device(device))
         self._weighting.move(torch.device(device))
 
     def state_dict(self) -> dict[str, Any]:
-        """This rank's rows: ``{"exp_avg", "exp_avg_sq": [rows, H], "step": int}``; empty for ``sgd``."""
+        """This rank's rows: ``{"exp_avg", "exp_avg_sq": [rows, H], "step": int}``; empty for
+        ``sgd``.
+        """
         return self.model.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over the state of :meth:`state_dict`.
 
         Raises:
-            ValueError: if keys, shapes or values are not those of this filter; it is unchanged then.
+            ValueError: if keys, shapes or values are not those of this filter; it is unchanged
+                then.
         """
         self.model.load_state_dict(state)
 
     def adaptive_state(self) -> dict[str, float]:
-        """What adapts besides the moments: threshold, balance of signs, guard. Empty if nothing does.
+        """What adapts besides the moments: threshold, balance of signs, guard. Empty if nothing
+        does.
 
         Equal on all ranks. Waits for the device.
         """
         return self._weighting.state()
 
     def load_adaptive_state(self, state: dict[str, float]) -> None:
-        """Take over the state of :meth:`adaptive_state`. Entries for what this config does not adapt are left alone.
+        """Take over the state of :meth:`adaptive_state`. Entries for what this config does not
+        adapt are left alone.
 
         Raises:
             ValueError: for an unknown name or a value that is no number; nothing is changed then.
@@ -313,43 +365,67 @@ class CapoFilter:
 
     @property
     def policy_shift_max(self) -> float | Tensor | None:
-        """tau_F of the current step, a scalar on the device if it adapts (infinite until it is known); None or 0 = no test."""
+        """tau_F of the current step, a scalar on the device if it adapts (infinite until it is
+        known); None or 0 = no test.
+        """
         return self._weighting.policy_shift_max
 
     def adaptive_metrics(self) -> dict[str, Tensor]:
-        """``capo/policy_threshold`` and ``capo/filter_stopped``, scalars on the device, where the config makes them adapt."""
+        """``capo/policy_threshold`` and ``capo/filter_stopped``, scalars on the device, where the
+        config makes them adapt.
+        """
         return self._weighting.metrics()
 
     @property
     def filter_stopped(self) -> Tensor | None:
-        """Scalar bool on the device, whether the guard ``max_rejection`` has ended the filtering; None without it."""
+        """Scalar bool on the device, whether the guard ``max_rejection`` has ended the filtering;
+        None without it.
+        """
         return self._weighting.stopped
 
     def _decide(self, inputs: Inputs, support: Support, first_token: int) -> _Decision:
-        """Apply all granularities to a block of tokens, and remember the accepted ones for :meth:`step`."""
+        """Apply all granularities to a block of tokens, and remember the accepted ones for
+        :meth:`step`.
+        """
         stages: list[Stage] = []
         verdict, terms = inputs.mask, None
         for granularity in self.config.stages:
             if penalises(self.config):  # of single tokens: there is one stage
                 shifts, terms = token_shifts_and_terms(
-                    self.model, support, inputs, self.config, self.shard.rows, first_token, self.tp_group
+                    self.model,
+                    support,
+                    inputs,
+                    self.config,
+                    self.shard.rows,
+                    first_token,
+                    self.tp_group,
                 )
             else:
                 shifts = self._shifts(granularity, inputs, support, verdict)
             objective_ok, policy_ok = judge(self.config, shifts, self.policy_shift_max)
             verdict = verdict & objective_ok & policy_ok
             stages.append(Stage(granularity, *shifts, objective_ok, policy_ok, verdict))
-        weights = self._weighting.weigh(stages[-1].policy_shift, inputs.advantages, verdict, inputs.mask)
+        weights = self._weighting.weigh(
+            stages[-1].policy_shift, inputs.advantages, verdict, inputs.mask
+        )
         soft = self.config.weighting != "hard"
         advantages = inputs.advantages * weights.applied if soft else inputs.advantages
         self.model.accumulate(inputs.hidden, advantages, support, weights.accepted)
         return _Decision(stages, weights, terms)
 
-    def _shifts(self, granularity: str, inputs: Inputs, support: Support, include: Tensor) -> Shifts:
+    def _shifts(
+        self, granularity: str, inputs: Inputs, support: Support, include: Tensor
+    ) -> Shifts:
         exact = self.config.policy_shift == "exact"
         if granularity == "token":
             return token_shifts(
-                self.model, support, inputs.hidden, inputs.advantages, inputs.learning_rate, self.tp_group, exact
+                self.model,
+                support,
+                inputs.hidden,
+                inputs.advantages,
+                inputs.learning_rate,
+                self.tp_group,
+                exact,
             )
         whole_batch = granularity == "batch"
         group = torch.zeros_like(inputs.sequence) if whole_batch else inputs.sequence

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A logit and the id of its token as one int64 that sorts as the support does: larger logit first, then lower id."""
+"""A logit and the id of its token as one int64 that sorts as the support does: larger logit first,
+then lower id.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,8 @@ from torch import Tensor
 LOWEST = torch.iinfo(torch.int64).min
 """Below every key."""
 NON_FINITE = torch.iinfo(torch.int64).max
-"""Above every key: takes the place of the best one in a row that holds a value which is not finite."""
+"""Above every key: takes the place of the best one in a row that holds a value which is not finite.
+"""
 
 _ID_MASK = 0xFFFFFFFF
 
@@ -20,7 +23,9 @@ def flip_negative(bits: Tensor) -> Tensor:
 
 
 def keys_of(logits: Tensor, ids: Tensor) -> Tensor:
-    """``logits`` of a dtype no wider than float32 and ``ids`` int64 of a broadcastable shape, to int64 keys."""
+    """``logits`` of a dtype no wider than float32 and ``ids`` int64 of a broadcastable shape, to
+    int64 keys.
+    """
     ordered = flip_negative((logits.float() + 0.0).view(torch.int32))  # + 0.0 makes -0.0 equal 0.0
     return (ordered.long() << 32) | (_ID_MASK - ids)
 

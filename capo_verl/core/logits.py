@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The logits of many tokens, read a run at a time: as a tensor, too large to copy whole, or as hidden states and LM head."""
+"""The logits of many tokens, read a run at a time: as a tensor, too large to copy whole, or as
+hidden states and LM head.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,8 @@ from capo_verl.core.chunks import chunk_slices
 class VocabShard:
     """The rows of the LM head held by this rank: global ids ``start .. start + rows``.
 
-    Rows with an id >= ``vocab_size`` exist only to make the vocabulary divisible; they are never in a support.
+    Rows with an id >= ``vocab_size`` exist only to make the vocabulary divisible; they are never in
+    a support.
     """
 
     vocab_size: int
@@ -34,10 +37,13 @@ class LogitRows:
     Args:
         logits: ``[M, rows]``; never written to.
         positions: ``[N]`` int64, which of the M; None = all.
-        temperature: ``[N]``, divides the logits in their own dtype, as the trainer does; None = already done.
+        temperature: ``[N]``, divides the logits in their own dtype, as the trainer does; None =
+            already done.
     """
 
-    def __init__(self, logits: Tensor, positions: Tensor | None = None, temperature: Tensor | None = None):
+    def __init__(
+        self, logits: Tensor, positions: Tensor | None = None, temperature: Tensor | None = None
+    ):
         self.logits, self.positions, self.temperature = logits, positions, temperature
         self.device, self.dtype = logits.device, logits.dtype
 
@@ -66,7 +72,9 @@ class LogitRows:
         return LogitRows(self.logits, self.positions[tokens], temperature)
 
     def blocks(self) -> Iterator[LogitRows]:
-        """The same rows in parts, at least one, whose ``logits`` exist as a tensor: these are such a part."""
+        """The same rows in parts, at least one, whose ``logits`` exist as a tensor: these are such
+        a part.
+        """
         yield self
 
     def copy(self) -> LogitRows:
@@ -75,20 +83,26 @@ class LogitRows:
 
 
 def block_elements(device: torch.device) -> int:
-    """Logits that exist at a time: every run of tokens reads the whole LM head, so a few hundred tokens of a large vocabulary."""
+    """Logits that exist at a time: every run of tokens reads the whole LM head, so a few hundred
+    tokens of a large vocabulary.
+    """
     return 1 << 21 if device.type == "cpu" else 1 << 26
 
 
 @dataclass(frozen=True)
 class ProjectedLogits:
-    """``logits = hidden_states @ weight.T + bias``, in place of a tensor of logits for ``CapoFilter.evaluate``. Only read.
+    """``logits = hidden_states @ weight.T + bias``, in place of a tensor of logits for
+    ``CapoFilter.evaluate``. Only read.
 
-    ``sequence`` and ``batch`` granularity and the batch shifts handle all tokens of a set at once; over the whole vocabulary
-    (``top_k=None``) they do hold all logits.
+    ``sequence`` and ``batch`` granularity and the batch shifts handle all tokens of a set at once;
+    over the whole vocabulary (``top_k=None``) they do hold all logits.
     """
 
     weight: Tensor
-    """``[rows, H]``, this rank's rows of the LM head. Its dtype is that of the logits; hidden states are converted to it."""
+    """``[rows, H]``, this rank's rows of the LM head.
+
+    Its dtype is that of the logits; hidden states are converted to it.
+    """
     bias: Tensor | None = None
     """``[rows]``"""
 
@@ -97,15 +111,19 @@ class ProjectedLogits:
         return self.weight.dtype
 
     def in_float32(self, hidden_states: Tensor) -> Tensor:
-        """Logits ``[N, rows]`` of ``hidden_states [N, H]`` in float32 (float64 if the LM head is), not rounded to its own dtype.
+        """Logits ``[N, rows]`` of ``hidden_states [N, H]`` in float32 (float64 if the LM head is),
+        not rounded to its own dtype.
 
-        Hidden states and weights are those which the LM head would multiply; their products are summed in float32. A run of
-        vocabulary rows at a time, so that the LM head is never copied whole.
+        Hidden states and weights are those which the LM head would multiply; their products are
+        summed in float32. A run of vocabulary rows at a time, so that the LM head is never copied
+        whole.
         """
         weight, dtype = self.weight, torch.promote_types(self.dtype, torch.float32)
         hidden = hidden_states.to(weight.dtype).to(dtype)
         logits = torch.empty(len(hidden), len(weight), device=weight.device, dtype=dtype)
-        for rows in chunk_slices(len(weight), max(1, block_elements(weight.device) // weight.shape[1])):
+        for rows in chunk_slices(
+            len(weight), max(1, block_elements(weight.device) // weight.shape[1])
+        ):
             bias = None if self.bias is None else self.bias[rows].to(dtype)
             logits[:, rows] = torch.nn.functional.linear(hidden, weight[rows].to(dtype), bias)
         return logits
@@ -115,11 +133,17 @@ class ProjectedLogits:
         Raises:
             ValueError: unless these are ``rows`` rows of an LM head for hidden states of this size.
         """
-        for name, tensor, shape in (("weight", self.weight, [rows, hidden_size]), ("bias", self.bias, [rows])):
-            if tensor is not None and (list(tensor.shape) != shape or not tensor.is_floating_point()):
+        for name, tensor, shape in (
+            ("weight", self.weight, [rows, hidden_size]),
+            ("bias", self.bias, [rows]),
+        ):
+            if tensor is not None and (
+                list(tensor.shape) != shape or not tensor.is_floating_point()
+            ):
                 dtype = str(tensor.dtype).removeprefix("torch.")
                 raise ValueError(
-                    f"logits: expected ProjectedLogits.{name} to be a float tensor {shape} (the vocabulary rows of this rank"
+                    f"logits: expected ProjectedLogits.{name} to be a float tensor {shape} (the "
+                    "vocabulary rows of this rank"
                     f"{', H' if name == 'weight' else ''}), got {dtype} {list(tensor.shape)}"
                 )
 
@@ -133,7 +157,9 @@ class ProjectedRows(LogitRows):
         temperature: ``[N]``, divides the logits in their own dtype; None = already done.
     """
 
-    def __init__(self, projection: ProjectedLogits, hidden_states: Tensor, temperature: Tensor | None = None):
+    def __init__(
+        self, projection: ProjectedLogits, hidden_states: Tensor, temperature: Tensor | None = None
+    ):
         self._projection, self._hidden, self.temperature = projection, hidden_states, temperature
         self.device, self.dtype = hidden_states.device, projection.dtype
 
@@ -144,7 +170,9 @@ class ProjectedRows(LogitRows):
         """``[n, rows]``: the first ``rows`` columns of the given tokens, before temperature."""
         weight, bias = self._projection.weight, self._projection.bias
         hidden = self._hidden[tokens].to(weight.dtype)
-        return torch.nn.functional.linear(hidden, weight[:rows], None if bias is None else bias[:rows])
+        return torch.nn.functional.linear(
+            hidden, weight[:rows], None if bias is None else bias[:rows]
+        )
 
     def part(self, tokens: slice) -> ProjectedRows:
         """Those of some tokens; nothing is computed yet."""
@@ -154,13 +182,20 @@ class ProjectedRows(LogitRows):
     def blocks(self) -> Iterator[LogitRows]:
         """One after the other, each with the logits of a run of tokens."""
         rows = len(self._projection.weight)
-        runs = chunk_slices(len(self), max(1, block_elements(self.device) // rows)) if len(self) else [slice(0, 0)]
+        runs = (
+            chunk_slices(len(self), max(1, block_elements(self.device) // rows))
+            if len(self)
+            else [slice(0, 0)]
+        )
         for tokens in runs:
             yield LogitRows(
-                self.read(tokens, rows), temperature=None if self.temperature is None else self.temperature[tokens]
+                self.read(tokens, rows),
+                temperature=None if self.temperature is None else self.temperature[tokens],
             )
 
     def copy(self) -> LogitRows:
-        """The logits themselves: the LM head may not be there any more when they are read, as with FSDP."""
+        """The logits themselves: the LM head may not be there any more when they are read, as with
+        FSDP.
+        """
         everything = slice(None)
         return LogitRows(self.cool(self.read(everything, len(self._projection.weight)), everything))

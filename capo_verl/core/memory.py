@@ -20,14 +20,19 @@ class FilterMemory(NamedTuple):
     moments: int
     """Held throughout; moved to the host with the optimizer's state where verl offloads that."""
     tokens: int
-    """Between the first micro-batch and the optimizer step: hidden states and supports of the tokens seen, up to the limit
-    at which they are folded into row sums, or ``batch_shift_tokens`` if that is more."""
+    """Between the first micro-batch and the optimizer step: hidden states and supports of the
+    tokens seen, up to the limit at which they are folded into row sums, or ``batch_shift_tokens``
+    if that is more.
+    """
     row_sums: int
-    """Likewise; the rows' sums only if there are more tokens than the limit, their counts always."""
+    """Likewise; the rows' sums only if there are more tokens than the limit, their counts always.
+    """
 
 
 def fold_limit(rows: int, hidden_size: int) -> int:
-    """Bytes of hidden states beyond which they are folded into float32 sums of all ``rows``: half of what those take."""
+    """Bytes of hidden states beyond which they are folded into float32 sums of all ``rows``: half
+    of what those take.
+    """
     return rows * hidden_size * 4 // 2
 
 

@@ -29,7 +29,8 @@ _COUNTS = (
 
 
 class StepMetrics:
-    """Collects the outputs of the micro-batches of one optimizer step; reduces them once, over all ranks.
+    """Collects the outputs of the micro-batches of one optimizer step; reduces them once, over all
+    ranks.
 
     Args:
         dp_group, cp_group: groups over which the tokens are spread.
@@ -45,20 +46,33 @@ class StepMetrics:
         self._sequences: list[Tensor] = []
 
     def add(
-        self, out: CapoOutput, advantages: Tensor, response_mask: Tensor, sequence_ids: Tensor, num_sequences: int
+        self,
+        out: CapoOutput,
+        advantages: Tensor,
+        response_mask: Tensor,
+        sequence_ids: Tensor,
+        num_sequences: int,
     ) -> None:
         """One micro-batch. Does not wait for the device.
 
         Shapes as in ``CapoFilter.evaluate``; ``advantages`` have the shape of the mask.
         """
         mask = response_mask.bool()
-        alive, objective_rejected, policy_rejected = mask, torch.zeros_like(mask), torch.zeros_like(mask)
+        alive, objective_rejected, policy_rejected = (
+            mask,
+            torch.zeros_like(mask),
+            torch.zeros_like(mask),
+        )
         for stage in out.stages:
             objective_rejected = objective_rejected | (alive & ~stage.objective_ok)
             policy_rejected = policy_rejected | (alive & ~stage.policy_ok)
             alive = alive & stage.objective_ok & stage.policy_ok
         kept = out.in_trust_region
-        rejected, positive, negative = mask & ~kept, mask & (advantages > 0), mask & (advantages < 0)
+        rejected, positive, negative = (
+            mask & ~kept,
+            mask & (advantages > 0),
+            mask & (advantages < 0),
+        )
         counted = (
             mask, rejected, objective_rejected, policy_rejected,
             positive, positive & rejected, negative, negative & rejected, mask & ~out.in_support,
@@ -66,27 +80,38 @@ class StepMetrics:
         self._counts.append(torch.stack(counted).flatten(1).sum(-1))
         weights, mass = out.trust_weights, advantages.abs()
         self._penalised |= out.penalty_terms is not None
-        penalty = torch.zeros_like(weights) if out.penalty_terms is None else out.penalty_terms.value
+        penalty = (
+            torch.zeros_like(weights) if out.penalty_terms is None else out.penalty_terms.value
+        )
         summed = (weights, penalty, mass, mass * weights, mass, mass * weights)
         among = (mask, mask, positive, positive, negative, negative)
         self._masses.append(
-            torch.stack([torch.where(of, x, 0.0).sum(dtype=torch.float64) for x, of in zip(summed, among, strict=True)])
+            torch.stack(
+                [
+                    torch.where(of, x, 0.0).sum(dtype=torch.float64)
+                    for x, of in zip(summed, among, strict=True)
+                ]
+            )
         )
         shifts = torch.stack((out.policy_shift, out.objective_shift)).flatten(1)
         mask = mask.flatten()
         self._sums.append(torch.where(mask, shifts, 0.0).sum(-1, dtype=torch.float64))
         self._keys.append(ordered_keys(shifts, mask))
         tokens = torch.stack((mask, out.trust_weights.flatten() > 0)).float()
-        self._sequences.append(tokens.new_zeros(2, num_sequences).index_add_(1, sequence_ids.flatten(), tokens))
+        self._sequences.append(
+            tokens.new_zeros(2, num_sequences).index_add_(1, sequence_ids.flatten(), tokens)
+        )
 
     def compute(self, further: Mapping[str, Tensor] | None = None) -> dict[str, float]:
-        """The metrics of the step, equal on all data- and context-parallel ranks; names are in docs/metrics.md. Collective.
+        """The metrics of the step, equal on all data- and context-parallel ranks; names are in
+        docs/metrics.md. Collective.
 
-        With no response token anywhere, shifts and rates are 0. Waits for the device once: all numbers come to the host in
-        one transfer.
+        With no response token anywhere, shifts and rates are 0. Waits for the device once: all
+        numbers come to the host in one transfer.
 
         Args:
-            further: scalars of the caller's, by name, which join the transfer and are returned as they are.
+            further: scalars of the caller's, by name, which join the transfer and are returned as
+                they are.
         """
         further = further or {}
         groups = (self._dp_group, self._cp_group)
@@ -94,13 +119,25 @@ class StepMetrics:
         emptied = ((sequences[0] > 0) & (sequences[1] == 0)).sum(dim=0, keepdim=True)
         if collectives.rank(self._cp_group) > 0:  # every context-parallel rank knows all of them
             emptied.zero_()
-        columns = (*(torch.stack(x).sum(0) for x in (self._counts, self._masses, self._sums)), emptied)
+        columns = (
+            *(torch.stack(x).sum(0) for x in (self._counts, self._masses, self._sums)),
+            emptied,
+        )
         totals = collectives.sum_(torch.cat([x.double() for x in columns]), groups)
-        quantiles = nearest_rank(torch.cat(self._keys, dim=-1), totals[0], tuple(QUANTILES.values()), groups)
+        quantiles = nearest_rank(
+            torch.cat(self._keys, dim=-1), totals[0], tuple(QUANTILES.values()), groups
+        )
 
-        values = torch.cat((totals, quantiles.flatten().double(), *(x.reshape(1).double() for x in further.values())))
+        values = torch.cat(
+            (
+                totals,
+                quantiles.flatten().double(),
+                *(x.reshape(1).double() for x in further.values()),
+            )
+        )
         names = (
-            *_COUNTS, *_MASSES, *SHIFTS, "emptied", *(f"{shift}_{label}" for shift in SHIFTS for label in QUANTILES), *further
+            *_COUNTS, *_MASSES, *SHIFTS, "emptied",
+            *(f"{shift}_{label}" for shift in SHIFTS for label in QUANTILES), *further
         )  # fmt: skip
         total = dict(zip(names, values.tolist(), strict=True))
 

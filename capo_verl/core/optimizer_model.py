@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the optimizer will make of a gradient of the LM head: ``P(g)``, per unit learning rate.
 
-``sgd``: ``P(g) = g``. ``adam``: row-wise first and second moments of the mean accepted gradient, kept beside the real
+``sgd``: ``P(g) = g``. ``adam``: row-wise first and second moments of the mean accepted gradient,
+    kept beside the real
 optimizer's. All tensors hold this rank's vocabulary rows only.
 """
 
@@ -42,7 +43,9 @@ class SgdModel:
     ) -> Tensor:
         return plain.identity_sums(hidden, advantages, support, directions)
 
-    def accumulate(self, hidden: Tensor, advantages: Tensor, support: Support, accepted: Tensor) -> None:
+    def accumulate(
+        self, hidden: Tensor, advantages: Tensor, support: Support, accepted: Tensor
+    ) -> None:
         pass
 
     def discard(self) -> None:
@@ -59,7 +62,9 @@ class SgdModel:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if state:
-            raise ValueError(f"optimizer_model='sgd' has no state, but the checkpoint holds {sorted(state)}")
+            raise ValueError(
+                f"optimizer_model='sgd' has no state, but the checkpoint holds {sorted(state)}"
+            )
 
 
 class AdamModel:
@@ -69,7 +74,8 @@ class AdamModel:
         moments_dtype: in which the moments are stored; the arithmetic is float32.
 
     Attributes:
-        exp_avg, exp_avg_sq: ``[rows, H]``, M and Q; float64 once float64 inputs were seen, unless stored in bfloat16.
+        exp_avg, exp_avg_sq: ``[rows, H]``, M and Q; float64 once float64 inputs were seen, unless
+            stored in bfloat16.
         dtype: of the arithmetic.
     """
 
@@ -100,7 +106,9 @@ class AdamModel:
 
     @property
     def moments(self) -> Moments:
-        return Moments(self.exp_avg, self.exp_avg_sq, self._steps, self.betas, self.eps, self.shard.start)
+        return Moments(
+            self.exp_avg, self.exp_avg_sq, self._steps, self.betas, self.eps, self.shard.start
+        )
 
     def promote(self, dtype: torch.dtype) -> None:
         """Widen the arithmetic if ``dtype`` is wider: float64 inputs are evaluated in float64."""
@@ -118,7 +126,9 @@ class AdamModel:
 
     @property
     def is_settled(self) -> Tensor:
-        """Scalar bool, False before the first update: until then ``P(g) = g``, which is on another scale."""
+        """Scalar bool, False before the first update: until then ``P(g) = g``, which is on another
+        scale.
+        """
         return self._steps > 0
 
     def partial_sums(
@@ -127,7 +137,8 @@ class AdamModel:
         """``u_a``, ``sum pi u``, ``sum pi u^2`` of every token over this rank's rows: ``[N, 3]``.
 
         Args:
-            directions: if given, ``[N, entries]``, filled with ``u`` of every entry of the support, 0 for other ranks' rows.
+            directions: if given, ``[N, entries]``, filled with ``u`` of every entry of the support,
+                0 for other ranks' rows.
         """
         return self._kernels.partial_sums(hidden, advantages, support, self.moments, directions)
 
@@ -141,10 +152,14 @@ class AdamModel:
         old1, new1, old2, new2 = self.moments.corrected((self._steps + 1).double())
         dtype = gradient.dtype
         first = old1.to(dtype) * self.exp_avg[rows, columns].to(dtype) + new1.to(dtype) * gradient
-        second = old2.to(dtype) * self.exp_avg_sq[rows, columns].to(dtype) + new2.to(dtype) * gradient**2
+        second = (
+            old2.to(dtype) * self.exp_avg_sq[rows, columns].to(dtype) + new2.to(dtype) * gradient**2
+        )
         return torch.where(self._steps == 0, gradient, first.div_(second.sqrt_().add_(self.eps)))
 
-    def accumulate(self, hidden: Tensor, advantages: Tensor, support: Support, accepted: Tensor) -> None:
+    def accumulate(
+        self, hidden: Tensor, advantages: Tensor, support: Support, accepted: Tensor
+    ) -> None:
         """Remember the accepted tokens for the update.
 
         Args:
@@ -157,7 +172,8 @@ class AdamModel:
         self._accepted.clear()
 
     def update(self, groups: Sequence[collectives.Group]) -> None:
-        """Move the moments by the mean accepted gradient of the mini-batch; rows without one keep their values.
+        """Move the moments by the mean accepted gradient of the mini-batch; rows without one keep
+        their values.
 
         Without any accepted token nothing changes, the number of updates neither.
 
@@ -177,7 +193,8 @@ class AdamModel:
         """Take over saved moments.
 
         Raises:
-            ValueError: for missing or unexpected keys, other shapes, non-finite values or a negative step.
+            ValueError: for missing or unexpected keys, other shapes, non-finite values or a
+                negative step.
         """
         expected = {"exp_avg", "exp_avg_sq", "step"}
         if set(state) != expected:
@@ -188,11 +205,18 @@ class AdamModel:
         for name in ("exp_avg", "exp_avg_sq"):
             value, shape = state[name], self.exp_avg.shape
             if value.shape != shape:
-                raise ValueError(f"CAPO state: {name} has shape {tuple(value.shape)}, this rank needs {tuple(shape)}")
+                raise ValueError(
+                    f"CAPO state: {name} has shape {tuple(value.shape)}, this rank needs "
+                    f"{tuple(shape)}"
+                )
             if not value.isfinite().all():
-                raise ValueError(f"CAPO state: {name} holds non-finite values; the checkpoint is corrupt")
+                raise ValueError(
+                    f"CAPO state: {name} holds non-finite values; the checkpoint is corrupt"
+                )
         if (state["exp_avg_sq"] < 0).any():
-            raise ValueError("CAPO state: exp_avg_sq holds negative values; the checkpoint is corrupt")
+            raise ValueError(
+                "CAPO state: exp_avg_sq holds negative values; the checkpoint is corrupt"
+            )
         self.promote(torch.promote_types(state["exp_avg"].dtype, torch.float32))
         self.exp_avg.copy_(state["exp_avg"])
         self.exp_avg_sq.copy_(state["exp_avg_sq"])

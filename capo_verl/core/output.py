@@ -16,7 +16,9 @@ class Stage(NamedTuple):
 
     granularity: str
     objective_shift: Tensor
-    """m_H of the token, or of its sequence or batch; 0 where the stage did not look (outside the mask, rejected before)."""
+    """m_H of the token, or of its sequence or batch; 0 where the stage did not look (outside the
+    mask, rejected before).
+    """
     policy_shift: Tensor
     """m_F, likewise."""
     objective_ok: Tensor
@@ -36,19 +38,27 @@ class CapoOutput:
     policy_shift: Tensor
     """m_F in nats, likewise. Token granularity: defined at all positions unless ``skip_masked``."""
     accepted: Tensor
-    """bool, the tokens to train on, inside the response mask. It is the response mask with ``mode="track"``, with soft weights and
-    once the guard has stopped the filtering."""
+    """bool, the tokens to train on, inside the response mask. It is the response mask with
+    ``mode="track"``, with soft weights and once the guard has stopped the filtering.
+    """
     weights: Tensor
-    """Factor of the token's loss, or of its advantage, 0 outside the response mask: 0 or 1 as ``accepted``, with soft weights
-    in 0..1."""
+    """Factor of the token's loss, or of its advantage, 0 outside the response mask: 0 or 1 as
+    ``accepted``, with soft weights in 0..1.
+    """
     trust_weights: Tensor
     """What ``weights`` would be if the filter did not only track and had not been stopped."""
     in_trust_region: Tensor
-    """bool, the verdict of all stages, inside the response mask. Equal to ``accepted`` with ``mode="filter"`` and hard weights."""
+    """bool, the verdict of all stages, inside the response mask.
+
+    Equal to ``accepted`` with ``mode="filter"`` and hard weights.
+    """
     in_support: Tensor
     """bool, whether the taken token is among the top k."""
     problems: dict[str, Tensor] = field(repr=False)
-    """What is wrong with the inputs -> bool, where inside the response mask. All False unless ``check_values=False``."""
+    """What is wrong with the inputs -> bool, where inside the response mask.
+
+    All False unless ``check_values=False``.
+    """
     stages: tuple[Stage, ...] = field(repr=False)
     """One entry per granularity, in the order in which they were applied."""
     penalty_terms: PenaltyTerms | None = field(default=None, repr=False)

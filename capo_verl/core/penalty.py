@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The shifts as a penalty: ``lambda_F m_F - lambda_H m_H`` of every token, a function of its logits along a fixed direction.
+"""The shifts as a penalty: ``lambda_F m_F - lambda_H m_H`` of every token, a function of its logits
+along a fixed direction.
 
-With ``u = P(g) h`` held fixed and pi the softmax of the logits z over the support (``curvature.py`` for d, e, s):
+With ``u = P(g) h`` held fixed and pi the softmax of the logits z over the support (``curvature.py``
+for d, e, s):
 
     d e / d z_j = pi_j (u_j - e)      d s / d z_j = pi_j (u_j^2 - s)      d d / d z_j = -pi_j (u_j - e)
 
@@ -12,8 +14,9 @@ so the gradient of either shift is ``a de/dz + b ds/dz`` with two numbers per to
               -lr^2 e                        lr^2 / 2         exact
     m_H       -lr A - lr^2 A (d - e)         -lr^2 A / 2
 
-Nothing but those products is kept until the backward pass, one number per entry of the support. With a vocabulary sharded over
-ranks every rank puts the gradient on its own rows, as vocabulary-parallel cross-entropies do.
+Nothing but those products is kept until the backward pass, one number per entry of the support.
+With a vocabulary sharded over ranks every rank puts the gradient on its own rows, as
+vocabulary-parallel cross-entropies do.
 """
 
 from __future__ import annotations
@@ -37,9 +40,12 @@ class PenaltyTerms(NamedTuple):
     value: Tensor
     """``[...]`` of the shape of ``actions``; 0 outside the response mask."""
     gradient: Tensor
-    """``[N, c]``, with respect to the logits as given, before any temperature; 0 for other ranks' rows."""
+    """``[N, c]``, with respect to the logits as given, before any temperature; 0 for other ranks'
+    rows.
+    """
     places: Tensor
-    """``[N, c]`` int64, their place among the logits ``[M, rows]`` flattened; ``M * rows`` = none."""
+    """``[N, c]`` int64, their place among the logits ``[M, rows]`` flattened; ``M * rows`` = none.
+    """
     positions: Tensor | None
     """``[N]`` int64, place of each token among the M; None if N = M."""
 
@@ -53,7 +59,8 @@ def curvature_penalty(logits: Tensor, terms: PenaltyTerms) -> Tensor:
     """The penalty of every token, differentiable through the logits; the gradient counts once.
 
     Args:
-        logits: ``[..., rows]``, those of ``CapoFilter.evaluate``, part of a graph. May be overwritten in place afterwards.
+        logits: ``[..., rows]``, those of ``CapoFilter.evaluate``, part of a graph. May be
+            overwritten in place afterwards.
         terms: what that call returned as ``penalty_terms``.
 
     Returns:
@@ -64,7 +71,8 @@ def curvature_penalty(logits: Tensor, terms: PenaltyTerms) -> Tensor:
     """
     if logits.shape[:-1] != terms.value.shape:
         raise ValueError(
-            f"logits: expected {[*terms.value.shape]} and the vocabulary rows, as evaluated, got {[*logits.shape]}"
+            f"logits: expected {[*terms.value.shape]} and the vocabulary rows, as evaluated, got "
+            f"{[*logits.shape]}"
         )
     return cast(Tensor, _FixedDirection.apply(logits, terms))  # type: ignore[no-untyped-call]
 
@@ -84,7 +92,9 @@ class _FixedDirection(torch.autograd.Function):
             factor = factor[terms.positions]
         gradient = (factor[:, None] * terms.gradient).to(ctx.dtype)
         flat = torch.zeros(ctx.shape.numel() + 1, device=gradient.device, dtype=ctx.dtype)
-        flat[terms.places.flatten()] = gradient.flatten()  # no place twice, except the one that is cut off
+        flat[terms.places.flatten()] = (
+            gradient.flatten()
+        )  # no place twice, except the one that is cut off
         return flat[:-1].view(ctx.shape), None
 
 
@@ -97,7 +107,8 @@ def token_shifts_and_terms(
     first_token: int,
     tp_group: collectives.Group,
 ) -> tuple[Shifts, PenaltyTerms]:
-    """Shifts of every token along its own gradient, as ``curvature.token_shifts``, and the terms of their penalty.
+    """Shifts of every token along its own gradient, as ``curvature.token_shifts``, and the terms of
+    their penalty.
 
     Args:
         inputs: the N tokens, advantages in the compute dtype.
@@ -119,10 +130,15 @@ def token_shifts_and_terms(
     first = config.objective_penalty * lr * advantages * (1 + lr * (d - mean))
     second = config.objective_penalty * 0.5 * lr**2 * advantages
     if exact:
-        first, second = first - config.policy_penalty * lr**2 * mean, second + config.policy_penalty * 0.5 * lr**2
+        first, second = (
+            first - config.policy_penalty * lr**2 * mean,
+            second + config.policy_penalty * 0.5 * lr**2,
+        )
     else:
         first = first - config.policy_penalty * lr**2 * d
-    gradient = probs * (first[:, None] * (u - mean[:, None]) + second[:, None] * (u.square() - mean_square[:, None]))
+    gradient = probs * (
+        first[:, None] * (u - mean[:, None]) + second[:, None] * (u.square() - mean_square[:, None])
+    )
     if inputs.temperature is not None:
         gradient = gradient / inputs.temperature[:, None]
     counts = held & inputs.mask[:, None]
@@ -133,7 +149,10 @@ def token_shifts_and_terms(
     index = torch.where(counts, place[:, None] * rows + row, nowhere)
     value = config.policy_penalty * shifts.policy - config.objective_penalty * shifts.objective
     terms = PenaltyTerms(
-        torch.where(inputs.mask, value, 0.0), torch.where(counts, gradient, 0.0), index, inputs.positions
+        torch.where(inputs.mask, value, 0.0),
+        torch.where(counts, gradient, 0.0),
+        index,
+        inputs.positions,
     )
     return shifts, terms
 
@@ -141,16 +160,21 @@ def token_shifts_and_terms(
 def joined_terms(parts: list[PenaltyTerms], inputs: Inputs) -> PenaltyTerms:
     """Of all N tokens, from their blocks in order."""
     value, gradient, index = (
-        torch.cat(x) for x in ([getattr(p, name) for p in parts] for name in PenaltyTerms._fields[:3])
+        torch.cat(x)
+        for x in ([getattr(p, name) for p in parts] for name in PenaltyTerms._fields[:3])
     )
     return PenaltyTerms(inputs.restore(value), gradient, index, inputs.positions)
 
 
 def _entries(support: Support) -> tuple[Tensor, Tensor, Tensor]:
-    """Probability, row of this rank and whether it is one, of every entry of the support: ``[N, c]`` each."""
+    """Probability, row of this rank and whether it is one, of every entry of the support: ``[N,
+    c]`` each.
+    """
     if isinstance(support, TopKSupport):
         row = support.ids - support.shard.start
         return support.probs, row, (row >= 0) & (row < support.shard.rows)
-    probs = torch.cat([part for _, part, _ in support.all_rows()] or [support.log_normaliser.new_zeros(0, 0)])
+    probs = torch.cat(
+        [part for _, part, _ in support.all_rows()] or [support.log_normaliser.new_zeros(0, 0)]
+    )
     row = torch.arange(probs.shape[1], device=probs.device).expand_as(probs)
     return probs, row, torch.ones_like(probs, dtype=torch.bool)

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The support S of a response token: the ids of its k largest logits, and the policy renormalised over them.
+"""The support S of a response token: the ids of its k largest logits, and the policy renormalised
+over them.
 
-The vocabulary may be sharded over the tensor-parallel group: each rank contributes its k best rows, one gather makes the
-candidates known everywhere, and every rank keeps the entries whose rows it holds. Of equal logits the lower id wins, so
-the choice depends neither on the sharding nor on the order in which a device happens to select.
+The vocabulary may be sharded over the tensor-parallel group: each rank contributes its k best rows,
+one gather makes the candidates known everywhere, and every rank keeps the entries whose rows it
+holds. Of equal logits the lower id wins, so the choice depends neither on the sharding nor on the
+order in which a device happens to select.
 """
 
 from __future__ import annotations
@@ -68,8 +70,16 @@ class TopKSupport:
         inside: ``[N]`` bool, whether the taken token is in the support.
     """
 
-    def __init__(self, ids: Tensor, probs: Tensor, finite: Tensor, actions: Tensor, shard: VocabShard):
-        self.ids, self.probs, self.finite, self.actions, self.shard = ids, probs, finite, actions, shard
+    def __init__(
+        self, ids: Tensor, probs: Tensor, finite: Tensor, actions: Tensor, shard: VocabShard
+    ):
+        self.ids, self.probs, self.finite, self.actions, self.shard = (
+            ids,
+            probs,
+            finite,
+            actions,
+            shard,
+        )
         self.taken = ids == actions[:, None]
         self.inside = self.taken.any(-1)
 
@@ -79,11 +89,16 @@ class TopKSupport:
         return self.taken.to(self.probs.dtype) - self.probs
 
     def pairs(self, include: Tensor) -> Pairs:
-        """Entries of the tokens in ``include [N]`` bool whose rows this rank holds. Waits for the device."""
+        """Entries of the tokens in ``include [N]`` bool whose rows this rank holds.
+
+        Waits for the device.
+        """
         row = self.ids - self.shard.start
         held = (row >= 0) & (row < self.shard.rows) & include[:, None]
         token, column = held.nonzero(as_tuple=True)
-        return Pairs(token, row[token, column], self.probs[token, column], self.taken[token, column])
+        return Pairs(
+            token, row[token, column], self.probs[token, column], self.taken[token, column]
+        )
 
     def blocks(self, entries: int, dense: bool = False) -> Iterator[Block]:
         """The entries whose rows this rank holds, about ``entries`` at a time.
@@ -103,7 +118,9 @@ class TopKSupport:
             yield Block(tokens, row[tokens], probs[tokens], taken[tokens], held[tokens])
 
     def snapshot(self) -> TopKSupport:
-        """A support that stays valid after the caller has overwritten the logits: nothing to copy here."""
+        """A support that stays valid after the caller has overwritten the logits: nothing to copy
+        here.
+        """
         return self
 
     @staticmethod
@@ -116,14 +133,22 @@ class TopKSupport:
 
 
 class FullSupport:
-    """The whole vocabulary; probabilities are recomputed from the logits, a run of tokens at a time.
+    """The whole vocabulary; probabilities are recomputed from the logits, a run of tokens at a
+    time.
 
     Attributes:
         finite: ``[N]`` bool, False where a logit was not finite.
         inside: ``[N]`` bool, True.
     """
 
-    def __init__(self, logits: LogitRows, log_normaliser: Tensor, finite: Tensor, actions: Tensor, shard: VocabShard):
+    def __init__(
+        self,
+        logits: LogitRows,
+        log_normaliser: Tensor,
+        finite: Tensor,
+        actions: Tensor,
+        shard: VocabShard,
+    ):
         self.logits, self.log_normaliser, self.finite = logits, log_normaliser, finite
         self.actions, self.shard = actions, shard
         self.inside = torch.ones_like(finite)
@@ -133,7 +158,9 @@ class FullSupport:
         token, rows = include.nonzero()[:, 0], self.shard.real_rows
         row = torch.arange(rows, device=self.logits.device)
         probs, taken = self._probs(token), row == (self.actions[token, None] - self.shard.start)
-        return Pairs(token.repeat_interleave(rows), row.repeat(len(token)), probs.flatten(), taken.flatten())
+        return Pairs(
+            token.repeat_interleave(rows), row.repeat(len(token)), probs.flatten(), taken.flatten()
+        )
 
     def blocks(self, entries: int, dense: bool = False) -> Iterator[Block]:
         """As :meth:`TopKSupport.blocks`; all entries are held here."""
@@ -144,22 +171,36 @@ class FullSupport:
                     piece = probs[part, columns]
                     at = slice(tokens.start + part.start, tokens.start + part.stop)
                     rows = row[columns].expand_as(piece)
-                    yield Block(at, rows, piece, taken[part, columns], torch.ones_like(piece, dtype=torch.bool))
+                    yield Block(
+                        at,
+                        rows,
+                        piece,
+                        taken[part, columns],
+                        torch.ones_like(piece, dtype=torch.bool),
+                    )
 
     def all_rows(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """A run of tokens, their ``probs [n, real rows]`` and ``taken [n, real rows]`` bool, until all have been."""
+        """A run of tokens, their ``probs [n, real rows]`` and ``taken [n, real rows]`` bool, until
+        all have been.
+        """
         rows = self.shard.real_rows
         row_ids = torch.arange(rows, device=self.logits.device) + self.shard.start
-        for tokens in chunk_slices(len(self.logits), max(1, scratch_elements(self.logits.device) // max(1, rows))):
+        for tokens in chunk_slices(
+            len(self.logits), max(1, scratch_elements(self.logits.device) // max(1, rows))
+        ):
             yield tokens, self._probs(tokens), row_ids == self.actions[tokens, None]
 
     def _probs(self, tokens: slice | Tensor) -> Tensor:
-        logits = self.logits.cool(self.logits.read(tokens, self.shard.real_rows), tokens).to(self.log_normaliser.dtype)
+        logits = self.logits.cool(self.logits.read(tokens, self.shard.real_rows), tokens).to(
+            self.log_normaliser.dtype
+        )
         return (logits - self.log_normaliser[tokens, None]).exp_()
 
     def snapshot(self) -> FullSupport:
         """A copy that stays valid after the caller has overwritten the logits in place."""
-        return FullSupport(self.logits.copy(), self.log_normaliser, self.finite, self.actions, self.shard)
+        return FullSupport(
+            self.logits.copy(), self.log_normaliser, self.finite, self.actions, self.shard
+        )
 
     @staticmethod
     def concatenate(parts: Sequence[FullSupport]) -> FullSupport:
@@ -197,8 +238,11 @@ def find_support(
         return _full_support(logits, actions, shard, dtype, tp_group)
     k = min(top_k, shard.rows)
     if logits.dtype == torch.float64:
-        # They cannot share an int64 with their id; they come from tests and analyses, where a stable sort is fast enough.
-        values, ids, finite = _merge_sorted(collectives.gather(_sorted_candidates(logits, k, shard), tp_group), top_k)
+        # They cannot share an int64 with their id; they come from tests and analyses, where a
+        # stable sort is fast enough.
+        values, ids, finite = _merge_sorted(
+            collectives.gather(_sorted_candidates(logits, k, shard), tp_group), top_k
+        )
     else:
         best = torch.cat([kernels.best_keys(block, k, shard) for block in logits.blocks()])
         values, ids, finite = _merge_keys(collectives.gather(best, tp_group), top_k)
@@ -217,9 +261,18 @@ def _finite(logits: Tensor) -> Tensor:
 
 
 def _sorted_candidates(logits: LogitRows, k: int, shard: VocabShard) -> Tensor:
-    """``[N, 3k]``: per candidate its logit, its id and whether the row of logits is finite (ids are exact in float64)."""
-    chunks = list(chunk_slices(len(logits), max(1, scratch_elements(logits.device) // shard.rows))) or [slice(0, 0)]
-    return torch.cat([_sorted(logits.cool(logits.read(part, shard.real_rows), part), k, shard) for part in chunks])
+    """``[N, 3k]``: per candidate its logit, its id and whether the row of logits is finite (ids are
+    exact in float64).
+    """
+    chunks = list(
+        chunk_slices(len(logits), max(1, scratch_elements(logits.device) // shard.rows))
+    ) or [slice(0, 0)]
+    return torch.cat(
+        [
+            _sorted(logits.cool(logits.read(part, shard.real_rows), part), k, shard)
+            for part in chunks
+        ]
+    )
 
 
 def _sorted(logits: Tensor, k: int, shard: VocabShard) -> Tensor:
@@ -230,19 +283,28 @@ def _sorted(logits: Tensor, k: int, shard: VocabShard) -> Tensor:
         values = torch.nn.functional.pad(values, short, value=-torch.inf)
         rows = torch.nn.functional.pad(rows, short, value=0)
     finite = _finite(logits) if shard.real_rows else torch.ones_like(values[:, 0], dtype=torch.bool)
-    columns = (values, (rows + shard.start).to(values.dtype), finite[:, None].expand_as(values).to(values.dtype))
+    columns = (
+        values,
+        (rows + shard.start).to(values.dtype),
+        finite[:, None].expand_as(values).to(values.dtype),
+    )
     return torch.stack(columns, dim=-1).flatten(1)
 
 
 def _merge_sorted(candidates: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     values, ids, finite = candidates.unflatten(1, (-1, 3)).unbind(-1)
-    # Ranks come in order of their ids, so a stable sort keeps the lower id first among equal logits.
+    # Ranks come in order of their ids, so a stable sort keeps the lower id first among equal
+    # logits.
     values, order = values.sort(dim=-1, descending=True, stable=True)
     return values[:, :k], ids.gather(1, order[:, :k]).long(), (finite > 0).all(-1)
 
 
 def _full_support(
-    logits: LogitRows, actions: Tensor, shard: VocabShard, dtype: torch.dtype, tp_group: collectives.Group
+    logits: LogitRows,
+    actions: Tensor,
+    shard: VocabShard,
+    dtype: torch.dtype,
+    tp_group: collectives.Group,
 ) -> FullSupport:
     n = len(logits)
     log_normaliser = torch.full((n,), -torch.inf, device=logits.device, dtype=dtype)

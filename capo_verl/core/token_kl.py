@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How far a policy moved at every token: KL(old || new), over the whole vocabulary or from the taken token alone.
+"""How far a policy moved at every token: KL(old || new), over the whole vocabulary or from the
+taken token alone.
 
-Both are sums of ``phi(d) = exp(d) - 1 - d``, which is never negative. With ``d_j = log q_j - log p_j`` over a vocabulary that is
-the KL divergence itself, because ``sum_j (q_j - p_j) = 0`` (Schulman 2020, "Approximating KL divergence", k3); and in this form an
-error common to all ``d_j``, such as that of the two normalisers, enters only squared. A KL of 1e-8 nats survives float32.
+Both are sums of ``phi(d) = exp(d) - 1 - d``, which is never negative. With ``d_j = log q_j - log
+p_j`` over a vocabulary that is the KL divergence itself, because ``sum_j (q_j - p_j) = 0``
+(Schulman 2020, "Approximating KL divergence", k3); and in this form an error common to all ``d_j``,
+such as that of the two normalisers, enters only squared. A KL of 1e-8 nats survives float32.
 """
 
 from __future__ import annotations
@@ -28,18 +30,21 @@ def token_kl(
     *,
     temperature: Tensor | None = None,
 ) -> Tensor:
-    """KL(old || new) in nats between the sampling distributions of N tokens, exact over the vocabulary.
+    """KL(old || new) in nats between the sampling distributions of N tokens, exact over the
+    vocabulary.
 
     Args:
-        old_logits, new_logits: ``[N, rows]``, this rank's vocabulary rows. Converted before anything is subtracted, a run of tokens
-            at a time, so that no temporary grows with N.
+        old_logits, new_logits: ``[N, rows]``, this rank's vocabulary rows. Converted before
+            anything is subtracted, a run of tokens at a time, so that no temporary grows with N.
         shard: which rows these are; those beyond the vocabulary are left out.
-        tp_group: over which the vocabulary is spread. Collective, with the same N on all of its ranks.
+        tp_group: over which the vocabulary is spread. Collective, with the same N on all of its
+            ranks.
         temperature: ``[N]`` > 0, divides both logits; None = already done.
 
     Returns:
-        ``[N]`` float32 (float64 for float64 logits), >= 0, equal on all ranks of the group. Infinite where the new policy rules
-        out a token which the old one does not, NaN where logits are not numbers.
+        ``[N]`` float32 (float64 for float64 logits), >= 0, equal on all ranks of the group.
+        Infinite where the new policy rules out a token which the old one does not, NaN where logits
+        are not numbers.
 
     Raises:
         ValueError: if the shapes are not those of ``shard``.
@@ -47,9 +52,12 @@ def token_kl(
     for name, logits in (("old_logits", old_logits), ("new_logits", new_logits)):
         if list(logits.shape) != [len(old_logits), shard.rows]:
             raise ValueError(
-                f"{name}: expected [N, {shard.rows}] (the vocabulary rows of this rank), got {list(logits.shape)}"
+                f"{name}: expected [N, {shard.rows}] (the vocabulary rows of this rank), got "
+                f"{list(logits.shape)}"
             )
-    dtype = torch.promote_types(torch.promote_types(old_logits.dtype, new_logits.dtype), torch.float32)
+    dtype = torch.promote_types(
+        torch.promote_types(old_logits.dtype, new_logits.dtype), torch.float32
+    )
     n, rows = len(old_logits), shard.real_rows
     runs = list(chunk_slices(n, max(1, scratch_elements(old_logits.device) // max(1, rows))))
 
@@ -67,13 +75,16 @@ def token_kl(
     total = norms.new_zeros(n)
     for tokens in runs if rows else ():
         total[tokens] = _divergence(
-            read(old_logits, tokens), read(new_logits, tokens), *log_norms[tokens, :, None].unbind(1)
+            read(old_logits, tokens),
+            read(new_logits, tokens),
+            *log_norms[tokens, :, None].unbind(1),
         )
     return collectives.sum_(total, (tp_group,))
 
 
 def k3(old_log_probs: Tensor, new_log_probs: Tensor) -> Tensor:
-    """``exp(r) - 1 - r`` with ``r = new - old``: >= 0, and unbiased for KL(old || new) if the old policy took the tokens.
+    """``exp(r) - 1 - r`` with ``r = new - old``: >= 0, and unbiased for KL(old || new) if the old
+    policy took the tokens.
 
     Args:
         old_log_probs, new_log_probs: ``[N]``, of the taken tokens.
@@ -86,16 +97,22 @@ def k3(old_log_probs: Tensor, new_log_probs: Tensor) -> Tensor:
     """
     if old_log_probs.shape != new_log_probs.shape:
         raise ValueError(
-            f"old_log_probs {list(old_log_probs.shape)} and new_log_probs {list(new_log_probs.shape)}: expected the same tokens"
+            f"old_log_probs {list(old_log_probs.shape)} and new_log_probs "
+            f"{list(new_log_probs.shape)}: expected the same tokens"
         )
-    dtype = torch.promote_types(torch.promote_types(old_log_probs.dtype, new_log_probs.dtype), torch.float32)
+    dtype = torch.promote_types(
+        torch.promote_types(old_log_probs.dtype, new_log_probs.dtype), torch.float32
+    )
     r = new_log_probs.to(dtype) - old_log_probs.to(dtype)
     return torch.where(r.abs() < _SMALL, _series(r), r.exp() - 1 - r)
 
 
 def _divergence(old: Tensor, new: Tensor, old_norm: Tensor, new_norm: Tensor) -> Tensor:
-    """This rank's part of the sum over the vocabulary, ``[n]``; logits ``[n, rows]``, normalisers ``[n, 1]``."""
-    # The logits first: they are close, so their difference is exact, and what the normalisers add is common to all.
+    """This rank's part of the sum over the vocabulary, ``[n]``; logits ``[n, rows]``, normalisers
+    ``[n, 1]``.
+    """
+    # The logits first: they are close, so their difference is exact, and what the normalisers add
+    # is common to all.
     d = (new - old) - (new_norm - old_norm)
     p, q = (old - old_norm).exp(), (new - new_norm).exp()
     # p phi(d) = q - p - p d; where p is 0, d may be anything.

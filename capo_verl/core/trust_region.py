@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The accept rule: ``low < m_H < tau_H`` and ``m_F < tau_F``, each test switched off by a threshold of None or 0."""
+"""The accept rule: ``low < m_H < tau_H`` and ``m_F < tau_F``, each test switched off by a threshold
+of None or 0.
+"""
 
 from __future__ import annotations
 
@@ -24,15 +26,20 @@ class Verdict(NamedTuple):
 
 
 def judge(config: CapoConfig, shifts: Shifts, policy_shift_max: float | Tensor | None) -> Verdict:
-    """Apply the trust region to shifts of any shape. Comparisons are strict, except a numeric lower bound (>=).
+    """Apply the trust region to shifts of any shape. Comparisons are strict, except a numeric lower
+    bound (>=).
 
     A NaN fails every test that is switched on.
 
     Args:
-        policy_shift_max: tau_F of this step, a scalar on the device if it adapts; None or 0 = no test.
+        policy_shift_max: tau_F of this step, a scalar on the device if it adapts; None or 0 = no
+            test.
     """
     objective, policy = shifts
-    objective_ok, policy_ok = torch.ones_like(objective, dtype=torch.bool), torch.ones_like(policy, dtype=torch.bool)
+    objective_ok, policy_ok = (
+        torch.ones_like(objective, dtype=torch.bool),
+        torch.ones_like(policy, dtype=torch.bool),
+    )
     if config.objective_shift_max:
         objective_ok &= objective < config.objective_shift_max
         if config.objective_shift_min == "symmetric":

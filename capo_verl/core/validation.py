@@ -32,7 +32,9 @@ class Inputs(NamedTuple):
     logits: Tensor | ProjectedLogits
     """``[M, rows]``, all positions: they are too large to copy."""
     positions: Tensor | None
-    """``[N]`` int64, position of each token among the M, -1 where there is none to fill the place; None if N = M."""
+    """``[N]`` int64, position of each token among the M, -1 where there is none to fill the place;
+    None if N = M.
+    """
     temperature: Tensor | None
     """``[N]``, by which the logits still have to be divided."""
     actions: Tensor
@@ -48,7 +50,9 @@ class Inputs(NamedTuple):
     shape: torch.Size
     """Shape of ``actions``, M elements."""
     overflow: Tensor | None
-    """Scalar bool, the mask holds more tokens than there are places; None if there is a place for all."""
+    """Scalar bool, the mask holds more tokens than there are places; None if there is a place for
+    all.
+    """
 
     @property
     def dtype(self) -> torch.dtype:
@@ -100,7 +104,10 @@ def check_inputs(
     """
     shape = actions.shape
     if actions.is_floating_point() or actions.dtype == torch.bool or not shape:
-        raise ValueError(f"actions: expected integer token ids with at least one dimension, got {_describe(actions)}")
+        raise ValueError(
+            "actions: expected integer token ids with at least one dimension, got "
+            f"{_describe(actions)}"
+        )
     tensors = [("hidden_states", hidden_states, hidden_size)]
     if isinstance(logits, ProjectedLogits):
         logits.check(shard.rows, hidden_size)
@@ -110,10 +117,14 @@ def check_inputs(
         if tensor.shape != (*shape, last) or not tensor.is_floating_point():
             raise ValueError(
                 f"{name}: expected a float tensor {[*shape, last]} (shape of actions, then "
-                f"{'H' if name == 'hidden_states' else 'the vocabulary rows of this rank'}), got {_describe(tensor)}"
+                f"{'H' if name == 'hidden_states' else 'the vocabulary rows of this rank'}), got "
+                f"{_describe(tensor)}"
             )
     if response_mask.shape != shape:
-        raise ValueError(f"response_mask: expected shape {list(shape)} like actions, got {_describe(response_mask)}")
+        raise ValueError(
+            f"response_mask: expected shape {list(shape)} like actions, got "
+            f"{_describe(response_mask)}"
+        )
     if advantages.dim() not in (0, len(shape)) or any(
         a not in (1, n) for a, n in zip(advantages.shape, shape, strict=False)
     ):
@@ -121,17 +132,25 @@ def check_inputs(
             f"advantages: expected shape {list(shape)} like actions, or 1 in place of a dimension "
             f"(one per sequence: {[*shape[:-1], 1]}), got {_describe(advantages)}"
         )
-    if isinstance(learning_rate, Tensor) or not (math.isfinite(learning_rate) and learning_rate >= 0):
+    if isinstance(learning_rate, Tensor) or not (
+        math.isfinite(learning_rate) and learning_rate >= 0
+    ):
         raise ValueError(f"learning_rate: expected a finite float >= 0, got {learning_rate!r}")
     if (sequence_ids is None) != (num_sequences is None):
         raise ValueError("sequence_ids and num_sequences must be given together")
     if sequence_ids is None:
         num_sequences = math.prod(shape[:-1])
-        sequence_ids = torch.arange(num_sequences, device=actions.device).repeat_interleave(shape[-1])
+        sequence_ids = torch.arange(num_sequences, device=actions.device).repeat_interleave(
+            shape[-1]
+        )
     elif sequence_ids.shape != shape or sequence_ids.is_floating_point():
-        raise ValueError(f"sequence_ids: expected integers of shape {list(shape)}, got {_describe(sequence_ids)}")
+        raise ValueError(
+            f"sequence_ids: expected integers of shape {list(shape)}, got {_describe(sequence_ids)}"
+        )
     if temperature is not None and temperature.shape != shape:
-        raise ValueError(f"temperature: expected shape {list(shape)} like actions, got {_describe(temperature)}")
+        raise ValueError(
+            f"temperature: expected shape {list(shape)} like actions, got {_describe(temperature)}"
+        )
     assert num_sequences is not None
     m = actions.numel()
     mask = response_mask.reshape(m).bool()
@@ -142,7 +161,9 @@ def check_inputs(
 
     return Inputs(
         hidden=tokens(hidden_states.detach().reshape(m, hidden_size)),
-        logits=logits if isinstance(logits, ProjectedLogits) else logits.detach().reshape(m, shard.rows),
+        logits=logits
+        if isinstance(logits, ProjectedLogits)
+        else logits.detach().reshape(m, shard.rows),
         positions=positions,
         temperature=None if temperature is None else tokens(temperature.reshape(m)),
         actions=tokens(actions.reshape(m)).long(),
@@ -157,7 +178,10 @@ def check_inputs(
 
 
 def _positions(mask: Tensor, max_tokens: int | None) -> Tensor:
-    """Where the mask is set. Their number is not known without waiting for a GPU, so there as many places as there may be."""
+    """Where the mask is set.
+
+    Their number is not known without waiting for a GPU, so there as many places as there may be.
+    """
     if max_tokens is None and mask.device.type == "cpu":
         return mask.nonzero()[:, 0]
     size = len(mask) if max_tokens is None else min(max_tokens, len(mask))
@@ -165,7 +189,8 @@ def _positions(mask: Tensor, max_tokens: int | None) -> Tensor:
 
 
 def find_problems(inputs: Inputs, finite_logits: Tensor, shard: VocabShard) -> dict[str, Tensor]:
-    """What is wrong with the values inside the mask: one of ``TOKEN_PROBLEMS`` -> ``[N]`` bool. Does not wait for the device.
+    """What is wrong with the values inside the mask: one of ``TOKEN_PROBLEMS`` -> ``[N]`` bool.
+    Does not wait for the device.
 
     Args:
         finite_logits: ``[N]`` bool, of the support.
@@ -180,9 +205,13 @@ def find_problems(inputs: Inputs, finite_logits: Tensor, shard: VocabShard) -> d
         ~inputs.advantages.isfinite(),
         (inputs.actions < 0) | (inputs.actions >= shard.vocab_size),
         (inputs.sequence < 0) | (inputs.sequence >= inputs.num_sequences),
-        torch.zeros_like(inputs.mask) if inputs.overflow is None else inputs.overflow.expand_as(inputs.mask),
+        torch.zeros_like(inputs.mask)
+        if inputs.overflow is None
+        else inputs.overflow.expand_as(inputs.mask),
     )
-    return {what: of_tokens & inputs.mask for what, of_tokens in zip(TOKEN_PROBLEMS, bad, strict=True)}
+    return {
+        what: of_tokens & inputs.mask for what, of_tokens in zip(TOKEN_PROBLEMS, bad, strict=True)
+    }
 
 
 def raise_for(problems: dict[str, Tensor], inputs: Inputs, shard: VocabShard) -> None:
@@ -206,7 +235,9 @@ def raise_for(problems: dict[str, Tensor], inputs: Inputs, shard: VocabShard) ->
             shown = ", ".join(str(_position(i, inputs.shape)) for i in at[:_SHOWN])
             more = ", …" if len(at) > _SHOWN else ""
             values = allowed.get(what, "")
-            found.append(f"{what}{values} at {len(at)} of {total} response tokens: position {shown}{more}")
+            found.append(
+                f"{what}{values} at {len(at)} of {total} response tokens: position {shown}{more}"
+            )
     raise ValueError("; ".join(found))
 
 

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From the verdict of the trust region to the weight of every token, and what adapts from one optimizer step to the next."""
+"""From the verdict of the trust region to the weight of every token, and what adapts from one
+optimizer step to the next.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,13 @@ from capo_verl.core.adaptive_threshold import AdaptiveThreshold
 from capo_verl.core.rejection_guard import RejectionGuard
 from capo_verl.core.soft_weights import SignBalance, soft_weights
 
-STATE_KEYS = ("policy_threshold", "balance_positive", "balance_negative", "filter_stopped", "rejection_streak")
+STATE_KEYS = (
+    "policy_threshold",
+    "balance_positive",
+    "balance_negative",
+    "filter_stopped",
+    "rejection_streak",
+)
 
 
 class Weights(NamedTuple):
@@ -25,7 +33,8 @@ class Weights(NamedTuple):
     trusted: Tensor
     """What the trust region says: 0 or 1, or soft; 0 outside the mask."""
     applied: Tensor
-    """What the loss gets: likewise, but 1 inside the mask if the filter only tracks or was stopped."""
+    """What the loss gets: likewise, but 1 inside the mask if the filter only tracks or was stopped.
+    """
     accepted: Tensor
     """bool, the tokens that stay in the mask of the loss."""
 
@@ -37,11 +46,15 @@ class Weighting:
         groups: data- and context-parallel groups over which the tokens of a step are spread.
     """
 
-    def __init__(self, config: CapoConfig, device: torch.device, groups: Sequence[collectives.Group]):
+    def __init__(
+        self, config: CapoConfig, device: torch.device, groups: Sequence[collectives.Group]
+    ):
         self._soft, self._tracks = config.weighting != "hard", config.mode == "track"
         tau = config.policy_shift_max
         self._fixed = None if isinstance(tau, TargetRejection) else tau
-        self._threshold = AdaptiveThreshold(tau, device, groups) if isinstance(tau, TargetRejection) else None
+        self._threshold = (
+            AdaptiveThreshold(tau, device, groups) if isinstance(tau, TargetRejection) else None
+        )
         self._balance = SignBalance(device, groups) if config.weighting == "soft_balanced" else None
         self._guard = (
             None
@@ -60,14 +73,19 @@ class Weighting:
 
     @property
     def stopped(self) -> Tensor | None:
-        """Scalar bool on the device, whether the guard has ended the filtering; None without a guard."""
+        """Scalar bool on the device, whether the guard has ended the filtering; None without a
+        guard.
+        """
         return None if self._guard is None else self._guard.stopped
 
-    def weigh(self, policy_shift: Tensor, advantages: Tensor, verdict: Tensor, mask: Tensor) -> Weights:
+    def weigh(
+        self, policy_shift: Tensor, advantages: Tensor, verdict: Tensor, mask: Tensor
+    ) -> Weights:
         """Weights of some tokens, which count for what adapts.
 
         Args:
-            policy_shift: ``[N]``, m_F; advantages: ``[N]``; verdict, mask: ``[N]`` bool, inside the trust region and the mask.
+            policy_shift: ``[N]``, m_F; advantages: ``[N]``; verdict, mask: ``[N]`` bool, inside the
+                trust region and the mask.
         """
         if self._soft:
             tau = self.policy_shift_max
@@ -92,7 +110,10 @@ class Weighting:
         return Weights(trusted, applied, accepted)
 
     def step(self, comparable: Tensor | bool, dtype: torch.dtype) -> None:
-        """The optimizer steps. Collective, does not wait for the device; arguments as ``AdaptiveThreshold.step``."""
+        """The optimizer steps.
+
+        Collective, does not wait for the device; arguments as ``AdaptiveThreshold.step``.
+        """
         if self._threshold is not None:
             self._threshold.step(comparable, dtype)
         if self._balance is not None:
@@ -110,7 +131,9 @@ class Weighting:
             part.move(device)
 
     def metrics(self) -> dict[str, Tensor]:
-        """Scalars on the device by name (docs/metrics.md); the threshold is infinite before it is known."""
+        """Scalars on the device by name (docs/metrics.md); the threshold is infinite before it is
+        known.
+        """
         found = {}
         if self._threshold is not None:
             found["capo/policy_threshold"] = self._threshold.value
@@ -126,10 +149,23 @@ class Weighting:
         """See ``CapoFilter.load_adaptive_state``."""
         for name, value in state.items():
             if name not in STATE_KEYS:
-                raise ValueError(f"CAPO adaptive state: {name} is unknown; expected some of {', '.join(STATE_KEYS)}")
-            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
-                raise ValueError(f"CAPO adaptive state: {name}={value!r} is not a finite number >= 0; it is corrupt")
+                raise ValueError(
+                    f"CAPO adaptive state: {name} is unknown; expected some of "
+                    f"{', '.join(STATE_KEYS)}"
+                )
+            if (
+                isinstance(value, bool)
+                or not isinstance(value, int | float)
+                or not math.isfinite(value)
+                or value < 0
+            ):
+                raise ValueError(
+                    f"CAPO adaptive state: {name}={value!r} is not a finite number >= 0; it is "
+                    "corrupt"
+                )
         if state.get("policy_threshold", 1.0) == 0:
-            raise ValueError("CAPO adaptive state: policy_threshold=0 would reject every token; it is corrupt")
+            raise ValueError(
+                "CAPO adaptive state: policy_threshold=0 would reject every token; it is corrupt"
+            )
         for part in self._adaptive:
             part.load(state)

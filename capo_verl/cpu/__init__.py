@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The embedded default: what verl and Megatron-Core need in order to train on a CPU over gloo.
 
-The method itself (``capo_verl.core``) and the engine (``capo_verl.engines.megatron``) know nothing of this package; deleting it
-would not touch them. ``capo_verl.plugin.register`` switches it on when ``VERL_PLATFORM=cpu``:
+The method itself (``capo_verl.core``) and the engine (``capo_verl.engines.megatron``) know nothing
+of this package; deleting it would not touch them. ``capo_verl.plugin.register`` switches it on when
+``VERL_PLATFORM=cpu``:
 
 ====================== ==================================================================================
 ``platform.py``        verl's device interface, for a CPU

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A CPU for verl's ``PlatformRegistry``: importing this module registers it; ``VERL_PLATFORM=cpu`` selects it.
+"""A CPU for verl's ``PlatformRegistry``: importing this module registers it; ``VERL_PLATFORM=cpu``
+selects it.
 
 verl asks its platform for everything that depends on the device, but ships accelerators only
-(``verl/plugin/platform/platform_manager.py:172``). A rank is one process, and takes one unit of Ray's resource ``GPU``:
-verl counts no other (``verl/single_controller/ray/base.py:230``). The units are made up, and the command line must say
-how many there are: ``+ray_kwargs.ray_init.num_gpus=<ranks>``.
+(``verl/plugin/platform/platform_manager.py:172``). A rank is one process, and takes one unit of
+Ray's resource ``GPU``: verl counts no other (``verl/single_controller/ray/base.py:230``). The units
+are made up, and the command line must say how many there are:
+``+ray_kwargs.ray_init.num_gpus=<ranks>``.
 """
 
 from __future__ import annotations
@@ -18,17 +20,19 @@ from typing import Any
 import torch
 from verl.plugin.platform import PlatformBase, PlatformRegistry
 
-# verl's entropy (verl/utils/megatron/tensor_parallel.py:112) and Megatron-Core's @jit_fuser (megatron/core/jit.py) call
-# torch.compile: half a minute of C++ in every process, for nothing at this size. torch reads this variable on every
-# such call; its config object is no substitute, because what is set there holds for one thread only.
+# verl's entropy (verl/utils/megatron/tensor_parallel.py:112) and Megatron-Core's @jit_fuser
+# (megatron/core/jit.py) call torch.compile: half a minute of C++ in every process, for nothing at
+# this size. torch reads this variable on every such call; its config object is no substitute,
+# because what is set there holds for one thread only.
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 
 
 class CpuDeviceId(str):
-    """What ``get_device_id()`` returns: ``"cpu"`` where it names a device, ``0`` where it is formatted as an index.
+    """What ``get_device_id()`` returns: ``"cpu"`` where it names a device, ``0`` where it is
+    formatted as an index.
 
-    verl uses it both ways: ``tensor.to(get_device_id())``, and ``f"{get_device_name()}:{get_device_id()}"``
-    (``verl/utils/megatron_utils.py:233``).
+    verl uses it both ways: ``tensor.to(get_device_id())``, and
+    ``f"{get_device_name()}:{get_device_id()}"`` (``verl/utils/megatron_utils.py:233``).
     """
 
     def __new__(cls) -> CpuDeviceId:
@@ -42,7 +46,9 @@ class CpuDeviceId(str):
 
 
 class CpuDeviceModule(ModuleType):
-    """``torch.cpu`` with the memory, random state and property functions that verl expects of ``torch.cuda``."""
+    """``torch.cpu`` with the memory, random state and property functions that verl expects of
+    ``torch.cuda``.
+    """
 
     def __init__(self) -> None:
         super().__init__("capo_verl.cpu.device")
@@ -51,11 +57,15 @@ class CpuDeviceModule(ModuleType):
         return getattr(torch.cpu, name)
 
     def is_available(self) -> bool:
-        """False: there is no accelerator memory to watch or to empty (``verl/utils/memory_utils.py:42``)."""
+        """False: there is no accelerator memory to watch or to empty
+        (``verl/utils/memory_utils.py:42``).
+        """
         return False
 
     def device_count(self) -> int:
-        """0: Megatron-Core's CUDA seeds must not be set (``verl/workers/engine/megatron/utils.py:35``)."""
+        """0: Megatron-Core's CUDA seeds must not be set
+        (``verl/workers/engine/megatron/utils.py:35``).
+        """
         return 0
 
     def current_device(self) -> CpuDeviceId:

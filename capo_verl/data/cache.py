@@ -39,8 +39,8 @@ def cached_folder(
     Returns:
         The folder, and whether it was there already.
 
-    Contents are written beside the target and moved into place by one rename, and each file's digest is checked on
-    every use, so an interrupted build or a damaged file leads to a rebuild.
+    Contents are written beside the target and moved into place by one rename, and each file's
+    digest is checked on every use, so an interrupted build or a damaged file leads to a rebuild.
     """
     root = Path(root) if root is not None else cache_root()
     target = root / f"{kind}-{recipe_hash(recipe)}"
@@ -51,7 +51,9 @@ def cached_folder(
     try:
         build(scratch)
         manifest = {"recipe": recipe, "files": _digests(scratch)}
-        (scratch / MANIFEST).write_text(json.dumps(manifest, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        (scratch / MANIFEST).write_text(
+            json.dumps(manifest, indent=2, sort_keys=True) + "\n", encoding="utf-8"
+        )
         scratch.chmod(0o755)
         if target.exists():
             if is_complete(target, recipe):  # another process was faster
@@ -67,11 +69,16 @@ def is_complete(folder: Path, recipe: Mapping[str, Any]) -> bool:
     """Whether ``folder`` holds exactly what was built from ``recipe``."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        return manifest["recipe"] == json.loads(json.dumps(recipe)) and manifest["files"] == _digests(folder)
+        return manifest["recipe"] == json.loads(json.dumps(recipe)) and manifest[
+            "files"
+        ] == _digests(folder)
     except (OSError, ValueError, KeyError, TypeError):
         return False
 
 
 def _digests(folder: Path) -> dict[str, str]:
     files = (path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
-    return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    return {
+        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in files
+    }

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Problems of any of reasoning-gym's generators as rows of verl's schema, and their reward: its own scorer."""
+"""Problems of any of reasoning-gym's generators as rows of verl's schema, and their reward: its own
+scorer.
+"""
 
 from __future__ import annotations
 
@@ -49,20 +51,25 @@ def distinct_splits(
             seen.add(problem(entry))
     if len(seen) < len(pending):
         raise ValueError(
-            f"reasoning-gym has only {len(seen)} distinct problems for the {len(pending)} asked for: "
-            f"lower the split sizes or widen {widen}"
+            f"reasoning-gym has only {len(seen)} distinct problems for the {len(pending)} asked "
+            f"for: lower the split sizes or widen {widen}"
         )
     return splits
 
 
 def dump_entry(entry: Entry) -> str:
-    """An entry as JSON. Tuples are marked: some scorers compare with them. Other objects become their text."""
+    """An entry as JSON.
+
+    Tuples are marked: some scorers compare with them. Other objects become their text.
+    """
     return json.dumps(_mark_tuples(entry), default=str)
 
 
 def load_entry(text: str) -> dict[str, Any]:
     """What :func:`dump_entry` was given, but for objects that JSON does not have."""
-    return json.loads(text, object_hook=lambda value: tuple(value[TUPLE]) if value.keys() == {TUPLE} else value)
+    return json.loads(
+        text, object_hook=lambda value: tuple(value[TUPLE]) if value.keys() == {TUPLE} else value
+    )
 
 
 def _mark_tuples(value: Any) -> Any:
@@ -95,7 +102,8 @@ def gym_rows(
         settings: of the generator.
 
     Raises:
-        ValueError: for a generator or a setting that does not exist, and if it has fewer distinct problems.
+        ValueError: for a generator or a setting that does not exist, and if it has fewer distinct
+            problems.
     """
     try:
         import reasoning_gym
@@ -106,19 +114,29 @@ def gym_rows(
     if generator not in DATASETS or generator == "composite":
         close = get_close_matches(generator, DATASETS, n=3)
         raise ValueError(
-            f"reasoning-gym has no generator {generator!r}: {'close: ' + ', '.join(close) if close else ''}"
+            f"reasoning-gym has no generator {generator!r}: "
+            f"{'close: ' + ', '.join(close) if close else ''}"
         )
     try:
         entries = reasoning_gym.create_dataset(
             generator, seed=seed, size=OVERSAMPLING * sum(sizes.values()), **dict(settings)
         )
-    except (TypeError, AssertionError) as error:  # how reasoning-gym refuses unknown settings and bad values
-        raise ValueError(f"{name}: reasoning-gym refuses --generator-config {json.dumps(settings)}: {error}") from error
+    except (
+        TypeError,
+        AssertionError,
+    ) as error:  # how reasoning-gym refuses unknown settings and bad values
+        raise ValueError(
+            f"{name}: reasoning-gym refuses --generator-config {json.dumps(settings)}: {error}"
+        ) from error
     splits = distinct_splits(
-        (entries[i] for i in range(len(entries))), sizes, lambda entry: entry["question"], "--generator-config"
+        (entries[i] for i in range(len(entries))),
+        sizes,
+        lambda entry: entry["question"],
+        "--generator-config",
     )
     return {
-        split: [_row(name, entry, template, i, split) for i, entry in enumerate(es)] for split, es in splits.items()
+        split: [_row(name, entry, template, i, split) for i, entry in enumerate(es)]
+        for split, es in splits.items()
     }
 
 
@@ -128,10 +146,12 @@ def _row(name: str, entry: Mapping[str, Any], template: Template, index: int, sp
     score = scorer(name.removeprefix(SOURCE_PREFIX))
     if score(answer, load_entry(text)) != score(answer, entry):
         raise ValueError(
-            f"{name}: its scorer judges the reference answer of problem {index} otherwise once the entry was JSON"
+            f"{name}: its scorer judges the reference answer of problem {index} otherwise once the "
+            "entry was JSON"
         )
     return make_row(
-        name, entry["question"], template, answer, "reasoning", index=index, split=split, entry=text,
+        name, entry["question"], template, answer, "reasoning", index=index, split=split,
+        entry=text,
     )  # fmt: skip
 
 
@@ -143,12 +163,14 @@ def compute_score(
     partial_credit: bool = True,
     **_: Any,
 ) -> dict[str, float]:
-    """Reward of one response, by reasoning-gym's scorer. verl calls it through ``reward.custom_reward_function``.
+    """Reward of one response, by reasoning-gym's scorer. verl calls it through
+    ``reward.custom_reward_function``.
 
     Args:
         data_source: ``reasoning_gym/<generator>``.
         solution_str: the decoded response.
-        ground_truth: reasoning-gym's reference answer; the scorer reads it from the entry, which carries more.
+        ground_truth: reasoning-gym's reference answer; the scorer reads it from the entry, which
+            carries more.
         extra_info: the row's ``extra_info``; ``entry`` is the reasoning-gym entry as JSON.
         partial_credit: False gives 0 to everything that has not the scorer's full mark.
 
@@ -162,7 +184,9 @@ def compute_score(
         raise ValueError(f"data_source={data_source!r}: expected {SOURCE_PREFIX}<generator>")
     if not extra_info or "entry" not in extra_info:
         raise ValueError("extra_info.entry is missing: write the data with capo-verl data")
-    score = float(scorer(data_source[len(SOURCE_PREFIX) :])(solution_str, load_entry(extra_info["entry"])))
+    score = float(
+        scorer(data_source[len(SOURCE_PREFIX) :])(solution_str, load_entry(extra_info["entry"]))
+    )
     acc = float(score >= 1.0)
     return {"score": score if partial_credit else acc, "acc": acc}
 

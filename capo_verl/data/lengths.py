@@ -33,16 +33,24 @@ def load_tokenizer(path: str, option: str = "--tokenizer") -> Any:
     except (OSError, ValueError) as error:
         raise ValueError(f"{option} {path}: {str(error).splitlines()[0]}") from error
     if not tokenizer.chat_template:
-        raise ValueError(f"{option} {path}: it has no chat template, so a prompt's length cannot be told")
+        raise ValueError(
+            f"{option} {path}: it has no chat template, so a prompt's length cannot be told"
+        )
     return tokenizer
 
 
 def measure(rows: Iterable[Row], tokenizer: Any, limit: int) -> Lengths:
     """Lengths with the chat template and the generation prompt, as verl's data set measures them."""
     counts = sorted(
-        len(tokenizer(tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, tokenize=False),
+        len(tokenizer(tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True,
+            tokenize=False),
                       add_special_tokens=False)["input_ids"])
         for row in rows
     )  # fmt: skip
     last = len(counts) - 1
-    return Lengths(counts[last // 2], counts[round(0.99 * last)], counts[-1], sum(count > limit for count in counts))
+    return Lengths(
+        counts[last // 2],
+        counts[round(0.99 * last)],
+        counts[-1],
+        sum(count > limit for count in counts),
+    )

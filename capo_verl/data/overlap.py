@@ -18,8 +18,12 @@ NEAR = 0.5
 
 
 def normalise(text: str) -> str:
-    """A question without case, punctuation, spacing and LaTeX's spacing commands: what exact comparison compares."""
-    text = re.sub(r"\\(?:left|right|!|,|;|:|quad|qquad|displaystyle|dfrac|tfrac)(?![a-z])", _spacing, text)
+    """A question without case, punctuation, spacing and LaTeX's spacing commands: what exact
+    comparison compares.
+    """
+    text = re.sub(
+        r"\\(?:left|right|!|,|;|:|quad|qquad|displaystyle|dfrac|tfrac)(?![a-z])", _spacing, text
+    )
     return " ".join(re.findall(r"[^\W_]+|[-+*/=<>^]", text.lower()))
 
 
@@ -69,17 +73,23 @@ def duplicates(rows: Sequence[Row]) -> Duplicates:
     return found
 
 
-def overlap(train: Sequence[Row], test: Sequence[Row], instructions: Iterable[str] = (), near: bool = True) -> Overlap:
+def overlap(
+    train: Sequence[Row], test: Sequence[Row], instructions: Iterable[str] = (), near: bool = True
+) -> Overlap:
     """Problems that both have: the same after :func:`normalise`, or nearly.
 
     Args:
         instructions: what templates add to every question; removed first.
-        near: False compares exactly only: generated problems differ in a few numbers, as they should.
+        near: False compares exactly only: generated problems differ in a few numbers, as they
+            should.
 
-    Numbers are words: two problems that differ in one number of a long text count as near, on purpose.
+    Numbers are words: two problems that differ in one number of a long text count as near, on
+    purpose.
     """
     strip = [text for text in instructions if text]
-    keys = [[normalise(_without(question_of(row), strip)) for row in rows] for rows in (train, test)]
+    keys = [
+        [normalise(_without(question_of(row), strip)) for row in rows] for rows in (train, test)
+    ]
     exact_index = defaultdict(list)
     shingle_index = defaultdict(list)
     train_shingles = [shingles(key) for key in keys[0]]

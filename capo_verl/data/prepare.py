@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From names of data sets to parquet files and a report; the command line of ``scripts/prepare_data.py``.
+"""From names of data sets to parquet files and a report; the command line of
+``scripts/prepare_data.py``.
 
-Everything is read and checked before the first file is written, and each file appears whole or not at all.
+Everything is read and checked before the first file is written, and each file appears whole or not
+at all.
 """
 
 from __future__ import annotations
@@ -27,7 +29,9 @@ from capo_verl.data.templates import TEMPLATES
 from capo_verl.utils import replace_text, replacing
 
 REPORT = "report.json"
-INSTRUCTIONS = [part.strip() for template in TEMPLATES.values() for part in template.user.split("{question}")]
+INSTRUCTIONS = [
+    part.strip() for template in TEMPLATES.values() for part in template.user.split("{question}")
+]
 
 
 @dataclass
@@ -70,7 +74,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(args: argparse.Namespace, console: Console) -> None:
     """
     Raises:
-        ValueError, OSError: whatever is wrong with the input, in one sentence, before anything is written.
+        ValueError, OSError: whatever is wrong with the input, in one sentence, before anything is
+            written.
     """
     output = Path(args.output)
     plan = _plan(args)
@@ -78,7 +83,12 @@ def run(args: argparse.Namespace, console: Console) -> None:
     tokenizer = lengths.load_tokenizer(args.tokenizer) if args.tokenizer else None
     against = {path: _read_prepared(Path(path)) for path in args.against}
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         files = [
             file
@@ -87,7 +97,9 @@ def run(args: argparse.Namespace, console: Console) -> None:
         ]  # fmt: skip
         for file in progress.track(files, description="checking"):
             check_rows(file.rows, f"{file.label} ({file.origin})")
-        found = compare(files, against, lambda pairs: progress.track(pairs, description="comparing"))
+        found = compare(
+            files, against, lambda pairs: progress.track(pairs, description="comparing")
+        )
         if args.drop_overlap:
             _drop(files, found)
         measured = {}
@@ -105,7 +117,8 @@ def _plan(args: argparse.Namespace) -> dict[str, Callable[[], list[Prepared]]]:
     local = args.source not in (None, "hub", "package")
     if local and len(args.names) > 1:
         raise ValueError(
-            f"--from {args.source} is one data set's; {len(args.names)} were named: {', '.join(args.names)}"
+            f"--from {args.source} is one data set's; {len(args.names)} were named: "
+            f"{', '.join(args.names)}"
         )
     settings = _generator_config(args.generator_config)
     plan: dict[str, Callable[[], list[Prepared]]] = {}
@@ -145,7 +158,8 @@ def _prepare_dataset(dataset: DataSet, args: argparse.Namespace) -> list[Prepare
     known = source in ("hub", "package")
     return [
         Prepared(
-            dataset.name, split, origin, licence, math_rows(dataset, records, split, template, origin),
+            dataset.name, split, origin, licence,
+            math_rows(dataset, records, split, template, origin),
             dataset.sizes[split] if known or dataset.name in DATASETS else None,
         )
         for split, (origin, records) in splits.items()
@@ -153,7 +167,9 @@ def _prepare_dataset(dataset: DataSet, args: argparse.Namespace) -> list[Prepare
     ]  # fmt: skip
 
 
-def _prepare_gym(name: str, args: argparse.Namespace, settings: Mapping[str, Any]) -> list[Prepared]:
+def _prepare_gym(
+    name: str, args: argparse.Namespace, settings: Mapping[str, Any]
+) -> list[Prepared]:
     # The test split comes first: it stays the same when the training split grows.
     sizes = {"test": args.test_size, "train": args.train_size}
     rows = gym.gym_rows(name, sizes, args.seed, settings, TEMPLATES[args.template or "tags"])
@@ -170,8 +186,12 @@ def compare(
     against: Mapping[str, list[Row]],
     track: Callable[[Sequence[Any]], Iterable[Any]] = iter,
 ) -> dict[str, overlap.Duplicates | overlap.Overlap]:
-    """Duplicates of each file, and the overlap of each training file with each test file (and those of ``against``)."""
-    found: dict[str, overlap.Duplicates | overlap.Overlap] = {f.label: overlap.duplicates(f.rows) for f in files}
+    """Duplicates of each file, and the overlap of each training file with each test file (and those
+    of ``against``).
+    """
+    found: dict[str, overlap.Duplicates | overlap.Overlap] = {
+        f.label: overlap.duplicates(f.rows) for f in files
+    }
     tests = {f.label: f.rows for f in files if f.split == "test"} | dict(against)
     pairs = [(f, label, rows) for f in files if f.split == "train" for label, rows in tests.items()]
     for file, label, rows in track(pairs):
@@ -181,15 +201,22 @@ def compare(
     return found
 
 
-def _drop(files: Sequence[Prepared], found: Mapping[str, overlap.Duplicates | overlap.Overlap]) -> None:
+def _drop(
+    files: Sequence[Prepared], found: Mapping[str, overlap.Duplicates | overlap.Overlap]
+) -> None:
     for file in files:
         shared = [
-            o for key, o in found.items() if isinstance(o, overlap.Overlap) and key.startswith(f"{file.label} and ")
+            o
+            for key, o in found.items()
+            if isinstance(o, overlap.Overlap) and key.startswith(f"{file.label} and ")
         ]
         gone = set().union(*(o.training_rows for o in shared))
         file.rows = [row for i, row in enumerate(file.rows) if i not in gone]
         if not file.rows:
-            raise ValueError(f"{file.label}: every row is in a test file too; without --drop-overlap they are kept")
+            raise ValueError(
+                f"{file.label}: every row is in a test file too; without --drop-overlap they are "
+                "kept"
+            )
 
 
 def write_parquet(rows: Sequence[Row], path: Path) -> None:
@@ -229,22 +256,38 @@ def _generator_config(text: str) -> dict[str, Any]:
         raise ValueError(f"--generator-config {text!r} is not JSON: {error}") from error
     if not isinstance(settings, dict) or {"seed", "size"} & settings.keys():
         raise ValueError(
-            f"--generator-config {text!r}: an object is expected, without seed and size (they have options)"
+            f"--generator-config {text!r}: an object is expected, without seed and size (they have "
+            "options)"
         )
     return settings
 
 
 def _report(args, files, found, measured) -> dict[str, dict[str, Any]]:  # type: ignore[no-untyped-def]
-    common = {"template": args.template or "default", "seed": args.seed, "overlap_dropped": args.drop_overlap}
+    common = {
+        "template": args.template or "default",
+        "seed": args.seed,
+        "overlap_dropped": args.drop_overlap,
+    }
     return {
         "files": {
-            f.label: {"rows": len(f.rows), "known_size": f.expected, "source": f.origin, "licence": f.licence, **common}
+            f.label: {
+                "rows": len(f.rows),
+                "known_size": f.expected,
+                "source": f.origin,
+                "licence": f.licence,
+                **common,
+            }
             for f in files
         },
-        "duplicates": overlap.as_json({k: v for k, v in found.items() if isinstance(v, overlap.Duplicates)}),
-        "overlap": overlap.as_json({k: v for k, v in found.items() if isinstance(v, overlap.Overlap)}),
+        "duplicates": overlap.as_json(
+            {k: v for k, v in found.items() if isinstance(v, overlap.Duplicates)}
+        ),
+        "overlap": overlap.as_json(
+            {k: v for k, v in found.items() if isinstance(v, overlap.Overlap)}
+        ),
         "prompt_tokens": {
-            label: {**asdict(value), "max_prompt_length": args.max_prompt_length} for label, value in measured.items()
+            label: {**asdict(value), "max_prompt_length": args.max_prompt_length}
+            for label, value in measured.items()
         },
     }
 
@@ -258,15 +301,26 @@ def _write_report(path: Path, report: dict[str, dict[str, Any]]) -> None:
 
 def _show(console: Console, output, files, found, measured, args) -> None:  # type: ignore[no-untyped-def]
     for file in files:
-        _say(console, f"{file.path(output)}: {len(file.rows)} rows from {file.origin}; licence: {file.licence}")
+        _say(
+            console,
+            f"{file.path(output)}: {len(file.rows)} rows from {file.origin}; licence: "
+            f"{file.licence}",
+        )
     for file in files:
         if file.expected and len(file.rows) != file.expected and not args.drop_overlap:
-            _say(console, f"note: {file.label} has {len(file.rows)} rows, {file.expected} were expected")
+            _say(
+                console,
+                f"note: {file.label} has {len(file.rows)} rows, {file.expected} were expected",
+            )
     for label, value in found.items():
         if isinstance(value, overlap.Duplicates):
             if value.exact:
                 pairs = value.contradictions
-                differ = f", {len(pairs)} of them with another answer: rows {str(pairs[:5])[1:-1]}" if pairs else ""
+                differ = (
+                    f", {len(pairs)} of them with another answer: rows {str(pairs[:5])[1:-1]}"
+                    if pairs
+                    else ""
+                )
                 _say(console, f"duplicates: {label}: {value.exact} questions came before{differ}")
             continue
         what = f"{len(value.exact)} the same, {len(value.near)} nearly the same"
@@ -275,8 +329,8 @@ def _show(console: Console, output, files, found, measured, args) -> None:  # ty
     for label, length in measured.items():
         _say(
             console,
-            f"prompts: {label}: median {length.median}, 99 % within {length.p99}, longest {length.longest} tokens; "
-            f"{length.too_long} above {args.max_prompt_length}",
+            f"prompts: {label}: median {length.median}, 99 % within {length.p99}, longest "
+            f"{length.longest} tokens; {length.too_long} above {args.max_prompt_length}",
         )
     _say(console, f"report: {output / REPORT}")
 
@@ -290,7 +344,10 @@ def _parser() -> argparse.ArgumentParser:
         prog="prepare_data", description="Write data sets as verl parquet: DIR/NAME/SPLIT.parquet"
     )
     parser.add_argument(
-        "names", nargs="*", metavar="NAME", help="see --list; reasoning_gym/GENERATOR for generated problems"
+        "names",
+        nargs="*",
+        metavar="NAME",
+        help="see --list; reasoning_gym/GENERATOR for generated problems",
     )
     parser.add_argument("--output", default="data", metavar="DIR", help="default: data")
     parser.add_argument(
@@ -301,17 +358,32 @@ def _parser() -> argparse.ArgumentParser:
         "(.jsonl .json .parquet .csv); default: the hub if the data set is there, else its package",
     )
     parser.add_argument("--split", help="only this split; names the split of a local file")
-    parser.add_argument("--template", choices=TEMPLATES, help="how to ask; default: qwen-math, for reasoning-gym tags")
-    parser.add_argument("--seed", type=int, default=2025, help="of reasoning-gym's problems; default: 2025")
-    parser.add_argument("--train-size", type=_count, default=4096, help="reasoning-gym problems; default: 4096")
-    parser.add_argument("--test-size", type=_count, default=256, help="reasoning-gym problems; default: 256")
     parser.add_argument(
-        "--generator-config", default="{}", metavar="JSON", help="settings of reasoning-gym's generator"
+        "--template",
+        choices=TEMPLATES,
+        help="how to ask; default: qwen-math, for reasoning-gym tags",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=2025, help="of reasoning-gym's problems; default: 2025"
+    )
+    parser.add_argument(
+        "--train-size", type=_count, default=4096, help="reasoning-gym problems; default: 4096"
+    )
+    parser.add_argument(
+        "--test-size", type=_count, default=256, help="reasoning-gym problems; default: 256"
+    )
+    parser.add_argument(
+        "--generator-config",
+        default="{}",
+        metavar="JSON",
+        help="settings of reasoning-gym's generator",
     )
     parser.add_argument("--question-column", help="of a local file whose column has another name")
     parser.add_argument("--answer-column", help="of a local file whose column has another name")
     parser.add_argument(
-        "--answer-form", choices=("plain", "boxed", "hashes", "quantity"), help="how the answer stands there"
+        "--answer-form",
+        choices=("plain", "boxed", "hashes", "quantity"),
+        help="how the answer stands there",
     )
     parser.add_argument(
         "--against",
@@ -320,10 +392,17 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="prepared test file to compare the training data with; repeatable",
     )
-    parser.add_argument("--drop-overlap", action="store_true", help="leave out training rows that are in a test file")
+    parser.add_argument(
+        "--drop-overlap",
+        action="store_true",
+        help="leave out training rows that are in a test file",
+    )
     parser.add_argument("--tokenizer", metavar="PATH", help="report prompt lengths in its tokens")
     parser.add_argument(
-        "--max-prompt-length", type=int, default=1024, help="verl's data.max_prompt_length; default: 1024"
+        "--max-prompt-length",
+        type=int,
+        default=1024,
+        help="verl's data.max_prompt_length; default: 1024",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace existing files")
     parser.add_argument("--list", action="store_true", help="show the data sets and exit")

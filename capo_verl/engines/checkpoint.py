@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an engine with CAPO adds to verl's checkpoints, and takes back: moments, and the state of whatever adapts."""
+"""What an engine with CAPO adds to verl's checkpoints, and takes back: moments, and the state of
+whatever adapts.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +23,8 @@ State = dict[str, Any]
 class CapoCheckpointMixin:
     """The checkpoint part of :class:`capo_verl.engines.mixin.CapoEngineMixin`.
 
-    What is loaded waits for the first training step, which says whether this is a run with CAPO; saved before that, it is
-    handed on as it was.
+    What is loaded waits for the first training step, which says whether this is a run with CAPO;
+    saved before that, it is handed on as it was.
     """
 
     _capo: CapoConfig | None
@@ -39,7 +41,10 @@ class CapoCheckpointMixin:
         raise NotImplementedError
 
     def _load_state(self, checkpoint: str) -> State | None:
-        """This rank's moments, on any device; None if the checkpoint was written without CAPO. Collective."""
+        """This rank's moments, on any device; None if the checkpoint was written without CAPO.
+
+        Collective.
+        """
         raise NotImplementedError
 
     def _optimizer_steps(self) -> int:
@@ -65,8 +70,9 @@ class CapoCheckpointMixin:
 
     def load_checkpoint(self, local_path: str, *args: Any, **kwargs: Any) -> None:
         super().load_checkpoint(local_path, *args, **kwargs)
-        # verl restores Megatron's scheduler only with optim.use_checkpoint_opt_param_scheduler=True. Its trainer takes the step
-        # from the name of the folder as well.
+        # verl restores Megatron's scheduler only with
+        # optim.use_checkpoint_opt_param_scheduler=True. Its trainer takes the step from the name of
+        # the folder as well.
         names = re.findall(r"global_step_(\d+)", local_path)
         self._steps_before = int(names[-1]) if names and not self._optimizer_steps() else 0
         self._loaded_from = local_path
@@ -87,7 +93,10 @@ class CapoCheckpointMixin:
         if self._step is None:
             return
         if state is None:
-            logger.warning("the checkpoint %s was written without CAPO: its moments start empty", self._loaded_from)
+            logger.warning(
+                "the checkpoint %s was written without CAPO: its moments start empty",
+                self._loaded_from,
+            )
             return
         self._step.capo.load_state_dict(state)
 
@@ -96,7 +105,8 @@ class CapoCheckpointMixin:
         if self._kl is not None:
             if control is None or control.kl_budget is None:
                 logger.warning(
-                    "the checkpoint %s holds no state of a KL budget: the learning rate starts at its full value",
+                    "the checkpoint %s holds no state of a KL budget: the learning rate starts at "
+                    "its full value",
                     self._loaded_from,
                 )
             else:
@@ -104,4 +114,7 @@ class CapoCheckpointMixin:
         if self._step is not None and control is not None and control.filter:
             self._step.capo.load_adaptive_state(control.filter)
         elif self._step is not None and self._step.capo.adaptive_state():
-            logger.warning("the checkpoint %s holds no adaptive threshold or guard: they start anew", self._loaded_from)
+            logger.warning(
+                "the checkpoint %s holds no adaptive threshold or guard: they start anew",
+                self._loaded_from,
+            )

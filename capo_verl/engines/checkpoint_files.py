@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The few numbers a resumed run needs beside the moments: ``<checkpoint>/capo/control.json``.
 
-The scale of the learning rate, an adaptive threshold, a guard's count: plain floats, the same for every layout, written by the
-first rank and read for all. A file that was damaged is refused, not guessed at.
+The scale of the learning rate, an adaptive threshold, a guard's count: plain floats, the same for
+every layout, written by the first rank and read for all. A file that was damaged is refused, not
+guessed at.
 """
 
 from __future__ import annotations
@@ -34,11 +35,14 @@ def path_of(checkpoint: str) -> Path:
     return Path(checkpoint, "capo", "control.json")
 
 
-def gather(moments: bool, kl_budget: dict[str, float] | None, filter_state: dict[str, float]) -> Control | None:
+def gather(
+    moments: bool, kl_budget: dict[str, float] | None, filter_state: dict[str, float]
+) -> Control | None:
     """What to save, on every rank; None if there is nothing. Collective over all ranks.
 
     Args:
-        filter_state: of this rank's filter, empty if it has none: the first rank need not hold the LM head.
+        filter_state: of this rank's filter, empty if it has none: the first rank need not hold the
+            LM head.
     """
     states: list[dict[str, float]] = [{}] * dist.get_world_size()
     dist.all_gather_object(states, filter_state)
@@ -73,7 +77,9 @@ def load(checkpoint: str) -> Control | None:
     if dist.get_rank() == 0 and path.exists():
         try:
             control = _read(path)
-        except Exception as e:  # whatever the reason: all ranks have to learn of it before any of them stops
+        except (
+            Exception
+        ) as e:  # whatever the reason: all ranks have to learn of it before any of them stops
             problem = f"{type(e).__name__}: {e}"
     found: list[Any] = [control, problem]
     dist.broadcast_object_list(found, src=0)
@@ -84,7 +90,10 @@ def load(checkpoint: str) -> Control | None:
 
 
 def has_no_moments(checkpoint: str) -> bool:
-    """Whether a checkpoint says that it was written without moments. Asked of a file that :func:`load` has accepted."""
+    """Whether a checkpoint says that it was written without moments.
+
+    Asked of a file that :func:`load` has accepted.
+    """
     path = path_of(checkpoint)
     return path.exists() and not _read(path).moments
 
@@ -125,12 +134,14 @@ def check_undamaged(unchanged: bool) -> None:
         ValueError: if the checksum is another one than that of what was written.
     """
     if not unchanged:
-        raise ValueError("its checksum does not fit: the files were damaged after they were written")
+        raise ValueError(
+            "its checksum does not fit: the files were damaged after they were written"
+        )
 
 
 def unusable(path: Path, problem: str) -> RuntimeError:
     """The error to raise on every rank. ``path`` lies in the checkpoint's folder ``capo``."""
     return RuntimeError(
-        f"the CAPO state in {path} cannot be used ({problem}); resume from another checkpoint, or remove the directory "
-        f"{path.parent} to start with empty moments"
+        f"the CAPO state in {path} cannot be used ({problem}); resume from another checkpoint, or "
+        f"remove the directory {path.parent} to start with empty moments"
     )

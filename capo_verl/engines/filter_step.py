@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One optimizer step under CAPO, as any engine of verl drives it: evaluate, mask the loss, report, update the moments."""
+"""One optimizer step under CAPO, as any engine of verl drives it: evaluate, mask the loss, report,
+update the moments.
+"""
 
 from __future__ import annotations
 
@@ -17,14 +19,22 @@ from capo_verl.core import CapoFilter, ProjectedLogits
 from capo_verl.core.metrics import StepMetrics
 from capo_verl.core.penalty import PenaltyTerms
 from capo_verl.engines.nonfinite import Health
-from capo_verl.engines.response import SAMPLE, PackedResponse, accepted_response, mask_rejected, weigh_advantages
+from capo_verl.engines.response import (
+    SAMPLE,
+    PackedResponse,
+    accepted_response,
+    mask_rejected,
+    weigh_advantages,
+)
 from capo_verl.engines.timer import Stopwatch
 from capo_verl.engines.token_samples import TokenSamples
 
 logger = logging.getLogger(__name__)
 
 STEPS_WITHOUT_TOKENS = 3
-"""After so many optimizer steps without an accepted token a warning says so: the run does not get out of this by itself."""
+"""After so many optimizer steps without an accepted token a warning says so: the run does not get
+out of this by itself.
+"""
 
 ACCEPTED = "capo_accepted"
 """Key of the tokens' weights in the engine's model output."""
@@ -54,7 +64,9 @@ class FilteredStep:
         self.discard()
 
     def begin(self, step: int) -> None:
-        """Before the first micro-batch of an optimizer step; ``step``: the engine's count of training steps."""
+        """Before the first micro-batch of an optimizer step; ``step``: the engine's count of
+        training steps.
+        """
         self.capo.keep_for_batch_shifts = self.config.takes_batch_shifts(step)
         self.samples.begin(step)
 
@@ -78,17 +90,18 @@ class FilteredStep:
         """Decide about one micro-batch.
 
         Args:
-            hidden_states: ``[b, s, H]``; logits: ``[b, s, rows]`` before temperature, or the LM head; labels: ``[b, s]``;
-                temperature: ``[b, s]``; response: in the same layout.
+            hidden_states: ``[b, s, H]``; logits: ``[b, s, rows]`` before temperature, or the LM
+                head; labels: ``[b, s]``; temperature: ``[b, s]``; response: in the same layout.
             learning_rate: of the coming optimizer step.
 
         Returns:
-            ``[b, s]`` float32, the factor of each token's loss: 0 or 1, or in between with soft weights.
+            ``[b, s]`` float32, the factor of each token's loss: 0 or 1, or in between with soft
+            weights.
         """
         with self._stopwatch.running():
             out = self.capo.evaluate(
-                hidden_states, logits, labels, response.advantages, response.response_mask, learning_rate,
-                temperature=temperature, skip_masked=True,
+                hidden_states, logits, labels, response.advantages, response.response_mask,
+                learning_rate, temperature=temperature, skip_masked=True,
                 sequence_ids=response.sequence_ids, num_sequences=response.num_sequences,
                 # On a CPU the tokens can be counted.
                 max_tokens=None if labels.device.type == "cpu" else response.max_tokens,
@@ -96,22 +109,29 @@ class FilteredStep:
             )  # fmt: skip
             self._health.note_tokens(out.problems, response.samples[response.sequence_ids])
             self._metrics.add(
-                out, response.advantages, response.response_mask, response.sequence_ids, response.num_sequences
+                out,
+                response.advantages,
+                response.response_mask,
+                response.sequence_ids,
+                response.num_sequences,
             )
         self.samples.keep(out)
         self._penalty_terms = out.penalty_terms
         return out.weights.float()
 
     def take_penalty_terms(self) -> PenaltyTerms | None:
-        """Those of the micro-batch just evaluated, for ``curvature_penalty``; None unless the config asks for a penalty."""
+        """Those of the micro-batch just evaluated, for ``curvature_penalty``; None unless the
+        config asks for a penalty.
+        """
         terms, self._penalty_terms = self._penalty_terms, None
         return terms
 
     def wrap_loss(self, loss_function: LossFunction) -> LossFunction:
         """The chosen loss on the accepted tokens, or on weighted advantages, plus the penalty.
 
-        verl's own metrics keep describing all response tokens: they come from a second evaluation of the loss, on the
-        per-token log-probabilities, which is cheap. The loss itself is reported as it is optimised.
+        verl's own metrics keep describing all response tokens: they come from a second evaluation
+        of the loss, on the per-token log-probabilities, which is cheap. The loss itself is reported
+        as it is optimised.
 
         Args:
             loss_function: as verl's worker binds it, with its actor config as keyword ``config``.
@@ -119,7 +139,9 @@ class FilteredStep:
         actor_config = getattr(loss_function, "keywords", {}).get("config")
         weigh = mask_rejected if self.config.weighting == "hard" else weigh_advantages
 
-        def filtered(model_output: dict[str, Tensor], data: TensorDict, **kwargs: Any) -> tuple[Tensor, dict[str, Any]]:
+        def filtered(
+            model_output: dict[str, Tensor], data: TensorDict, **kwargs: Any
+        ) -> tuple[Tensor, dict[str, Any]]:
             weights, penalty = model_output.pop(ACCEPTED), model_output.pop(PENALTY, None)
             self.samples.add(model_output.get("log_probs"), data)
             if self.config.mode == "track":
@@ -132,7 +154,9 @@ class FilteredStep:
             loss, of_accepted = loss_function(model_output=model_output, data=kept, **kwargs)
             metrics["actor/pg_loss"] = of_accepted["actor/pg_loss"]
             if penalty is not None:
-                loss = loss + aggregated_penalty(accepted_response(penalty, data), kept, actor_config)
+                loss = loss + aggregated_penalty(
+                    accepted_response(penalty, data), kept, actor_config
+                )
             self._health.note_loss(loss, data, data[SAMPLE])
             return loss, metrics
 
@@ -140,7 +164,8 @@ class FilteredStep:
 
     @torch.no_grad()
     def metrics(self) -> dict[str, float]:
-        """Of the micro-batches since the last optimizer step. Call it before that step, on every rank.
+        """Of the micro-batches since the last optimizer step. Call it before that step, on every
+        rank.
 
         Waits for the device once.
         """
@@ -165,23 +190,34 @@ class FilteredStep:
         self._steps_without_tokens = self._steps_without_tokens + 1 if stuck else 0
         if self._steps_without_tokens == STEPS_WITHOUT_TOKENS:
             logger.warning(
-                "CAPO accepted no token in %d optimizer steps in a row: neither the policy nor the moments move. Half of the "
-                "tokens have m_F < %.1e and m_H < %.1e; raise capo.policy_shift_max or capo.objective_shift_max",
-                STEPS_WITHOUT_TOKENS, metrics["capo/policy_shift_p50"], metrics["capo/objective_shift_p50"],
+                "CAPO accepted no token in %d optimizer steps in a row: neither the policy nor the "
+                "moments move. Half of the tokens have m_F < %.1e and m_H < %.1e; raise "
+                "capo.policy_shift_max or capo.objective_shift_max",
+                STEPS_WITHOUT_TOKENS, metrics["capo/policy_shift_p50"],
+                metrics["capo/objective_shift_p50"],
             )  # fmt: skip
 
     def _warn_if_stopped(self, metrics: dict[str, float]) -> None:
-        if metrics.get("capo/filter_stopped") and self.config.mode == "filter" and not self._told_of_stop:
+        if (
+            metrics.get("capo/filter_stopped")
+            and self.config.mode == "filter"
+            and not self._told_of_stop
+        ):
             self._told_of_stop = True
             logger.warning(
-                "CAPO rejected more than %g of the tokens in %d optimizer steps in a row and filters no more (capo.max_rejection): "
-                "from now on it only measures (penalties stay). Half of the tokens have m_F < %.1e; raise capo.policy_shift_max, "
-                "or use +capo=kl_budget",
-                self.config.max_rejection, self.config.max_rejection_steps, metrics["capo/policy_shift_p50"],
+                "CAPO rejected more than %g of the tokens in %d optimizer steps in a row and "
+                "filters no more (capo.max_rejection): from now on it only measures (penalties "
+                "stay). Half of the tokens have m_F < %.1e; raise capo.policy_shift_max, or use "
+                "+capo=kl_budget",
+                self.config.max_rejection, self.config.max_rejection_steps,
+                metrics["capo/policy_shift_p50"],
             )  # fmt: skip
 
     def optimizer_step(self) -> float:
-        """Update the moments. Returns the seconds spent in the filter for this step, without the reduction of the metrics."""
+        """Update the moments.
+
+        Returns the seconds spent in the filter for this step, without the reduction of the metrics.
+        """
         with self._stopwatch.running():
             self.capo.step()
         self.samples.write()
@@ -193,7 +229,8 @@ class FilteredStep:
 
 
 def aggregated_penalty(penalty: Tensor, kept: TensorDict, actor_config: Any) -> Tensor:
-    """Mean penalty of the kept tokens, aggregated as verl's ``ppo_loss`` aggregates the policy loss.
+    """Mean penalty of the kept tokens, aggregated as verl's ``ppo_loss`` aggregates the policy
+    loss.
 
     Args:
         penalty: of the responses, nested or padded like ``response_mask``; part of a graph.
@@ -211,7 +248,8 @@ def aggregated_penalty(penalty: Tensor, kept: TensorDict, actor_config: Any) -> 
 
     if actor_config is None:
         raise ValueError(
-            "a penalty (capo.policy_penalty, capo.objective_penalty) needs verl's actor config to be aggregated"
+            "a penalty (capo.policy_penalty, capo.objective_penalty) needs verl's actor config to "
+            "be aggregated"
         )
     mask = kept.select("response_mask").to_padded_tensor()["response_mask"].to(bool)
     if penalty.is_nested:

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One optimizer step under a KL budget, as any engine of verl drives it: look, step at a scaled learning rate, look again.
+"""One optimizer step under a KL budget, as any engine of verl drives it: look, step at a scaled
+learning rate, look again.
 
-Every rank comes to the same scale: what is measured or predicted is made known to all before it is used.
+Every rank comes to the same scale: what is measured or predicted is made known to all before it is
+used.
 """
 
 from __future__ import annotations
@@ -20,15 +22,25 @@ from torch import Tensor
 from capo_verl.config import CapoConfig
 from capo_verl.core.kl_budget import STEPS_BACK, KLBudget
 from capo_verl.engines.filter_step import FilteredStep
-from capo_verl.engines.kl_probe import AFTER, BEFORE, Head, KLProbe, MeasuredKL, everywhere, probe_batch
+from capo_verl.engines.kl_probe import (
+    AFTER,
+    BEFORE,
+    Head,
+    KLProbe,
+    MeasuredKL,
+    everywhere,
+    probe_batch,
+)
 from capo_verl.engines.timer import Stopwatch
 
 logger = logging.getLogger(__name__)
 
 AT_THE_FLOOR = (
-    "the KL budget has brought the learning rate down to capo.kl_budget.scale_min=%g of yours, and a step still measures a KL of "
-    "%.1e, above capo.kl_budget.delta=%g: the policy hardly trains. In half precision the rounding of activations alone may "
-    "measure that much (docs/interventions.md): set delta to a few times what capo/kl_mean shows at a tiny learning rate"
+    "the KL budget has brought the learning rate down to capo.kl_budget.scale_min=%g of yours, and "
+    "a step still measures a KL of %.1e, above capo.kl_budget.delta=%g: the policy hardly trains. "
+    "In half precision the rounding of activations alone may measure that much "
+    "(docs/interventions.md): set delta to a few times what capo/kl_mean shows at a tiny learning "
+    "rate"
 )
 
 
@@ -40,7 +52,9 @@ class ProbedEngine(Protocol):
     def infer_batch(self, data: TensorDict, loss_function: Any = None) -> Any: ...
 
     def _evaluating(self) -> AbstractContextManager[None]:
-        """Within, the model is in evaluation mode; afterwards it trains, and holds no gathered copies of sharded weights."""
+        """Within, the model is in evaluation mode; afterwards it trains, and holds no gathered
+        copies of sharded weights.
+        """
 
     def _micro_batch_groups(self) -> int:
         """The number of micro-batches has to be a multiple of this."""
@@ -49,7 +63,10 @@ class ProbedEngine(Protocol):
         """What this rank's optimizer writes to, in an order that does not change."""
 
     def _spread_parameters(self) -> None:
-        """Make the model follow after what :meth:`_optimised` returns was written to. Collective."""
+        """Make the model follow after what :meth:`_optimised` returns was written to.
+
+        Collective.
+        """
 
 
 class KLControl:
@@ -62,11 +79,16 @@ class KLControl:
         device: where the training runs.
     """
 
-    def __init__(self, engine: ProbedEngine, config: CapoConfig, head: Head | None, device: torch.device):
+    def __init__(
+        self, engine: ProbedEngine, config: CapoConfig, head: Head | None, device: torch.device
+    ):
         assert config.kl_budget is not None
         self._engine, self.config = engine, config.kl_budget
         self._tracks, self._device = config.mode == "track", device
-        self.budget, self.probe = KLBudget(self.config), KLProbe(head, self.config.estimator, device)
+        self.budget, self.probe = (
+            KLBudget(self.config),
+            KLProbe(head, self.config.estimator, device),
+        )
         self._stopwatch = Stopwatch(device)
         self._first_of_rollout = True
         self._warned = False
@@ -90,8 +112,9 @@ class KLControl:
     def before(self, data: TensorDict) -> None:
         """Look at the policy before a mini-batch is trained on. On every rank.
 
-        With k3 and ``reuse_next_forward`` the first of several mini-batches of a rollout needs no look: its old policy is the one
-        of ``old_log_probs``, and the next mini-batch's own forward pass is one of the policy after the step.
+        With k3 and ``reuse_next_forward`` the first of several mini-batches of a rollout needs no
+        look: its old policy is the one of ``old_log_probs``, and the next mini-batch's own forward
+            pass is one of the policy after the step.
         """
         from verl.utils import tensordict_utils as tu
 
@@ -100,29 +123,41 @@ class KLControl:
         # verl moves the learning-rate schedule on after the last mini-batch of a rollout.
         last = bool(tu.get_non_tensor_data(data, key="update_lr_scheduler", default=True))
         self._first_of_rollout = last
-        reuses = self.config.estimator == "k3" and self.config.reuse_next_forward and self.config.line_search is None
+        reuses = (
+            self.config.estimator == "k3"
+            and self.config.reuse_next_forward
+            and self.config.line_search is None
+        )
         self._defers = reuses and first and not last and data.get("old_log_probs", None) is not None
         if not self._defers:
-            self._batch = probe_batch(data, self.config.probe_share, self._engine._micro_batch_groups())
+            self._batch = probe_batch(
+                data, self.config.probe_share, self._engine._micro_batch_groups()
+            )
             self._look(BEFORE)
 
     def watch(self, loss_function: Any) -> Any:
-        """The loss function of the training pass; picks up the log-probabilities if the last step's KL is to come from them."""
+        """The loss function of the training pass; picks up the log-probabilities if the last step's
+        KL is to come from them.
+        """
         if not self._awaits:
             return loss_function
 
-        def watched(model_output: dict[str, Tensor], data: TensorDict, **kwargs: Any) -> tuple[Tensor, dict[str, Any]]:
+        def watched(
+            model_output: dict[str, Tensor], data: TensorDict, **kwargs: Any
+        ) -> tuple[Tensor, dict[str, Any]]:
             self.probe.see_training(model_output, data)
             return loss_function(model_output=model_output, data=data, **kwargs)
 
         return watched
 
     def predict(self, step: FilteredStep | None, metrics: dict[str, float]) -> None:
-        """Take the prediction for the coming step from the filter: the policy shift of what will be stepped along. Collective.
+        """Take the prediction for the coming step from the filter: the policy shift of what will be
+        stepped along. Collective.
 
         Args:
             step: None on a rank without LM head.
-            metrics: what it reports; nothing in a step that is not measured, which then has no bound.
+            metrics: what it reports; nothing in a step that is not measured, which then has no
+                bound.
         """
         if not self.config.predicts_by_curvature:
             return
@@ -131,17 +166,22 @@ class KLControl:
         if step is None or not metrics:
             shift = torch.tensor(math.nan, device=self._device)
         elif step.config.policy_shift == kind:
-            shift = torch.tensor(metrics[f"capo/batch_policy_shift_{when}"], device=self._device, dtype=torch.float64)
+            shift = torch.tensor(
+                metrics[f"capo/batch_policy_shift_{when}"], device=self._device, dtype=torch.float64
+            )
         else:
             shift = getattr(step.capo.batch_shifts(policy_shift=kind), when).policy
         # It was evaluated at the scaled learning rate and is proportional to its square.
-        (self._predicted,) = everywhere([shift.double() / self.scale**2], step is not None and bool(metrics))
+        (self._predicted,) = everywhere(
+            [shift.double() / self.scale**2], step is not None and bool(metrics)
+        )
 
     def end_awaited(self, usable: bool = True) -> None:
         """After the training pass: the last step's KL, if it was to come from it. Collective.
 
         Args:
-            usable: False if this mini-batch is left out for NaN or infinity; then nothing was measured.
+            usable: False if this mini-batch is left out for NaN or infinity; then nothing was
+                measured.
         """
         if self._awaits:
             self._awaits = False
@@ -150,7 +190,9 @@ class KLControl:
 
     @contextmanager
     def scaled(self) -> Iterator[None]:
-        """Around the optimizer's step: its learning rates times this step's factor; afterwards they are as before, bit for bit."""
+        """Around the optimizer's step: its learning rates times this step's factor; afterwards they
+        are as before, bit for bit.
+        """
         groups = self._engine.optimizer.param_groups
         self._factor = self.budget.begin_step(self._predicted)
         if self.config.line_search is not None and self._batch is not None:
@@ -220,7 +262,12 @@ class KLControl:
 
     def _warn_at_the_floor(self, kl: MeasuredKL | None) -> None:
         """Once: a run at the floor hardly trains, and nothing else would say so."""
-        if kl is None or self._warned or self.budget.scale > self.config.scale_min or kl.mean <= self.config.delta:
+        if (
+            kl is None
+            or self._warned
+            or self.budget.scale > self.config.scale_min
+            or kl.mean <= self.config.delta
+        ):
             return
         self._warned = True
         if not dist.is_initialized() or dist.get_rank() == 0:

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How far an optimizer step moved the policy, measured on some samples of its mini-batch: before the step, and after it.
+"""How far an optimizer step moved the policy, measured on some samples of its mini-batch: before
+the step, and after it.
 
-Both are forward passes over the same samples, cut into the same micro-batches, so what the first one saw and what the second one
-sees lie at the same places, in whatever layout the engine has. The model is in evaluation mode in both: no dropout.
+Both are forward passes over the same samples, cut into the same micro-batches, so what the first
+one saw and what the second one sees lie at the same places, in whatever layout the engine has. The
+model is in evaluation mode in both: no dropout.
 """
 
 from __future__ import annotations
@@ -30,9 +32,10 @@ logger = logging.getLogger(__name__)
 BEFORE, AFTER = "before", "after"
 
 ROUNDED = (
-    "capo.kl_budget: the KL is measured from logits in half precision, because this model changes them after its LM head "
-    "(soft-capping, scaling) or has adapters on it, and they cannot be computed again in float32. Their rounding inflates a small "
-    "KL: a capo.kl_budget.delta below about 2e-3 may be out of reach, and the learning rate would fall to scale_min. Choose delta "
+    "capo.kl_budget: the KL is measured from logits in half precision, because this model changes "
+    "them after its LM head (soft-capping, scaling) or has adapters on it, and they cannot be "
+    "computed again in float32. Their rounding inflates a small KL: a capo.kl_budget.delta below "
+    "about 2e-3 may be out of reach, and the learning rate would fall to scale_min. Choose delta "
     "from capo/kl_mean of a run with delta=1e9, or set capo.kl_budget.estimator=k3"
 )
 
@@ -56,29 +59,38 @@ class MeasuredKL(NamedTuple):
 
 
 def probe_samples(samples: int, share: float, multiple: int = 1) -> list[int]:
-    """Which of a rank's ``samples`` are probed: at least one, evenly spread, a multiple of ``multiple`` if there are as many."""
+    """Which of a rank's ``samples`` are probed: at least one, evenly spread, a multiple of
+    ``multiple`` if there are as many.
+    """
     count = max(1, math.ceil(samples * share - 1e-9))
     count = min(samples, -(-count // multiple) * multiple)
     return [i * samples // count for i in range(count)]
 
 
 def probe_batch(data: TensorDict, share: float, groups_of_micro_batches: int = 1) -> TensorDict:
-    """Some samples of a mini-batch as a batch of their own, for a forward pass without entropy or distillation.
+    """Some samples of a mini-batch as a batch of their own, for a forward pass without entropy or
+    distillation.
 
     Args:
         data: this rank's share of the mini-batch, as verl's worker hands it to the engine.
-        groups_of_micro_batches: the engine needs a multiple of so many micro-batches (interleaved pipelines).
+        groups_of_micro_batches: the engine needs a multiple of so many micro-batches (interleaved
+            pipelines).
     """
     # Here and not above: loading verl's engines loads ours.
     from verl.utils import tensordict_utils as tu
 
-    # A micro-batch of verl's dynamic batching holds one sample or more; the others hold exactly so many.
+    # A micro-batch of verl's dynamic batching holds one sample or more; the others hold exactly so
+    # many.
     dynamic = tu.get_non_tensor_data(data, key="use_dynamic_bsz", default=True)
-    micro_batch = 1 if dynamic else tu.get_non_tensor_data(data, key="micro_batch_size_per_gpu", default=1)
+    micro_batch = (
+        1 if dynamic else tu.get_non_tensor_data(data, key="micro_batch_size_per_gpu", default=1)
+    )
     at = probe_samples(len(data), share, micro_batch * groups_of_micro_batches)
     probe = tu.index_select_tensor_dict(data, at)
     tu.maybe_fix_3d_position_ids(probe)
-    off = dict.fromkeys(("calculate_entropy", "calculate_sum_pi_squared", "distillation_use_topk"), False)
+    off = dict.fromkeys(
+        ("calculate_entropy", "calculate_sum_pi_squared", "distillation_use_topk"), False
+    )
     tu.assign_non_tensor(probe, force_group_size=1, **off)
     probe[SAMPLE] = torch.arange(len(at), device=probe.device)
     return probe
@@ -89,8 +101,9 @@ class KLProbe:
 
     Args:
         head: None on a rank without LM head, which only learns the result.
-        estimator: ``exact`` keeps the old policy's logits of the probed tokens, ``k3`` the log-probabilities. Logits in half
-            precision are replaced by the same product in float32, unless the model changes them after its LM head.
+        estimator: ``exact`` keeps the old policy's logits of the probed tokens, ``k3`` the
+            log-probabilities. Logits in half precision are replaced by the same product in float32,
+            unless the model changes them after its LM head.
         device: where the training runs.
     """
 
@@ -98,7 +111,9 @@ class KLProbe:
         self._head, self._estimator, self._device = head, estimator, device
         self._pass: str | None = None
         self._recomputes = True
-        """Whether logits in half precision are replaced; until it is settled, each micro-batch says if they can be."""
+        """Whether logits in half precision are replaced; until it is settled, each micro-batch says
+        if they can be.
+        """
         self._settled = estimator != "exact"
         self.discard()
 
@@ -109,12 +124,16 @@ class KLProbe:
 
     @property
     def sees_head(self) -> bool:
-        """Whether the pass has to be shown the LM head at work as well, if its output is in half precision."""
+        """Whether the pass has to be shown the LM head at work as well, if its output is in half
+        precision.
+        """
         return self.sees_logits and self._recomputes
 
     @property
     def loss_function(self) -> Any:
-        """What the forward passes have to be given for a loss function: with ``k3`` it picks up the log-probabilities."""
+        """What the forward passes have to be given for a loss function: with ``k3`` it picks up the
+        log-probabilities.
+        """
         return self._see_log_probs if self._estimator == "k3" else None
 
     def discard(self) -> None:
@@ -138,20 +157,29 @@ class KLProbe:
 
     @torch.no_grad()
     def see_head(self, call: HeadCall, response: PackedResponse) -> None:
-        """The LM head of the micro-batch which :meth:`see` is shown next, in the same layout. Its weight is read now."""
+        """The LM head of the micro-batch which :meth:`see` is shown next, in the same layout.
+
+        Its weight is read now.
+        """
         at, _ = _tokens(response)
         with torch.autocast(at.device.type, enabled=False):
-            recomputed = None if call.head is None else call.head.in_float32(call.hidden_states.flatten(0, -2)[at])
+            recomputed = (
+                None
+                if call.head is None
+                else call.head.in_float32(call.hidden_states.flatten(0, -2)[at])
+            )
         self._call = recomputed, call.output.flatten(0, -2)
 
     @torch.no_grad()
     def see(
-        self, logits: Tensor | ProjectedLogits, hidden_states: Tensor | None, temperature: Tensor, response: PackedResponse
+        self, logits: Tensor | ProjectedLogits, hidden_states: Tensor | None, temperature: Tensor,
+        response: PackedResponse
     ) -> None:  # fmt: skip
         """One micro-batch, in the order in which they run; inside :meth:`running`.
 
         Args:
-            logits: ``[b, s, rows]`` before temperature, this rank's rows; or the LM head, with the hidden states ``[b, s, H]``.
+            logits: ``[b, s, rows]`` before temperature, this rank's rows; or the LM head, with the
+                hidden states ``[b, s, H]``.
             temperature: ``[b, s]``
             response: in the same layout.
         """
@@ -160,7 +188,10 @@ class KLProbe:
         with torch.autocast(at.device.type, enabled=False):
             if isinstance(logits, ProjectedLogits):
                 assert hidden_states is not None
-                seen, usable = logits.in_float32(hidden_states.detach().flatten(0, -2)[at]), valid.new_ones(())
+                seen, usable = (
+                    logits.in_float32(hidden_states.detach().flatten(0, -2)[at]),
+                    valid.new_ones(()),
+                )
             else:
                 seen, usable = self._recomputed(logits.detach().flatten(0, -2), at)
             if not self._settled:
@@ -175,26 +206,33 @@ class KLProbe:
             self._found.append((kl, valid))
 
     def _recomputed(self, logits: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits ``[n, rows]`` of the tokens ``at``, and whether they are those of the model and not rounded by its LM head."""
+        """Logits ``[n, rows]`` of the tokens ``at``, and whether they are those of the model and
+        not rounded by its LM head.
+        """
         (recomputed, made), self._call = self._call or (None, None), None
         if recomputed is None:
-            # A copy: the trainer goes on to overwrite the logits. Float32 ones were rounded if their LM head is in half precision.
+            # A copy: the trainer goes on to overwrite the logits. Float32 ones were rounded if
+            # their LM head is in half precision.
             whole = made is None and logits.dtype.itemsize >= 4
             return logits[at], torch.full((), whole, device=at.device)
         usable = recomputed.new_ones((), dtype=torch.bool)
         return recomputed, usable if self._settled else reproduces(recomputed, made, logits, at)
 
     def settle(self) -> bool:
-        """After a pass ``BEFORE``: all ranks agree whether logits in half precision can be recomputed, once tokens were seen.
+        """After a pass ``BEFORE``: all ranks agree whether logits in half precision can be
+        recomputed, once tokens were seen.
 
         Collective over all ranks until then.
 
         Returns:
-            Whether the pass has to be repeated, because what it kept is not what the following ones will compare with.
+            Whether the pass has to be repeated, because what it kept is not what the following ones
+            will compare with.
         """
         if self._settled:
             return False
-        seen = torch.stack(self._verdicts or [torch.zeros(2, device=self._device, dtype=torch.float64)]).sum(0)
+        seen = torch.stack(
+            self._verdicts or [torch.zeros(2, device=self._device, dtype=torch.float64)]
+        ).sum(0)
         wrong, tokens = collectives.sum_(seen, (dist.group.WORLD,)).tolist()
         self._settled, self._recomputes = tokens > 0, wrong == 0
         if wrong and (not dist.is_initialized() or dist.get_rank() == 0):
@@ -202,7 +240,9 @@ class KLProbe:
         return wrong > 0
 
     @torch.no_grad()
-    def _see_log_probs(self, model_output: dict[str, Tensor], data: TensorDict, **kwargs: Any) -> tuple[Tensor, dict]:
+    def _see_log_probs(
+        self, model_output: dict[str, Tensor], data: TensorDict, **kwargs: Any
+    ) -> tuple[Tensor, dict]:
         """In the place of a loss: one micro-batch's log-probabilities of the taken tokens."""
         seen = _response_values(model_output["log_probs"], data)
         if self._pass == BEFORE:
@@ -213,13 +253,20 @@ class KLProbe:
 
     @torch.no_grad()
     def see_training(self, model_output: dict[str, Tensor], data: TensorDict) -> None:
-        """One micro-batch of a training forward pass: how far the policy is from that of ``data["old_log_probs"]``."""
+        """One micro-batch of a training forward pass: how far the policy is from that of
+        ``data["old_log_probs"]``.
+        """
         old = data["old_log_probs"]
         old = (old.values() if old.is_nested else old.flatten()).detach()
-        self._found.append((k3(old, _response_values(model_output["log_probs"], data)), self._counted(data)))
+        self._found.append(
+            (k3(old, _response_values(model_output["log_probs"], data)), self._counted(data))
+        )
 
     def _counted(self, data: TensorDict) -> Tensor:
-        """``[R]`` bool: the tokens of the response mask. The engines give every context-parallel rank all of them: one counts."""
+        """``[R]`` bool: the tokens of the response mask.
+
+        The engines give every context-parallel rank all of them: one counts.
+        """
         assert self._head is not None
         mask = data["response_mask"]
         mask = (mask.values() if mask.is_nested else mask.flatten()).bool()
@@ -231,9 +278,14 @@ class KLProbe:
         values = [torch.zeros((), device=self._device)] * 3
         if self._head is not None:
             groups = (self._head.dp_group, self._head.cp_group)
-            nothing = (torch.zeros(0, device=self._device), torch.zeros(0, device=self._device, dtype=torch.bool))
+            nothing = (
+                torch.zeros(0, device=self._device),
+                torch.zeros(0, device=self._device, dtype=torch.bool),
+            )
             kl, valid = (torch.cat(x) for x in zip(*(self._found or [nothing]), strict=True))
-            sums = torch.stack((torch.where(valid, kl, 0.0).sum(dtype=torch.float64), valid.sum().double()))
+            sums = torch.stack(
+                (torch.where(valid, kl, 0.0).sum(dtype=torch.float64), valid.sum().double())
+            )
             total, count = collectives.sum_(sums, groups).unbind()
             p99 = nearest_rank(ordered_keys(kl, valid)[None], count, (0.99,), groups)[0, 0]
             values = [total / count.clamp(min=1), p99, count]
@@ -242,7 +294,8 @@ class KLProbe:
 
 
 def everywhere(values: Sequence[Tensor], known: bool) -> list[float]:
-    """What the ranks with ``known`` agree upon, on every rank of the run; NaN if there is none. Waits for the device once.
+    """What the ranks with ``known`` agree upon, on every rank of the run; NaN if there is none.
+    Waits for the device once.
 
     Args:
         values: scalars, as many on every rank.
@@ -253,7 +306,9 @@ def everywhere(values: Sequence[Tensor], known: bool) -> list[float]:
 
 
 def _tokens(response: PackedResponse) -> tuple[Tensor, Tensor]:
-    """Places of the tokens of the response mask, and which of them are meant: on a GPU there are more, known from shapes."""
+    """Places of the tokens of the response mask, and which of them are meant: on a GPU there are
+    more, known from shapes.
+    """
     mask = response.response_mask.flatten()
     if mask.device.type == "cpu":
         at = mask.nonzero()[:, 0]
@@ -264,6 +319,8 @@ def _tokens(response: PackedResponse) -> tuple[Tensor, Tensor]:
 
 
 def _response_values(values: Tensor, data: TensorDict) -> Tensor:
-    """``[R]``, of per-token results at the positions before the tokens', nested ``[b, prompt + response]``."""
+    """``[R]``, of per-token results at the positions before the tokens', nested ``[b, prompt +
+    response]``.
+    """
     responses = accepted_response(values.detach(), data)
     return responses.values() if responses.is_nested else responses.flatten()

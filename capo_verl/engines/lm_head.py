@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The LM head at work: what it is given and what it makes of it, seen while its weight is whole.
 
-In half precision its output is rounded: of a logit near 16, bfloat16 keeps steps of 1/16. Whoever compares two policies that are
-closer than that needs the product again, in float32.
+In half precision its output is rounded: of a logit near 16, bfloat16 keeps steps of 1/16. Whoever
+compares two policies that are closer than that needs the product again, in float32.
 """
 
 from __future__ import annotations
@@ -25,18 +25,23 @@ class HeadCall(NamedTuple):
     hidden_states: Tensor
     """``[..., H]``"""
     head: ProjectedLogits | None
-    """This rank's rows as they were multiplied; None if the module is more than one matrix (adapters), or not whole."""
+    """This rank's rows as they were multiplied; None if the module is more than one matrix
+    (adapters), or not whole.
+    """
     output: Tensor
     """``[..., rows]``, in half precision."""
 
 
-def watch_half_precision(lm_head: nn.Module, wanted: Callable[[], bool], look: Callable[[HeadCall], None]) -> None:
-    """Show every call of an LM head whose output is in half precision to ``look``, as long as ``wanted()``.
+def watch_half_precision(
+    lm_head: nn.Module, wanted: Callable[[], bool], look: Callable[[HeadCall], None]
+) -> None:
+    """Show every call of an LM head whose output is in half precision to ``look``, as long as
+    ``wanted()``.
 
     Args:
-        lm_head: as the model calls it, with adapters around it if there are any. The hidden states are its first argument; a
-            weight in its arguments (Megatron's tied embeddings) takes the place of its own. Its output is the logits, or a tuple
-            which begins with them.
+        lm_head: as the model calls it, with adapters around it if there are any. The hidden states
+            are its first argument; a weight in its arguments (Megatron's tied embeddings) takes the
+            place of its own. Its output is the logits, or a tuple which begins with them.
     """
 
     def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -53,8 +58,15 @@ def watch_half_precision(lm_head: nn.Module, wanted: Callable[[], bool], look: C
 
 
 def _matrix(module: nn.Module, given: Tensor | None, made: Tensor) -> ProjectedLogits | None:
-    weight, bias = getattr(module, "weight", None) if given is None else given, getattr(module, "bias", None)
-    if not isinstance(weight, Tensor) or isinstance(weight, DTensor) or not weight.is_floating_point():
+    weight, bias = (
+        getattr(module, "weight", None) if given is None else given,
+        getattr(module, "bias", None),
+    )
+    if (
+        not isinstance(weight, Tensor)
+        or isinstance(weight, DTensor)
+        or not weight.is_floating_point()
+    ):
         return None
     if weight.dim() != 2 or len(weight) != made.shape[-1]:
         return None
@@ -63,10 +75,12 @@ def _matrix(module: nn.Module, given: Tensor | None, made: Tensor) -> ProjectedL
 
 
 def reproduces(recomputed: Tensor, made: Tensor, logits: Tensor, at: Tensor) -> Tensor:
-    """Whether the model's logits are the LM head's output, and that is what was recomputed: bool, on the device.
+    """Whether the model's logits are the LM head's output, and that is what was recomputed: bool,
+    on the device.
 
-    The model may cap or scale what the LM head returns: then the two differ. What was recomputed may differ from the output by
-    its rounding, whose root mean square is 0.2 of the dtype's step, and by that of partial sums in half precision on a GPU.
+    The model may cap or scale what the LM head returns: then the two differ. What was recomputed
+    may differ from the output by its rounding, whose root mean square is 0.2 of the dtype's step,
+    and by that of partial sums in half precision on a GPU.
 
     Args:
         recomputed: ``[n, rows]`` in float32.
@@ -76,7 +90,11 @@ def reproduces(recomputed: Tensor, made: Tensor, logits: Tensor, at: Tensor) -> 
     """
     same = at.new_ones((), dtype=torch.bool)
     error, total = torch.zeros(2, device=at.device).unbind()
-    for tokens in chunk_slices(len(at), max(1, scratch_elements(at.device) // made.shape[-1])) if len(at) else ():
+    for tokens in (
+        chunk_slices(len(at), max(1, scratch_elements(at.device) // made.shape[-1]))
+        if len(at)
+        else ()
+    ):
         output, again = made[at[tokens]], recomputed[tokens]
         same = same & (logits[at[tokens]] == output).all()
         error, total = error + (again - output).square().sum(), total + again.square().sum()
@@ -97,7 +115,9 @@ class FusedCall(NamedTuple):
         """In the dtype in which the LM head would compute them here."""
         weight, device = self.weight.detach(), self.weight.device.type
         return ProjectedLogits(
-            weight.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else weight
+            weight.to(torch.get_autocast_dtype(device))
+            if torch.is_autocast_enabled(device)
+            else weight
         )
 
     def temperatures(self) -> Tensor:
@@ -113,9 +133,15 @@ def of_linear_cross_entropy(
 
 
 def of_fused_linear(
-    module: Any, hidden_states: Tensor, vocab_weights: Tensor, input_ids: Tensor, temperature: float = 1.0
+    module: Any,
+    hidden_states: Tensor,
+    vocab_weights: Tensor,
+    input_ids: Tensor,
+    temperature: float = 1.0,
 ) -> FusedCall:
-    """Names the arguments of ``verl.utils.experimental.torch_functional.FusedLinearForPPO.forward``."""
+    """Names the arguments of
+    ``verl.utils.experimental.torch_functional.FusedLinearForPPO.forward``.
+    """
     return FusedCall(hidden_states, vocab_weights, input_ids, temperature)
 
 
@@ -123,7 +149,8 @@ def of_fused_linear(
 def before_each_call(
     owner: Any, name: str, named: Callable[..., FusedCall], look: Callable[[FusedCall], None]
 ) -> Iterator[None]:
-    """Within, every call of ``owner.name`` is first shown to ``look``; the call itself is as before.
+    """Within, every call of ``owner.name`` is first shown to ``look``; the call itself is as
+    before.
 
     Args:
         owner: a module or a class.
@@ -143,8 +170,8 @@ def before_each_call(
 
 
 NOT_CALLED = (
-    "CAPO saw no hidden states: with use_fused_kernels=True the model computed its loss without calling verl's fused "
-    "cross-entropy; set actor_rollout_ref.model.use_fused_kernels=False"
+    "CAPO saw no hidden states: with use_fused_kernels=True the model computed its loss without "
+    "calling verl's fused cross-entropy; set actor_rollout_ref.model.use_fused_kernels=False"
 )
 
 
@@ -176,7 +203,7 @@ class HiddenStatesTap:
         hidden_states, self._hidden_states = self._hidden_states, None
         if hidden_states is None:
             raise RuntimeError(
-                "CAPO saw no hidden states: the model computed its loss without calling its LM head; "
-                "set actor_rollout_ref.model.use_fused_kernels=False"
+                "CAPO saw no hidden states: the model computed its loss without calling its LM "
+                "head; set actor_rollout_ref.model.use_fused_kernels=False"
             )
         return hidden_states

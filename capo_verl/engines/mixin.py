@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where an engine of verl meets the filter: everything that does not depend on which engine it is, checkpoints aside."""
+"""Where an engine of verl meets the filter: everything that does not depend on which engine it is,
+checkpoints aside.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ logger = logging.getLogger(__name__)
 
 
 def capo_config_of(loss_function: Any) -> CapoConfig | None:
-    """The knobs which verl's worker bound to its loss function, if the run was started with ``+capo``."""
+    """The knobs which verl's worker bound to its loss function, if the run was started with
+    ``+capo``.
+    """
     config = getattr(loss_function, "keywords", {}).get("config")
     knobs = getattr(getattr(config, "policy_loss", None), "capo", None)
     return knobs if isinstance(knobs, CapoConfig) else None
@@ -38,8 +42,9 @@ def capo_config_of(loss_function: Any) -> CapoConfig | None:
 class CapoEngineMixin(CapoCheckpointMixin):
     """Put before a language-model engine of verl, it filters tokens while the engine trains.
 
-    Without ``+capo`` on the command line every method hands over to verl's at once. The engine class supplies the methods
-    marked *engine*, and calls ``self._step.evaluate`` where it has hidden states and logits (or the LM head) of a micro-batch.
+    Without ``+capo`` on the command line every method hands over to verl's at once. The engine
+    class supplies the methods marked *engine*, and calls ``self._step.evaluate`` where it has
+    hidden states and logits (or the LM head) of a micro-batch.
     """
 
     _capo: CapoConfig | None = None
@@ -58,8 +63,12 @@ class CapoEngineMixin(CapoCheckpointMixin):
 
     # ---- engine: what each one supplies ----
 
-    def _make_filter(self, config: CapoConfig, device: torch.device) -> tuple[CapoFilter, HiddenStatesTap] | None:
-        """The filter for this rank's part of the LM head and the tap on that; None if the rank holds none."""
+    def _make_filter(
+        self, config: CapoConfig, device: torch.device
+    ) -> tuple[CapoFilter, HiddenStatesTap] | None:
+        """The filter for this rank's part of the LM head and the tap on that; None if the rank
+        holds none.
+        """
         raise NotImplementedError
 
     def _learning_rate(self) -> float:
@@ -67,7 +76,9 @@ class CapoEngineMixin(CapoCheckpointMixin):
         raise NotImplementedError
 
     def _optimizer_steps(self) -> int:
-        """Steps of the learning-rate scheduler so far: verl's training steps, of one optimizer step per mini-batch and epoch."""
+        """Steps of the learning-rate scheduler so far: verl's training steps, of one optimizer step
+        per mini-batch and epoch.
+        """
         raise NotImplementedError
 
     def _gradients(self) -> Iterable[Tensor]:
@@ -83,7 +94,9 @@ class CapoEngineMixin(CapoCheckpointMixin):
         raise NotImplementedError
 
     def _watch_head(self) -> None:
-        """From now on show the KL probe, while it ``sees_head``, each call of this rank's LM head in half precision."""
+        """From now on show the KL probe, while it ``sees_head``, each call of this rank's LM head
+        in half precision.
+        """
         raise NotImplementedError
 
     def _evaluating(self) -> Any:
@@ -112,7 +125,9 @@ class CapoEngineMixin(CapoCheckpointMixin):
 
     @property
     def _probing(self) -> bool:
-        """Whether a forward pass is under way that the KL probe wants to see, on a rank that holds the LM head."""
+        """Whether a forward pass is under way that the KL probe wants to see, on a rank that holds
+        the LM head.
+        """
         return self._kl is not None and self._kl.probe.sees_logits
 
     def _scaled_learning_rate(self) -> float:
@@ -137,7 +152,9 @@ class CapoEngineMixin(CapoCheckpointMixin):
             output["metrics"]["capo/filter_seconds"] = [self._filter_seconds]
         return output
 
-    def forward_backward_batch(self, data: TensorDict, loss_function: Any, forward_only: bool = False) -> Any:
+    def forward_backward_batch(
+        self, data: TensorDict, loss_function: Any, forward_only: bool = False
+    ) -> Any:
         config = None if forward_only else capo_config_of(loss_function)
         if config is None:
             return super().forward_backward_batch(data, loss_function, forward_only)
@@ -162,7 +179,9 @@ class CapoEngineMixin(CapoCheckpointMixin):
             data[SAMPLE] = torch.arange(len(data), device=data.device)
             self._tap.active = True
             try:
-                output = super().forward_backward_batch(data, watch(step.wrap_loss(loss_function)), forward_only)
+                output = super().forward_backward_batch(
+                    data, watch(step.wrap_loss(loss_function)), forward_only
+                )
             finally:
                 self._tap.active = False
                 del data[SAMPLE]
@@ -203,7 +222,9 @@ class CapoEngineMixin(CapoCheckpointMixin):
             self._filter_seconds = self._step.optimizer_step()
         return grad_norm
 
-    def to(self, device: str, model: bool = True, optimizer: bool = True, grad: bool = True) -> None:
+    def to(
+        self, device: str, model: bool = True, optimizer: bool = True, grad: bool = True
+    ) -> None:
         super().to(device=device, model=model, optimizer=optimizer, grad=grad)
         if optimizer and self._step is not None:
             self._step.capo.to("cpu" if device == "cpu" else torch.device(get_device_id()))
@@ -213,7 +234,8 @@ class CapoEngineMixin(CapoCheckpointMixin):
         return self._steps_before + self._optimizer_steps()
 
     def _agree_to_step(self, config: CapoConfig) -> None:
-        """All ranks learn whether any of them met NaN or infinity; then all stop, or all skip the optimizer step.
+        """All ranks learn whether any of them met NaN or infinity; then all stop, or all skip the
+        optimizer step.
 
         Raises:
             RuntimeError: on every rank, naming rank and sample, with ``on_nonfinite=error``.
@@ -227,10 +249,13 @@ class CapoEngineMixin(CapoCheckpointMixin):
         if config.on_nonfinite == "error":
             raise RuntimeError(
                 f"{what}. Nothing was updated. Resume from the last checkpoint; "
-                "actor_rollout_ref.actor.policy_loss.capo.on_nonfinite=skip_batch would leave such batches out"
+                "actor_rollout_ref.actor.policy_loss.capo.on_nonfinite=skip_batch would leave such "
+                "batches out"
             )
         if dist.get_rank() == findings[0].rank:
-            logger.warning("%s. Skipped: neither weights nor moments move (capo.on_nonfinite=skip_batch)", what)
+            logger.warning(
+                "%s. Skipped: neither weights nor moments move (capo.on_nonfinite=skip_batch)", what
+            )
 
     def _switch_on(self, config: CapoConfig) -> None:
         """The first training step says that this run is a CAPO run. Called on every rank."""
@@ -241,7 +266,9 @@ class CapoEngineMixin(CapoCheckpointMixin):
         if made is not None:
             capo, self._tap = made
             self._step = FilteredStep(capo, config, device, self._health)
-            self._step.samples.tokenizer = getattr(getattr(self, "model_config", None), "tokenizer", None)
+            self._step.samples.tokenizer = getattr(
+                getattr(self, "model_config", None), "tokenizer", None
+            )
         if config.kl_budget is not None:
             if config.kl_budget.line_search is not None:
                 self._check_line_search()

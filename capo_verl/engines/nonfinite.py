@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""NaN and infinity in a mini-batch: noticed on the device, agreed upon by all ranks before the optimizer steps.
+"""NaN and infinity in a mini-batch: noticed on the device, agreed upon by all ranks before the
+optimizer steps.
 
-A rank that raised alone would leave the others waiting in their next collective, and a NaN that only one data-parallel rank
-saw would reach all weights with the next gradient reduction. So what is found is only noted while the micro-batches run; one
-small gather before the optimizer step tells every rank, and all do the same.
+A rank that raised alone would leave the others waiting in their next collective, and a NaN that
+only one data-parallel rank saw would reach all weights with the next gradient reduction. So what is
+found is only noted while the micro-batches run; one small gather before the optimizer step tells
+every rank, and all do the same.
 """
 
 from __future__ import annotations
@@ -60,11 +62,17 @@ class Health:
         self._sample = torch.full_like(self._count, _NO_SAMPLE)
 
     def note(self, what: str, bad: Tensor, samples: Tensor | None = None) -> None:
-        """Remember ``bad [...]`` bool, concerning ``samples [...]`` int64. Does not wait for the device."""
+        """Remember ``bad [...]`` bool, concerning ``samples [...]`` int64.
+
+        Does not wait for the device.
+        """
         self._note(PROBLEMS.index(what), bad[None], samples)
 
     def note_tokens(self, problems: Mapping[str, Tensor], samples: Tensor) -> None:
-        """All of ``TOKEN_PROBLEMS`` of a micro-batch at once, ``[...]`` bool each. Does not wait for the device."""
+        """All of ``TOKEN_PROBLEMS`` of a micro-batch at once, ``[...]`` bool each.
+
+        Does not wait for the device.
+        """
         self._note(0, torch.stack([problems[what] for what in TOKEN_PROBLEMS]), samples)
 
     def _note(self, first: int, bad: Tensor, samples: Tensor | None) -> None:
@@ -84,12 +92,16 @@ class Health:
         self.note(LOSS, ~loss.detach().isfinite().reshape(1), samples.min().reshape(1))
 
     def note_gradients(self, gradients: Iterable[Tensor]) -> None:
-        """The gradients of this rank; a norm that overflows counts, because it could not be clipped."""
+        """The gradients of this rank; a norm that overflows counts, because it could not be
+        clipped.
+        """
         norm = torch.nn.utils.get_total_norm(list(gradients))
         self.note(GRADIENTS, ~norm.isfinite().to(self._device))
 
     def agree(self, group: collectives.Group) -> list[Finding]:
-        """What was found on any rank of ``group``, the same list on all of them; empty if all is well. Collective."""
+        """What was found on any rank of ``group``, the same list on all of them; empty if all is
+        well. Collective.
+        """
         mine = torch.stack((self._count, self._sample), dim=-1).flatten()
         table = collectives.gather(mine, group).view(-1, len(PROBLEMS), 2)
         return [
@@ -101,7 +113,9 @@ class Health:
 
 
 def describe(findings: list[Finding], step: int) -> str:
-    """One sentence for logs and errors: what, on which rank, in which sample, in which optimizer step."""
+    """One sentence for logs and errors: what, on which rank, in which sample, in which optimizer
+    step.
+    """
     shown = "; ".join(str(finding) for finding in findings[:_SHOWN])
     more = f"; and {len(findings) - _SHOWN} more" if len(findings) > _SHOWN else ""
     return f"optimizer step {step} is not usable: {shown}{more}"

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""verl's response-only fields on the tokens of whole sequences, and per-token results back on the responses."""
+"""verl's response-only fields on the tokens of whole sequences, and per-token results back on the
+responses.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ SAMPLE = "capo_sample"
 
 
 class PackedResponse(NamedTuple):
-    """Per-token fields in the layout of the labels, ``[b, s]`` or ``[1, total]``; zeros outside the responses."""
+    """Per-token fields in the layout of the labels, ``[b, s]`` or ``[1, total]``; zeros outside the
+    responses.
+    """
 
     advantages: Tensor
     response_mask: Tensor
@@ -38,15 +42,22 @@ class PackedResponse(NamedTuple):
             batch: the micro-batch they are of, with :data:`SAMPLE`.
         """
         advantages, mask, sequence = fields
-        return cls(advantages.contiguous(), mask > 0.5, sequence.long(), batch[SAMPLE], max_response_tokens(batch))
+        return cls(
+            advantages.contiguous(),
+            mask > 0.5,
+            sequence.long(),
+            batch[SAMPLE],
+            max_response_tokens(batch),
+        )
 
 
 def masked_values(data: TensorDict, name: str) -> tuple[Tensor, Tensor]:
-    """Values ``[R]`` of a response field at the tokens of the response mask (0 elsewhere), and the position in the
-    micro-batch of the sample that each belongs to, ``[R]`` int64.
+    """Values ``[R]`` of a response field at the tokens of the response mask (0 elsewhere), and the
+    position in the micro-batch of the sample that each belongs to, ``[R]`` int64.
 
     Args:
-        data: micro-batch; the field and ``response_mask`` nested, or padded to ``[b, max_response]``.
+        data: micro-batch; the field and ``response_mask`` nested, or padded to ``[b,
+            max_response]``.
     """
     values, mask = data[name], data["response_mask"]
     if mask.is_nested:
@@ -60,11 +71,12 @@ def masked_values(data: TensorDict, name: str) -> tuple[Tensor, Tensor]:
 
 
 def response_fields(batch: TensorDict) -> Tensor:
-    """Advantage, response mask and index of the sample for every token of ``input_ids``: nested ``[b, j, 3]``, float32.
+    """Advantage, response mask and index of the sample for every token of ``input_ids``: nested
+    ``[b, j, 3]``, float32.
 
     Args:
-        batch: micro-batch with nested ``input_ids``; ``advantages`` and ``response_mask`` nested, or padded to
-            ``[b, max_response]`` with ``prompts`` and ``attention_mask``.
+        batch: micro-batch with nested ``input_ids``; ``advantages`` and ``response_mask`` nested,
+            or padded to ``[b, max_response]`` with ``prompts`` and ``attention_mask``.
     """
     offsets = batch["input_ids"].offsets()
     b, total = len(offsets) - 1, batch["input_ids"].values().shape[0]
@@ -74,12 +86,16 @@ def response_fields(batch: TensorDict) -> Tensor:
         fields[:, column].index_copy_(0, at, _flat(batch[name]).to(fields.dtype))
     fields = fields[:total]
     # Sample indices are exact in float32 up to 16 million.
-    fields[:, 2] = torch.arange(b, device=offsets.device).repeat_interleave(offsets.diff(), output_size=total)
+    fields[:, 2] = torch.arange(b, device=offsets.device).repeat_interleave(
+        offsets.diff(), output_size=total
+    )
     return torch.nested.nested_tensor_from_jagged(fields, offsets=offsets)
 
 
 def next_token_fields(batch: TensorDict) -> Tensor:
-    """Advantage and response mask of the token after each token, 0 at the end of a sequence; its own sample. ``[total, 3]``"""
+    """Advantage and response mask of the token after each token, 0 at the end of a sequence; its
+    own sample. ``[total, 3]``
+    """
     fields, ends = response_fields(batch).values(), batch["input_ids"].offsets()[1:] - 1
     following = fields.roll(-1, 0)
     following.index_fill_(0, ends, 0)
@@ -88,11 +104,13 @@ def next_token_fields(batch: TensorDict) -> Tensor:
 
 
 def accepted_response(accepted: Tensor, data: TensorDict) -> Tensor:
-    """Per-token results of the whole sequences, cut to the responses in the format of ``data["response_mask"]``.
+    """Per-token results of the whole sequences, cut to the responses in the format of
+    ``data["response_mask"]``.
 
     Args:
-        accepted: nested ``[b, prompt + response]``, as verl's engine returns per-token results: at the position before the
-            token's. (verl's own functions for this wait for the device once per sequence.)
+        accepted: nested ``[b, prompt + response]``, as verl's engine returns per-token results: at
+            the position before the token's. (verl's own functions for this wait for the device once
+            per sequence.)
     """
     response_mask, values = data["response_mask"], accepted.values()
     at = _response_positions(data, accepted.offsets(), len(values))
@@ -104,17 +122,21 @@ def accepted_response(accepted: Tensor, data: TensorDict) -> Tensor:
 
 
 def weigh_advantages(data: TensorDict, weights: Tensor) -> TensorDict:
-    """A copy of the micro-batch with ``weights * advantages``, the response mask as it is; the original keeps its own.
+    """A copy of the micro-batch with ``weights * advantages``, the response mask as it is; the
+    original keeps its own.
 
-    The losses of tokens are positively homogeneous in the advantage, so this weighs the token's loss; of verl's, ``clip_cov`` and
-    ``kl_cov`` choose tokens by their advantage, and ``dro`` and ``kl_cov`` add terms without one: docs/algorithm.md.
+    The losses of tokens are positively homogeneous in the advantage, so this weighs the token's
+    loss; of verl's, ``clip_cov`` and ``kl_cov`` choose tokens by their advantage, and ``dro`` and
+    ``kl_cov`` add terms without one: docs/algorithm.md.
 
     Args:
         weights: from :func:`accepted_response`.
     """
     weighed, advantages = data.select(*data.keys()), data["advantages"]
     if advantages.is_nested:
-        weighed["advantages"] = torch.zeros_like(advantages)  # of the same lengths, which verl pads by
+        weighed["advantages"] = torch.zeros_like(
+            advantages
+        )  # of the same lengths, which verl pads by
         weighed["advantages"].values().copy_(advantages.values() * weights.values())
     else:
         weighed["advantages"] = advantages * weights.to(advantages.dtype)
@@ -122,7 +144,9 @@ def weigh_advantages(data: TensorDict, weights: Tensor) -> TensorDict:
 
 
 def mask_rejected(data: TensorDict, accepted: Tensor) -> TensorDict:
-    """A copy of the micro-batch whose response mask holds the accepted tokens only; the original keeps its own."""
+    """A copy of the micro-batch whose response mask holds the accepted tokens only; the original
+    keeps its own.
+    """
     mask = data["response_mask"]
     kept = data.select(*data.keys())
     if mask.is_nested:
@@ -134,7 +158,9 @@ def mask_rejected(data: TensorDict, accepted: Tensor) -> TensorDict:
 
 
 def max_response_tokens(batch: TensorDict) -> int:
-    """Of a micro-batch, from shapes alone: tokens of the responses, with their padding if they are padded."""
+    """Of a micro-batch, from shapes alone: tokens of the responses, with their padding if they are
+    padded.
+    """
     return _flat(batch["response_mask"]).shape[0]
 
 
@@ -144,7 +170,8 @@ def _flat(field: Tensor) -> Tensor:
 
 
 def _response_positions(batch: TensorDict, offsets: Tensor, total: int) -> Tensor:
-    """Where each response value belongs among the flat tokens: ``[R]`` int64, ``total`` for padding.
+    """Where each response value belongs among the flat tokens: ``[R]`` int64, ``total`` for
+    padding.
 
     Args:
         offsets: ``[b + 1]`` int64, of the sequences; total: number of their tokens.

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A few sequences of the training batch, with what the filter saw of each token, written for ``capo-verl report``.
+"""A few sequences of the training batch, with what the filter saw of each token, written for
+``capo-verl report``.
 
-One process of the run writes: the first of the data-, tensor- and context-parallel groups on the last pipeline stage. The file
-lies in the run's checkpoint folder, which every node of a run can write to anyway. Steps that are not sampled do nothing here.
+One process of the run writes: the first of the data-, tensor- and context-parallel groups on the
+last pipeline stage. The file lies in the run's checkpoint folder, which every node of a run can
+write to anyway. Steps that are not sampled do nothing here.
 """
 
 from __future__ import annotations
@@ -33,8 +35,9 @@ FILTER_COLUMNS = ("policy_shift", "objective_shift", "in_trust_region", "weights
 class TokenSamples:
     """Collects sequences during one optimizer step and writes them when it is made.
 
-    Half of the ``capo.sample_tokens`` sequences are the first of this rank's mini-batch, the others those of the rest with most
-    tokens outside the trust region (``chosen`` says which). With several mini-batches a training step, the first is sampled.
+    Half of the ``capo.sample_tokens`` sequences are the first of this rank's mini-batch, the others
+    those of the rest with most tokens outside the trust region (``chosen`` says which). With
+    several mini-batches a training step, the first is sampled.
 
     Args:
         config: ``sample_tokens_every``, ``sample_tokens``, ``sample_tokens_dir``.
@@ -46,8 +49,11 @@ class TokenSamples:
 
     def __init__(self, config: CapoConfig, capo: CapoFilter):
         self._config = config
-        # The ranks of a tensor- or context-parallel group see the same sequences, and put them together in a collective.
-        self._participates = config.sample_tokens_every is not None and collectives.rank(capo.dp_group) == 0
+        # The ranks of a tensor- or context-parallel group see the same sequences, and put them
+        # together in a collective.
+        self._participates = (
+            config.sample_tokens_every is not None and collectives.rank(capo.dp_group) == 0
+        )
         self._writes = collectives.rank(capo.tp_group) == 0 and collectives.rank(capo.cp_group) == 0
         self._step: int | None = None
         self._sampled_step: int | None = None
@@ -70,16 +76,21 @@ class TokenSamples:
         self._others: list[dict[str, Any]] = []
 
     def keep(self, out: CapoOutput) -> None:
-        """What the filter found in a micro-batch, until :meth:`add`. Does not wait for the device."""
+        """What the filter found in a micro-batch, until :meth:`add`.
+
+        Does not wait for the device.
+        """
         if self.active:
-            self._columns = torch.stack([getattr(out, name).float() for name in FILTER_COLUMNS], dim=-1)
+            self._columns = torch.stack(
+                [getattr(out, name).float() for name in FILTER_COLUMNS], dim=-1
+            )
 
     def lay_out(self, to_sequences: Callable[[Tensor], Tensor]) -> None:
         """Bring what was kept from the layout of the model into that of ``input_ids``.
 
         Args:
-            to_sequences: ``[b, s]`` as evaluated to flat ``[total]`` values at the position before the token's own, those of all
-                context-parallel ranks (a collective).
+            to_sequences: ``[b, s]`` as evaluated to flat ``[total]`` values at the position before
+                the token's own, those of all context-parallel ranks (a collective).
         """
         if self.active and self._columns is not None:
             self._columns = torch.stack(
@@ -91,14 +102,20 @@ class TokenSamples:
         """Choose from a micro-batch. Waits for the device, in sampled steps only.
 
         Args:
-            log_probs: nested ``[b, j]`` at the position before the token's own, at the rollout's temperature; None = unknown.
-            data: the micro-batch, with nested ``input_ids`` and :data:`~capo_verl.engines.response.SAMPLE`.
+            log_probs: nested ``[b, j]`` at the position before the token's own, at the rollout's
+                temperature; None = unknown.
+            data: the micro-batch, with nested ``input_ids`` and
+                :data:`~capo_verl.engines.response.SAMPLE`.
         """
         columns, self._columns = self._columns, None
         if not (self.active and self._writes) or columns is None:
             return
         input_ids, fields = data["input_ids"], next_token_fields(data)
-        log_prob = torch.full_like(fields[:, 0], math.nan) if log_probs is None else log_probs.detach().values().float()
+        log_prob = (
+            torch.full_like(fields[:, 0], math.nan)
+            if log_probs is None
+            else log_probs.detach().values().float()
+        )
         table = torch.cat([fields[:, :2], log_prob.exp()[:, None], columns], dim=-1).cpu()
         ids, samples = input_ids.values().cpu(), data[SAMPLE].cpu().tolist()
         bounds = input_ids.offsets().cpu().tolist()
@@ -113,10 +130,15 @@ class TokenSamples:
         if len(self._first) < first:
             self._first.append(sequence)
         elif total > first:
-            self._others = sorted([*self._others, sequence], key=lambda s: -s["rejected"])[: total - first]
+            self._others = sorted([*self._others, sequence], key=lambda s: -s["rejected"])[
+                : total - first
+            ]
 
     def write(self) -> None:
-        """The optimizer step is made: append its sequences to the file. What cannot be written is a warning, once."""
+        """The optimizer step is made: append its sequences to the file.
+
+        What cannot be written is a warning, once.
+        """
         if not self.active:
             return
         # On every rank, whether it writes or not: all must agree about the next step's collectives.
@@ -135,7 +157,9 @@ class TokenSamples:
         except OSError as e:
             self._writes = False  # the others of its groups go on with their collectives
             logger.warning(
-                "no more token samples: %s cannot be written (%s); set capo.sample_tokens_dir", folder / FILE, e
+                "no more token samples: %s cannot be written (%s); set capo.sample_tokens_dir",
+                folder / FILE,
+                e,
             )
         self.discard()
 
@@ -146,7 +170,15 @@ class TokenSamples:
         end = inside[-1] + 2 if inside else len(ids)
         text = None if self.tokenizer is None else token_pieces(ids[:end], self._decode)
         rows = table[start - 1 : end - 1]
-        names = ("advantage", "mask", "probability", "policy_shift", "objective_shift", "in_trust_region", "weight")
+        names = (
+            "advantage",
+            "mask",
+            "probability",
+            "policy_shift",
+            "objective_shift",
+            "in_trust_region",
+            "weight",
+        )
         columns: dict[str, list[Any]] = {
             name: [_plain(value) for value in column.tolist()]
             for name, column in zip(names, rows.unbind(-1), strict=True)
@@ -164,7 +196,11 @@ class TokenSamples:
         return json.dumps(entry, allow_nan=False, ensure_ascii=False)
 
     def _decode(self, ids: list[int]) -> str:
-        return str(self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+        return str(
+            self.tokenizer.decode(
+                ids, skip_special_tokens=False, clean_up_tokenization_spaces=False
+            )
+        )
 
 
 def _plain(value: float) -> float | None:

@@ -13,7 +13,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @lru_cache
 def commit(root: Path = ROOT) -> str:
-    """Short hash of the checkout at ``root``, ``+`` if the package differs from it; empty where there is no commit."""
+    """Short hash of the checkout at ``root``, ``+`` if the package differs from it; empty where
+    there is no commit.
+    """
     if not (root / ".git").exists():  # an installed package may lie in somebody else's repository
         return ""
 
@@ -22,7 +24,11 @@ def commit(root: Path = ROOT) -> str:
         return subprocess.run(command, check=False, capture_output=True, text=True).stdout.strip()
 
     head = git("rev-parse", "--verify", "--quiet", "--short=12", "HEAD")
-    return head + ("+" if head and git("status", "--porcelain", "--untracked-files=no", "--", "capo_verl") else "")
+    return head + (
+        "+"
+        if head and git("status", "--porcelain", "--untracked-files=no", "--", "capo_verl")
+        else ""
+    )
 
 
 def processor() -> str:

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m capo_verl.launch.dry_run key=value ...``: what verl's ``main_ppo`` would run, without starting anything.
+"""``python -m capo_verl.launch.dry_run key=value ...``: what verl's ``main_ppo`` would run, without
+starting anything.
 
-Prints the resolved configuration (YAML) and, as comments under it, the plan. The launchers call it for ``DRY_RUN=1``.
-``DRY_RUN=strict`` also refuses what only this machine cannot run: data files that are not here, a folder that cannot be
-written to or holds another run's checkpoints. The plan is for an H100-80GB, with ``DRY_RUN=strict`` for this machine's
-smallest GPU, or for what ``GPU_MEMORY_GIB`` says. ``CAPO_PLAN=note`` prints what does not fit instead of refusing it.
+Prints the resolved configuration (YAML) and, as comments under it, the plan. The launchers call it
+for ``DRY_RUN=1``. ``DRY_RUN=strict`` also refuses what only this machine cannot run: data files
+that are not here, a folder that cannot be written to or holds another run's checkpoints. The plan
+is for an H100-80GB, with ``DRY_RUN=strict`` for this machine's smallest GPU, or for what
+``GPU_MEMORY_GIB`` says. ``CAPO_PLAN=note`` prints what does not fit instead of refusing it.
 """
 
 from __future__ import annotations
@@ -38,7 +40,8 @@ def compose(overrides: Sequence[str]) -> DictConfig:
 
 
 def validate(config: DictConfig) -> list[str]:
-    """verl's own checks and this project's, but for those of files which a run on another machine may have.
+    """verl's own checks and this project's, but for those of files which a run on another machine
+    may have.
 
     Returns:
         What a run on this machine would be refused for, none of it an error here.
@@ -77,7 +80,11 @@ def plan(config: DictConfig) -> tuple[str, list[str]]:
     except ValueError as e:
         return f"No plan: {e}.", []
     if shape is None:
-        return f"No plan: the sizes of {run.model} are not known here; scripts/plan.py takes them as arguments.", []
+        return (
+            f"No plan: the sizes of {run.model} are not known here; scripts/plan.py takes them as "
+            "arguments.",
+            [],
+        )
     memory, notes = (machine_memory(), []) if run.cpu else gpu_memory(look=_is_strict())
     made = make_plan(run, shape, memory, must_fit=on_misfit == "refuse")
     misfit = made.misfit()
@@ -92,7 +99,8 @@ def dry_run(overrides: Sequence[str]) -> tuple[str, list[str]]:
     """What is printed to standard output, and notes.
 
     Raises:
-        ValueError, AssertionError, hydra.errors.HydraException: in one sentence, why the run is refused.
+        ValueError, AssertionError, hydra.errors.HydraException: in one sentence, why the run is
+            refused.
     """
     with contextlib.redirect_stdout(sys.stderr):  # verl's checks print
         config = compose(overrides)

@@ -16,7 +16,8 @@ SECONDS = 30
 
 
 def gpu_memory(look: bool) -> tuple[float, list[str]]:
-    """GiB of a GPU: ``GPU_MEMORY_GIB``, else of the smallest that ``CUDA_VISIBLE_DEVICES`` leaves, else of an H100-80GB.
+    """GiB of a GPU: ``GPU_MEMORY_GIB``, else of the smallest that ``CUDA_VISIBLE_DEVICES`` leaves,
+    else of an H100-80GB.
 
     Args:
         look: whether this is the machine that the run is for.
@@ -43,7 +44,8 @@ def gpu_memory(look: bool) -> tuple[float, list[str]]:
     except (OSError, subprocess.SubprocessError, ValueError) as e:
         reason = " ".join(str(e).split())
         return H100_80GB, [
-            f"nvidia-smi did not tell the GPUs' memory ({reason}): planned for {H100_80GB} GiB; {VARIABLE} sets it"
+            f"nvidia-smi did not tell the GPUs' memory ({reason}): planned for {H100_80GB} GiB; "
+            f"{VARIABLE} sets it"
         ]
 
 
@@ -51,5 +53,9 @@ def _smallest() -> float:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     # nvidia-smi tells the memory of whole GPUs only, not that of a slice.
     these = ("-i", visible) if visible and "MIG" not in visible else ()
-    done = subprocess.run(["nvidia-smi", *QUERY, *these], capture_output=True, text=True, timeout=SECONDS, check=True)
-    return round(min(float(line) for line in done.stdout.split("\n") if line.strip()) / 1024, 1)  # it counts in MiB
+    done = subprocess.run(
+        ["nvidia-smi", *QUERY, *these], capture_output=True, text=True, timeout=SECONDS, check=True
+    )
+    return round(
+        min(float(line) for line in done.stdout.split("\n") if line.strip()) / 1024, 1
+    )  # it counts in MiB

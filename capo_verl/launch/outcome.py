@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """``python -m capo_verl.launch.outcome``: what a batch job should do now that its driver has ended.
 
-A run that was asked to stop, or whose job was preempted, is continued. One that failed is tried again, unless it failed before
-at the same step: then the cause is not the machine. What was refused as a configuration (exit code 2) would be refused again.
+A run that was asked to stop, or whose job was preempted, is continued. One that failed is tried
+again, unless it failed before at the same step: then the cause is not the machine. What was refused
+as a configuration (exit code 2) would be refused again.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ from capo_verl.utils import TRACKER
 
 FINISHED, REQUEUE, GIVE_UP = "finished", "requeue", "give up"
 STANDSTILLS = 3
-"""So many attempts in a row that were asked to stop, and failed or left no new checkpoint, end the job."""
+"""So many attempts in a row that were asked to stop, and failed or left no new checkpoint, end the
+job.
+"""
 
 
 @dataclass(frozen=True)
@@ -60,8 +63,14 @@ def decide(this: Attempt, progress: Progress | None, earlier: Sequence[Attempt])
     where = f"at step {this.step + 1}" if this.trained else "before its first step"
     if this.exit_code == REFUSED:
         return Outcome(GIVE_UP, "the configuration was refused; it would be refused again")
-    if this.exit_code == 0 and (not this.stop_requested or (progress is not None and progress.finished)):
-        done = f"all {progress.total_steps} steps are done" if progress and progress.finished else "without error"
+    if this.exit_code == 0 and (
+        not this.stop_requested or (progress is not None and progress.finished)
+    ):
+        done = (
+            f"all {progress.total_steps} steps are done"
+            if progress and progress.finished
+            else "without error"
+        )
         return Outcome(FINISHED, done)
     if this.stop_requested:
         standing = [this]
@@ -71,16 +80,22 @@ def decide(this: Attempt, progress: Progress | None, earlier: Sequence[Attempt])
             standing.append(attempt)
         if len(standing) >= STANDSTILLS:
             return Outcome(
-                GIVE_UP, f"{len(standing)} attempts in a row had to stop without a new checkpoint: not requeued"
+                GIVE_UP,
+                f"{len(standing)} attempts in a row had to stop without a new checkpoint: not "
+                "requeued",
             )
         if this.exit_code != 0:
-            return Outcome(REQUEUE, f"ended {where} with exit code {this.exit_code} after it was asked to stop")
+            return Outcome(
+                REQUEUE, f"ended {where} with exit code {this.exit_code} after it was asked to stop"
+            )
         of = f" of {progress.total_steps}" if progress else ""
         return Outcome(REQUEUE, f"stopped as requested, step {this.step}{of} done")
     if any(a.failed and (a.trained, a.step) == (this.trained, this.step) for a in earlier):
         what = f"at the same step ({this.step + 1})" if this.trained else "before its first step"
         return Outcome(GIVE_UP, f"failed twice {what}: not requeued; see both attempts' logs")
-    return Outcome(REQUEUE, f"failed {where} with exit code {this.exit_code}, for the first time there")
+    return Outcome(
+        REQUEUE, f"failed {where} with exit code {this.exit_code}, for the first time there"
+    )
 
 
 def read_attempts(history: Path) -> list[Attempt]:
@@ -102,9 +117,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m capo_verl.launch.outcome", description=__doc__)
     parser.add_argument("--checkpoints", required=True, type=Path, help="trainer.default_local_dir")
     parser.add_argument(
-        "--before", required=True, type=Path, help="copy of progress.json from before the attempt, or no file"
+        "--before",
+        required=True,
+        type=Path,
+        help="copy of progress.json from before the attempt, or no file",
     )
-    parser.add_argument("--resumed-from", required=True, type=int, help="newest checkpoint before the attempt, or 0")
+    parser.add_argument(
+        "--resumed-from", required=True, type=int, help="newest checkpoint before the attempt, or 0"
+    )
     parser.add_argument("--history", required=True, type=Path, help="file that remembers attempts")
     parser.add_argument("--attempt", required=True, help="name of this attempt")
     parser.add_argument("--exit-code", required=True, type=int)

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run will need, before it starts: memory per GPU in each phase, memory of the hosts, and whether that fits.
+"""What a run will need, before it starts: memory per GPU in each phase, memory of the hosts, and
+whether that fits.
 
-An estimate from sizes alone (:mod:`capo_verl.launch.plan_memory`). What nobody can compute from sizes, such as NCCL's
-buffers, the CUDA context and fragmentation, is one stated number, ``reserve``.
+An estimate from sizes alone (:mod:`capo_verl.launch.plan_memory`). What nobody can compute from
+sizes, such as NCCL's buffers, the CUDA context and fragmentation, is one stated number,
+``reserve``.
 """
 
 from __future__ import annotations
@@ -23,8 +25,11 @@ RESERVE = 6.0
 """GiB per GPU for the CUDA context, NCCL's buffers, workspaces and fragmentation."""
 
 CPU_PROCESSES, CPU_RANK = 3.3, 0.5
-"""GiB of everything around a training on a CPU (driver, Ray, trainer, rewards, server), and of a rank, without model and
-activations: the quickstart's, whose model takes 10 MiB, measured with two ranks as the sum of PSS (4.3 GiB)."""
+"""GiB of everything around a training on a CPU (driver, Ray, trainer, rewards, server), and of a
+rank, without model and
+activations: the quickstart's, whose model takes 10 MiB, measured with two ranks as the sum of PSS
+    (4.3 GiB).
+"""
 
 
 class PlanError(ValueError):
@@ -49,7 +54,10 @@ class Plan:
 
     def peak(self) -> tuple[str, int]:
         """The fullest phase and its bytes."""
-        return max(((name, sum(parts.values())) for name, parts in self.phases.items()), key=lambda pair: pair[1])
+        return max(
+            ((name, sum(parts.values())) for name, parts in self.phases.items()),
+            key=lambda pair: pair[1],
+        )
 
     def misfit(self) -> str | None:
         """Why the memory will not do, with the numbers; None if it will."""
@@ -57,18 +65,22 @@ class Plan:
         needed = run.max_model_len or run.sequence_length
         if run.colocated and not run.cpu and self.kv_tokens < needed:
             return (
-                f"{ROLLOUT}.gpu_memory_utilization={run.rollout_memory} of {self.memory:.1f} GiB leaves room for "
-                f"{self.kv_tokens} tokens of KV cache ({plan_memory.kv_cache_per_token(run, shape)} bytes each) beside "
-                f"{_gib(plan_memory.rollout_weights(run, shape)):.1f} GiB of weights, but a sequence has {needed}: raise it or "
+                f"{ROLLOUT}.gpu_memory_utilization={run.rollout_memory} of {self.memory:.1f} GiB "
+                f"leaves room for {self.kv_tokens} tokens of KV cache "
+                f"({plan_memory.kv_cache_per_token(run, shape)} bytes each) beside "
+                f"{_gib(plan_memory.rollout_weights(run, shape)):.1f} GiB of weights, but a "
+                f"sequence has {needed}: raise it or "
                 f"{ROLLOUT}.tensor_model_parallel_size={run.rollout_tp}"
             )
         phase, peak = self.peak()
         limit = self.memory - self.reserve
         if self.memory and peak > limit * GIB:
-            parts = ", ".join(f"{name} {_gib(size):.1f}" for name, size in self.phases[phase].items() if size)
+            parts = ", ".join(
+                f"{name} {_gib(size):.1f}" for name, size in self.phases[phase].items() if size
+            )
             return (
-                f"{shape.name} does not fit: {phase} needs {_gib(peak):.1f} GiB per {'node' if run.cpu else 'GPU'} ({parts}) "
-                f"of {limit:.1f}: {_advice(run, phase)}"
+                f"{shape.name} does not fit: {phase} needs {_gib(peak):.1f} GiB per "
+                f"{'node' if run.cpu else 'GPU'} ({parts}) of {limit:.1f}: {_advice(run, phase)}"
             )
         return None
 
@@ -80,11 +92,12 @@ class Plan:
             "model": self.shape.name,
             "parameters": self.shape.parameters(),
             "layout": {
-                "nodes": run.nodes, "gpus_per_node": run.gpus_per_node, "tp": run.tp, "pp": run.pp, "cp": run.cp,
-                "dp": run.dp, "rollout_tp": run.rollout_tp,
+                "nodes": run.nodes, "gpus_per_node": run.gpus_per_node, "tp": run.tp, "pp": run.pp,
+                "cp": run.cp, "dp": run.dp, "rollout_tp": run.rollout_tp,
             },
             "gib_per_gpu" if not run.cpu else "gib_per_node": {
-                phase: {**{k: _gib(v) for k, v in parts.items() if v}, "total": _gib(sum(parts.values()))}
+                phase: {**{k: _gib(v) for k, v in parts.items() if v},
+                    "total": _gib(sum(parts.values()))}
                 for phase, parts in self.phases.items()
             },
             "peak": {"phase": name, "gib": _gib(peak), "of": self.memory, "reserve": self.reserve},
@@ -96,9 +109,9 @@ class Plan:
         """The same for people."""
         run, where = self.run, "node" if self.run.cpu else "GPU"
         head = (
-            f"Plan: {self.shape.name}, {self.shape.parameters() / 1e9:.2f} B parameters, {run.nodes} node(s) x "
-            f"{run.gpus_per_node} {'ranks' if run.cpu else 'GPUs'}, TP{run.tp} PP{run.pp} CP{run.cp} DP{run.dp}, "
-            f"rollout {run.rollout} TP{run.rollout_tp}"
+            f"Plan: {self.shape.name}, {self.shape.parameters() / 1e9:.2f} B parameters, "
+            f"{run.nodes} node(s) x {run.gpus_per_node} {'ranks' if run.cpu else 'GPUs'}, "
+            f"TP{run.tp} PP{run.pp} CP{run.cp} DP{run.dp}, rollout {run.rollout} TP{run.rollout_tp}"
         )
         digits = 2 if run.cpu else 1
         names = list(dict.fromkeys(part for parts in self.phases.values() for part in parts))
@@ -106,8 +119,15 @@ class Plan:
         for name in names:
             cells = [parts.get(name, 0) for parts in self.phases.values()]
             if any(cells):
-                rows.append([name, *(f"{_gib(cell):.{digits}f}" if cell else "-" for cell in cells)])
-        rows.append(["total", *(f"{_gib(sum(parts.values())):.{digits}f}" for parts in self.phases.values())])
+                rows.append(
+                    [name, *(f"{_gib(cell):.{digits}f}" if cell else "-" for cell in cells)]
+                )
+        rows.append(
+            [
+                "total",
+                *(f"{_gib(sum(parts.values())):.{digits}f}" for parts in self.phases.values()),
+            ]
+        )
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = [
             "  "
@@ -122,15 +142,20 @@ class Plan:
         else:
             notes[0] += f" + {self.reserve:.0f} reserved, of {self.memory:.1f}"
             notes += [
-                f"  host memory per node: {_gib(self.host):.0f} GiB for what is offloaded, besides the processes'",
-                f"  KV cache of a rollout replica: {self.kv_tokens:,} tokens, {self.kv_tokens // run.sequence_length:,} "
-                f"sequences of {run.sequence_length:,}",
+                f"  host memory per node: {_gib(self.host):.0f} GiB for what is offloaded, besides "
+                "the processes'",
+                f"  KV cache of a rollout replica: {self.kv_tokens:,} tokens, "
+                f"{self.kv_tokens // run.sequence_length:,} sequences of {run.sequence_length:,}",
             ]
         return "\n".join([head, *lines, *notes])
 
 
 def make_plan(
-    run: RunSpec, shape: ModelShape, memory: float = H100_80GB, reserve: float = RESERVE, must_fit: bool = True
+    run: RunSpec,
+    shape: ModelShape,
+    memory: float = H100_80GB,
+    reserve: float = RESERVE,
+    must_fit: bool = True,
 ) -> Plan:
     """
     Args:
@@ -144,8 +169,9 @@ def make_plan(
     found = sizes.problems(run, shape)
     if run.sequence_length > shape.max_positions > 0:
         found.append(
-            f"data.max_prompt_length={run.prompt_length} + data.max_response_length={run.response_length} = "
-            f"{run.sequence_length} tokens are more than the {shape.max_positions} positions of {shape.name}: lower one"
+            f"data.max_prompt_length={run.prompt_length} + "
+            f"data.max_response_length={run.response_length} = {run.sequence_length} tokens are "
+            f"more than the {shape.max_positions} positions of {shape.name}: lower one"
         )
     if found:
         raise PlanError(found[0])
@@ -162,8 +188,8 @@ def _advice(run: RunSpec, phase: str) -> str:
     if phase == "rollout":
         return f"lower {ROLLOUT}.gpu_memory_utilization={run.rollout_memory}, or offload parameters and optimizer"
     return (
-        f"raise the tensor (now {run.tp}) or pipeline (now {run.pp}) parallel size, add nodes (now {run.nodes}), or give a "
-        "micro-batch fewer tokens"
+        f"raise the tensor (now {run.tp}) or pipeline (now {run.pp}) parallel size, add nodes (now "
+        f"{run.nodes}), or give a micro-batch fewer tokens"
     )
 
 
@@ -186,7 +212,9 @@ def _update(run: RunSpec, shape: ModelShape, stage: int) -> dict[str, int]:
 
 
 def _log_prob(run: RunSpec, shape: ModelShape, stage: int) -> dict[str, int]:
-    """A forward pass: one layer's activations at a time; gradients and optimizer only if they are not offloaded."""
+    """A forward pass: one layer's activations at a time; gradients and optimizer only if they are
+    not offloaded.
+    """
     update, last = _update(run, shape, stage), stage == run.pp - 1
     tokens = plan_memory.tokens_of_micro_batch(run, log_prob=True)
     return {
@@ -198,7 +226,9 @@ def _log_prob(run: RunSpec, shape: ModelShape, stage: int) -> dict[str, int]:
 
 
 def _resident(run: RunSpec, update: Mapping[str, int]) -> dict[str, int]:
-    """What of the trainer stays on the GPU while it does not train (``offload_megatron_*`` in verl/utils/megatron_utils.py)."""
+    """What of the trainer stays on the GPU while it does not train (``offload_megatron_*`` in
+    verl/utils/megatron_utils.py).
+    """
     return {
         "parameters": 0 if run.offload_parameters else update["parameters"],
         "gradients": 0 if run.offload_parameters else update["gradients"],
@@ -216,20 +246,27 @@ def _on_gpu(run: RunSpec, shape: ModelShape, memory: float, reserve: float) -> P
     updates = [_update(run, shape, stage) for stage in stages]
     weights = plan_memory.rollout_weights(run, shape)
     budget = int(run.rollout_memory * memory * GIB) if run.colocated else 0
-    engine = {"rollout weights": weights, "KV cache": max(budget - weights, 0)} if run.colocated else {}
+    engine = (
+        {"rollout weights": weights, "KV cache": max(budget - weights, 0)} if run.colocated else {}
+    )
     asleep = {} if run.rollout_sleeps else engine
     sync = {"rollout weights": weights, "bucket": run.sync_bucket_bytes} if run.colocated else {}
     phases = {
         "rollout": _fullest([{**_resident(run, update), **engine} for update in updates]),
         "weight sync": _fullest(
-            [{**_resident(run, u), "parameters": u["parameters"], **sync, **asleep} for u in updates]
+            [
+                {**_resident(run, u), "parameters": u["parameters"], **sync, **asleep}
+                for u in updates
+            ]
         ),
         "log-probs": _fullest([{**_log_prob(run, shape, stage), **asleep} for stage in stages]),
         "update": _fullest([{**update, **asleep} for update in updates]),
     }
-    # The host's copies: parameters pinned once per buffer, the optimizer's state, the filter's moments; gradients are dropped.
+    # The host's copies: parameters pinned once per buffer, the optimizer's state, the filter's
+    # moments; gradients are dropped.
     host = max(
-        run.offload_parameters * u["parameters"] + run.offload_optimizer * (u["optimizer"] + u["CAPO moments"])
+        run.offload_parameters * u["parameters"]
+        + run.offload_optimizer * (u["optimizer"] + u["CAPO moments"])
         for u in updates
     )
     kv_tokens = engine.get("KV cache", 0) // plan_memory.kv_cache_per_token(run, shape)
@@ -237,10 +274,12 @@ def _on_gpu(run: RunSpec, shape: ModelShape, memory: float, reserve: float) -> P
 
 
 def _on_cpu(run: RunSpec, shape: ModelShape, memory: float) -> Plan:
-    """Nothing is offloaded and nothing sleeps: ranks and servers share the machine's memory throughout.
+    """Nothing is offloaded and nothing sleeps: ranks and servers share the machine's memory
+    throughout.
 
-    A server holds the model in float32 and the keys and values of the batch it generates (``capo_verl/cpu/rollout/sampling.py``). It
-    receives the weights through Ray's object store, from copies of one bucket (``capo_verl/cpu/rollout/replica.py``).
+    A server holds the model in float32 and the keys and values of the batch it generates
+    (``capo_verl/cpu/rollout/sampling.py``). It receives the weights through Ray's object store,
+    from copies of one bucket (``capo_verl/cpu/rollout/replica.py``).
     """
     fullest = _fullest([_update(run, shape, stage) for stage in range(run.pp)])
     per_node = {name: size * run.gpus_per_node for name, size in fullest.items()}

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bytes on one rank: formulas, each with its source. What they make of a run is in :mod:`capo_verl.launch.plan`.
+"""Bytes on one rank: formulas, each with its source. What they make of a run is in
+:mod:`capo_verl.launch.plan`.
 
 Narayanan et al. 2021: arXiv 2104.04473. Korthikanti et al. 2022: arXiv 2205.05198.
 """
@@ -36,12 +37,14 @@ def width(run: RunSpec) -> int:
 
 def states(run: RunSpec, shape: ModelShape, stage: int) -> States:
     """
-    Megatron (``megatron/core/distributed/param_and_grad_buffer.py``, ``megatron/core/optimizer/distrib_optimizer.py``):
-    bfloat16 parameters and float32 gradients (verl's default ``grad_reduce_in_fp32``) whole on every rank; the optimizer's
-    float32 copy and moments split over data- and context-parallel ranks by the distributed optimizer. In float32 training
-    there is no copy.
+    Megatron (``megatron/core/distributed/param_and_grad_buffer.py``,
+    ``megatron/core/optimizer/distrib_optimizer.py``): bfloat16 parameters and float32 gradients
+    (verl's default ``grad_reduce_in_fp32``) whole on every rank; the optimizer's float32 copy and
+    moments split over data- and context-parallel ranks by the distributed optimizer. In float32
+    training there is no copy.
 
-    FSDP (``verl/workers/engine/fsdp/transformer_impl.py``, ``model_dtype`` fp32): all of it in float32, split over all
+    FSDP (``verl/workers/engine/fsdp/transformer_impl.py``, ``model_dtype`` fp32): all of it in
+        float32, split over all
     ranks; one layer at a time is gathered, which :func:`gathered_layer` counts.
     """
     if run.engine != "megatron":
@@ -54,7 +57,9 @@ def states(run: RunSpec, shape: ModelShape, stage: int) -> States:
 
 
 def gathered_layer(run: RunSpec, shape: ModelShape) -> int:
-    """FSDP's working copies: a layer that is computed and one that is fetched, or the LM head, which is larger or not."""
+    """FSDP's working copies: a layer that is computed and one that is fetched, or the LM head,
+    which is larger or not.
+    """
     if run.engine == "megatron":
         return 0
     return 2 * width(run) * max(shape.layer_parameters(), shape.vocab * shape.hidden)
@@ -63,10 +68,11 @@ def gathered_layer(run: RunSpec, shape: ModelShape) -> int:
 def layer_activations(run: RunSpec, shape: ModelShape, tokens: int) -> int:
     """What the backward pass of one layer needs, with flash attention, which keeps no scores.
 
-    Korthikanti et al. 2022 (section 4) count 34 bytes per token and hidden unit for LayerNorm, a GELU of width 4h and as many
-    key-value heads as heads. The same count for RMSNorm, SwiGLU and grouped queries: the inputs of both norms and of the two
-    column-parallel matrices (4h), queries, keys, values and the attention's output, gate, up and their product. Tensor
-    parallelism splits all of it if the sequence is split too, and all but the 4h if not.
+    Korthikanti et al. 2022 (section 4) count 34 bytes per token and hidden unit for LayerNorm, a
+    GELU of width 4h and as many key-value heads as heads. The same count for RMSNorm, SwiGLU and
+    grouped queries: the inputs of both norms and of the two column-parallel matrices (4h), queries,
+    keys, values and the attention's output, gate, up and their product. Tensor parallelism splits
+    all of it if the sequence is split too, and all but the 4h if not.
     """
     kept_whole = 4 * shape.hidden
     kept_split = (2 * shape.heads + 2 * shape.kv_heads) * shape.head_dim + 3 * shape.intermediate
@@ -75,10 +81,12 @@ def layer_activations(run: RunSpec, shape: ModelShape, tokens: int) -> int:
 
 
 def activations(run: RunSpec, shape: ModelShape, tokens: int, stage: int) -> int:
-    """Of the micro-batches in flight on a stage: ``stages - stage`` of them (1F1B; Narayanan et al. 2021, section 2.2).
+    """Of the micro-batches in flight on a stage: ``stages - stage`` of them (1F1B; Narayanan et al.
+    2021, section 2.2).
 
-    Full recomputation in whole layers keeps a layer's input, and all of one layer while that is computed again
-    (Korthikanti et al. 2022, section 5). Selective recomputation saves nothing here: flash attention keeps no scores.
+    Full recomputation in whole layers keeps a layer's input, and all of one layer while that is
+    computed again (Korthikanti et al. 2022, section 5). Selective recomputation saves nothing here:
+    flash attention keeps no scores.
     """
     layers = -(-shape.layers // run.pp)
     in_flight = run.pp - stage
@@ -93,9 +101,11 @@ def activations(run: RunSpec, shape: ModelShape, tokens: int, stage: int) -> int
 def logits(run: RunSpec, shape: ModelShape, tokens: int, update: bool) -> int:
     """Of the last stage, for ``tokens`` times this rank's rows of the vocabulary.
 
-    verl's ``_lm_head_logits_processor`` and Megatron's vocabulary-parallel cross-entropy hold at once: the logits, their
-    float32 softmax, and in the update the gradient in the logits' own precision; without gradients, instead of that, the
-    copy for the entropy. The entropy's own softmax stays for the backward pass if ``entropy_coeff`` is not 0.
+    verl's ``_lm_head_logits_processor`` and Megatron's vocabulary-parallel cross-entropy hold at
+    once: the logits, their float32 softmax, and in the update the gradient in the logits' own
+        precision; without gradients, instead of that, the
+    copy for the entropy. The entropy's own softmax stays for the backward pass if ``entropy_coeff``
+    is not 0.
     """
     if run.fused_head:
         return 0
@@ -104,7 +114,9 @@ def logits(run: RunSpec, shape: ModelShape, tokens: int, update: bool) -> int:
 
 
 def capo_filter(run: RunSpec, shape: ModelShape) -> FilterMemory:
-    """Of the last stage, for the response tokens of one optimizer step on this rank (``capo_verl.core.memory``)."""
+    """Of the last stage, for the response tokens of one optimizer step on this rank
+    (``capo_verl.core.memory``).
+    """
     if run.capo is None or run.capo.get("mode") == "off":
         return FilterMemory(0, 0, 0)
     completions = run.mini_batch * run.completions_per_prompt / run.dp
@@ -127,13 +139,17 @@ class ProbeMemory:
     """What the KL budget keeps on a rank during an update, in bytes."""
 
     logits: int
-    """Of the old policy at the probed tokens, this rank's rows in float32; of one micro-batch twice. Last stage."""
+    """Of the old policy at the probed tokens, this rank's rows in float32; of one micro-batch
+    twice. Last stage.
+    """
     parameters: int
     """With a line search: a copy of what this rank's optimizer writes to."""
 
 
 def kl_probe(run: RunSpec, shape: ModelShape, stage: int) -> ProbeMemory:
-    """Full-length responses of ``probe_share`` of a rank's samples (``capo_verl/engines/kl_probe.py``). k3 keeps no logits."""
+    """Full-length responses of ``probe_share`` of a rank's samples
+    (``capo_verl/engines/kl_probe.py``). k3 keeps no logits.
+    """
     budget = None if run.capo is None else run.capo.get("kl_budget")
     if not budget:
         return ProbeMemory(0, 0)
@@ -143,9 +159,13 @@ def kl_probe(run: RunSpec, shape: ModelShape, stage: int) -> ProbeMemory:
     kept = 0
     if knobs.estimator == "exact" and stage == run.pp - 1:
         completions = run.mini_batch * run.completions_per_prompt / run.dp
-        probed = min(completions, max(math.ceil(completions * knobs.probe_share), run.micro_batch or 1))
+        probed = min(
+            completions, max(math.ceil(completions * knobs.probe_share), run.micro_batch or 1)
+        )
         at_once = min(probed * run.sequence_length, tokens_of_micro_batch(run) * run.cp)
-        kept = int((probed * run.response_length + at_once) / run.cp * shape.vocab / run.tp) * FLOAT32
+        kept = (
+            int((probed * run.response_length + at_once) / run.cp * shape.vocab / run.tp) * FLOAT32
+        )
     copied = 0
     if knobs.line_search is not None:
         copied = states(run, shape, stage).optimizer // (ADAM_MOMENTS + FLOAT32) * FLOAT32
@@ -155,7 +175,8 @@ def kl_probe(run: RunSpec, shape: ModelShape, stage: int) -> ProbeMemory:
 
 
 def kv_cache_per_token(run: RunSpec, shape: ModelShape) -> int:
-    """Keys and values of one token on one GPU of the rollout engine (Kwon et al. 2023, arXiv 2309.06180, section 1).
+    """Keys and values of one token on one GPU of the rollout engine (Kwon et al. 2023, arXiv
+    2309.06180, section 1).
 
     More GPUs than key-value heads hold copies.
     """
@@ -171,8 +192,12 @@ def rollout_weights(run: RunSpec, shape: ModelShape) -> int:
 
 
 def tokens_of_micro_batch(run: RunSpec, log_prob: bool = False) -> int:
-    """Most tokens of a micro-batch on one rank: full-length sequences, spread over the context-parallel ranks."""
-    whole_batch = (run.prompts if log_prob else run.mini_batch) * run.completions_per_prompt / run.dp
+    """Most tokens of a micro-batch on one rank: full-length sequences, spread over the
+    context-parallel ranks.
+    """
+    whole_batch = (
+        (run.prompts if log_prob else run.mini_batch) * run.completions_per_prompt / run.dp
+    )
     limit = run.log_prob_tokens_per_gpu if log_prob else run.tokens_per_gpu
     completions = (run.log_prob_micro_batch if log_prob else run.micro_batch) or whole_batch
     tokens = -(-min(completions, whole_batch) * run.sequence_length // run.cp)

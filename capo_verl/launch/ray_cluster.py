@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m capo_verl.launch.ray_cluster``: wait until every node of a job has joined its Ray cluster with all its GPUs.
+"""``python -m capo_verl.launch.ray_cluster``: wait until every node of a job has joined its Ray
+cluster with all its GPUs.
 
-verl would wait without a word, or place the run on the nodes that happen to be there. This says which node is missing, and why
-as far as its log tells.
+verl would wait without a word, or place the run on the nodes that happen to be there. This says
+which node is missing, and why as far as its log tells.
 """
 
 from __future__ import annotations
@@ -33,12 +34,17 @@ class NotReady(Exception):
     """
 
     def __init__(self, wrong: Mapping[str, str], seconds: float):
-        super().__init__(f"after {seconds:g} s: " + "; ".join(f"node {node} {what}" for node, what in wrong.items()))
+        super().__init__(
+            f"after {seconds:g} s: "
+            + "; ".join(f"node {node} {what}" for node, what in wrong.items())
+        )
         self.nodes = list(wrong)
 
 
 def problems(cluster: Cluster, nodes: Sequence[str], gpus_per_node: float) -> dict[str, str]:
-    """What is wrong, by node; empty if all ``nodes`` are there with the ``gpus_per_node`` that they should have."""
+    """What is wrong, by node; empty if all ``nodes`` are there with the ``gpus_per_node`` that they
+    should have.
+    """
     found = {}
     for node in nodes:
         if node not in cluster:
@@ -75,7 +81,10 @@ def wait_for(
         for node in nodes:
             if node in cluster and node not in joined:
                 joined.add(node)
-                report(f"{node} joined with {cluster[node]:g} GPUs ({len(joined)} of {len(nodes)} nodes)")
+                report(
+                    f"{node} joined with {cluster[node]:g} GPUs ({len(joined)} of {len(nodes)} "
+                    "nodes)"
+                )
         wrong = problems(cluster, nodes, gpus_per_node)
         if not wrong:
             return
@@ -88,7 +97,9 @@ def ray_cluster() -> Cluster:
     """The cluster this process is connected to."""
     import ray
 
-    return {node["NodeName"]: node["Resources"].get("GPU", 0.0) for node in ray.nodes() if node["Alive"]}
+    return {
+        node["NodeName"]: node["Resources"].get("GPU", 0.0) for node in ray.nodes() if node["Alive"]
+    }
 
 
 def tail(path: Path, lines: int = TAIL_LINES) -> str:
@@ -102,19 +113,28 @@ def tail(path: Path, lines: int = TAIL_LINES) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """0 if the cluster is complete, 3 if it is not in time."""
-    parser = argparse.ArgumentParser(prog="python -m capo_verl.launch.ray_cluster", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m capo_verl.launch.ray_cluster", description=__doc__
+    )
     parser.add_argument("--address", required=True, help="HOST:PORT of Ray's head")
-    parser.add_argument("--nodes", required=True, nargs="+", help="names the nodes were started with")
+    parser.add_argument(
+        "--nodes", required=True, nargs="+", help="names the nodes were started with"
+    )
     parser.add_argument("--gpus-per-node", required=True, type=float)
     parser.add_argument("--timeout", type=float, default=300.0, help="seconds (default: 300)")
-    parser.add_argument("--log", default="ray-{node}.log", help="path of a node's log (default: %(default)s)")
+    parser.add_argument(
+        "--log", default="ray-{node}.log", help="path of a node's log (default: %(default)s)"
+    )
     args = parser.parse_args(argv)
 
     import ray
 
-    if os.environ.get("RAY_AUTH_MODE") == "token" and Version(ray.__version__) < Version(FIRST_WITH_TOKENS):
+    if os.environ.get("RAY_AUTH_MODE") == "token" and Version(ray.__version__) < Version(
+        FIRST_WITH_TOKENS
+    ):
         print(
-            f"Ray {ray.__version__} knows no tokens ({FIRST_WITH_TOKENS} does): whoever reaches its ports can run code"
+            f"Ray {ray.__version__} knows no tokens ({FIRST_WITH_TOKENS} does): whoever reaches "
+            "its ports can run code"
         )
     try:
         ray.init(address=args.address, log_to_driver=False, logging_level="ERROR")
@@ -123,7 +143,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(tail(Path(args.log.format(node=args.nodes[0]))), file=sys.stderr)
         return 3
     try:
-        wait_for(ray_cluster, args.nodes, args.gpus_per_node, args.timeout, lambda line: print(line, flush=True))
+        wait_for(
+            ray_cluster,
+            args.nodes,
+            args.gpus_per_node,
+            args.timeout,
+            lambda line: print(line, flush=True),
+        )
     except NotReady as e:
         for node in e.nodes:
             path = Path(args.log.format(node=node))

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one module that knows versions: the supported stacks, and what differs between their packages.
+"""The one module that knows versions: the supported stacks, and what differs between their
+packages.
 
-Everything else in the project is written against what the versions have in common. Importing this module imports
-nothing but the standard library; ``capo_verl.plugin.stack`` compares the stacks with what is installed.
+Everything else in the project is written against what the versions have in common. Importing this
+module imports nothing but the standard library; ``capo_verl.plugin.stack`` compares the stacks with
+what is installed.
 """
 
 from __future__ import annotations
@@ -21,7 +23,9 @@ class Stack:
 
     name: str
     install: tuple[str, ...]
-    """How to install it, one step per line; ``{lacking}``: the requirements not met, ``{verl}``: the specifier of verl."""
+    """How to install it, one step per line; ``{lacking}``: the requirements not met, ``{verl}``:
+    the specifier of verl.
+    """
     python: str = ""
     """Specifier (PEP 440); empty: the project's ``requires-python``."""
     extra: str = ""
@@ -42,8 +46,8 @@ GPU = Stack(
     name="gpu",
     python=">=3.12,<3.13",  # asked for by megatron-core >= 0.17 and megatron-bridge >= 0.5
     same_as={"verl": "cpu"},
-    # verl's extras [megatron,vllm], which pin neither megatron-core nor triton. megatron-core >= 0.18 imports triton
-    # unasked; megatron-bridge imports transformer-engine and nvidia-modelopt.
+    # verl's extras [megatron,vllm], which pin neither megatron-core nor triton. megatron-core >=
+    # 0.18 imports triton unasked; megatron-bridge imports transformer-engine and nvidia-modelopt.
     requirements=(
         "torch==2.11.0",
         "megatron-core>=0.18,<0.20",
@@ -59,8 +63,9 @@ GPU = Stack(
         "ray[default]>=2.41.0",
         "TransferQueue>=0.1.10",
     ),
-    # On PyPI there is no megatron-bridge 0.5.2 and no matching build of flash-attn and transformer-engine: verl's
-    # pyproject.toml takes them from a package index of its own, which pip does not read.
+    # On PyPI there is no megatron-bridge 0.5.2 and no matching build of flash-attn and
+    # transformer-engine: verl's pyproject.toml takes them from a package index of its own, which
+    # pip does not read.
     install=(
         "missing or wrong: {lacking}",
         "in a checkout of verl{verl}: uv sync --extra megatron --extra vllm",
@@ -72,20 +77,25 @@ STACKS = {stack.name: stack for stack in (CPU, GPU)}
 
 
 def shim_mbridge() -> None:
-    """mbridge 0.15.1 reads ``ModelType.encoder_and_decoder`` (``mbridge/core/util.py:83``), gone in mcore 0.17."""
+    """mbridge 0.15.1 reads ``ModelType.encoder_and_decoder`` (``mbridge/core/util.py:83``), gone in
+    mcore 0.17.
+    """
     from mbridge.core import util
     from megatron.core.enums import ModelType
 
     if not hasattr(ModelType, "encoder_and_decoder"):
         util.ModelType = SimpleNamespace(
-            encoder_or_decoder=ModelType.encoder_or_decoder, encoder_and_decoder="never equal to a ModelType"
+            encoder_or_decoder=ModelType.encoder_or_decoder,
+            encoder_and_decoder="never equal to a ModelType",
         )
 
 
 def shim_trl(verl_module: Any) -> None:
-    """verl's FSDP engine patches a class of trl wherever trl is installed (``monkey_patch.py:352``), which TRL 1.16 no longer has.
+    """verl's FSDP engine patches a class of trl wherever trl is installed
+    (``monkey_patch.py:352``), which TRL 1.16 no longer has.
 
-    A trl without it is none to verl. What else asks this module's ``is_trl_available`` wants the same class.
+    A trl without it is none to verl. What else asks this module's ``is_trl_available`` wants the
+    same class.
     """
     installed = verl_module.is_trl_available
 
@@ -105,7 +115,9 @@ def _has(name: str, module: str) -> bool:
 
 
 def import_checkpoint_modules() -> None:
-    """Import now what megatron-core >= 0.19 imports at the first save, so that ``torch_view`` sees those modules."""
+    """Import now what megatron-core >= 0.19 imports at the first save, so that ``torch_view`` sees
+    those modules.
+    """
     for name in ("state_dict_saver", "filesystem_async", "fully_parallel", "torch"):
         name = f"megatron.core.dist_checkpointing.strategies.{name}"
         if importlib.util.find_spec(name) is not None:
@@ -113,13 +125,21 @@ def import_checkpoint_modules() -> None:
 
 
 def rope_type(hf_config: Any) -> str:
-    """The kind of rotary embedding, ``default`` if unscaled: ``rope_parameters`` since transformers 5, else ``rope_scaling``."""
-    rope = getattr(hf_config, "rope_parameters", None) or getattr(hf_config, "rope_scaling", None) or {}
+    """The kind of rotary embedding, ``default`` if unscaled: ``rope_parameters`` since transformers
+    5, else ``rope_scaling``.
+    """
+    rope = (
+        getattr(hf_config, "rope_parameters", None)
+        or getattr(hf_config, "rope_scaling", None)
+        or {}
+    )
     return rope.get("rope_type", rope.get("type", "default"))
 
 
 def shim_rope_theta(hf_config: Any) -> None:
-    """mbridge 0.15.1 reads ``hf_config.rope_theta``, which transformers >= 5 keeps in ``rope_parameters``."""
+    """mbridge 0.15.1 reads ``hf_config.rope_theta``, which transformers >= 5 keeps in
+    ``rope_parameters``.
+    """
     if not hasattr(hf_config, "rope_theta"):
         from verl.utils.megatron_utils import get_hf_rope_theta
 

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The switches as Hydra config groups: ``capo``, the presets of ``capo_verl.config``, and ``rival``, the rival losses."""
+"""The switches as Hydra config groups: ``capo``, the presets of ``capo_verl.config``, and
+``rival``, the rival losses.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +15,17 @@ from capo_verl.config.rivals import RIVAL_SPECS
 
 POLICY_LOSS = "actor_rollout_ref.actor.policy_loss"
 TARGET = "capo_verl.plugin.policy_loss.CapoPolicyLossConfig"
-"""``policy_loss._target_`` of a run with ``+capo`` or ``+rival``: the dataclass that carries their knobs to the workers."""
+"""``policy_loss._target_`` of a run with ``+capo`` or ``+rival``: the dataclass that carries their
+knobs to the workers.
+"""
 TARGETS = (TARGET, "capo_verl.config.CapoPolicyLossConfig")
 """Its names; the second is that of releases before 0.2."""
 
 
 def preset_node(name: str) -> DictConfig:
-    """What ``+capo=NAME`` adds to verl's config: the dataclass that carries the knobs, the knobs, the matching settings."""
+    """What ``+capo=NAME`` adds to verl's config: the dataclass that carries the knobs, the knobs,
+    the matching settings.
+    """
     node = OmegaConf.create({})
     for path, value in PRESETS[name].verl.items():
         OmegaConf.update(node, path, value)
@@ -28,14 +34,17 @@ def preset_node(name: str) -> DictConfig:
     # Where the checkpoints go, every node of the run can write.
     places = {"sample_tokens_dir": "${trainer.default_local_dir}"}
     knobs = OmegaConf.create({"preset": name, **verl_knobs(name), **places})
-    # An unknown key must reach our own check, which lists the valid ones; Hydra's would only say "not in struct".
+    # An unknown key must reach our own check, which lists the valid ones; Hydra's would only say
+    # "not in struct".
     OmegaConf.set_struct(knobs, False)
     OmegaConf.update(node, f"{POLICY_LOSS}.capo", knobs)
     return node
 
 
 def rival_node(name: str) -> DictConfig:
-    """What ``+rival=NAME`` adds to verl's config: the loss, its knobs, and the dataclass that carries them."""
+    """What ``+rival=NAME`` adds to verl's config: the loss, its knobs, and the dataclass that
+    carries them.
+    """
     spec = RIVAL_SPECS[name]
     node = OmegaConf.create({})
     for path, value in spec.verl.items():
@@ -52,6 +61,11 @@ def rival_node(name: str) -> DictConfig:
 def store_groups() -> None:
     """Make both groups known to Hydra."""
     store = ConfigStore.instance()
-    for group, names, node_of in (("capo", PRESETS, preset_node), ("rival", RIVAL_SPECS, rival_node)):
+    for group, names, node_of in (
+        ("capo", PRESETS, preset_node),
+        ("rival", RIVAL_SPECS, rival_node),
+    ):
         for name in names:
-            store.store(group=group, name=name, node=node_of(name), package="_global_", provider="capo_verl")
+            store.store(
+                group=group, name=name, node=node_of(name), package="_global_", provider="capo_verl"
+            )

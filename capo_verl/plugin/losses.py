@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The paper's policy objective and its advantages without a baseline, registered with verl as they are imported."""
+"""The paper's policy objective and its advantages without a baseline, registered with verl as they
+are imported.
+"""
 
 from __future__ import annotations
 
@@ -23,10 +25,12 @@ def compute_policy_loss_capo(
     config: Any = None,
     rollout_is_weights: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Any]]:
-    """``-A * pi/pi_old`` per token, without clipping: the trust region is the filter's (arXiv 2510.00819, section 4).
+    """``-A * pi/pi_old`` per token, without clipping: the trust region is the filter's (arXiv
+    2510.00819, section 4).
 
-    ``response_mask`` holds the accepted tokens; with ``seq-mean-token-mean`` each sequence divides by its own. With one
-    update per batch the ratio is 1 and the gradient is that of REINFORCE, GRPO or Dr.GRPO, whatever the advantages are.
+    ``response_mask`` holds the accepted tokens; with ``seq-mean-token-mean`` each sequence divides
+    by its own. With one update per batch the ratio is 1 and the gradient is that of REINFORCE, GRPO
+    or Dr.GRPO, whatever the advantages are.
 
     Args:
         old_log_prob, log_prob, advantages, response_mask: ``[B, T]``.
@@ -42,7 +46,9 @@ def compute_policy_loss_capo(
     if rollout_is_weights is not None:
         losses = losses * rollout_is_weights
     global_batch = config.global_batch_info if config is not None else {}
-    loss = agg_loss(loss_mat=losses, loss_mask=response_mask, loss_agg_mode=loss_agg_mode, **global_batch)
+    loss = agg_loss(
+        loss_mat=losses, loss_mask=response_mask, loss_agg_mode=loss_agg_mode, **global_batch
+    )
     return loss, {"actor/ppo_kl": verl_F.masked_mean(-log_ratio, response_mask).detach().item()}
 
 
@@ -51,7 +57,8 @@ def compute_policy_loss_capo(
 def compute_reinforce_outcome_advantage(
     token_level_rewards: Tensor, response_mask: Tensor, **_: Any
 ) -> tuple[Tensor, Tensor]:
-    """REINFORCE without baseline: every response token's advantage is its sequence's reward (ReinCAPO).
+    """REINFORCE without baseline: every response token's advantage is its sequence's reward
+    (ReinCAPO).
 
     Args:
         token_level_rewards: ``[B, T]``.

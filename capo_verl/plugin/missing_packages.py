@@ -37,7 +37,8 @@ def missing(program: str, error: ImportError, extra: str) -> str:
     """The sentence, for an error that has reached the top of a program.
 
     Raises:
-        ImportError: ``error`` itself, if what is missing is part of this project: no installation would help.
+        ImportError: ``error`` itself, if what is missing is part of this project: no installation
+            would help.
     """
     package = (error.name or "").partition(".")[0]
     if package in ("capo_verl", "hydra_plugins"):
@@ -48,11 +49,14 @@ def missing(program: str, error: ImportError, extra: str) -> str:
     remedy = install(home) if home is not None else f"pip install {distribution(package)}"
     if isinstance(error, ModuleNotFoundError):
         return f"{program} needs {package}, which is not installed: {remedy}"
-    return f"{program} cannot use the installed {package} ({' '.join(str(error).split())}): {remedy}"
+    return (
+        f"{program} cannot use the installed {package} ({' '.join(str(error).split())}): {remedy}"
+    )
 
 
 def home_of(package: str, first: str) -> str | None:
-    """The extra that installs a package, by its import name: ``first`` if that does; "" for a dependency of the project itself.
+    """The extra that installs a package, by its import name: ``first`` if that does; "" for a
+    dependency of the project itself.
 
     None if nothing of this project installs it.
     """
@@ -61,7 +65,10 @@ def home_of(package: str, first: str) -> str | None:
     from capo_verl.plugin.stack import declared
 
     try:
-        names = {extra: {canonicalize_name(r.name) for r in declared(extra)[1]} for extra in ("", *EXTRAS)}
+        names = {
+            extra: {canonicalize_name(r.name) for r in declared(extra)[1]}
+            for extra in ("", *EXTRAS)
+        }
     except RuntimeError:  # not installed, and Python 3.10 cannot read pyproject.toml
         return first
     wanted = canonicalize_name(distribution(package))

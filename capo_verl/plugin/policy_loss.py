@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""verl's policy-loss dataclass with CAPO's knobs; ``actor.policy_loss._target_`` names it to switch CAPO on."""
+"""verl's policy-loss dataclass with CAPO's knobs; ``actor.policy_loss._target_`` names it to switch
+CAPO on.
+"""
 
 from __future__ import annotations
 
@@ -15,11 +17,13 @@ from capo_verl.plugin.state import raise_if_broken
 
 @dataclass
 class CapoPolicyLossConfig(PolicyLossConfig):
-    """verl's policy-loss settings plus ``capo``, the knobs of the filter, and ``rival``, those of a rival loss.
+    """verl's policy-loss settings plus ``capo``, the knobs of the filter, and ``rival``, those of a
+    rival loss.
 
     Raises:
         ValueError: for invalid knobs.
-        RuntimeError: if the plugin failed to register, so that a CAPO run never silently trains without CAPO.
+        RuntimeError: if the plugin failed to register, so that a CAPO run never silently trains
+            without CAPO.
     """
 
     capo: Any = None
@@ -36,5 +40,6 @@ class CapoPolicyLossConfig(PolicyLossConfig):
             self.__dict__["rival"] = RivalConfig.from_mapping(self.rival)
         if self.rival is not None and self.rival.name != self.loss_mode:
             raise ValueError(
-                f"policy_loss.loss_mode={self.loss_mode}: set it to {self.rival.name}, as policy_loss.rival.name"
+                f"policy_loss.loss_mode={self.loss_mode}: set it to {self.rival.name}, as "
+                "policy_loss.rival.name"
             )

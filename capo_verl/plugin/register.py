@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Entry point of group ``verl.plugins``: verl imports this module in the driver and in every Ray worker.
+"""Entry point of group ``verl.plugins``: verl imports this module in the driver and in every Ray
+worker.
 
-Nothing heavy happens here. Each registration waits for the verl module that owns the registry, so a process pays only for
-what it uses. verl swallows exceptions of plugins at DEBUG level; ours are logged as errors, ``capo-verl doctor`` reports
-them, and a run with CAPO switched on refuses to start.
+Nothing heavy happens here. Each registration waits for the verl module that owns the registry, so a
+process pays only for what it uses. verl swallows exceptions of plugins at DEBUG level; ours are
+logged as errors, ``capo-verl doctor`` reports them, and a run with CAPO switched on refuses to
+start.
 """
 
 from __future__ import annotations
@@ -33,7 +35,9 @@ def _guarded(what: str, action: Callable[[], object]) -> None:
 
 
 def _when_imported(module: str, what: str, action: Callable[[ModuleType], object]) -> None:
-    wrapt.register_post_import_hook(lambda imported: _guarded(what, lambda: action(imported)), module)
+    wrapt.register_post_import_hook(
+        lambda imported: _guarded(what, lambda: action(imported)), module
+    )
 
 
 def _import(*names: str) -> Callable[[ModuleType], object]:
@@ -57,7 +61,10 @@ def _keep_metric_names(module: ModuleType) -> None:
 
 
 def _check_before_start(module: ModuleType) -> None:
-    """Check where verl validates its config: in the driver, before Ray starts. What is refused there ends it with one line."""
+    """Check where verl validates its config: in the driver, before Ray starts.
+
+    What is refused there ends it with one line.
+    """
     validate_config = module.validate_config
 
     @functools.wraps(validate_config)
@@ -83,8 +90,12 @@ def _check_before_start(module: ModuleType) -> None:
 
 
 def _keep_old_target(_: ModuleType) -> None:
-    """Configurations written for earlier releases name ``capo_verl.config.CapoPolicyLossConfig`` as their ``_target_``."""
-    config, policy_loss = (importlib.import_module(f"capo_verl.{name}") for name in ("config", "plugin.policy_loss"))
+    """Configurations written for earlier releases name ``capo_verl.config.CapoPolicyLossConfig`` as
+    their ``_target_``.
+    """
+    config, policy_loss = (
+        importlib.import_module(f"capo_verl.{name}") for name in ("config", "plugin.policy_loss")
+    )
     config.CapoPolicyLossConfig = policy_loss.CapoPolicyLossConfig  # type: ignore[attr-defined]
 
 
@@ -103,14 +114,22 @@ def register() -> None:
         (f"{trainer}.trainer_sync", "stop requests", stop.install),
         ("verl.workers.utils.losses", "inputs of rival losses", _call(inputs, "hand_on")),
         ("verl.utils.tensordict_utils", "epochs of rival losses", _call(inputs, "count_epochs")),
-        (f"{trainer}.trainer_base", "advantages of rival losses", _call(inputs, "follow_advantages")),
+        (
+            f"{trainer}.trainer_base",
+            "advantages of rival losses",
+            _call(inputs, "follow_advantages"),
+        ),
         ("verl.models.transformers.monkey_patch", "shim for trl", compat.shim_trl),
         (
             "verl.workers.engine.megatron.transformer_impl",
             "Megatron engine",
             _import("capo_verl.engines.megatron.engine"),
         ),
-        ("verl.workers.engine.fsdp.transformer_impl", "FSDP engine", _import("capo_verl.engines.fsdp.engine")),
+        (
+            "verl.workers.engine.fsdp.transformer_impl",
+            "FSDP engine",
+            _import("capo_verl.engines.fsdp.engine"),
+        ),
     ):
         _when_imported(module, what, action)
     if on_cpu():
@@ -119,7 +138,11 @@ def register() -> None:
 
 def _register_cpu() -> None:
     _guarded("CPU platform", lambda: importlib.import_module("capo_verl.cpu.platform"))
-    _when_imported("verl.utils.distributed", "process groups on a CPU", _call("capo_verl.cpu.process_group", "patch"))
+    _when_imported(
+        "verl.utils.distributed",
+        "process groups on a CPU",
+        _call("capo_verl.cpu.process_group", "patch"),
+    )
     # After ours are complete, also if something imports them before verl's.
     for name, engine in (("megatron", "Megatron"), ("fsdp", "FSDP")):
         cpu_engine = _import(f"capo_verl.cpu.{name}.engine")

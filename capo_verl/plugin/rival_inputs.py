@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What rival losses need of verl beyond its four tensors.
 
-verl's ``ppo_loss`` knows entropies, the epoch and the ranks and does not hand them to the policy loss it calls: a context does.
-GTPO's advantages need whole groups, which are at hand in verl's trainer.
+verl's ``ppo_loss`` knows entropies, the epoch and the ranks and does not hand them to the policy
+loss it calls: a context does. GTPO's advantages need whole groups, which are at hand in verl's
+trainer.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ from capo_verl.config.rivals import RIVAL_SPECS, RivalConfig
 from capo_verl.rivals.gtpo import gtpo_advantages
 
 EPOCH = "capo_epoch"
-"""Key of a mini-batch: how often the batch it was taken from was used before, in this training step."""
+"""Key of a mini-batch: how often the batch it was taken from was used before, in this training
+step.
+"""
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,9 @@ class LossInputs:
         from verl.workers.utils.padding import no_padding_2_padding
 
         if self.model_output.get("entropy") is None:
-            raise ValueError("this rival needs entropies: set actor_rollout_ref.actor.calculate_entropy=True")
+            raise ValueError(
+                "this rival needs entropies: set actor_rollout_ref.actor.calculate_entropy=True"
+            )
         return no_padding_2_padding(self.model_output["entropy"].detach(), self.data)
 
     @property
@@ -64,7 +69,9 @@ def current() -> LossInputs | None:
 
 
 def hand_on(losses: ModuleType) -> None:
-    """Wrap ``verl.workers.utils.losses.ppo_loss``; for other losses than the rivals it does what it did."""
+    """Wrap ``verl.workers.utils.losses.ppo_loss``; for other losses than the rivals it does what it
+    did.
+    """
     ppo_loss = losses.ppo_loss
 
     @functools.wraps(ppo_loss)
@@ -81,11 +88,15 @@ def hand_on(losses: ModuleType) -> None:
 
 
 def count_epochs(tensordict_utils: ModuleType) -> None:
-    """Wrap ``verl.utils.tensordict_utils.make_iterator`` so that every mini-batch carries its epoch."""
+    """Wrap ``verl.utils.tensordict_utils.make_iterator`` so that every mini-batch carries its
+    epoch.
+    """
     make_iterator = tensordict_utils.make_iterator
 
     @functools.wraps(make_iterator)
-    def counting(tensordict: TensorDict, mini_batch_size: int, epochs: int, *args: Any, **kwargs: Any) -> Iterator:
+    def counting(
+        tensordict: TensorDict, mini_batch_size: int, epochs: int, *args: Any, **kwargs: Any
+    ) -> Iterator:
         iterator = make_iterator(tensordict, mini_batch_size, epochs, *args, **kwargs)
         per_epoch = max(1, tensordict.batch_size[0] // mini_batch_size)
 
@@ -106,8 +117,8 @@ def weigh(data: TensorDict, config: RivalConfig) -> tuple[torch.Tensor, dict[str
     """GTPO's advantages for a batch as verl's queue holds it.
 
     Args:
-        data: whole groups; ``uid`` per response, ``responses``, ``response_mask``, ``advantages`` and, if the config needs it,
-            ``entropy``, nested ``[B, j]``.
+        data: whole groups; ``uid`` per response, ``responses``, ``response_mask``, ``advantages``
+            and, if the config needs it, ``entropy``, nested ``[B, j]``.
 
     Returns:
         Padded advantages ``[B, T]`` and metrics.
@@ -122,13 +133,16 @@ def weigh(data: TensorDict, config: RivalConfig) -> tuple[torch.Tensor, dict[str
     entropy = padded("entropy") if "entropy" in data.keys() else None  # noqa: SIM118 (a TensorDict is no mapping)
     advantages, metrics = gtpo_advantages(
         padded("advantages"), padded("response_mask"), tokens=padded("responses"),
-        group=group.reshape(-1).to(data["advantages"].device), entropy=entropy, **asdict(config.knobs),
+        group=group.reshape(-1).to(data["advantages"].device), entropy=entropy,
+        **asdict(config.knobs),
     )  # fmt: skip
     return advantages, {f"actor/{name}": float(value) for name, value in metrics.items()}
 
 
 def follow_advantages(trainer_base: ModuleType) -> None:
-    """Wrap ``_compute_advantage`` of verl's trainer: with ``loss_mode=gtpo`` it goes on to GTPO's, else nothing changes."""
+    """Wrap ``_compute_advantage`` of verl's trainer: with ``loss_mode=gtpo`` it goes on to GTPO's,
+    else nothing changes.
+    """
     trainer, queue = trainer_base.PPOTrainer, trainer_base.tq
     compute_advantage = trainer._compute_advantage
 
@@ -138,10 +152,14 @@ def follow_advantages(trainer_base: ModuleType) -> None:
         policy_loss = self.config.actor_rollout_ref.actor.policy_loss
         if policy_loss.get("loss_mode") != "gtpo":
             return batch
-        block = OmegaConf.to_container(OmegaConf.create(policy_loss.get("rival") or {"name": "gtpo"}), resolve=True)
+        block = OmegaConf.to_container(
+            OmegaConf.create(policy_loss.get("rival") or {"name": "gtpo"}), resolve=True
+        )
         config = RivalConfig.from_mapping(block)
         fields = [*_FIELDS, *(["entropy"] if config.knobs.entropy_max is not None else [])]  # type: ignore[attr-defined]
-        data = queue.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=fields)
+        data = queue.kv_batch_get(
+            keys=batch.keys, partition_id=batch.partition_id, select_fields=fields
+        )
         advantages, more = weigh(data, config)
         metrics.update(more)
         nested = trainer_base.response_to_nested(advantages, data["response_mask"])

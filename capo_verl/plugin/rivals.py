@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The rivals as policy losses of verl: ``actor_rollout_ref.actor.policy_loss.loss_mode=NAME``, knobs in ``policy_loss.rival``."""
+"""The rivals as policy losses of verl: ``actor_rollout_ref.actor.policy_loss.loss_mode=NAME``,
+knobs in ``policy_loss.rival``.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,11 @@ PolicyLoss = Callable[..., tuple[Tensor, dict[str, Any]]]
 def knobs_of(config: Any, rival: Rival) -> dict[str, Any]:
     """The knobs which verl's actor config carries for a rival, or its defaults."""
     found = getattr(getattr(config, "policy_loss", None), "rival", None)
-    return asdict(found.knobs) if isinstance(found, RivalConfig) and found.name == rival.name else rival.knobs
+    return (
+        asdict(found.knobs)
+        if isinstance(found, RivalConfig) and found.name == rival.name
+        else rival.knobs
+    )
 
 
 def _inputs_for(rival: Rival) -> dict[str, Any]:
@@ -33,7 +39,8 @@ def _inputs_for(rival: Rival) -> dict[str, Any]:
         return {"dp_group": group if group is not None and dist.get_world_size(group) > 1 else None}
     if rival.needs and inputs is None:
         raise ValueError(
-            f"the loss {rival.name} needs {', '.join(sorted(rival.needs))}: call it through verl's ppo_loss"
+            f"the loss {rival.name} needs {', '.join(sorted(rival.needs))}: call it through verl's "
+            "ppo_loss"
         )
     return {name: getattr(inputs, name) for name in rival.needs}
 
@@ -50,11 +57,15 @@ def policy_loss(rival: Rival) -> PolicyLoss:
         config: Any = None,
         rollout_is_weights: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Any]]:
-        losses, metrics = _per_token(rival, config, old_log_prob, log_prob, advantages, response_mask)
+        losses, metrics = _per_token(
+            rival, config, old_log_prob, log_prob, advantages, response_mask
+        )
         if rollout_is_weights is not None:
             losses = losses * rollout_is_weights
         global_batch = config.global_batch_info if config is not None else {}
-        loss = agg_loss(loss_mat=losses, loss_mask=response_mask, loss_agg_mode=loss_agg_mode, **global_batch)
+        loss = agg_loss(
+            loss_mat=losses, loss_mask=response_mask, loss_agg_mode=loss_agg_mode, **global_batch
+        )
         return loss, {f"actor/{name}": value.detach() for name, value in metrics.items()}
 
     compute.__name__ = compute.__qualname__ = f"compute_policy_loss_{rival.name}"
@@ -64,7 +75,8 @@ def policy_loss(rival: Rival) -> PolicyLoss:
 
 def _per_token(rival: Rival, config: Any, *tensors: Tensor) -> tuple[Tensor, Metrics]:
     if rival.name == "gtpo":
-        # Its advantages need whole groups, which a micro-batch may not hold: the trainer has made them (rival_inputs).
+        # Its advantages need whole groups, which a micro-batch may not hold: the trainer has made
+        # them (rival_inputs).
         return loss_on_policy(*tensors)
     return rival.loss(*tensors, **knobs_of(config, rival), **_inputs_for(rival))
 

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which of the supported stacks (``capo_verl.plugin.compat.STACKS``) is installed, and what is missing.
+"""Which of the supported stacks (``capo_verl.plugin.compat.STACKS``) is installed, and what is
+missing.
 
-Runs in an environment that lacks everything: only the standard library and ``packaging`` are imported, and installed
-packages are looked up in their metadata, never imported.
+Runs in an environment that lacks everything: only the standard library and ``packaging`` are
+imported, and installed packages are looked up in their metadata, never imported.
 """
 
 from __future__ import annotations
@@ -53,7 +54,12 @@ class Finding:
         return "ok" if SpecifierSet(self.wanted).contains(version, prereleases=True) else "wrong"
 
     def as_dict(self) -> dict[str, str | None]:
-        return {"name": self.name, "wanted": self.wanted, "found": self.found, "status": self.status}
+        return {
+            "name": self.name,
+            "wanted": self.wanted,
+            "found": self.found,
+            "status": self.status,
+        }
 
 
 @dataclass(frozen=True)
@@ -94,9 +100,11 @@ def installed_version(package: str) -> str | None:
 
 
 def declared(extra: str) -> tuple[str, list[Requirement]]:
-    """What this project declares for itself: the Python range, and its dependencies with those of ``extra`` ("" for none).
+    """What this project declares for itself: the Python range, and its dependencies with those of
+    ``extra`` ("" for none).
 
-    Read from the installed metadata, or from ``pyproject.toml`` in a checkout that is not installed.
+    Read from the installed metadata, or from ``pyproject.toml`` in a checkout that is not
+    installed.
 
     Raises:
         RuntimeError: if neither can be read.
@@ -110,13 +118,16 @@ def declared(extra: str) -> tuple[str, list[Requirement]]:
     else:
         python, lines = distribution.metadata["Requires-Python"], distribution.requires or []
     requirements = [Requirement(line) for line in lines]
-    return python, [r for r in requirements if r.marker is None or r.marker.evaluate({"extra": extra})]
+    return python, [
+        r for r in requirements if r.marker is None or r.marker.evaluate({"extra": extra})
+    ]
 
 
 def _read_pyproject() -> dict[str, Any]:
     if sys.version_info < (3, 11) or not PYPROJECT.exists():  # tomllib came with 3.11
         raise RuntimeError(
-            f"{PROJECT} is not installed, and Python {platform.python_version()} found no {PYPROJECT.name} it can read; "
+            f"{PROJECT} is not installed, and Python {platform.python_version()} found no "
+            f"{PYPROJECT.name} it can read; "
             "run `pip install .` in a checkout first, or use Python 3.11 or 3.12"
         )
     import tomllib
@@ -125,7 +136,9 @@ def _read_pyproject() -> dict[str, Any]:
 
 
 def wanted(stack: Stack) -> tuple[str, dict[str, Requirement]]:
-    """The Python range and the requirements of a stack, by canonical name; the stack's own win over the project's."""
+    """The Python range and the requirements of a stack, by canonical name; the stack's own win over
+    the project's.
+    """
     python, requirements = declared(stack.extra)
     by_name: dict[str, Requirement] = {
         canonicalize_name(r.name): r for r in [*requirements, *map(Requirement, stack.requirements)]
@@ -136,7 +149,9 @@ def wanted(stack: Stack) -> tuple[str, dict[str, Requirement]]:
 
 
 def check(
-    stack: Stack, installed: Callable[[str], str | None] = installed_version, python: str | None = None
+    stack: Stack,
+    installed: Callable[[str], str | None] = installed_version,
+    python: str | None = None,
 ) -> Report:
     """Compare one stack with what is installed.
 
@@ -147,13 +162,22 @@ def check(
     """
     python_range, requirements = wanted(stack)
     interpreter = Finding("Python", python_range, python or platform.python_version())
-    packages = tuple(Finding(r.name, str(r.specifier), installed(r.name)) for r in requirements.values())
-    lacking = [r for r, finding in zip(requirements.values(), packages, strict=True) if finding.status != "ok"]
+    packages = tuple(
+        Finding(r.name, str(r.specifier), installed(r.name)) for r in requirements.values()
+    )
+    lacking = [
+        r
+        for r, finding in zip(requirements.values(), packages, strict=True)
+        if finding.status != "ok"
+    ]
     steps = [f"use Python {python_range}"] if interpreter.status != "ok" else []
     if lacking:
         quoted = " ".join(f"'{r.name}{'[' + ','.join(sorted(r.extras)) + ']' if r.extras else ''}{r.specifier}'"
                           for r in lacking)  # fmt: skip
-        steps += [step.format(lacking=quoted, verl=requirements["verl"].specifier) for step in stack.install]
+        steps += [
+            step.format(lacking=quoted, verl=requirements["verl"].specifier)
+            for step in stack.install
+        ]
     return Report(stack.name, interpreter, packages, tuple(steps))
 
 
@@ -172,13 +196,18 @@ def render(reports: Sequence[Report]) -> str:
         if report.complete:
             title += ": complete"
         else:
-            title += f": not installed, {len(report.problems)} of {len(everything)} missing or wrong"
+            title += (
+                f": not installed, {len(report.problems)} of {len(everything)} missing or wrong"
+            )
             if found_one:
                 parts.append(f"{title} (check_stack.py --stack {report.stack} lists them)")
                 continue
         rows = [(f.name, f.wanted or "any version", f.found or "-", f.status) for f in everything]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = ["  " + "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+        lines = [
+            "  " + "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip()
+            for row in rows
+        ]
         steps = [f"  -> {step}" for step in report.install]
         parts.append("\n".join([title, *lines, *steps]))
     return "\n".join(parts)
@@ -188,7 +217,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """``scripts/check_stack.py``: print the reports; 0 if a stack is complete, 1 if none is."""
     parser = argparse.ArgumentParser(
         prog="check_stack.py",
-        description="Which supported stack is installed, and what is missing? Exit code 0 if one is complete, 1 if not.",
+        description="Which supported stack is installed, and what is missing? Exit code 0 if one "
+        "is complete, 1 if not.",
     )
     parser.add_argument("--stack", choices=list(STACKS), help="look at this stack only")
     parser.add_argument("--json", action="store_true", help="print JSON")
@@ -200,7 +230,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     complete = [report.stack for report in reports if report.complete]
     if args.json:
-        print(json.dumps({"installed": complete, "stacks": [report.as_dict() for report in reports]}, indent=2))
+        print(
+            json.dumps(
+                {"installed": complete, "stacks": [report.as_dict() for report in reports]},
+                indent=2,
+            )
+        )
     else:
         print(render(reports))
     return 0 if complete else 1

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is known of the plugin in this process: what failed to register, and whether the embedded CPU default is selected."""
+"""What is known of the plugin in this process: what failed to register, and whether the embedded
+CPU default is selected.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,9 @@ FAILURES: dict[str, Exception] = {}
 """What could not be registered in this process, and why."""
 
 REFUSED = 2
-"""Exit code of a run, or of a command, that was refused before it started: another try would be refused as well."""
+"""Exit code of a run, or of a command, that was refused before it started: another try would be
+refused as well.
+"""
 
 
 def on_cpu() -> bool:
@@ -25,15 +29,19 @@ def raise_if_broken() -> None:
     """Refuse to go on where CAPO would be left out in silence.
 
     Raises:
-        RuntimeError: naming what failed to register and why, or that verl has not loaded the plugin.
+        RuntimeError: naming what failed to register and why, or that verl has not loaded the
+            plugin.
     """
     if ENTRY_POINT not in sys.modules:
         raise RuntimeError(
-            f"verl has not loaded {ENTRY_POINT}: install capo_verl again (pip install .), for its entry point"
+            f"verl has not loaded {ENTRY_POINT}: install capo_verl again (pip install .), for its "
+            "entry point"
         )
     if FAILURES:
         reasons = "; ".join(f"{what}: {type(e).__name__}: {e}" for what, e in FAILURES.items())
-        raise RuntimeError(f"capo_verl could not register with verl ({reasons}); `capo-verl doctor` tells more")
+        raise RuntimeError(
+            f"capo_verl could not register with verl ({reasons}); `capo-verl doctor` tells more"
+        )
 
 
 def refusal(error: BaseException) -> str:

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Stop a run after the current step, with a checkpoint: ``touch CHECKPOINTS/stop``.
 
-The trainer is a Ray actor on any node, so a signal to the driver cannot reach it; a file on the filesystem of the checkpoints
-can. The trainer looks for it once per step, obeys it and removes it. Slurm's warning before preemption or the end of the wall
-time becomes this file (``examples/slurm/train.sbatch``).
+The trainer is a Ray actor on any node, so a signal to the driver cannot reach it; a file on the
+filesystem of the checkpoints can. The trainer looks for it once per step, obeys it and removes it.
+Slurm's warning before preemption or the end of the wall time becomes this file
+(``examples/slurm/train.sbatch``).
 """
 
 from __future__ import annotations
@@ -73,7 +74,9 @@ class Progress:
 
 
 def install(module: ModuleType) -> None:
-    """Let verl's synchronous trainer look for the request at the end of each step, and write how far it has come."""
+    """Let verl's synchronous trainer look for the request at the end of each step, and write how
+    far it has come.
+    """
     trainer = module.PPOTrainerSync
     on_step_begin, on_step_end = trainer.on_step_begin, trainer.on_step_end
 
@@ -84,7 +87,8 @@ def install(module: ModuleType) -> None:
         state["started"] = time.monotonic()
 
     def end(self: Any) -> None:
-        # Before the weights go to the rollout servers: a checkpoint of this step is written where verl writes one.
+        # Before the weights go to the rollout servers: a checkpoint of this step is written where
+        # verl writes one.
         stopped = _obey(self)
         on_step_end(self)
         _report(self, stopped)
@@ -106,13 +110,18 @@ def _obey(trainer: Any) -> bool:
         return False
     # With Megatron's asynchronous checkpoints the process must not end while one is being written.
     if OmegaConf.select(trainer.config, "actor_rollout_ref.actor.checkpoint.async_save"):
-        logger.warning("stop requested by %s: with async_save the newest complete checkpoint counts", request)
+        logger.warning(
+            "stop requested by %s: with async_save the newest complete checkpoint counts", request
+        )
     elif "save_checkpoint" not in trainer.timing_raw:
         started = time.monotonic()
         trainer._save_checkpoint()
         trainer.timing_raw["save_checkpoint"] = time.monotonic() - started
     logger.warning(
-        "stopping after step %d of %d, as %s asks for", trainer.global_steps, trainer.total_training_steps, request
+        "stopping after step %d of %d, as %s asks for",
+        trainer.global_steps,
+        trainer.total_training_steps,
+        request,
     )
     trainer.total_training_steps = trainer.global_steps  # ends verl's loop
     request.unlink()

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Losses of the same literature as plain functions of tensors, one file each; torch and nothing of verl.
+"""Losses of the same literature as plain functions of tensors, one file each; torch and nothing of
+verl.
 
 >>> RIVALS["dcpo"](old_log_prob, log_prob, advantages, response_mask, eps_low=0.1)
 
@@ -41,13 +42,21 @@ class Rival:
     knobs: dict[str, Any]
     """With the defaults."""
     needs: frozenset[str]
-    """Keyword inputs besides the four tensors: ``entropy`` ``[B, T]``, ``group`` ``[B]`` int64, ``tokens`` ``[B, T]``, or
-    ``epoch``, how often the batch was used before (int)."""
+    """Keyword inputs besides the four tensors: ``entropy`` ``[B, T]``, ``group`` ``[B]`` int64,
+    ``tokens`` ``[B, T]``, or ``epoch``, how often the batch was used before (int).
+    """
     loss: Callable[..., tuple[Tensor, Metrics]]
-    """``loss(old_log_prob, log_prob, advantages, response_mask, **knobs, **inputs) -> losses [B, T], 0-dim metrics``."""
+    """``loss(old_log_prob, log_prob, advantages, response_mask, **knobs, **inputs) -> losses [B,
+    T], 0-dim metrics``.
+    """
 
     def __call__(
-        self, old_log_prob: Tensor, log_prob: Tensor, advantages: Tensor, response_mask: Tensor, **given: Any
+        self,
+        old_log_prob: Tensor,
+        log_prob: Tensor,
+        advantages: Tensor,
+        response_mask: Tensor,
+        **given: Any,
     ) -> tuple[Tensor, Metrics]:
         """The per-token losses ``[B, T]`` and metrics, for inputs and checked knobs.
 
@@ -61,7 +70,9 @@ class Rival:
             raise ValueError(f"the loss {self.name} needs the argument {min(missing)!r}")
         inputs = {key: given.pop(key) for key in (*self.needs, "dp_group") if key in given}
         knobs = RivalConfig.from_mapping({"name": self.name, **given}).knobs
-        return self.loss(old_log_prob, log_prob, advantages, response_mask, **asdict(knobs), **inputs)
+        return self.loss(
+            old_log_prob, log_prob, advantages, response_mask, **asdict(knobs), **inputs
+        )
 
 
 _LOSSES: dict[str, Callable[..., tuple[Tensor, Metrics]]] = {
@@ -79,5 +90,6 @@ _LOSSES: dict[str, Callable[..., tuple[Tensor, Metrics]]] = {
 }
 
 RIVALS: dict[str, Rival] = {
-    name: Rival(name, spec.paper, spec.defaults(), spec.needs, _LOSSES[name]) for name, spec in RIVAL_SPECS.items()
+    name: Rival(name, spec.paper, spec.defaults(), spec.needs, _LOSSES[name])
+    for name, spec in RIVAL_SPECS.items()
 }

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Advantages that grow with the probability of their token ("Do Not Let Low-Probability Tokens Over-Dominate", 2505.12929)."""
+"""Advantages that grow with the probability of their token ("Do Not Let Low-Probability Tokens
+Over-Dominate", 2505.12929).
+"""
 
 from __future__ import annotations
 

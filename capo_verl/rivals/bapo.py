@@ -13,7 +13,9 @@ from capo_verl.rivals.common import Metrics, clipped, log_ratio, step_metrics
 
 
 def _count(start: float, end: float, step: float) -> int:
-    """How many candidates ``start, start + step, ..., end`` are, the last one included whatever the step."""
+    """How many candidates ``start, start + step, ..., end`` are, the last one included whatever the
+    step.
+    """
     return math.ceil((end - start) / step - 1e-9) + 1
 
 
@@ -30,16 +32,19 @@ def _first(good: Tensor) -> Tensor:
 
 @torch.no_grad()
 def balanced_bounds(
-    ratio: Tensor, advantages: Tensor, response_mask: Tensor, lows: Tensor, highs: Tensor, target: float,
-    dp_group: dist.ProcessGroup | None = None,
+    ratio: Tensor, advantages: Tensor, response_mask: Tensor, lows: Tensor, highs: Tensor,
+    target: float, dp_group: dist.ProcessGroup | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """The first bounds, searched as in the authors' code, for which the positive mass is ``target`` times the negative one.
+    """The first bounds, searched as in the authors' code, for which the positive mass is ``target``
+    times the negative one.
 
-    Positive mass: the sum of ``min(r, high) A`` over A >= 0; negative: of ``max(r, low) |A|`` over A < 0. First the lower bound
-    goes through its candidates, with the first upper bound, until the target is met; then, if it is not, the upper one.
+    Positive mass: the sum of ``min(r, high) A`` over A >= 0; negative: of ``max(r, low) |A|`` over
+    A < 0. First the lower bound goes through its candidates, with the first upper bound, until the
+    target is met; then, if it is not, the upper one.
 
     Args:
-        ratio, advantages, response_mask: ``[B, T]``; lows, highs: ``[n]`` and ``[m]``, the candidates.
+        ratio, advantages, response_mask: ``[B, T]``; lows, highs: ``[n]`` and ``[m]``, the
+            candidates.
         dp_group: ranks whose tokens count as well.
 
     Returns:
@@ -57,7 +62,9 @@ def balanced_bounds(
     # index_select, because indexing with a tensor of one element would wait for it.
     i = _first(up[0] >= target * down)
     j = _first(up >= target * down.index_select(0, i))
-    low, high, up, down = (x.index_select(0, at)[0] for x, at in ((lows, i), (highs, j), (up, j), (down, i)))
+    low, high, up, down = (
+        x.index_select(0, at)[0] for x, at in ((lows, i), (highs, j), (up, j), (down, i))
+    )
     return low, high, up / down
 
 
@@ -84,7 +91,8 @@ def loss_bapo(
         dp_group: data-parallel ranks that choose their bounds together.
 
     Returns:
-        Losses ``[B, T]``; ``pg_clipfrac``, ``ppo_kl``, ``bound_low``, ``bound_high``, ``mass_ratio`` (positive over negative).
+        Losses ``[B, T]``; ``pg_clipfrac``, ``ppo_kl``, ``bound_low``, ``bound_high``,
+        ``mass_ratio`` (positive over negative).
     """
     log_ratios = log_ratio(old_log_prob, log_prob)
     ratio = log_ratios.exp()

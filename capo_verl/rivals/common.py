@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the rival losses share: the ratio, PPO's clip and masked means. Everything is per token, ``[B, T]``."""
+"""What the rival losses share: the ratio, PPO's clip and masked means.
+
+Everything is per token, ``[B, T]``.
+"""
 
 from __future__ import annotations
 
@@ -26,9 +29,14 @@ def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
 
 
 def clipped(
-    ratio: Tensor, advantages: Tensor, low: Tensor | float, high: Tensor | float, dual: float | None = None
+    ratio: Tensor,
+    advantages: Tensor,
+    low: Tensor | float,
+    high: Tensor | float,
+    dual: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """PPO's clip, ``max(-r A, -clip(r, low, high) A)``, at most ``-dual A`` for negative advantages (arXiv 1912.09729).
+    """PPO's clip, ``max(-r A, -clip(r, low, high) A)``, at most ``-dual A`` for negative advantages
+    (arXiv 1912.09729).
 
     Args:
         low, high: bounds of the ratio itself; both tensors that broadcast, or both numbers.
@@ -47,5 +55,7 @@ def clipped(
 
 
 def step_metrics(log_ratios: Tensor, replaced: Tensor, mask: Tensor) -> Metrics:
-    """verl's names: ``pg_clipfrac``, the share of tokens whose gradient was cut, and ``ppo_kl``, the mean of -log ratio."""
+    """verl's names: ``pg_clipfrac``, the share of tokens whose gradient was cut, and ``ppo_kl``,
+    the mean of -log ratio.
+    """
     return {"pg_clipfrac": masked_mean(replaced, mask), "ppo_kl": masked_mean(-log_ratios, mask)}

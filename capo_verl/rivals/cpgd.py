@@ -22,16 +22,18 @@ def loss_cpgd(
     drift: float,
     drift_cap: float,
 ) -> tuple[Tensor, Metrics]:
-    """``-min(l A, clip(l, log(1 - clip_low), log(1 + clip_high)) A) + drift * sg(min(r - 1, drift_cap)) l``, l the log-ratio.
+    """``-min(l A, clip(l, log(1 - clip_low), log(1 + clip_high)) A) + drift * sg(min(r - 1,
+    drift_cap)) l``, l the log-ratio.
 
-    The first term is a policy gradient without the ratio as its weight; the second has the gradient of KL(pi_old || pi),
-    ``(r - 1) grad log pi``, with a bounded weight.
+    The first term is a policy gradient without the ratio as its weight; the second has the gradient
+    of KL(pi_old || pi), ``(r - 1) grad log pi``, with a bounded weight.
 
     Args:
         old_log_prob, log_prob, advantages, response_mask: ``[B, T]``.
 
     Returns:
-        Losses ``[B, T]``; ``pg_clipfrac``, ``ppo_kl`` and ``policy_drift``, the mean of the second term without its factor.
+        Losses ``[B, T]``; ``pg_clipfrac``, ``ppo_kl`` and ``policy_drift``, the mean of the second
+        term without its factor.
     """
     log_ratios = log_ratio(old_log_prob, log_prob)
     # log(0), of clip_low = 1, is no bound at all.

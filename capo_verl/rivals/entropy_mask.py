@@ -10,7 +10,8 @@ from capo_verl.rivals.common import Metrics, clipped, log_ratio, step_metrics
 
 
 def highest_entropy(entropy: Tensor, response_mask: Tensor, top_share: float) -> Tensor:
-    """The ``ceil(top_share * n)`` of the n response tokens whose entropy is highest, ties in order of position.
+    """The ``ceil(top_share * n)`` of the n response tokens whose entropy is highest, ties in order
+    of position.
 
     Args:
         entropy: ``[B, T]``, nats; response_mask: ``[B, T]``.
@@ -19,7 +20,12 @@ def highest_entropy(entropy: Tensor, response_mask: Tensor, top_share: float) ->
         ``[B, T]`` bool.
     """
     mask = response_mask.bool().flatten()
-    order = entropy.detach().flatten().masked_fill(~mask, -torch.inf).argsort(descending=True, stable=True)
+    order = (
+        entropy.detach()
+        .flatten()
+        .masked_fill(~mask, -torch.inf)
+        .argsort(descending=True, stable=True)
+    )
     rank = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
     # 1e-4 less than a whole token, so that 0.2 * 15 is 3 although its double is a little more.
     count = (mask.sum() * float(top_share) + 0.9999).floor().clamp(min=1)
@@ -39,17 +45,20 @@ def loss_entropy_mask(
     clip_high: float,
     dual_clip: float,
 ) -> tuple[Tensor, Metrics]:
-    """PPO's clipped loss on the ``top_share`` of the tokens whose entropy is highest, 0 on the others.
+    """PPO's clipped loss on the ``top_share`` of the tokens whose entropy is highest, 0 on the
+    others.
 
-    With ``normalise_by="selected"`` the losses are scaled by n / n_selected, so that a mean over all response tokens is one
-    over the selected tokens.
+    With ``normalise_by="selected"`` the losses are scaled by n / n_selected, so that a mean over
+    all response tokens is one over the selected tokens.
 
     Args:
         old_log_prob, log_prob, advantages, response_mask: ``[B, T]``.
-        entropy: ``[B, T]``, of the policy's distribution at each token (nats); of which policy is the caller's choice.
+        entropy: ``[B, T]``, of the policy's distribution at each token (nats); of which policy is
+            the caller's choice.
 
     Returns:
-        Losses ``[B, T]``; ``pg_clipfrac`` and ``ppo_kl`` over the selected tokens, ``selected_share``.
+        Losses ``[B, T]``; ``pg_clipfrac`` and ``ppo_kl`` over the selected tokens,
+        ``selected_share``.
     """
     selected = highest_entropy(entropy, response_mask, top_share)
     log_ratios = log_ratio(old_log_prob, log_prob)

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""GTPO, group-relative trajectory-based policy optimisation (arXiv 2508.03772): conflict masking and entropy control."""
+"""GTPO, group-relative trajectory-based policy optimisation (arXiv 2508.03772): conflict masking
+and entropy control.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +11,12 @@ from torch import Tensor
 from capo_verl.rivals.common import Metrics, masked_mean
 
 
-def _in_conflict(tokens: Tensor, position: Tensor, group: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
-    """Whether a token stands at its position in a response of positive and in one of negative advantage of its group."""
+def _in_conflict(
+    tokens: Tensor, position: Tensor, group: Tensor, advantages: Tensor, mask: Tensor
+) -> Tensor:
+    """Whether a token stands at its position in a response of positive and in one of negative
+    advantage of its group.
+    """
     vocabulary, length = tokens.max() + 1, tokens.shape[1]
     keys = (group[:, None] * length + position) * vocabulary + tokens
     active = mask & (advantages != 0)
@@ -32,13 +38,16 @@ def _leading_run(conflict: Tensor, mask: Tensor) -> Tensor:
 def conflict_weights(
     advantages: Tensor, response_mask: Tensor, tokens: Tensor, group: Tensor, conflict_weight: float
 ) -> tuple[Tensor, Tensor]:
-    """Weights of the tokens at both ends of a response, as far as good and bad responses of the group share them.
+    """Weights of the tokens at both ends of a response, as far as good and bad responses of the
+    group share them.
 
-    Positions are counted from the first response token, and a second time from the last one. A token in conflict weighs
-    ``conflict_weight`` where the advantage is positive and 0 where it is negative; the weights of both counts multiply.
+    Positions are counted from the first response token, and a second time from the last one. A
+    token in conflict weighs ``conflict_weight`` where the advantage is positive and 0 where it is
+    negative; the weights of both counts multiply.
 
     Args:
-        advantages, response_mask, tokens: ``[B, T]``; group: ``[B]`` int64, non-negative, equal for responses to one prompt.
+        advantages, response_mask, tokens: ``[B, T]``; group: ``[B]`` int64, non-negative, equal for
+            responses to one prompt.
 
     Returns:
         Weights ``[B, T]`` (1 outside of conflicts) and where there is a conflict (bool).
@@ -49,7 +58,11 @@ def conflict_weights(
     of_sign = torch.where(advantages > 0, conflict_weight, 0.0).to(weights.dtype)
     for position, flipped in ((order - 1, False), (order[:, -1:] - order, True)):
         conflict = _in_conflict(tokens, position, group, advantages, mask)
-        run = _leading_run(conflict.flip(-1), mask.flip(-1)).flip(-1) if flipped else _leading_run(conflict, mask)
+        run = (
+            _leading_run(conflict.flip(-1), mask.flip(-1)).flip(-1)
+            if flipped
+            else _leading_run(conflict, mask)
+        )
         weights = torch.where(run, weights * of_sign, weights)
         conflicts |= run
     return weights, conflicts
@@ -68,11 +81,12 @@ def gtpo_advantages(
     entropy_scale: float,
     divide_by_conflicts: bool,
 ) -> tuple[Tensor, Metrics]:
-    """``lambda (A - entropy_scale * H)``, 0 if ``H > entropy_max``; H the response's mean entropy, lambda its conflict weights.
+    """``lambda (A - entropy_scale * H)``, 0 if ``H > entropy_max``; H the response's mean entropy,
+    lambda its conflict weights.
 
     Args:
-        advantages, response_mask, tokens: ``[B, T]``, whole groups; group: ``[B]``; entropy: ``[B, T]``, nats, not looked at
-            if ``entropy_max`` is None.
+        advantages, response_mask, tokens: ``[B, T]``, whole groups; group: ``[B]``; entropy: ``[B,
+            T]``, nats, not looked at if ``entropy_max`` is None.
 
     Returns:
         Advantages ``[B, T]``; ``conflict_share`` (tokens), ``high_entropy_share`` (responses).
@@ -84,13 +98,18 @@ def gtpo_advantages(
     metrics = {"conflict_share": masked_mean(conflicts, response_mask)}
     if entropy_max is not None:
         if entropy is None:
-            raise ValueError(f"rival.entropy_max={entropy_max!r} needs the entropies of the tokens; set it to null")
+            raise ValueError(
+                f"rival.entropy_max={entropy_max!r} needs the entropies of the tokens; set it to "
+                "null"
+            )
         mask = response_mask.to(entropy.dtype)
         count = mask.sum(-1)
         mean = (entropy * mask).sum(-1) / count.clamp(min=1)
         metrics["high_entropy_share"] = masked_mean(mean > entropy_max, count > 0)
         kept = (mean <= entropy_max)[:, None]
-        advantages = torch.where(kept, advantages - entropy_scale * mean[:, None], 0.0).to(advantages.dtype)
+        advantages = torch.where(kept, advantages - entropy_scale * mean[:, None], 0.0).to(
+            advantages.dtype
+        )
     advantages = advantages * weights
     if divide_by_conflicts:
         advantages = advantages / conflicts.sum(-1, keepdim=True).clamp(min=1)
@@ -125,8 +144,9 @@ def loss_gtpo(
         Losses ``[B, T]``; ``ppo_kl``, ``conflict_share``, ``high_entropy_share``.
     """
     weighted, metrics = gtpo_advantages(
-        advantages, response_mask, tokens=tokens, group=group, entropy=entropy, conflict_weight=conflict_weight,
-        entropy_max=entropy_max, entropy_scale=entropy_scale, divide_by_conflicts=divide_by_conflicts,
+        advantages, response_mask, tokens=tokens, group=group, entropy=entropy,
+        conflict_weight=conflict_weight, entropy_max=entropy_max, entropy_scale=entropy_scale,
+        divide_by_conflicts=divide_by_conflicts,
     )  # fmt: skip
     losses, more = loss_on_policy(old_log_prob, log_prob, weighted, response_mask)
     return losses, metrics | more

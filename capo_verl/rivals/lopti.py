@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Lopti, low-probability token isolation ("Do Not Let Low-Probability Tokens Over-Dominate", arXiv 2505.12929)."""
+"""Lopti, low-probability token isolation ("Do Not Let Low-Probability Tokens Over-Dominate", arXiv
+2505.12929).
+"""
 
 from __future__ import annotations
 
@@ -24,18 +26,22 @@ def loss_lopti(
     dual_clip: float,
     epoch: int = 0,
 ) -> tuple[Tensor, Metrics]:
-    """PPO's clipped loss on one part of the tokens, 0 on the others: those with ``pi_old < eta``, or the rest.
+    """PPO's clipped loss on one part of the tokens, 0 on the others: those with ``pi_old < eta``,
+    or the rest.
 
-    The batch is to be used twice, on the low-probability tokens first. The denominators of the means stay those of all tokens,
-    as in the authors' code, which sets the other advantages to 0.
+    The batch is to be used twice, on the low-probability tokens first. The denominators of the
+    means stay those of all tokens, as in the authors' code, which sets the other advantages to 0.
 
     Args:
         old_log_prob, log_prob, advantages, response_mask: ``[B, T]``.
-        part: ``low``, ``high``, ``both``, or ``alternate``: ``low`` in even epochs and ``high`` in odd ones.
-        epoch: how often this batch was used before. The old log-probabilities stay those of the sampler, so the parts agree.
+        part: ``low``, ``high``, ``both``, or ``alternate``: ``low`` in even epochs and ``high`` in
+            odd ones.
+        epoch: how often this batch was used before. The old log-probabilities stay those of the
+            sampler, so the parts agree.
 
     Returns:
-        Losses ``[B, T]``; ``pg_clipfrac`` and ``ppo_kl`` over all tokens, ``low_probability_share``.
+        Losses ``[B, T]``; ``pg_clipfrac`` and ``ppo_kl`` over all tokens,
+        ``low_probability_share``.
     """
     losses, metrics = loss_advantage_reweighting(
         old_log_prob, log_prob, advantages, response_mask,

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""MinPRO, minimum prefix ratio (arXiv 2601.22718): a bounded stand-in for the ratio of the whole prefix."""
+"""MinPRO, minimum prefix ratio (arXiv 2601.22718): a bounded stand-in for the ratio of the whole
+prefix.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,10 @@ from capo_verl.rivals.common import Metrics, log_ratio, masked_mean, step_metric
 
 
 def prefix_minimum(log_ratios: Tensor, response_mask: Tensor) -> Tensor:
-    """The least log-ratio among the response tokens before each token; 0 (ratio 1) for the first. ``[B, T]``"""
+    """The least log-ratio among the response tokens before each token; 0 (ratio 1) for the first.
+
+    ``[B, T]``
+    """
     masked = log_ratios.masked_fill(~response_mask.bool(), torch.inf)
     before = torch.nn.functional.pad(masked[:, :-1], (1, 0), value=torch.inf)
     least = before.cummin(dim=-1).values
@@ -18,16 +23,22 @@ def prefix_minimum(log_ratios: Tensor, response_mask: Tensor) -> Tensor:
 
 
 def loss_minpro(
-    old_log_prob: Tensor, log_prob: Tensor, advantages: Tensor, response_mask: Tensor, *, weight_max: float
+    old_log_prob: Tensor,
+    log_prob: Tensor,
+    advantages: Tensor,
+    response_mask: Tensor,
+    *,
+    weight_max: float,
 ) -> tuple[Tensor, Metrics]:
-    """``-A w`` with gradient ``-A w grad log pi``, ``w = min(r_t * min_{j < t} r_j, weight_max)`` without gradient.
+    """``-A w`` with gradient ``-A w grad log pi``, ``w = min(r_t * min_{j < t} r_j, weight_max)``
+    without gradient.
 
     Args:
         old_log_prob, log_prob, advantages, response_mask: ``[B, T]``, whole responses in order.
 
     Returns:
-        Losses ``[B, T]``; ``pg_clipfrac`` (tokens at ``weight_max``), ``ppo_kl`` and ``prefix_weight``, the mean of the least
-        ratio.
+        Losses ``[B, T]``; ``pg_clipfrac`` (tokens at ``weight_max``), ``ppo_kl`` and
+        ``prefix_weight``, the mean of the least ratio.
     """
     log_ratios = log_ratio(old_log_prob, log_prob)
     with torch.no_grad():
@@ -35,4 +46,6 @@ def loss_minpro(
         weight = (log_ratios + least).exp()
     metrics = step_metrics(log_ratios, weight > weight_max, response_mask)
     metrics["prefix_weight"] = masked_mean(least.exp(), response_mask)
-    return -advantages * weight.clamp(max=weight_max) * (log_prob - log_prob.detach()).exp(), metrics
+    return -advantages * weight.clamp(max=weight_max) * (
+        log_prob - log_prob.detach()
+    ).exp(), metrics

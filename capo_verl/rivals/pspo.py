@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PSPO, probability smoothing (arXiv 2509.21282): the new policy is mixed with the old one before the ratio is taken."""
+"""PSPO, probability smoothing (arXiv 2509.21282): the new policy is mixed with the old one before
+the ratio is taken.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +12,15 @@ from capo_verl.rivals.common import Metrics, log_ratio, step_metrics
 
 
 def loss_pspo(
-    old_log_prob: Tensor, log_prob: Tensor, advantages: Tensor, response_mask: Tensor, *, alpha: float
+    old_log_prob: Tensor,
+    log_prob: Tensor,
+    advantages: Tensor,
+    response_mask: Tensor,
+    *,
+    alpha: float,
 ) -> tuple[Tensor, Metrics]:
-    """``-A ((1 - alpha) r + alpha)``, the ratio of ``(1 - alpha) pi + alpha pi_old`` to ``pi_old``, without a clip.
+    """``-A ((1 - alpha) r + alpha)``, the ratio of ``(1 - alpha) pi + alpha pi_old`` to ``pi_old``,
+    without a clip.
 
     Args:
         old_log_prob, log_prob, advantages, response_mask: ``[B, T]``.

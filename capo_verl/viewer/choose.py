@@ -22,16 +22,24 @@ def choose(runs: Sequence[Run], where: Sequence[str]) -> list[Run]:
     for condition in where:
         key, equals, value = condition.partition("=")
         if not equals or not key:
-            raise ValueError(f"--where {condition}: write KEY=VALUE, a key of the configuration and its value")
+            raise ValueError(
+                f"--where {condition}: write KEY=VALUE, a key of the configuration and its value"
+            )
         wanted.setdefault(key, []).append(value)
     left = list(runs)
     for key, values in wanted.items():
         before = left
-        left = [run for run in left if any(_same(v, value) for v in _values(run, key) for value in values)]
+        left = [
+            run
+            for run in left
+            if any(_same(v, value) for v in _values(run, key) for value in values)
+        ]
         if not left:
             there = sorted({str(value) for run in before for value in _values(run, key)})
             shown = ", ".join(there[:20]) or "none: no configuration has this key"
-            raise ValueError(f"--where {key}={' '.join(values)}: no run has it; values there are: {shown}")
+            raise ValueError(
+                f"--where {key}={' '.join(values)}: no run has it; values there are: {shown}"
+            )
     return left
 
 

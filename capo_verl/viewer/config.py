@@ -9,8 +9,16 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-HYDRA = (".hydra/config.yaml", "hydra/.hydra/config.yaml", "../.hydra/config.yaml", "../hydra/.hydra/config.yaml")
-"""Where Hydra keeps its copy, from the folder of the log. The launchers set ``hydra.run.dir`` to ``$OUTPUT_DIR/hydra``."""
+HYDRA = (
+    ".hydra/config.yaml",
+    "hydra/.hydra/config.yaml",
+    "../.hydra/config.yaml",
+    "../hydra/.hydra/config.yaml",
+)
+"""Where Hydra keeps its copy, from the folder of the log.
+
+The launchers set ``hydra.run.dir`` to ``$OUTPUT_DIR/hydra``.
+"""
 IDENTITY = ("checkpoints/run.json", "run.json")
 """The few settings that the launchers remember beside checkpoints, where Hydra's copy is gone."""
 UNIMPORTANT = re.compile(
@@ -32,7 +40,8 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def find_config(folder: Path) -> dict[str, Any] | None:
-    """The configuration kept in or beside the folder of a log, with dotted keys; None if there is none.
+    """The configuration kept in or beside the folder of a log, with dotted keys; None if there is
+    none.
 
     Raises:
         ValueError: for a file that cannot be read.
@@ -43,7 +52,9 @@ def find_config(folder: Path) -> dict[str, Any] | None:
             try:
                 return flatten(_load(path))
             except Exception as e:
-                raise ValueError(f"{path}: cannot be read as a configuration ({type(e).__name__}: {e})") from e
+                raise ValueError(
+                    f"{path}: cannot be read as a configuration ({type(e).__name__}: {e})"
+                ) from e
     return None
 
 
@@ -61,10 +72,16 @@ def _load(path: Path) -> dict[str, Any]:
 
 
 def varying_keys(configs: Iterable[Mapping[str, Any] | None]) -> list[str]:
-    """Keys whose values are not the same in all configurations that were found, without those that only say where a run lies."""
+    """Keys whose values are not the same in all configurations that were found, without those that
+    only say where a run lies.
+    """
     known = [config for config in configs if config is not None]
     keys = sorted({key for config in known for key in config})
-    return [key for key in keys if not UNIMPORTANT.search(key) and not _same([config.get(key) for config in known])]
+    return [
+        key
+        for key in keys
+        if not UNIMPORTANT.search(key) and not _same([config.get(key) for config in known])
+    ]
 
 
 def _same(values: list[Any]) -> bool:
@@ -72,6 +89,8 @@ def _same(values: list[Any]) -> bool:
 
 
 def names_key(key: str, name: str) -> bool:
-    """Whether ``name`` (``seed``, ``data.seed``) is the dotted key or its last part, or that with a prefix (``base_seed``)."""
+    """Whether ``name`` (``seed``, ``data.seed``) is the dotted key or its last part, or that with a
+    prefix (``base_seed``).
+    """
     last = key.rsplit(".", 1)[-1]
     return key == name or last == name or last.endswith(f"_{name}")

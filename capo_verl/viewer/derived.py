@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Series that verl does not log as such: accuracy over all held-out sets, completions and accepted tokens so far."""
+"""Series that verl does not log as such: accuracy over all held-out sets, completions and accepted
+tokens so far.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ TRAINING = ("critic/score/mean", "critic/rewards/mean")
 
 
 def add_derived(run: Run) -> None:
-    """Add :data:`ACCURACY`, :data:`REWARD`, :data:`COMPLETIONS` and :data:`ACCEPTED` to the run where it has what they need."""
+    """Add :data:`ACCURACY`, :data:`REWARD`, :data:`COMPLETIONS` and :data:`ACCEPTED` to the run
+    where it has what they need.
+    """
     for name, series in (
         (ACCURACY, _held_out(run.series)),
         (REWARD, next((run.series[key] for key in TRAINING if key in run.series), None)),
@@ -32,11 +36,24 @@ def add_derived(run: Run) -> None:
 
 
 def _add_threshold(run: Run) -> None:
-    """A fixed tau_F, from the configuration, where the run measured m_F; one that adapts is logged by the run."""
-    fixed = [value for key, value in (run.config or {}).items() if key.endswith("policy_loss.capo.policy_shift_max")]
+    """A fixed tau_F, from the configuration, where the run measured m_F; one that adapts is logged
+    by the run.
+    """
+    fixed = [
+        value
+        for key, value in (run.config or {}).items()
+        if key.endswith("policy_loss.capo.policy_shift_max")
+    ]
     measured = run.series.get("capo/policy_shift_p50")
-    if THRESHOLD not in run.series and measured is not None and fixed and isinstance(fixed[0], int | float):
-        run.series[THRESHOLD] = Series(list(measured.steps), [float(fixed[0])] * len(measured.steps))
+    if (
+        THRESHOLD not in run.series
+        and measured is not None
+        and fixed
+        and isinstance(fixed[0], int | float)
+    ):
+        run.series[THRESHOLD] = Series(
+            list(measured.steps), [float(fixed[0])] * len(measured.steps)
+        )
 
 
 def _held_out(series: Mapping[str, Series]) -> Series | None:
@@ -54,7 +71,9 @@ def _steps(run: Run) -> list[int]:
 
 
 def _completions(run: Run) -> Series | None:
-    """From the configuration; else a step's tokens divided by the mean length of a prompt with its response."""
+    """From the configuration; else a step's tokens divided by the mean length of a prompt with its
+    response.
+    """
     steps, config = _steps(run), run.config or {}
     batch, n = config.get("data.train_batch_size"), config.get("actor_rollout_ref.rollout.n")
     if isinstance(batch, int) and isinstance(n, int):
@@ -73,8 +92,9 @@ def _completions(run: Run) -> Series | None:
 
 
 def _accepted_tokens(run: Run) -> Series | None:
-    """Response tokens which the loss was computed on, each counted once. Without CAPO, with ``mode=track`` and with soft weights,
-    all; likewise once the guard has stopped the filter."""
+    """Response tokens which the loss was computed on, each counted once. Without CAPO, with
+    ``mode=track`` and with soft weights, all; likewise once the guard has stopped the filter.
+    """
     if COMPLETIONS not in run.series or "response_length/mean" not in run.series:
         return None
     completions, lengths = run.series[COMPLETIONS].at(), run.series["response_length/mean"].at()
@@ -83,7 +103,11 @@ def _accepted_tokens(run: Run) -> Series | None:
         or (key.endswith("policy_loss.capo.weighting") and value != "hard")
         for key, value in (run.config or {}).items()
     )
-    rejected = run.series["capo/rejection_rate"].at() if filters and "capo/rejection_rate" in run.series else {}
+    rejected = (
+        run.series["capo/rejection_rate"].at()
+        if filters and "capo/rejection_rate" in run.series
+        else {}
+    )
     stopped = run.series["capo/filter_stopped"].at() if "capo/filter_stopped" in run.series else {}
     rejected = {step: 0.0 if stopped.get(step) else share for step, share in rejected.items()}
     so_far, before, found = 0.0, 0.0, Series()

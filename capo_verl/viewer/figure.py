@@ -16,7 +16,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-"""Distinguishable with every common form of colour blindness. Without the yellow, which is hard to see on white."""
+"""Distinguishable with every common form of colour blindness.
+
+Without the yellow, which is hard to see on white.
+"""
 DASHES: tuple[Any, ...] = ("-", (0, (5, 1.6)), (0, (1, 1.2)), (0, (6, 1.5, 1, 1.5)))
 MARKERS = ("", "o", "s", "^", "D")
 """Of the second seven groups, the third, …"""
@@ -39,7 +42,10 @@ def save_figures(groups: Sequence[Group], axis: str, folder: Path) -> list[Path]
 
     panels = shown_panels(run for group in groups for run in group.runs)
     if not panels:
-        raise ValueError("nothing to draw: none of the runs has a metric that is drawn (docs/viewer.md lists them)")
+        raise ValueError(
+            "nothing to draw: none of the runs has a metric that is drawn (docs/viewer.md lists "
+            "them)"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     for name, chosen in [(OVERVIEW, panels), *((panel.key, [panel]) for panel in panels)]:
@@ -64,7 +70,9 @@ def draw(groups: Sequence[Group], panels: Sequence[Panel], axis: str) -> Figure:
     with rc_context(STYLE):
         width = WIDTH * columns + 0.3
         legend_columns, legend_rows = _legend_shape(groups, width)
-        figure = NewFigure(figsize=(width, HEIGHT * rows + 0.3 + 0.2 * legend_rows), layout="constrained")
+        figure = NewFigure(
+            figsize=(width, HEIGHT * rows + 0.3 + 0.2 * legend_rows), layout="constrained"
+        )
         axes = list(figure.subplots(rows, columns, squeeze=False).flat)
         for panel, place in zip(panels, axes, strict=False):
             _draw_panel(place, panel, groups, axis)
@@ -87,11 +95,14 @@ def _draw_panel(place: Axes, panel: Panel, groups: Sequence[Group], axis: str) -
                 continue
             few = len(found.x) <= 12
             place.plot(
-                found.x, found.mean, color=colour, linestyle=dashes, linewidth=1.5, marker=marker or ("." if few else None),
+                found.x, found.mean, color=colour, linestyle=dashes, linewidth=1.5,
+                marker=marker or ("." if few else None),
                 markersize=4, markevery=1 if few else max(1, len(found.x) // 10),
             )  # fmt: skip
             if len(group.runs) > 1:
-                place.fill_between(found.x, found.low, found.high, color=colour, alpha=0.15, linewidth=0)
+                place.fill_between(
+                    found.x, found.low, found.high, color=colour, alpha=0.15, linewidth=0
+                )
     if panel.log:
         place.set_yscale("log")
         _readable_log_axis(place)
@@ -101,7 +112,11 @@ def _draw_panel(place: Axes, panel: Panel, groups: Sequence[Group], axis: str) -
         if low == 0 and place.get_ylim()[1] <= 0.06:  # nothing but zeros
             place.set_ylim(0, 1)
     place.set_title(
-        _symbols(panel.title), fontsize=9.5, loc="left", fontweight="bold", pad=17 if len(curves) > 1 else None
+        _symbols(panel.title),
+        fontsize=9.5,
+        loc="left",
+        fontweight="bold",
+        pad=17 if len(curves) > 1 else None,
     )
     place.set_ylabel(panel.unit)
     place.set_xlabel(AXES[axis])
@@ -156,9 +171,19 @@ def _name_groups(figure: Figure, groups: Sequence[Group], columns: int) -> None:
     for number, group in enumerate(groups):
         colour, marker = _style(number)
         handles.append(
-            Line2D([], [], color=colour, marker=marker or None, markersize=4, linewidth=2, label=group.label)
+            Line2D(
+                [],
+                [],
+                color=colour,
+                marker=marker or None,
+                markersize=4,
+                linewidth=2,
+                label=group.label,
+            )
         )
-    figure.legend(handles=handles, loc="outside upper left", ncols=columns, frameon=False, fontsize=9)
+    figure.legend(
+        handles=handles, loc="outside upper left", ncols=columns, frameon=False, fontsize=9
+    )
 
 
 def _name_curves(place: Axes, labels: Iterable[str]) -> None:
@@ -170,7 +195,8 @@ def _name_curves(place: Axes, labels: Iterable[str]) -> None:
     ]
     # Between title and axes, where no curve runs.
     place.legend(
-        handles=handles, frameon=False, fontsize=7.5, handlelength=2.6, ncols=len(handles), columnspacing=1.2, handletextpad=0.5,
+        handles=handles, frameon=False, fontsize=7.5, handlelength=2.6, ncols=len(handles),
+        columnspacing=1.2, handletextpad=0.5,
         loc="lower left", bbox_to_anchor=(-0.02, 0.985), borderaxespad=0, borderpad=0.1,
     )  # fmt: skip
 

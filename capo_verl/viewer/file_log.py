@@ -45,6 +45,6 @@ def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             if number == len(lines):
                 return
             raise ValueError(
-                f"{path}, line {number}: not a line of verl's file logger ({type(e).__name__}: {e}); remove the line, or "
-                "give another file"
+                f"{path}, line {number}: not a line of verl's file logger ({type(e).__name__}: "
+                f"{e}); remove the line, or give another file"
             ) from e

@@ -33,16 +33,20 @@ class Band:
 
 
 def group_runs(runs: Sequence[Run], over: Sequence[str] = ("seed",)) -> list[Group]:
-    """Runs whose configurations differ in the keys ``over`` only, in the order of the first of each group.
+    """Runs whose configurations differ in the keys ``over`` only, in the order of the first of each
+    group.
 
-    A key is named in full (``data.seed``) or by its last part, which may have a prefix (``seed`` is ``data_loader_seed`` as well).
-    Without a configuration the name decides, apart from ``seed1`` and the like in it.
+    A key is named in full (``data.seed``) or by its last part, which may have a prefix (``seed`` is
+    ``data_loader_seed`` as well). Without a configuration the name decides, apart from ``seed1``
+    and the like in it.
     """
     found: dict[str, list[Run]] = {}
     for run in runs:
         found.setdefault(_signature(run, over), []).append(run)
     varying = [
-        key for key in varying_keys(run.config for run in runs) if not any(names_key(key, name) for name in over)
+        key
+        for key in varying_keys(run.config for run in runs)
+        if not any(names_key(key, name) for name in over)
     ]
     return [Group(_label(members, over, varying), members) for members in found.values()]
 
@@ -66,7 +70,11 @@ def band(panel: Panel, curve: Curve, group: Group, axis: str) -> Band:
 
 
 def _without(name: str, over: Sequence[str]) -> str:
-    return re.sub(rf"[-_ .]?(?<![a-zA-Z])({'|'.join(map(re.escape, over))})[-_=]?\d+", "", name) if over else name
+    return (
+        re.sub(rf"[-_ .]?(?<![a-zA-Z])({'|'.join(map(re.escape, over))})[-_=]?\d+", "", name)
+        if over
+        else name
+    )
 
 
 def _signature(run: Run, over: Sequence[str]) -> str:
@@ -89,4 +97,6 @@ def _label(members: list[Run], over: Sequence[str], varying: list[str]) -> str:
 
 
 def _settings(config: Mapping[str, Any], varying: list[str]) -> str:
-    return ", ".join(f"{key.rsplit('.', 1)[-1]}={config[key]}" for key in varying[:3] if key in config)
+    return ", ".join(
+        f"{key.rsplit('.', 1)[-1]}={config[key]}" for key in varying[:3] if key in config
+    )

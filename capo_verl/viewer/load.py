@@ -17,8 +17,8 @@ from capo_verl.viewer.tensorboard_log import is_event_file, read_event_files
 from capo_verl.viewer.wandb_log import SUFFIX, read_wandb
 
 KINDS = (
-    "verl's file logger (.jsonl), TensorBoard event files, a wandb offline run (.wandb), a table of capo_verl.experiments.study "
-    "(runs.parquet), or a folder that holds one of them"
+    "verl's file logger (.jsonl), TensorBoard event files, a wandb offline run (.wandb), a table "
+    "of capo_verl.experiments.study (runs.parquet), or a folder that holds one of them"
 )
 ATTEMPT = re.compile(r"(metrics)(\.\d+)?\.jsonl")
 """The launchers number the logs of a run's further starts."""
@@ -60,7 +60,9 @@ def _load_folder(folder: Path) -> list[Run]:
     if runs:
         return runs
     return [
-        run for below in sorted(path for path in folder.iterdir() if _is_folder(path)) for run in _load_folder(below)
+        run
+        for below in sorted(path for path in folder.iterdir() if _is_folder(path))
+        for run in _load_folder(below)
     ]
 
 
@@ -70,7 +72,10 @@ def _is_folder(path: Path) -> bool:
 
 
 def _load_files(files: list[Path]) -> list[Run]:
-    """Runs of files in one folder. Of several kinds of log of one run the first that is found counts."""
+    """Runs of files in one folder.
+
+    Of several kinds of log of one run the first that is found counts.
+    """
     tables = [path for path in files if is_study_table(path)]
     if tables:
         return [run for path in tables for run in read_study_table(path)]
@@ -83,12 +88,17 @@ def _load_files(files: list[Path]) -> list[Run]:
     offline = [path for path in files if path.suffix == SUFFIX]
     if offline:
         return [_of_wandb(path) for path in offline]
-    return [Run(path.parent.name, path, {}, samples=read_samples(path)) for path in files if is_samples_file(path)]
+    return [
+        Run(path.parent.name, path, {}, samples=read_samples(path))
+        for path in files
+        if is_samples_file(path)
+    ]
 
 
 def _of_file_logs(logs: list[Path]) -> list[Run]:
     starts = sorted(
-        (path for path in logs if ATTEMPT.fullmatch(path.name)), key=lambda path: (len(path.name), path.name)
+        (path for path in logs if ATTEMPT.fullmatch(path.name)),
+        key=lambda path: (len(path.name), path.name),
     )
     runs = [_run(path.stem, path, read_file_log(path)) for path in logs if path not in starts]
     if starts:
@@ -116,7 +126,9 @@ def _run(name: str, source: Path, series: dict[str, Series]) -> Run:
 
 
 def _tell_apart(runs: list[Run]) -> None:
-    """Names of their own: with their folder in front where names repeat, with a number where that repeats."""
+    """Names of their own: with their folder in front where names repeat, with a number where that
+    repeats.
+    """
     names = [run.name for run in runs]
     for run in runs:
         if names.count(run.name) > 1:

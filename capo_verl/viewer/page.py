@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The page of ``capo-verl report``: one HTML file with data, style and script in it, which asks no network for anything."""
+"""The page of ``capo-verl report``: one HTML file with data, style and script in it, which asks no
+network for anything.
+"""
 
 from __future__ import annotations
 
@@ -31,19 +33,23 @@ def write_page(groups: Sequence[Group], path: Path, title: str = "CAPO report") 
     runs = [run for group in groups for run in group.runs]
     if len(runs) > MOST_RUNS:
         raise ValueError(
-            f"{len(runs)} runs are more than a page can show ({MOST_RUNS}); name fewer, or choose with --where"
+            f"{len(runs)} runs are more than a page can show ({MOST_RUNS}); name fewer, or choose "
+            "with --where"
         )
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(render(groups, title), encoding="utf-8")
 
 
 def render(groups: Sequence[Group], title: str) -> str:
-    """The page's HTML. Only its own script and style can run in it: the policy in its head names their checksums."""
+    """The page's HTML.
+
+    Only its own script and style can run in it: the policy in its head names their checksums.
+    """
     style = _asset("report.css")
     script = "(() => {\n'use strict';\n" + "\n".join(_asset(name) for name in SCRIPTS) + "\n})();"
     policy = (
-        f"default-src 'none'; img-src data:; style-src '{_checksum(style)}'; script-src '{_checksum(script)}'; base-uri 'none'; "
-        "form-action 'none'"
+        f"default-src 'none'; img-src data:; style-src '{_checksum(style)}'; script-src "
+        f"'{_checksum(script)}'; base-uri 'none'; form-action 'none'"
     )
     page = _asset("report.html")
     for name, text in (
@@ -58,7 +64,9 @@ def render(groups: Sequence[Group], title: str) -> str:
 
 
 def page_data(groups: Sequence[Group]) -> dict[str, Any]:
-    """What the script reads: panels, groups of runs, and for each run its curves, x axes, configuration and samples."""
+    """What the script reads: panels, groups of runs, and for each run its curves, x axes,
+    configuration and samples.
+    """
     runs = [run for group in groups for run in group.runs]
     panels = [(panel, panel.curves_of(runs)) for panel in shown_panels(runs)]
     numbers = {id(run): index for index, run in enumerate(runs)}
@@ -67,7 +75,11 @@ def page_data(groups: Sequence[Group]) -> dict[str, Any]:
         "axis": choose_axis(runs),
         "panels": [_panel(panel, [curve.label for curve in curves]) for panel, curves in panels],
         "groups": [
-            {"label": group.label, "colour": number, "runs": [numbers[id(run)] for run in group.runs]}
+            {
+                "label": group.label,
+                "colour": number,
+                "runs": [numbers[id(run)] for run in group.runs],
+            }
             for number, group in enumerate(groups)
         ],
         "runs": [
@@ -101,7 +113,8 @@ def embed(data: Any) -> str:
 
 def _panel(panel: Panel, labels: list[str]) -> dict[str, Any]:
     return {
-        "key": panel.key, "title": panel.title, "unit": panel.unit, "log": panel.log, "limits": panel.limits, "curves": labels,
+        "key": panel.key, "title": panel.title, "unit": panel.unit, "log": panel.log,
+        "limits": panel.limits, "curves": labels,
     }  # fmt: skip
 
 

@@ -36,13 +36,19 @@ class Panel:
     def series(self, run: Run, curve: Curve) -> Series:
         """In the panel's unit; empty if the run has none."""
         found = run.series.get(curve.metric, Series())
-        kept = [(s, v * self.factor) for s, v in zip(found.steps, found.values, strict=True) if v > 0 or not self.log]
+        kept = [
+            (s, v * self.factor)
+            for s, v in zip(found.steps, found.values, strict=True)
+            if v > 0 or not self.log
+        ]
         return Series([s for s, _ in kept], [v for _, v in kept])
 
     def curves_of(self, runs: Iterable[Run]) -> list[Curve]:
         """Those for which at least one of the runs has values."""
         runs = list(runs)
-        return [curve for curve in self.curves if any(self.series(run, curve).steps for run in runs)]
+        return [
+            curve for curve in self.curves if any(self.series(run, curve).steps for run in runs)
+        ]
 
 
 _SIGNS = (
@@ -55,26 +61,31 @@ PANELS = (
     Panel("accuracy", "Held-out accuracy", "accuracy", (Curve(ACCURACY),)),
     Panel("reward", "Training reward", "mean reward", (Curve(REWARD),)),
     Panel("rejection", "Rejected tokens", "% of tokens", _SIGNS, factor=100.0, limits=(0.0, None)),
-    Panel("weight", "Mean weight of a token", "weight", (Curve("capo/weight_mean"),), limits=(0.0, 1.05)),
+    Panel("weight", "Mean weight of a token", "weight", (Curve("capo/weight_mean"),),
+        limits=(0.0, 1.05)),
     Panel(
         "policy_shift", "Policy shift m_F of a token", "nats",
-        (Curve("capo/policy_shift_p50", "median"), Curve("capo/policy_shift_p99", "99th percentile"),
+        (Curve("capo/policy_shift_p50", "median"),
+            Curve("capo/policy_shift_p99", "99th percentile"),
          Curve("capo/policy_shift_max", "largest"), Curve(THRESHOLD, "threshold τ_F")),
         log=True,
     ),
     Panel(
         "objective_shift", "Objective shift m_H of a token", "units of the advantage",
-        (Curve("capo/objective_shift_p50", "median"), Curve("capo/objective_shift_p99", "99th percentile"),
+        (Curve("capo/objective_shift_p50", "median"),
+            Curve("capo/objective_shift_p99", "99th percentile"),
          Curve("capo/objective_shift_p01", "1st percentile")),
     ),
     Panel(
         "batch_policy_shift", "Policy shift m_F of the batch", "nats",
-        (Curve("capo/batch_policy_shift_before", "all tokens"), Curve("capo/batch_policy_shift_after", "accepted tokens")),
+        (Curve("capo/batch_policy_shift_before", "all tokens"),
+            Curve("capo/batch_policy_shift_after", "accepted tokens")),
         log=True,
     ),
     Panel(
         "batch_objective_shift", "Objective shift m_H of the batch", "units of the advantage",
-        (Curve("capo/batch_objective_shift_before", "all tokens"), Curve("capo/batch_objective_shift_after", "accepted tokens")),
+        (Curve("capo/batch_objective_shift_before", "all tokens"),
+            Curve("capo/batch_objective_shift_after", "accepted tokens")),
     ),
     Panel(
         "kl", "Measured KL(old‖new) of a step", "nats per token",
@@ -82,11 +93,15 @@ PANELS = (
     ),
     Panel(
         "scale", "Scale of the learning rate", "× scheduled rate",
-        (Curve("capo/lr_scale", "applied"), Curve("capo/kl_budget_scale", "of the budget")), log=True,
+        (Curve("capo/lr_scale", "applied"), Curve("capo/kl_budget_scale", "of the budget")),
+        log=True,
     ),
-    Panel("entropy", "Entropy of the policy", "nats per token", (Curve("actor/entropy"),), limits=(0.0, None)),
-    Panel("length", "Length of a response", "tokens", (Curve("response_length/mean"),), limits=(0.0, None)),
-    Panel("grad_norm", "Gradient norm, before clipping", "norm", (Curve("actor/grad_norm"),), log=True),
+    Panel("entropy", "Entropy of the policy", "nats per token", (Curve("actor/entropy"),),
+        limits=(0.0, None)),
+    Panel("length", "Length of a response", "tokens", (Curve("response_length/mean"),),
+        limits=(0.0, None)),
+    Panel("grad_norm", "Gradient norm, before clipping", "norm", (Curve("actor/grad_norm"),),
+        log=True),
 )  # fmt: skip
 
 AXES = {"steps": "training step", "completions": "completions", "accepted": "accepted tokens"}
@@ -95,7 +110,10 @@ _AXIS_SERIES = {"completions": COMPLETIONS, "accepted": ACCEPTED}
 
 
 def axis_values(run: Run, axis: str) -> dict[int, float] | None:
-    """Step -> position on the x axis; None if the run does not have it. ``steps`` needs nothing: it is the step itself."""
+    """Step -> position on the x axis; None if the run does not have it.
+
+    ``steps`` needs nothing: it is the step itself.
+    """
     if axis == "steps":
         return {step: float(step) for series in run.series.values() for step in series.steps}
     series = run.series.get(_AXIS_SERIES[axis])
@@ -114,8 +132,8 @@ def choose_axis(runs: Iterable[Run], wanted: str | None = None) -> str:
     without = [run.name for run in runs if axis_values(run, wanted) is None]
     if without:
         raise ValueError(
-            f"--x {wanted}: unknown for {', '.join(without)} (no configuration beside its log, nor perf/total_num_tokens and "
-            "lengths in it); use --x steps"
+            f"--x {wanted}: unknown for {', '.join(without)} (no configuration beside its log, nor "
+            "perf/total_num_tokens and lengths in it); use --x steps"
         )
     return wanted
 

@@ -39,11 +39,18 @@ class Run:
 
 
 def collect(rows: Iterable[tuple[int, Mapping[str, Any]]]) -> dict[str, Series]:
-    """Rows of ``(step, {metric: value})`` to series. A step that comes again (a resumed run) replaces the earlier one."""
+    """Rows of ``(step, {metric: value})`` to series.
+
+    A step that comes again (a resumed run) replaces the earlier one.
+    """
     found: dict[str, dict[int, float]] = {}
     for step, data in rows:
         for key, value in data.items():
-            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            if (
+                isinstance(value, bool)
+                or not isinstance(value, int | float)
+                or not math.isfinite(value)
+            ):
                 continue
             found.setdefault(key, {})[int(step)] = float(value)
     return {key: Series(sorted(at), [at[step] for step in sorted(at)]) for key, at in found.items()}

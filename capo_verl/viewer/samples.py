@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The sequences that the trainer sampled (``capo.sample_tokens_every``): found, read, checked, put into text."""
+"""The sequences that the trainer sampled (``capo.sample_tokens_every``): found, read, checked, put
+into text.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +14,20 @@ from capo_verl.viewer.token_text import token_pieces
 
 FILE = "capo_tokens.jsonl"
 """As in :mod:`capo_verl.engines.token_samples`, which needs torch."""
-COLUMNS = ("ids", "advantage", "mask", "probability", "policy_shift", "objective_shift", "in_trust_region", "weight")
-FOLDERS = ("actor_rollout_ref.actor.policy_loss.capo.sample_tokens_dir", "trainer.default_local_dir")
+COLUMNS = (
+    "ids",
+    "advantage",
+    "mask",
+    "probability",
+    "policy_shift",
+    "objective_shift",
+    "in_trust_region",
+    "weight",
+)
+FOLDERS = (
+    "actor_rollout_ref.actor.policy_loss.capo.sample_tokens_dir",
+    "trainer.default_local_dir",
+)
 
 
 def is_samples_file(path: Path) -> bool:
@@ -21,9 +35,15 @@ def is_samples_file(path: Path) -> bool:
 
 
 def find_samples(folder: Path, config: Mapping[str, Any] | None) -> list[dict[str, Any]]:
-    """The samples of the run whose log lies in ``folder``: there, in ``checkpoints``, or where its configuration says."""
+    """The samples of the run whose log lies in ``folder``: there, in ``checkpoints``, or where its
+    configuration says.
+    """
     told = [(config or {}).get(key) for key in FOLDERS]
-    places = [folder, folder / "checkpoints", *(Path(place) for place in told if isinstance(place, str) and place)]
+    places = [
+        folder,
+        folder / "checkpoints",
+        *(Path(place) for place in told if isinstance(place, str) and place),
+    ]
     for place in places:
         if (place / FILE).is_file():
             return read_samples(place / FILE)
@@ -31,13 +51,16 @@ def find_samples(folder: Path, config: Mapping[str, Any] | None) -> list[dict[st
 
 
 def read_samples(path: Path) -> list[dict[str, Any]]:
-    """All sequences by step, in the order in which they were written; of a step that was repeated by a resumed run, the later ones.
+    """All sequences by step, in the order in which they were written; of a step that was repeated
+    by a resumed run, the later ones.
 
     Raises:
         ValueError: naming the line that is none.
     """
     by_step: dict[int, dict[int, dict[str, Any]]] = {}
-    lines = path.read_text(encoding="utf-8").split("\n")  # not splitlines, which would split at U+2028 in a text
+    lines = path.read_text(encoding="utf-8").split(
+        "\n"
+    )  # not splitlines, which would split at U+2028 in a text
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
@@ -52,19 +75,27 @@ def read_samples(path: Path) -> list[dict[str, Any]]:
             if number == len(lines):
                 break  # still being written
             raise ValueError(
-                f"{path}, line {number}: not a token sample ({type(e).__name__}: {e}); remove the line"
+                f"{path}, line {number}: not a token sample ({type(e).__name__}: {e}); remove the "
+                "line"
             ) from e
         by_step.setdefault(step, {})[sample] = entry
     return [entry for step in sorted(by_step) for entry in by_step[step].values()]
 
 
 def put_into_text(samples: list[dict[str, Any]], tokenizer: Any) -> None:
-    """Fill ``text``, in place, with a Hugging Face tokenizer; also where the trainer has written one."""
+    """Fill ``text``, in place, with a Hugging Face tokenizer; also where the trainer has written
+    one.
+    """
 
     def decode(ids: list[int]) -> str:
-        return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+        return str(
+            tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        )
 
     for entry in samples:
         prompt, response = entry["prompt"], entry["response"]
         pieces = token_pieces([*prompt["ids"], *response["ids"]], decode)
-        prompt["text"], response["text"] = pieces[: len(prompt["ids"])], pieces[len(prompt["ids"]) :]
+        prompt["text"], response["text"] = (
+            pieces[: len(prompt["ids"])],
+            pieces[len(prompt["ids"]) :],
+        )

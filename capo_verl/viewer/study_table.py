@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tables of ``capo_verl.experiments.study``: ``runs.parquet``, a row for each run, and ``curves.parquet``, a row for each evaluation."""
+"""Tables of ``capo_verl.experiments.study``: ``runs.parquet``, a row for each run, and
+``curves.parquet``, a row for each evaluation.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,10 @@ METRICS = {
     "length": "response_length/mean",
     "grad_norm": "actor/grad_norm",
 }
-"""Columns of the curves -> the names that verl's logs have. Each is the mean since the evaluation before."""
+"""Columns of the curves -> the names that verl's logs have.
+
+Each is the mean since the evaluation before.
+"""
 CONFIG, ABOUT = "config", ("study", "tier", "method", "cell", "batch", "steps")
 NAMED = ("method", "task", "lr", "seed")
 
@@ -52,7 +57,8 @@ def read_study_table(path: Path) -> list[Run]:
     if path.name == CURVES or not curves_path.is_file():
         missing = RUNS if path.name == CURVES else curves_path.name
         raise ValueError(
-            f"{path}: the other table, {missing}, is not beside it; give the folder that capo_verl.experiments.study wrote"
+            f"{path}: the other table, {missing}, is not beside it; give the folder that "
+            "capo_verl.experiments.study wrote"
         )
     try:
         runs, curves = pd.read_parquet(path), pd.read_parquet(curves_path)
@@ -60,7 +66,8 @@ def read_study_table(path: Path) -> list[Run]:
         raise ValueError(f"{path}: cannot be read as a table ({type(e).__name__}: {e})") from e
     if "run_id" not in runs or not {"run_id", "step"} <= set(curves):
         raise ValueError(
-            f"{path}: not a table of capo_verl.experiments.study (no column run_id); give the folder that it wrote"
+            f"{path}: not a table of capo_verl.experiments.study (no column run_id); give the "
+            "folder that it wrote"
         )
     rows = dict(tuple(curves.groupby("run_id", sort=False)))
     found = []
@@ -70,19 +77,24 @@ def read_study_table(path: Path) -> list[Run]:
             config = _config(about)
             found.append(Run(_name(config, about["run_id"]), path, collect(_points(curve)), config))
     if not found:
-        raise ValueError(f"{path}: no run has a curve yet; see python -m capo_verl.experiments.study status")
+        raise ValueError(
+            f"{path}: no run has a curve yet; see python -m capo_verl.experiments.study status"
+        )
     return found
 
 
 def _points(curve: Any) -> list[tuple[int, dict[str, Any]]]:
     known = {column: name for column, name in METRICS.items() if column in curve}
     return [
-        (int(row["step"]), {name: row[column] for column, name in known.items()}) for row in curve.to_dict("records")
+        (int(row["step"]), {name: row[column] for column, name in known.items()})
+        for row in curve.to_dict("records")
     ]
 
 
 def _config(about: Mapping[str, Any]) -> dict[str, Any]:
-    """Study, tier, method and the settings of the run, which the table keeps as JSON; else the columns that name the run."""
+    """Study, tier, method and the settings of the run, which the table keeps as JSON; else the
+    columns that name the run.
+    """
     settings = about.get(CONFIG)
     if isinstance(settings, str):
         settings = json.loads(settings)
@@ -93,6 +105,8 @@ def _config(about: Mapping[str, Any]) -> dict[str, Any]:
 
 def _name(config: Mapping[str, Any], run_id: str) -> str:
     parts = [
-        str(config[key]) if key in ("method", "task") else f"{key}={config[key]:g}" for key in NAMED if key in config
+        str(config[key]) if key in ("method", "task") else f"{key}={config[key]:g}"
+        for key in NAMED
+        if key in config
     ]
     return " ".join(parts) or run_id

@@ -16,7 +16,8 @@ def is_event_file(path: Path) -> bool:
 
 
 def read_event_files(paths: list[Path]) -> dict[str, Series]:
-    """All scalars of a folder's event files (one per start of the run), the later start winning where steps repeat.
+    """All scalars of a folder's event files (one per start of the run), the later start winning
+    where steps repeat.
 
     Raises:
         ValueError: if the package ``tensorboard`` is missing.
@@ -25,12 +26,15 @@ def read_event_files(paths: list[Path]) -> dict[str, Series]:
         from tensorboard.backend.event_processing.event_accumulator import SCALARS, EventAccumulator
     except ImportError as e:
         raise ValueError(
-            f"{paths[0]}: reading event files needs the package tensorboard ({e}); pip install tensorboard"
+            f"{paths[0]}: reading event files needs the package tensorboard ({e}); pip install "
+            "tensorboard"
         ) from e
 
     def rows() -> Iterator[tuple[int, dict[str, float]]]:
         for path in sorted(paths):
-            events = EventAccumulator(str(path), size_guidance={SCALARS: 0})  # 0: keep all, not a sample
+            events = EventAccumulator(
+                str(path), size_guidance={SCALARS: 0}
+            )  # 0: keep all, not a sample
             events.Reload()
             for key in events.Tags()[SCALARS]:
                 for event in events.Scalars(key):

@@ -6,7 +6,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 CONTEXT = 4
-"""Tokens decoded before a piece: a tokenizer may drop a space at the start of a text, not within one."""
+"""Tokens decoded before a piece: a tokenizer may drop a space at the start of a text, not within
+one.
+"""
 LONGEST = 8
 """So many tokens at most make up one character."""
 UNFINISHED = "\ufffd"
@@ -15,8 +17,8 @@ UNFINISHED = "\ufffd"
 def token_pieces(ids: Sequence[int], decode: Callable[[list[int]], str]) -> list[str]:
     """One text per token.
 
-    A character that several tokens share belongs to the last of them, the others are empty; bytes that never become a character
-    are shown as U+FFFD.
+    A character that several tokens share belongs to the last of them, the others are empty; bytes
+    that never become a character are shown as U+FFFD.
 
     Args:
         ids: token ids, in order.
@@ -42,7 +44,12 @@ def token_pieces(ids: Sequence[int], decode: Callable[[list[int]], str]) -> list
 
 
 def _piece(
-    ids: list[int], start: int, end: int, prefix: str, before: list[int], decode: Callable[[list[int]], str]
+    ids: list[int],
+    start: int,
+    end: int,
+    prefix: str,
+    before: list[int],
+    decode: Callable[[list[int]], str],
 ) -> str:
     text = decode(before + ids[start:end])
     # A tokenizer which rewrites what it has decoded before gives the piece on its own.

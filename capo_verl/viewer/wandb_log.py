@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Weights & Biases' offline file ``run-ID.wandb``: metrics, configuration and name of the run.
 
-The file is a LevelDB log: blocks of 32 KiB with records of a checksum (4 bytes), a length (2) and a type (1: whole; 2, 3, 4:
-first, middle and last part), after 7 bytes that name the format. A record is a protobuf message ``wandb_internal.Record``.
+The file is a LevelDB log: blocks of 32 KiB with records of a checksum (4 bytes), a length (2) and a
+type (1: whole; 2, 3, 4: first, middle and last part), after 7 bytes that name the format. A record
+is a protobuf message ``wandb_internal.Record``.
 """
 
 from __future__ import annotations
@@ -39,7 +40,9 @@ def read_wandb(path: Path) -> WandbRun:
     try:
         from wandb.proto import wandb_internal_pb2
     except ImportError as e:
-        raise ValueError(f"{path}: reading this file needs the package wandb ({e}); pip install wandb") from e
+        raise ValueError(
+            f"{path}: reading this file needs the package wandb ({e}); pip install wandb"
+        ) from e
     name: str | None = None
     config: dict[str, Any] = {}
     rows: list[tuple[int, dict[str, Any]]] = []
@@ -68,7 +71,8 @@ def _records(path: Path) -> Iterator[bytes]:
     content = path.read_bytes()
     if content[:4] != MAGIC:
         raise ValueError(
-            f"{path}: not a file of wandb (it does not begin with {MAGIC.decode()}); give the run's .wandb file"
+            f"{path}: not a file of wandb (it does not begin with {MAGIC.decode()}); give the "
+            "run's .wandb file"
         )
     at, parts = 7, b""
     while at + HEADER.size <= len(content):
@@ -79,7 +83,11 @@ def _records(path: Path) -> Iterator[bytes]:
         at += HEADER.size
         if at + length > len(content) or kind not in (WHOLE, FIRST, MIDDLE, LAST):
             return  # still being written
-        parts = content[at : at + length] if kind in (WHOLE, FIRST) else parts + content[at : at + length]
+        parts = (
+            content[at : at + length]
+            if kind in (WHOLE, FIRST)
+            else parts + content[at : at + length]
+        )
         at += length
         if kind in (WHOLE, LAST):
             yield parts

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""CAPO in plain PyTorch and transformers: a small random model learns on a CPU to count upward from its prompt.
+"""CAPO in plain PyTorch and transformers: a small random model learns on a CPU to count upward from
+its prompt.
 
 python examples/outside_verl/plain_pytorch.py
 python examples/outside_verl/plain_pytorch.py --kl-budget 3e-4
@@ -15,24 +16,34 @@ from capo_verl.core.kl_budget import KLBudget, KLBudgetConfig
 from capo_verl.core.logits import VocabShard
 from capo_verl.core.token_kl import token_kl
 
-parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+)
 parser.add_argument("--steps", type=int, default=60)
 parser.add_argument("--seed", type=int, default=0)
 parser.add_argument("--learning-rate", type=float, default=3e-3)
 parser.add_argument("--policy-shift-max", type=float, default=2e-2, help="tau_F; 0 = no such test")
-parser.add_argument("--objective-shift-max", type=float, default=0.3, help="tau_H; 0 = no such test")
-parser.add_argument("--kl-budget", type=float, help="nats per token that an optimizer step should cause")
+parser.add_argument(
+    "--objective-shift-max", type=float, default=0.3, help="tau_H; 0 = no such test"
+)
+parser.add_argument(
+    "--kl-budget", type=float, help="nats per token that an optimizer step should cause"
+)
 args = parser.parse_args()
 
 VOCAB, HIDDEN, EOS, PROMPT, RESPONSE, PROMPTS, GROUP, TEMPERATURE = 32, 64, 0, 3, 8, 16, 8, 1.2
 ADAM = {"betas": (0.9, 0.999), "eps": 1e-8}
-THRESHOLDS = {"policy_shift_max": args.policy_shift_max, "objective_shift_max": args.objective_shift_max}
+THRESHOLDS = {
+    "policy_shift_max": args.policy_shift_max,
+    "objective_shift_max": args.objective_shift_max,
+}
 
 torch.set_num_threads(1)  # more of them only wait for each other on a model this small
 torch.manual_seed(args.seed)
 model = Qwen2ForCausalLM(
     Qwen2Config(
-        vocab_size=VOCAB, hidden_size=HIDDEN, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        vocab_size=VOCAB, hidden_size=HIDDEN, intermediate_size=128, num_hidden_layers=2,
+        num_attention_heads=4,
         num_key_value_heads=2, bos_token_id=None, eos_token_id=EOS, pad_token_id=EOS,
     )
 )  # fmt: skip
@@ -42,7 +53,9 @@ budget = KLBudget(KLBudgetConfig(delta=args.kl_budget)) if args.kl_budget else N
 
 
 def forward(tokens):
-    """Where each response token is predicted: the LM head's input [B, T, H], and its output over the temperature [B, T, V]."""
+    """Where each response token is predicted: the LM head's input [B, T, H], and its output over
+    the temperature [B, T, V].
+    """
     out = model(tokens, output_hidden_states=True)
     return out.hidden_states[-1][:, PROMPT - 1 : -1], out.logits[:, PROMPT - 1 : -1] / TEMPERATURE
 
@@ -50,14 +63,18 @@ def forward(tokens):
 for step in range(args.steps):
     prompts = torch.randint(1, 8, (PROMPTS, PROMPT)).repeat_interleave(GROUP, 0)
     tokens = model.generate(
-        prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=RESPONSE, do_sample=True, top_k=0,
-        temperature=TEMPERATURE,
+        prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=RESPONSE, do_sample=True,
+        top_k=0, temperature=TEMPERATURE,
     )  # fmt: skip
     actions = tokens[:, PROMPT:]
-    mask = (actions == EOS).cumsum(-1) - (actions == EOS).int() == 0  # up to the first EOS: the rest is padding
+    mask = (actions == EOS).cumsum(-1) - (
+        actions == EOS
+    ).int() == 0  # up to the first EOS: the rest is padding
     reward = (actions > tokens[:, PROMPT - 1 : -1]).sum(-1) / RESPONSE
     groups = reward.view(PROMPTS, GROUP)
-    advantages = ((groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + 1e-6)).view(-1, 1)
+    advantages = (
+        (groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + 1e-6)
+    ).view(-1, 1)
 
     learning_rate = args.learning_rate * (budget.begin_step() if budget else 1)
     optimizer.param_groups[0]["lr"] = learning_rate
@@ -70,12 +87,19 @@ for step in range(args.steps):
     optimizer.step()
     capo.step()
 
-    rejected, policy_shift = 1 - decision.accepted.sum() / mask.sum(), decision.policy_shift[mask].mean()
+    rejected, policy_shift = (
+        1 - decision.accepted.sum() / mask.sum(),
+        decision.policy_shift[mask].mean(),
+    )
     line = f"step {step:3d}  reward {reward.mean():.3f}  rejected {rejected:.3f}  m_F {policy_shift:.2e}"
     if budget:
         with torch.no_grad():
             new_logits = forward(tokens)[1]
-        kl = token_kl(logits[mask].detach(), new_logits[mask], VocabShard(VOCAB, VOCAB, 0)).mean().item()
+        kl = (
+            token_kl(logits[mask].detach(), new_logits[mask], VocabShard(VOCAB, VOCAB, 0))
+            .mean()
+            .item()
+        )
         budget.end_step(kl)
         line += f"  KL {kl:.2e}  learning rate {learning_rate:.2e}"
     print(line, flush=True)

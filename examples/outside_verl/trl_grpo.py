@@ -15,7 +15,13 @@ import torch
 from accelerate.utils import is_peft_model
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, PrinterCallback, Qwen2Config, Qwen2ForCausalLM, TrainerCallback
+from transformers import (
+    PreTrainedTokenizerFast,
+    PrinterCallback,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    TrainerCallback,
+)
 from trl import GRPOConfig, GRPOTrainer
 
 from capo_verl import CapoConfig, CapoFilter
@@ -24,10 +30,12 @@ from capo_verl.core.metrics import StepMetrics
 
 
 class CapoGRPOTrainer(GRPOTrainer):
-    """GRPOTrainer, and ``capo``: CAPO's knobs. ``betas`` and ``eps`` are those of the trainer's optimizer.
+    """GRPOTrainer, and ``capo``: CAPO's knobs. ``betas`` and ``eps`` are those of the trainer's
+    optimizer.
 
     Raises:
-        ValueError: for what cannot work, when the trainer is made or before its first step; it says what to change.
+        ValueError: for what cannot work, when the trainer is made or before its first step; it says
+            what to change.
     """
 
     def __init__(self, *args: Any, capo: CapoConfig, **kwargs: Any):
@@ -35,7 +43,9 @@ class CapoGRPOTrainer(GRPOTrainer):
         refuse(self, capo)
         self.head = self.model.get_output_embeddings()
         ranks = torch.distributed.group.WORLD if self.accelerator.num_processes > 1 else None
-        self.capo = CapoFilter(capo, *self.head.weight.shape, device=self.accelerator.device, dp_group=ranks)
+        self.capo = CapoFilter(
+            capo, *self.head.weight.shape, device=self.accelerator.device, dp_group=ranks
+        )
         self.capo.keep_for_batch_shifts = False
         self.capo_metrics = StepMetrics(ranks)
         self.forward_pass: Any = None
@@ -47,9 +57,12 @@ class CapoGRPOTrainer(GRPOTrainer):
         ids, mask = inputs["completion_ids"], inputs["completion_mask"]
         length, kept = ids.size(1), []
         backbone = self.accelerator.unwrap_model(model).base_model
-        with backbone.register_forward_hook(lambda module, args, output: kept.append(output.last_hidden_state)):
+        with backbone.register_forward_hook(
+            lambda module, args, output: kept.append(output.last_hidden_state)
+        ):
             self.forward_pass = super()._get_per_token_logps_and_entropies(
-                model, torch.cat([inputs["prompt_ids"], ids], dim=1), torch.cat([inputs["prompt_mask"], mask], dim=1),
+                model, torch.cat([inputs["prompt_ids"], ids], dim=1),
+                torch.cat([inputs["prompt_mask"], mask], dim=1),
                 length, compute_entropy=True, compute_aux_loss=self.aux_loss_enabled,
             )  # fmt: skip
         mask = mask * inputs.get("tool_mask", 1)
@@ -59,8 +72,10 @@ class CapoGRPOTrainer(GRPOTrainer):
         advantages = inputs["advantages"].view(len(ids), -1).expand(ids.shape)
         sequences = torch.arange(len(ids), device=ids.device)[:, None].expand(ids.shape)
         decision = self.capo.evaluate(
-            kept[0][:, -length - 1 : -1], ProjectedLogits(self.head.weight, self.head.bias), ids, advantages, mask,
-            group["lr"], temperature=torch.full(ids.shape, self.temperature, device=ids.device), skip_masked=True,
+            kept[0][:, -length - 1 : -1], ProjectedLogits(self.head.weight, self.head.bias), ids,
+            advantages, mask,
+            group["lr"], temperature=torch.full(ids.shape, self.temperature, device=ids.device),
+            skip_masked=True,
         )  # fmt: skip
         self.capo_metrics.add(decision, advantages, mask, sequences, len(ids))
         # TRL multiplies `tool_mask` into the mask of its loss, and uses it for nothing else there.
@@ -74,8 +89,13 @@ class CapoGRPOTrainer(GRPOTrainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
         if self.args.should_save:
-            folder = os.path.join(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}")
-            torch.save([self.capo.state_dict(), self.capo.adaptive_state()], os.path.join(folder, "capo.pt"))
+            folder = os.path.join(
+                self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}"
+            )
+            torch.save(
+                [self.capo.state_dict(), self.capo.adaptive_state()],
+                os.path.join(folder, "capo.pt"),
+            )
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
@@ -102,20 +122,29 @@ class AfterOptimizerStep(TrainerCallback):
 
 
 def head_group(trainer: CapoGRPOTrainer) -> dict[str, Any]:
-    """The optimizer's parameter group of the LM head; its ``lr`` is that of the coming step: the scheduler moves after a step."""
+    """The optimizer's parameter group of the LM head; its ``lr`` is that of the coming step: the
+    scheduler moves after a step.
+    """
     optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
-    expected = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}[trainer.capo.config.optimizer_model]
+    expected = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}[
+        trainer.capo.config.optimizer_model
+    ]
     if not isinstance(optimizer, expected):
         raise ValueError(
-            f"capo.optimizer_model={trainer.capo.config.optimizer_model} does not model {type(optimizer).__name__}; set "
-            "optim to adamw_torch (or adamw_torch_fused) with optimizer_model=adam, or to sgd with optimizer_model=sgd"
+            f"capo.optimizer_model={trainer.capo.config.optimizer_model} does not model "
+            f"{type(optimizer).__name__}; set optim to adamw_torch (or adamw_torch_fused) with "
+            "optimizer_model=adam, or to sgd with optimizer_model=sgd"
         )
     for group in optimizer.param_groups:
         if any(parameter is trainer.head.weight for parameter in group["params"]):
             if group.get("momentum") or group.get("amsgrad"):
-                raise ValueError("CAPO models Adam without amsgrad and SGD without momentum; switch them off")
+                raise ValueError(
+                    "CAPO models Adam without amsgrad and SGD without momentum; switch them off"
+                )
             return group
-    raise ValueError("CAPO models the step of the LM head, which the optimizer does not train; unfreeze it")
+    raise ValueError(
+        "CAPO models the step of the LM head, which the optimizer does not train; unfreeze it"
+    )
 
 
 def refuse(trainer: GRPOTrainer, capo: CapoConfig) -> None:
@@ -124,42 +153,57 @@ def refuse(trainer: GRPOTrainer, capo: CapoConfig) -> None:
         ValueError: for what CapoGRPOTrainer cannot do.
     """
     for name in (
-        "weighting", "policy_penalty", "objective_penalty", "kl_budget", "on_nonfinite", "track_every", "sample_tokens_every",
+        "weighting", "policy_penalty", "objective_penalty", "kl_budget", "on_nonfinite",
+        "track_every", "sample_tokens_every",
     ):  # fmt: skip
         value, default = getattr(capo, name), getattr(CapoConfig, name)
         if value != default:
-            raise ValueError(f"capo.{name}={value!r} is not implemented for TRL; leave it at {default!r}")
+            raise ValueError(
+                f"capo.{name}={value!r} is not implemented for TRL; leave it at {default!r}"
+            )
     config = trainer.model.config.get_text_config()
     for name in (
-        "final_logit_softcapping", "logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling"
+        "final_logit_softcapping", "logit_scale", "output_multiplier", "lm_head_multiplier",
+        "logits_scaling"
     ):  # fmt: skip
         if getattr(config, name, None) not in (None, 1):
             raise ValueError(
-                f"The model's {name}={getattr(config, name)} changes what comes out of its LM head, which CAPO would not "
-                "see; use a model without it"
+                f"The model's {name}={getattr(config, name)} changes what comes out of its LM "
+                "head, which CAPO would not see; use a model without it"
             )
     for refused, instead in (
         (trainer._is_vlm, "images are not passed on; use a text model"),
-        (is_peft_model(trainer.model), "adapters leave the LM head as it is; train the model itself"),
-        (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled, "it needs the whole LM head on each rank; use DDP"),
+        (
+            is_peft_model(trainer.model),
+            "adapters leave the LM head as it is; train the model itself",
+        ),
+        (
+            trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled,
+            "it needs the whole LM head on each rank; use DDP",
+        ),
     ):
         if refused:
             raise ValueError(f"CapoGRPOTrainer: {instead}")
 
 
 def tiny_policy(words: int = 32) -> tuple[Qwen2ForCausalLM, PreTrainedTokenizerFast]:
-    """A random model, and a tokenizer whose words are the numbers 1 to ``words - 1``; nothing is downloaded."""
+    """A random model, and a tokenizer whose words are the numbers 1 to ``words - 1``; nothing is
+    downloaded.
+    """
     vocabulary = {"<end>": 0} | {str(number): number for number in range(1, words)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<end>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     torch.manual_seed(0)
     model = Qwen2ForCausalLM(
         Qwen2Config(
-            vocab_size=words, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+            vocab_size=words, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+            num_attention_heads=4,
             num_key_value_heads=2, bos_token_id=None, eos_token_id=0, pad_token_id=0,
         )
     )  # fmt: skip
-    return model, PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", pad_token="<end>")
+    return model, PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<end>", pad_token="<end>"
+    )
 
 
 def upward(prompts: list[str], completion_ids: list[list[int]], **kwargs: Any) -> list[float]:
@@ -169,7 +213,9 @@ def upward(prompts: list[str], completion_ids: list[list[int]], **kwargs: Any) -
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="CAPO in TRL's GRPOTrainer, with a small random model on a CPU")
+    parser = argparse.ArgumentParser(
+        description="CAPO in TRL's GRPOTrainer, with a small random model on a CPU"
+    )
     parser.add_argument("--steps", type=int, default=60)
     steps = parser.parse_args().steps
     torch.set_num_threads(1)  # more of them only wait for each other on a model this small
@@ -180,9 +226,11 @@ def main() -> None:
             model,
             upward,
             GRPOConfig(
-                output_dir=folder, per_device_train_batch_size=64, gradient_accumulation_steps=2, num_generations=8,
-                max_completion_length=8, temperature=1.2, learning_rate=3e-3, lr_scheduler_type="constant", max_steps=steps,
-                logging_steps=1, report_to="none", save_strategy="no", use_cpu=True, bf16=False, disable_tqdm=True,
+                output_dir=folder, per_device_train_batch_size=64, gradient_accumulation_steps=2,
+                num_generations=8, max_completion_length=8, temperature=1.2, learning_rate=3e-3,
+                lr_scheduler_type="constant", max_steps=steps,
+                logging_steps=1, report_to="none", save_strategy="no", use_cpu=True, bf16=False,
+                disable_tqdm=True,
             ),
             train_dataset=Dataset.from_dict({"prompt": prompts}),
             processing_class=tokenizer,
@@ -192,8 +240,8 @@ def main() -> None:
         trainer.train()
     for entry in trainer.state.log_history[:-1]:
         print(
-            f"step {entry['step']:3d}  reward {entry['reward']:.3f}  rejected {entry['capo/rejection_rate']:.3f}  "
-            f"m_F {entry['capo/policy_shift_mean']:.2e}"
+            f"step {entry['step']:3d}  reward {entry['reward']:.3f}  rejected "
+            f"{entry['capo/rejection_rate']:.3f}  m_F {entry['capo/policy_shift_mean']:.2e}"
         )
 
 

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What adapts from step to step (threshold, soft weights and their balance, guard), against the formulas, in every layout."""
+"""What adapts from step to step (threshold, soft weights and their balance, guard), against the
+formulas, in every layout.
+"""
 
 from __future__ import annotations
 
@@ -23,12 +25,16 @@ CASES: dict[str, dict[str, Any]] = {
     "soft": {**SOFT, "weighting": "soft"},
     "soft_exact": {**SOFT, "weighting": "soft", "policy_shift": "exact"},
     "soft_balanced": {**SOFT, "weighting": "soft_balanced"},
-    "adaptive": {"top_k": K, "objective_shift_max": None, "policy_shift_max": {"target_rejection": 0.2, "memory": 0.6}},
-    "adaptive_soft": {**SOFT, "weighting": "soft_balanced", "policy_shift_max": {"target_rejection": 0.3, "memory": 0.0}},
+    "adaptive": {"top_k": K, "objective_shift_max": None,
+        "policy_shift_max": {"target_rejection": 0.2, "memory": 0.6}},
+    "adaptive_soft": {**SOFT, "weighting": "soft_balanced",
+        "policy_shift_max": {"target_rejection": 0.3, "memory": 0.0}},
     "adaptive_track": {**SOFT, "mode": "track", "policy_shift_max": {"target_rejection": 0.2}},
-    "adaptive_sgd": {**SOFT, "optimizer_model": "sgd", "policy_shift_max": {"target_rejection": 0.1, "memory": 0.5}},
+    "adaptive_sgd": {**SOFT, "optimizer_model": "sgd",
+        "policy_shift_max": {"target_rejection": 0.1, "memory": 0.5}},
     "guard": {**SOFT, "policy_shift_max": 1e-4, "max_rejection": 0.15, "max_rejection_steps": 2},
-    "guard_soft": {**SOFT, "weighting": "soft", "policy_shift_max": 1e-5, "max_rejection": 0.3, "max_rejection_steps": 3},
+    "guard_soft": {**SOFT, "weighting": "soft", "policy_shift_max": 1e-5, "max_rejection": 0.3,
+        "max_rejection_steps": 3},
 }  # fmt: skip
 
 
@@ -41,7 +47,9 @@ def batches() -> list[Batch]:
     return made
 
 
-def run(config: CapoConfig, tp: int = 1, dp: int = 1, cp: int = 1, parts: int = 1) -> dict[str, Any]:
+def run(
+    config: CapoConfig, tp: int = 1, dp: int = 1, cp: int = 1, parts: int = 1
+) -> dict[str, Any]:
     """This rank's share of the batches, in ``parts`` micro-batches."""
     at, groups = make_groups(tp, dp, cp)
     capo = CapoFilter(config, V, H, **groups)
@@ -49,12 +57,18 @@ def run(config: CapoConfig, tp: int = 1, dp: int = 1, cp: int = 1, parts: int = 
     seen = []
     for batch in batches():
         hidden, logits, *rest = batch.arguments(LR)
-        logits = torch.nn.functional.pad(logits, (0, rows * tp - V), value=99.0)[..., start : start + rows]
-        mine = slice(at.dp * 4 // dp, (at.dp + 1) * 4 // dp), slice(at.cp * 8 // cp, (at.cp + 1) * 8 // cp)
+        logits = torch.nn.functional.pad(logits, (0, rows * tp - V), value=99.0)[
+            ..., start : start + rows
+        ]
+        mine = (
+            slice(at.dp * 4 // dp, (at.dp + 1) * 4 // dp),
+            slice(at.cp * 8 // cp, (at.cp + 1) * 8 // cp),
+        )
         tensors = [x[mine] for x in (hidden, logits, *rest[:-1])]
         tau = capo.policy_shift_max
         outs = [
-            capo.evaluate(*(x[i] for x in tensors), LR) for i in torch.arange(len(tensors[0])).tensor_split(parts)
+            capo.evaluate(*(x[i] for x in tensors),
+                LR) for i in torch.arange(len(tensors[0])).tensor_split(parts)
         ]  # fmt: skip
         after = capo.batch_shifts().after
         with recorded_syncs() as syncs:
@@ -63,7 +77,10 @@ def run(config: CapoConfig, tp: int = 1, dp: int = 1, cp: int = 1, parts: int = 
         capo.model.update((capo.dp_group, capo.cp_group))
         capo._retained.clear()
         seen.append(
-            {name: torch.cat([getattr(o, name) for o in outs]) for name in ("weights", "trust_weights", "accepted")}
+            {
+                name: torch.cat([getattr(o, name) for o in outs])
+                for name in ("weights", "trust_weights", "accepted")
+            }
             | {"tau": float(tau), "after": [float(x) for x in after]}
         )
     return {"at": at, "steps": seen, "state": capo.adaptive_state(), "moments": capo.state_dict()}
@@ -74,7 +91,9 @@ class Naive:
 
     def __init__(self, config: CapoConfig):
         self.config = config
-        self.oracle = Oracle(V, H, config.optimizer_model, K, config.betas, config.eps, config.policy_shift)
+        self.oracle = Oracle(
+            V, H, config.optimizer_model, K, config.betas, config.eps, config.policy_shift
+        )
         target = config.policy_shift_max
         self.adaptive = target if not isinstance(target, float) else None
         self.tau = np.inf if self.adaptive else target
@@ -109,21 +128,44 @@ class Naive:
             token.advantage *= applied[at] if soft else 1.0
             learned.append(token)
         comparable = config.optimizer_model == "sgd" or self.oracle.step_count > 0
-        found = np.sort(m_f)[round((1 - self.adaptive.target_rejection) * (len(m_f) - 1))] if self.adaptive else 0.0
+        found = (
+            np.sort(m_f)[round((1 - self.adaptive.target_rejection) * (len(m_f) - 1))]
+            if self.adaptive
+            else 0.0
+        )
         if self.adaptive and comparable and found > 0:
             memory = self.adaptive.memory
-            tau = found if np.isinf(tau) else np.exp(memory * np.log(tau) + (1 - memory) * np.log(found))
+            tau = (
+                found
+                if np.isinf(tau)
+                else np.exp(memory * np.log(tau) + (1 - memory) * np.log(found))
+            )
         if config.weighting == "soft_balanced":
             share = {sign: kept[sign] / mass[sign] if mass[sign] else np.nan for sign in mass}
-            self.factor = {s: min(1.0, share[-s] / share[s]) if all(mass.values()) else 1.0 for s in share}
+            self.factor = {
+                s: min(1.0, share[-s] / share[s]) if all(mass.values()) else 1.0 for s in share
+            }
         if config.max_rejection is not None:
-            self.streak = self.streak + 1 if 1 - trusted.sum() / batch.mask.sum() > config.max_rejection else 0
+            self.streak = (
+                self.streak + 1
+                if 1 - trusted.sum() / batch.mask.sum() > config.max_rejection
+                else 0
+            )
             self.stopped |= self.streak >= config.max_rejection_steps
-        after = [[t for t, k in zip(row, keep, strict=True) if k] for row, keep in zip(tokens, accepted, strict=True)]
+        after = [
+            [t for t, k in zip(row, keep, strict=True) if k]
+            for row, keep in zip(tokens, accepted, strict=True)
+        ]
         shifts = self.oracle.set_shifts(after, LR)
         self.oracle.update(learned)
         self.tau = tau
-        return {"weights": applied, "trust_weights": trusted, "accepted": accepted, "tau": used, "after": shifts}
+        return {
+            "weights": applied,
+            "trust_weights": trusted,
+            "accepted": accepted,
+            "tau": used,
+            "after": shifts,
+        }
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -134,8 +176,11 @@ def test_equals_the_rules_written_down_naively(name):
         expected = naive.step(batch)
         assert step["tau"] == pytest.approx(expected["tau"], rel=1e-9)
         for key in ("weights", "trust_weights", "accepted"):
-            np.testing.assert_allclose(step[key].double().numpy(), expected[key], rtol=1e-9, err_msg=key)
-        # A filter that only tracks, or has stopped, still reports what the trust region would have left.
+            np.testing.assert_allclose(
+                step[key].double().numpy(), expected[key], rtol=1e-9, err_msg=key
+            )
+        # A filter that only tracks, or has stopped, still reports what the trust region would have
+        # left.
         if np.array_equal(expected["weights"], expected["trust_weights"]):
             assert step["after"] == pytest.approx(expected["after"], rel=1e-9)
     weights = torch.stack([step["trust_weights"] for step in found["steps"]])[
@@ -148,7 +193,9 @@ def test_equals_the_rules_written_down_naively(name):
     if config.max_rejection is not None:
         assert naive.stopped and found["state"]["filter_stopped"] == 1.0
     if config.optimizer_model == "adam":
-        np.testing.assert_allclose(found["moments"]["exp_avg_sq"], naive.oracle.exp_avg_sq, rtol=1e-9, atol=1e-18)
+        np.testing.assert_allclose(
+            found["moments"]["exp_avg_sq"], naive.oracle.exp_avg_sq, rtol=1e-9, atol=1e-18
+        )
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -194,7 +241,9 @@ def test_state_round_trip_goes_on_alike(name):
     for batch in made[:3]:
         first.evaluate(*batch.arguments(LR))
         first.step()
-    second.load_state_dict({k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in first.state_dict().items()})
+    second.load_state_dict(
+        {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in first.state_dict().items()}
+    )
     second.load_adaptive_state(first.adaptive_state())
     for batch in made[3:]:
         a, b = first.evaluate(*batch.arguments(LR)), second.evaluate(*batch.arguments(LR))
@@ -206,9 +255,17 @@ def test_state_round_trip_goes_on_alike(name):
 def test_what_cannot_be_a_state_is_refused_and_changes_nothing():
     capo = CapoFilter(CapoConfig(**CASES["adaptive_soft"], max_rejection=0.5), V, H)
     before = capo.adaptive_state()
-    assert before == {"balance_positive": 1, "balance_negative": 1, "filter_stopped": 0, "rejection_streak": 0}
+    assert before == {
+        "balance_positive": 1,
+        "balance_negative": 1,
+        "filter_stopped": 0,
+        "rejection_streak": 0,
+    }
     for state, message in (
-        ({"threshold": 1.0}, "threshold is unknown; expected some of policy_threshold, balance_positive"),
+        (
+            {"threshold": 1.0},
+            "threshold is unknown; expected some of policy_threshold, balance_positive",
+        ),
         (
             {"balance_positive": 0.5, "policy_threshold": float("nan")},
             "policy_threshold=nan is not a finite number >= 0",
@@ -219,7 +276,9 @@ def test_what_cannot_be_a_state_is_refused_and_changes_nothing():
         with pytest.raises(ValueError, match=message):
             capo.load_adaptive_state(state)
         assert capo.adaptive_state() == before
-    CapoFilter(CapoConfig(top_k=K), V, H).load_adaptive_state({"policy_threshold": 1e-4})  # of a run that adapted
+    CapoFilter(CapoConfig(top_k=K), V, H).load_adaptive_state(
+        {"policy_threshold": 1e-4}
+    )  # of a run that adapted
 
 
 def test_discarded_mini_batches_leave_no_trace():
@@ -236,7 +295,9 @@ def test_discarded_mini_batches_leave_no_trace():
 
 
 def test_a_step_without_information_moves_nothing():
-    """No token, or m_F = 0 at the quantile: the threshold stays, instead of becoming 0 and rejecting everything ever after."""
+    """No token, or m_F = 0 at the quantile: the threshold stays, instead of becoming 0 and
+    rejecting everything ever after.
+    """
     capo = CapoFilter(CapoConfig(**CASES["adaptive_sgd"], max_rejection=0.05), V, H)
     first = batches()[0]
     capo.evaluate(*first.arguments(LR))
@@ -258,7 +319,9 @@ def test_soft_weights_bound_the_shift_of_the_weighted_gradient():
     config = CapoConfig(**{**CASES["soft"], "policy_shift_max": 3e-5}, optimizer_model="sgd")
     hidden, logits, actions, advantages, mask, lr = batches()[0].arguments(LR)
     out = CapoFilter(config, V, H).evaluate(hidden, logits, actions, advantages, mask, lr)
-    weighted = CapoFilter(config, V, H).evaluate(hidden, logits, actions, advantages * out.weights, mask, lr)
+    weighted = CapoFilter(config, V, H).evaluate(
+        hidden, logits, actions, advantages * out.weights, mask, lr
+    )
     assert float(out.policy_shift[mask].max()) > 3e-5
     assert float(weighted.policy_shift[mask].max()) == pytest.approx(3e-5, rel=1e-9)
 
@@ -274,12 +337,18 @@ def test_nan_shifts_get_no_weight():
 
 def test_metrics_of_weights_against_counting():
     for name in ("soft", "adaptive", "guard"):
-        capo, metrics, batch = CapoFilter(CapoConfig(**CASES[name]), V, H), StepMetrics(), batches()[0]
+        capo, metrics, batch = (
+            CapoFilter(CapoConfig(**CASES[name]), V, H),
+            StepMetrics(),
+            batches()[0],
+        )
         for _ in range(3):
             out = capo.evaluate(*batch.arguments(LR))
             metrics = StepMetrics()
             ids = torch.arange(4).repeat_interleave(8)
-            metrics.add(out, torch.from_numpy(batch.advantages), torch.from_numpy(batch.mask), ids, 4)
+            metrics.add(
+                out, torch.from_numpy(batch.advantages), torch.from_numpy(batch.mask), ids, 4
+            )
             found = metrics.compute(capo.adaptive_metrics())
             capo.step()
         w, a = out.trust_weights.numpy()[batch.mask], batch.advantages[batch.mask]
@@ -288,5 +357,7 @@ def test_metrics_of_weights_against_counting():
             kept = (w * abs(a))[of].sum() / abs(a)[of].sum()
             assert found[f"capo/advantage_kept_{sign}"] == pytest.approx(kept)
         assert found.get("capo/filter_stopped") == (1.0 if name == "guard" else None)
-        assert ("capo/policy_threshold" in found) == (name == "adaptive") and "capo/penalty_mean" not in found
+        assert ("capo/policy_threshold" in found) == (
+            name == "adaptive"
+        ) and "capo/penalty_mean" not in found
         assert found["capo/nothing_accepted"] == 0.0

@@ -34,31 +34,48 @@ def replaced(name: str, value):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (poisoned("logits", (1, 2, 7), float("nan")), r"logits are not finite at 1 of 6 response tokens: position \(1, 2\)"),
-        (poisoned("logits", (0, 1, 0), float("inf")), r"logits are not finite at 1 of 6 response tokens: position \(0, 1\)"),
+        (poisoned("logits", (1, 2, 7), float("nan")),
+            r"logits are not finite at 1 of 6 response tokens: position \(1, 2\)"),
+        (poisoned("logits", (0, 1, 0), float("inf")),
+            r"logits are not finite at 1 of 6 response tokens: position \(0, 1\)"),
         (poisoned("logits", (0, 1, 9), -float("inf")), r"logits are not finite at 1 of 6"),
-        (poisoned("hidden_states", (1, 0, 3), float("nan")), r"hidden_states are not finite at 1 of 6 .*position \(1, 0\)"),
-        (poisoned("hidden_states", (slice(None), slice(None), 0), float("inf")), r"hidden_states are not finite at 6 of 6 .*…"),
-        (poisoned("advantages", (0, 2), float("nan")), r"advantages are not finite at 1 of 6 .*position \(0, 2\)"),
-        (poisoned("actions", (0, 0), 10), r"actions are not token ids \(0..9\) at 1 of 6 .*position \(0, 0\)"),
-        (poisoned("actions", (1, 1), -1), r"actions are not token ids \(0..9\) at 1 of 6 .*position \(1, 1\)"),
-        (replaced("advantages", torch.zeros(2)), r"advantages: expected shape \[2, 3\] .*\[2, 1\].*got float32 \[2\]"),
-        (replaced("advantages", torch.zeros(2, 4)), r"advantages: expected shape \[2, 3\] .*got float32 \[2, 4\]"),
+        (poisoned("hidden_states", (1, 0, 3), float("nan")),
+            r"hidden_states are not finite at 1 of 6 .*position \(1, 0\)"),
+        (poisoned("hidden_states", (slice(None), slice(None), 0), float("inf")),
+            r"hidden_states are not finite at 6 of 6 .*…"),
+        (poisoned("advantages", (0, 2), float("nan")),
+            r"advantages are not finite at 1 of 6 .*position \(0, 2\)"),
+        (poisoned("actions", (0, 0), 10),
+            r"actions are not token ids \(0..9\) at 1 of 6 .*position \(0, 0\)"),
+        (poisoned("actions", (1, 1), -1),
+            r"actions are not token ids \(0..9\) at 1 of 6 .*position \(1, 1\)"),
+        (replaced("advantages", torch.zeros(2)),
+            r"advantages: expected shape \[2, 3\] .*\[2, 1\].*got float32 \[2\]"),
+        (replaced("advantages", torch.zeros(2, 4)),
+            r"advantages: expected shape \[2, 3\] .*got float32 \[2, 4\]"),
         (replaced("advantages", torch.zeros(1, 2, 3)), r"advantages: expected shape"),
-        (replaced("logits", torch.zeros(2, 3, 9)), r"logits: expected a float tensor \[2, 3, 10\] .*got float32 \[2, 3, 9\]"),
-        (replaced("logits", torch.zeros(2, 3, 10, dtype=torch.int64)), r"logits: expected a float tensor"),
-        (replaced("hidden_states", torch.zeros(2, 3, 5)), r"hidden_states: expected a float tensor \[2, 3, 4\]"),
-        (replaced("hidden_states", torch.zeros(3, 3, 4)), r"hidden_states: expected a float tensor \[2, 3, 4\]"),
+        (replaced("logits", torch.zeros(2, 3, 9)),
+            r"logits: expected a float tensor \[2, 3, 10\] .*got float32 \[2, 3, 9\]"),
+        (replaced("logits", torch.zeros(2, 3, 10, dtype=torch.int64)),
+            r"logits: expected a float tensor"),
+        (replaced("hidden_states", torch.zeros(2, 3, 5)),
+            r"hidden_states: expected a float tensor \[2, 3, 4\]"),
+        (replaced("hidden_states", torch.zeros(3, 3, 4)),
+            r"hidden_states: expected a float tensor \[2, 3, 4\]"),
         (replaced("response_mask", torch.ones(2, 4)), r"response_mask: expected shape \[2, 3\]"),
-        (replaced("actions", torch.zeros(2, 3)), r"actions: expected integer token ids .*got float32 \[2, 3\]"),
+        (replaced("actions", torch.zeros(2, 3)),
+            r"actions: expected integer token ids .*got float32 \[2, 3\]"),
         (replaced("learning_rate", -1.0), r"learning_rate: expected a finite float >= 0, got -1.0"),
         (replaced("learning_rate", float("nan")), r"learning_rate: expected a finite float >= 0"),
-        (replaced("sequence_ids", torch.zeros(2, 3, dtype=torch.int64)), r"sequence_ids and num_sequences must be given together"),
+        (replaced("sequence_ids", torch.zeros(2, 3, dtype=torch.int64)),
+            r"sequence_ids and num_sequences must be given together"),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("top_k", [4, None])
 def test_one_clear_error_and_nothing_updated(change, message, top_k):
-    capo = CapoFilter(CapoConfig(top_k=top_k, policy_shift_max=None, objective_shift_max=None), 10, 4)
+    capo = CapoFilter(
+        CapoConfig(top_k=top_k, policy_shift_max=None, objective_shift_max=None), 10, 4
+    )
     good = arguments()
     capo.evaluate(**good)
     capo.step()
@@ -73,7 +90,9 @@ def test_one_clear_error_and_nothing_updated(change, message, top_k):
 
 
 def test_values_outside_the_mask_may_be_anything():
-    capo, reference = (CapoFilter(CapoConfig(top_k=4, granularity=("token", "sequence")), 10, 4) for _ in range(2))
+    capo, reference = (
+        CapoFilter(CapoConfig(top_k=4, granularity=("token", "sequence")), 10, 4) for _ in range(2)
+    )
     kw, clean = arguments(), arguments()
     for x in (kw, clean):
         x["response_mask"][1, 2] = False
@@ -87,8 +106,12 @@ def test_values_outside_the_mask_may_be_anything():
     for _ in range(2):
         a, b = capo.evaluate(**kw), reference.evaluate(**clean)
         mask = kw["response_mask"]
-        assert torch.equal(a.policy_shift[mask], b.policy_shift[mask]) and torch.equal(a.accepted, b.accepted)
-        assert [float(x) for x in capo.batch_shifts().before] == [float(x) for x in reference.batch_shifts().before]
+        assert torch.equal(a.policy_shift[mask], b.policy_shift[mask]) and torch.equal(
+            a.accepted, b.accepted
+        )
+        assert [float(x) for x in capo.batch_shifts().before] == [
+            float(x) for x in reference.batch_shifts().before
+        ]
         capo.step(), reference.step()
         assert torch.equal(capo.state_dict()["exp_avg"], reference.state_dict()["exp_avg"])
 
@@ -98,35 +121,53 @@ def test_values_outside_the_mask_may_be_anything():
     [
         ({"policy_shift_max": -1e-4}, "capo.policy_shift_max=-0.0001: a threshold must be >= 0"),
         ({"objective_shift_max": -1}, "capo.objective_shift_max=-1: a threshold must be >= 0"),
-        ({"objective_shift_max": float("nan")}, "capo.objective_shift_max=nan: expected a finite number"),
+        ({"objective_shift_max": float("nan")}, "capo.objective_shift_max=nan: expected a finite "
+        "number"),
         ({"policy_shift_max": "small"}, "capo.policy_shift_max='small': expected a finite number"),
-        ({"objective_shift_min": "low"}, "capo.objective_shift_min='low': expected 'symmetric', a number or null"),
+        ({"objective_shift_min": "low"}, "capo.objective_shift_min='low': expected 'symmetric', a "
+        "number or null"),
         ({"top_k": 0}, "capo.top_k=0: expected an integer >= 1, or null"),
         ({"top_k": 2.5}, "capo.top_k=2.5: expected an integer"),
         ({"optimizer_model": "muon"}, "capo.optimizer_model='muon': expected one of adam, sgd"),
         ({"mode": "on"}, "capo.mode='on': expected one of filter, track, off"),
-        ({"weighting": "hardly"}, "capo.weighting='hardly': expected one of hard, soft, soft_balanced"),
-        ({"weighting": "soft"}, "capo.weighting=soft has no m_H test, but capo.objective_shift_max=0.01 .*_max=null"),
-        ({**SOFT, "objective_shift_min": 0.0}, "capo.weighting=soft has no m_H test, but .* objective_shift_min=0.0"),
-        ({**SOFT, "policy_shift_max": None}, "capo.weighting=soft needs capo.policy_shift_max > 0 .*, got None"),
-        ({**SOFT, "policy_shift_max": 0}, "capo.weighting=soft needs capo.policy_shift_max > 0 .*, got 0"),
-        ({**SOFT, "granularity": "sequence"}, "capo.weighting=soft weighs single tokens: .*=token, not 'sequence'"),
+        ({"weighting": "hardly"}, "capo.weighting='hardly': expected one of hard, soft, "
+        "soft_balanced"),
+        ({"weighting": "soft"}, "capo.weighting=soft has no m_H test, but "
+        "capo.objective_shift_max=0.01 .*_max=null"),
+        ({**SOFT, "objective_shift_min": 0.0}, "capo.weighting=soft has no m_H test, but .* "
+        "objective_shift_min=0.0"),
+        ({**SOFT, "policy_shift_max": None}, "capo.weighting=soft needs capo.policy_shift_max > 0 "
+        ".*, got None"),
+        ({**SOFT, "policy_shift_max": 0}, "capo.weighting=soft needs capo.policy_shift_max > 0 .*, "
+        "got 0"),
+        ({**SOFT, "granularity": "sequence"}, "capo.weighting=soft weighs single tokens: .*=token, "
+        "not 'sequence'"),
         ({"policy_shift": "true"}, "capo.policy_shift='true': expected one of sampled, exact"),
-        ({"policy_shift_max": {"target": 0.1}}, "capo.policy_shift_max.target is not a knob .*: target_rejection, memory"),
-        ({"policy_shift_max": {"memory": 0.5}}, "capo.policy_shift_max.target_rejection is missing: it has no default"),
-        ({"policy_shift_max": {"target_rejection": 0}}, r"target_rejection=0: expected a number in \(0, 0.999\]"),
-        ({"policy_shift_max": {"target_rejection": 0.1, "memory": 1}}, "capo.policy_shift_max.memory=1: expected a number in"),
-        ({"policy_shift_max": {"target_rejection": 0.1}, "granularity": ["token", "batch"]}, "follows one granularity"),
-        ({"policy_shift_max": {"target_rejection": 0.1}, "granularity": "batch"}, "=batch all of them have one m_F; set"),
-        ({"mode": "off", "policy_penalty": 1.0}, "capo.policy_penalty=1.0 has no effect with capo.mode=off; set"),
+        ({"policy_shift_max": {"target": 0.1}}, "capo.policy_shift_max.target is not a knob .*: "
+        "target_rejection, memory"),
+        ({"policy_shift_max": {"memory": 0.5}}, "capo.policy_shift_max.target_rejection is "
+        "missing: it has no default"),
+        ({"policy_shift_max": {"target_rejection": 0}},
+            r"target_rejection=0: expected a number in \(0, 0.999\]"),
+        ({"policy_shift_max": {"target_rejection": 0.1, "memory": 1}},
+            "capo.policy_shift_max.memory=1: expected a number in"),
+        ({"policy_shift_max": {"target_rejection": 0.1}, "granularity": ["token", "batch"]},
+            "follows one granularity"),
+        ({"policy_shift_max": {"target_rejection": 0.1}, "granularity": "batch"}, "=batch all of "
+        "them have one m_F; set"),
+        ({"mode": "off", "policy_penalty": 1.0}, "capo.policy_penalty=1.0 has no effect with "
+        "capo.mode=off; set"),
         ({"mode": "off", **SOFT}, "capo.weighting='soft' has no effect with capo.mode=off"),
-        ({"mode": "off", "on_nonfinite": "skip_batch"}, "capo.on_nonfinite='skip_batch' has no effect with capo.mode=off"),
+        ({"mode": "off", "on_nonfinite": "skip_batch"}, "capo.on_nonfinite='skip_batch' has no "
+        "effect with capo.mode=off"),
         ({"max_rejection": 0}, r"capo.max_rejection=0: expected a number in \(0, 1\]"),
         ({"max_rejection_steps": 0}, "capo.max_rejection_steps=0: expected an integer >= 1"),
         ({"policy_penalty": None}, "capo.policy_penalty=None: expected a finite number"),
         ({"policy_penalty": -1}, "capo.policy_penalty=-1: a threshold must be >= 0"),
-        ({"objective_penalty": 1.0, "granularity": "batch"}, "objective_penalty=1.0 is of single tokens: set capo.granu"),
-        ({"granularity": "word"}, "capo.granularity='word': expected one of token, sequence, batch"),
+        ({"objective_penalty": 1.0, "granularity": "batch"}, "objective_penalty=1.0 is of single "
+        "tokens: set capo.granu"),
+        ({"granularity": "word"},
+            "capo.granularity='word': expected one of token, sequence, batch"),
         ({"granularity": ["token", "token"]}, "name each granularity once"),
         ({"granularity": []}, "expected one or several"),
         ({"betas": (0.9, 1.0)}, "capo.betas=.*each must be in"),
@@ -136,9 +177,12 @@ def test_values_outside_the_mask_may_be_anything():
         ({"batch_shift_every": 0}, "capo.batch_shift_every=0: expected an integer >= 1$"),
         ({"batch_shift_every": None}, "capo.batch_shift_every=None: expected an integer >= 1$"),
         ({"mode": "track", "track_every": 2.0}, "capo.track_every=2.0: expected an integer >= 1$"),
-        ({"mode": "track", "track_every": True}, "capo.track_every=True: expected an integer >= 1$"),
-        ({"track_every": 4}, "capo.track_every=4 needs capo.mode=track: capo.mode=filter decides in every step"),
-        ({"policy_shift_mx": 1e-4}, "capo.policy_shift_mx is not a knob of CAPO. Did you mean 'policy_shift_max'\\? Valid keys: "),
+        ({"mode": "track", "track_every": True},
+            "capo.track_every=True: expected an integer >= 1$"),
+        ({"track_every": 4}, "capo.track_every=4 needs capo.mode=track: capo.mode=filter decides "
+        "in every step"),
+        ({"policy_shift_mx": 1e-4}, "capo.policy_shift_mx is not a knob of CAPO. Did you mean "
+        "'policy_shift_max'\\? Valid keys: "),
     ],
 )  # fmt: skip
 def test_knobs_are_checked(knobs, message):
@@ -159,7 +203,10 @@ def test_sizes_are_checked():
     ("change", "message"),
     [
         (lambda s: s.pop("step"), "CAPO state holds .* expected"),
-        (lambda s: s.update(exp_avg=torch.zeros(9, 4)), r"exp_avg has shape \(9, 4\), this rank needs \(10, 4\)"),
+        (
+            lambda s: s.update(exp_avg=torch.zeros(9, 4)),
+            r"exp_avg has shape \(9, 4\), this rank needs \(10, 4\)",
+        ),
         (lambda s: s["exp_avg"].fill_(float("nan")), "exp_avg holds non-finite values"),
         (lambda s: s["exp_avg_sq"].fill_(-1.0), "exp_avg_sq holds negative values"),
         (lambda s: s.update(step=-1), "step=-1 is negative"),

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What CAPO communicates, counted call by call on real process groups. The formulas are those of docs/parallelism.md."""
+"""What CAPO communicates, counted call by call on real process groups.
+
+The formulas are those of docs/parallelism.md.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,12 @@ class Call(NamedTuple):
 
 
 def count(
-    tokens: int, vocab_size: int, top_k: int | None, micro_batches: int = 1, scratch: int = 1 << 24, granule: int = 64
+    tokens: int,
+    vocab_size: int,
+    top_k: int | None,
+    micro_batches: int = 1,
+    scratch: int = 1 << 24,
+    granule: int = 64,
 ) -> dict:
     """What one of four ranks, TP2 x DP2, communicates for a mini-batch."""
     rank = dist.get_rank()
@@ -49,7 +57,9 @@ def count(
         setattr(dist, name, recorded(name, original))
     accepted.SCRATCH_ELEMENTS, accepted.COLUMNS = scratch, granule
     try:
-        config = CapoConfig(top_k=top_k, policy_shift_max=None, objective_shift_max=None, batch_shift_tokens=0)
+        config = CapoConfig(
+            top_k=top_k, policy_shift_max=None, objective_shift_max=None, batch_shift_tokens=0
+        )
         capo = CapoFilter(config, vocab_size, H, tp_group=tp, dp_group=dp)
         generator = torch.Generator().manual_seed(rank // 2)
         for _ in range(micro_batches):
@@ -68,14 +78,21 @@ def count(
     return {"evaluate": evaluated, "step": list(calls), "union": int(moved.sum())}
 
 
-@pytest.mark.parametrize(("tokens", "vocab_size", "micro_batches"), [(5, 32, 1), (10, 32, 1), (5, 640, 2)])
+@pytest.mark.parametrize(
+    ("tokens", "vocab_size", "micro_batches"), [(5, 32, 1), (10, 32, 1), (5, 640, 2)]
+)
 def test_top_k_counts_and_bytes(tokens, vocab_size, micro_batches):
     k = 4
     for rank in run_on_ranks(count, 4, tokens, vocab_size, k, micro_batches):
-        per_micro_batch = [Call("all_gather", tokens * k * 8, "tp"), Call("all_reduce", tokens * 3 * 4, "tp")]
+        per_micro_batch = [
+            Call("all_gather", tokens * k * 8, "tp"),
+            Call("all_reduce", tokens * 3 * 4, "tp"),
+        ]
         assert rank["evaluate"] == per_micro_batch * micro_batches
         # Rows of the union that some rank touched, not those of the vocabulary.
-        assert 0 < rank["union"] <= 2 * tokens * k * micro_batches and rank["union"] < vocab_size // 2
+        assert (
+            0 < rank["union"] <= 2 * tokens * k * micro_batches and rank["union"] < vocab_size // 2
+        )
         assert rank["step"] == [
             Call("all_reduce", (vocab_size // 2 + 1) * 8, "dp"),
             Call("all_reduce", rank["union"] * H * 4, "dp"),
@@ -85,7 +102,10 @@ def test_top_k_counts_and_bytes(tokens, vocab_size, micro_batches):
 def test_whole_vocabulary_needs_a_normaliser_only():
     tokens = 7
     for rank in run_on_ranks(count, 4, tokens, 32, None):
-        assert rank["evaluate"] == [Call("all_gather", tokens * 2 * 4, "tp"), Call("all_reduce", tokens * 3 * 4, "tp")]
+        assert rank["evaluate"] == [
+            Call("all_gather", tokens * 2 * 4, "tp"),
+            Call("all_reduce", tokens * 3 * 4, "tp"),
+        ]
         assert rank["union"] == 16
 
 
@@ -94,13 +114,20 @@ def test_more_than_fits_is_reduced_some_columns_at_a_time():
         assert [call.bytes for call in rank["step"][1:]] == [16 * 2 * 4] * 3
 
 
-def uneven(tokens: list[int], scratch: int, fold_at: int, top_k: int | None, tau: float | None) -> dict:
-    """A step of two data-parallel ranks with so many tokens each; the number of reductions, and the moments."""
+def uneven(
+    tokens: list[int], scratch: int, fold_at: int, top_k: int | None, tau: float | None
+) -> dict:
+    """A step of two data-parallel ranks with so many tokens each; the number of reductions, and the
+    moments.
+    """
     rank = dist.get_rank()
     accepted.SCRATCH_ELEMENTS, accepted.COLUMNS = scratch, 2
     accepted.fold_limit = lambda rows, hidden_size: fold_at
     capo = CapoFilter(
-        CapoConfig(top_k=top_k, policy_shift_max=tau, objective_shift_max=None), 24, H, dp_group=dist.group.WORLD
+        CapoConfig(top_k=top_k, policy_shift_max=tau, objective_shift_max=None),
+        24,
+        H,
+        dp_group=dist.group.WORLD,
     )
     generator = torch.Generator().manual_seed(5)
     n, first = sum(tokens), sum(tokens[:rank])
@@ -112,20 +139,28 @@ def uneven(tokens: list[int], scratch: int, fold_at: int, top_k: int | None, tau
         capo.evaluate(hidden[at], logits[at], actions[at], ones, ones, LR)
     capo.step()
     dist.all_reduce(torch.ones(1))  # whatever the trainer does next
-    whole = CapoFilter(CapoConfig(top_k=top_k, policy_shift_max=tau, objective_shift_max=None), 24, H)
+    whole = CapoFilter(
+        CapoConfig(top_k=top_k, policy_shift_max=tau, objective_shift_max=None), 24, H
+    )
     whole.evaluate(hidden, logits, actions, torch.ones(n), torch.ones(n), LR)
     whole.step()
     return {"mine": capo.state_dict(), "whole": whole.state_dict()}
 
 
 @pytest.mark.parametrize("tokens", [[40, 2], [9, 0], [0, 5]], ids=str)
-@pytest.mark.parametrize("fold_at", [1 << 40, 0, 40 * H], ids=["kept", "folded", "folded on one rank"])
 @pytest.mark.parametrize(
-    ("top_k", "tau"), [(4, None), (None, None), (4, 1e-30)], ids=["top 4", "all", "nothing accepted"]
+    "fold_at", [1 << 40, 0, 40 * H], ids=["kept", "folded", "folded on one rank"]
+)
+@pytest.mark.parametrize(
+    ("top_k", "tau"),
+    [(4, None), (None, None), (4, 1e-30)],
+    ids=["top 4", "all", "nothing accepted"],
 )
 def test_ranks_with_unequal_tokens_reduce_alike(tokens, fold_at, top_k, tau):
     for rank in run_on_ranks(uneven, 2, tokens, 48, fold_at, top_k, tau):
         assert rank["mine"]["step"] == rank["whole"]["step"] == (0 if tau else 1)
         for name in ("exp_avg", "exp_avg_sq"):
             assert bool(rank["whole"][name].any()) != bool(tau)
-            torch.testing.assert_close(rank["mine"][name], rank["whole"][name], rtol=1e-5, atol=1e-8)
+            torch.testing.assert_close(
+                rank["mine"][name], rank["whole"][name], rtol=1e-5, atol=1e-8
+            )

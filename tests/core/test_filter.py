@@ -18,13 +18,18 @@ LR = 0.02
 
 
 def make(config: CapoConfig, v: int, h: int) -> tuple[CapoFilter, Oracle]:
-    oracle = Oracle(v, h, config.optimizer_model, config.top_k, config.betas, config.eps, config.policy_shift)
+    oracle = Oracle(
+        v, h, config.optimizer_model, config.top_k, config.betas, config.eps, config.policy_shift
+    )
     return CapoFilter(config, vocab_size=v, hidden_size=h), oracle
 
 
 def kept_tokens(batch: Batch, accepted: np.ndarray, top_k: int | None):
     return [
-        t for row, keep in zip(batch.tokens(top_k), accepted, strict=True) for t, k in zip(row, keep, strict=True) if k
+        t
+        for row, keep in zip(batch.tokens(top_k), accepted, strict=True)
+        for t, k in zip(row, keep, strict=True)
+        if k
     ]
 
 
@@ -35,7 +40,14 @@ def kept_tokens(batch: Batch, accepted: np.ndarray, top_k: int | None):
     top_k=st.one_of(st.none(), st.integers(1, 23)),
     optimizer_model=st.sampled_from(["adam", "sgd"]),
     granularity=st.sampled_from(
-        ["token", "sequence", "batch", ("token", "sequence"), ("batch", "token"), ("token", "sequence", "batch")]
+        [
+            "token",
+            "sequence",
+            "batch",
+            ("token", "sequence"),
+            ("batch", "token"),
+            ("token", "sequence", "batch"),
+        ]
     ),
     tau_f=st.sampled_from([None, 0.0, 1e-5, 1e-3]),
     tau_h=st.sampled_from([None, 1e-3, 2e-2]),
@@ -45,13 +57,25 @@ def kept_tokens(batch: Batch, accepted: np.ndarray, top_k: int | None):
     tiny_scratch=st.booleans(),
 )
 def test_equals_oracle(
-    seed, shape, top_k, optimizer_model, granularity, tau_f, tau_h, low, ties, policy_shift, tiny_scratch
+    seed,
+    shape,
+    top_k,
+    optimizer_model,
+    granularity,
+    tau_f,
+    tau_h,
+    low,
+    ties,
+    policy_shift,
+    tiny_scratch,
 ):
     b, t, h, v = shape
     top_k = None if top_k is None else min(top_k, v)
     config = CapoConfig(
-        optimizer_model=optimizer_model, top_k=top_k, policy_shift_max=tau_f, objective_shift_max=tau_h,
-        objective_shift_min=low, granularity=granularity, betas=(0.8, 0.95), eps=1e-6, policy_shift=policy_shift,
+        optimizer_model=optimizer_model, top_k=top_k, policy_shift_max=tau_f,
+        objective_shift_max=tau_h,
+        objective_shift_min=low, granularity=granularity, betas=(0.8, 0.95), eps=1e-6,
+        policy_shift=policy_shift,
     )  # fmt: skip
     rng = np.random.default_rng(seed)
     capo, oracle = make(config, v, h)
@@ -77,26 +101,36 @@ def test_equals_oracle(
                     for row, ks in zip(batch.tokens(top_k), keep, strict=True)
                 ]
                 expected = oracle.set_shifts(sequences, LR)
-                np.testing.assert_allclose([float(x) for x in shifts], expected, rtol=1e-9, atol=1e-16)
+                np.testing.assert_allclose(
+                    [float(x) for x in shifts], expected, rtol=1e-9, atol=1e-16
+                )
             capo.step()
             oracle.update(kept_tokens(batch, accepted, top_k))
             if optimizer_model == "adam":
                 state = capo.state_dict()
                 np.testing.assert_allclose(state["exp_avg"], oracle.exp_avg, rtol=1e-9, atol=1e-16)
-                np.testing.assert_allclose(state["exp_avg_sq"], oracle.exp_avg_sq, rtol=1e-9, atol=1e-18)
+                np.testing.assert_allclose(
+                    state["exp_avg_sq"], oracle.exp_avg_sq, rtol=1e-9, atol=1e-18
+                )
                 assert state["step"] == oracle.step_count
 
 
-# m_F ~ d^2 and m_H ~ d: what rounding of the inputs does to them, relative to their size in the batch.
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-5), (torch.bfloat16, 4e-2), (torch.float16, 6e-3)])
+# m_F ~ d^2 and m_H ~ d: what rounding of the inputs does to them, relative to their size in the
+# batch.
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 2e-5), (torch.bfloat16, 4e-2), (torch.float16, 6e-3)]
+)
 @pytest.mark.parametrize("optimizer_model", ["adam", "sgd"])
 def test_precision_of_inputs(dtype, tolerance, optimizer_model):
-    config = CapoConfig(optimizer_model=optimizer_model, top_k=20, policy_shift_max=None, objective_shift_max=None)
+    config = CapoConfig(
+        optimizer_model=optimizer_model, top_k=20, policy_shift_max=None, objective_shift_max=None
+    )
     rng = np.random.default_rng(0)
     exact, low = (CapoFilter(config, vocab_size=200, hidden_size=64) for _ in range(2))
     for _ in range(3):
         batch = Batch.random(rng, 4, 16, 64, 200)
-        # The same support on both sides: a token's k-th and next logit may swap when rounded, which is no error of ours.
+        # The same support on both sides: a token's k-th and next logit may swap when rounded, which
+        # is no error of ours.
         batch.logits = torch.from_numpy(batch.logits).to(dtype).double().numpy()
         a, b = exact.evaluate(*batch.arguments(LR)), low.evaluate(*batch.arguments(LR, dtype))
         assert b.policy_shift.dtype == torch.float32
@@ -111,13 +145,21 @@ def test_precision_of_inputs(dtype, tolerance, optimizer_model):
 def test_thresholds_away_from_ties_give_the_same_decision_in_float32():
     rng = np.random.default_rng(1)
     batch = Batch.random(rng, 8, 32, 32, 100)
-    probe = CapoFilter(CapoConfig(top_k=10, policy_shift_max=None, objective_shift_max=None), 100, 32)
-    shifts = probe.evaluate(*batch.arguments(LR)).policy_shift[torch.from_numpy(batch.mask)].sort().values
+    probe = CapoFilter(
+        CapoConfig(top_k=10, policy_shift_max=None, objective_shift_max=None), 100, 32
+    )
+    shifts = (
+        probe.evaluate(*batch.arguments(LR))
+        .policy_shift[torch.from_numpy(batch.mask)]
+        .sort()
+        .values
+    )
     middle = int(0.9 * len(shifts))
     tau = float(shifts[middle : middle + 2].mean())
     config = CapoConfig(top_k=10, policy_shift_max=tau, objective_shift_max=None)
     masks = [
-        CapoFilter(config, 100, 32).evaluate(*batch.arguments(LR, d)).accepted for d in (torch.float64, torch.float32)
+        CapoFilter(config, 100, 32).evaluate(*batch.arguments(LR, d)).accepted
+        for d in (torch.float64, torch.float32)
     ]
     assert 0 < int((~masks[0] & torch.from_numpy(batch.mask)).sum()) < batch.mask.sum() / 5
     assert torch.equal(*masks)
@@ -136,17 +178,23 @@ def test_micro_batches_change_nothing(top_k):
         assert 0 < int(a.accepted.sum()) < batch.mask.sum()
         for name in ("objective_shift", "policy_shift", "accepted", "in_support"):
             x, y = getattr(a, name), torch.cat([getattr(c, name) for c in cut])
-            torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-18)  # the moments were summed in another order
+            torch.testing.assert_close(
+                x, y, rtol=1e-12, atol=1e-18
+            )  # the moments were summed in another order
         for x, y in zip(whole.batch_shifts(), parts.batch_shifts(), strict=True):
             torch.testing.assert_close(tuple(x), tuple(y), rtol=1e-12, atol=1e-18)
         whole.step(), parts.step()
-        torch.testing.assert_close(whole.state_dict()["exp_avg"], parts.state_dict()["exp_avg"], rtol=1e-12, atol=1e-18)
+        torch.testing.assert_close(
+            whole.state_dict()["exp_avg"], parts.state_dict()["exp_avg"], rtol=1e-12, atol=1e-18
+        )
 
 
 def test_packed_layout_equals_padded():
     rng = np.random.default_rng(3)
     batch = Batch.random(rng, 3, 8, 5, 30)
-    config = CapoConfig(top_k=7, granularity=("token", "sequence"), policy_shift_max=1e-3, objective_shift_max=1.0)
+    config = CapoConfig(
+        top_k=7, granularity=("token", "sequence"), policy_shift_max=1e-3, objective_shift_max=1.0
+    )
     padded, packed = (CapoFilter(config, 30, 5) for _ in range(2))
     arguments = batch.arguments(LR)
     mask = arguments[4]
@@ -154,7 +202,9 @@ def test_packed_layout_equals_padded():
     ids = torch.arange(3)[:, None].expand_as(mask)[mask]
     b = packed.evaluate(*(x[mask] for x in arguments[:-1]), LR, sequence_ids=ids, num_sequences=3)
     assert torch.equal(a.accepted[mask], b.accepted)
-    torch.testing.assert_close(a.stages[1].policy_shift[mask], b.stages[1].policy_shift, rtol=1e-12, atol=0)
+    torch.testing.assert_close(
+        a.stages[1].policy_shift[mask], b.stages[1].policy_shift, rtol=1e-12, atol=0
+    )
 
 
 def test_track_changes_nothing_and_still_measures():
@@ -185,10 +235,14 @@ def test_all_masked_or_all_rejected_leaves_the_moments(reject_all):
     first = Batch.random(rng, 2, 4, 6, 20)
     capo.evaluate(*first.arguments(LR))
     capo.step()
-    before = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in capo.state_dict().items()}
+    before = {
+        k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in capo.state_dict().items()
+    }
     batch = Batch.random(rng, 2, 4, 6, 20)
     if reject_all:
-        capo = CapoFilter(CapoConfig(top_k=5, policy_shift_max=1e-30, objective_shift_max=None), 20, 6)
+        capo = CapoFilter(
+            CapoConfig(top_k=5, policy_shift_max=1e-30, objective_shift_max=None), 20, 6
+        )
         capo.load_state_dict(before)
         batch.advantages[:] = 1.0
     else:
@@ -200,7 +254,9 @@ def test_all_masked_or_all_rejected_leaves_the_moments(reject_all):
     capo.step()
     after = capo.state_dict()
     assert before["step"] == after["step"] == 1
-    assert torch.equal(before["exp_avg"], after["exp_avg"]) and torch.equal(before["exp_avg_sq"], after["exp_avg_sq"])
+    assert torch.equal(before["exp_avg"], after["exp_avg"]) and torch.equal(
+        before["exp_avg_sq"], after["exp_avg_sq"]
+    )
 
 
 def test_padding_rows_are_never_in_the_support():
@@ -210,7 +266,10 @@ def test_padding_rows_are_never_in_the_support():
     padded = torch.cat([logits, torch.full((2, 5, 4), 50.0, dtype=logits.dtype)], dim=-1)
     for top_k in (5, None):
         config = CapoConfig(top_k=top_k)
-        plain, with_rows = CapoFilter(config, 20, 6), CapoFilter(config, 20, 6, padded_vocab_size=24)
+        plain, with_rows = (
+            CapoFilter(config, 20, 6),
+            CapoFilter(config, 20, 6, padded_vocab_size=24),
+        )
         a, b = plain.evaluate(hidden, logits, *rest), with_rows.evaluate(hidden, padded, *rest)
         assert torch.equal(a.policy_shift, b.policy_shift) and float(a.policy_shift.max()) > 0
         plain.step(), with_rows.step()
@@ -233,11 +292,16 @@ def test_state_round_trip_continues_bit_exactly():
     first, second = (Batch.random(rng, 4, 6, 6, 20).arguments(LR, torch.float32) for _ in range(2))
     a.evaluate(*first)
     a.step()
-    b.load_state_dict({k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in a.state_dict().items()})
+    b.load_state_dict(
+        {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in a.state_dict().items()}
+    )
     x, y = a.evaluate(*second), b.evaluate(*second)
     assert torch.equal(x.policy_shift, y.policy_shift) and torch.equal(x.accepted, y.accepted)
     a.step(), b.step()
-    assert torch.equal(a.state_dict()["exp_avg_sq"], b.state_dict()["exp_avg_sq"]) and b.state_dict()["step"] == 2
+    assert (
+        torch.equal(a.state_dict()["exp_avg_sq"], b.state_dict()["exp_avg_sq"])
+        and b.state_dict()["step"] == 2
+    )
 
 
 class _Allocations(torch.utils._python_dispatch.TorchDispatchMode):
@@ -276,15 +340,25 @@ def test_no_tensor_grows_with_tokens_times_support_times_hidden(granularity):
 @pytest.mark.parametrize("top_k", [6, None])
 def test_skipping_masked_tokens_and_dividing_by_temperature_change_nothing(top_k):
     rng = np.random.default_rng(9)
-    config = CapoConfig(top_k=top_k, granularity=("token", "sequence"), policy_shift_max=1e-3, objective_shift_max=0.5)
+    config = CapoConfig(
+        top_k=top_k,
+        granularity=("token", "sequence"),
+        policy_shift_max=1e-3,
+        objective_shift_max=0.5,
+    )
     plain, skipping = (CapoFilter(config, 30, 8) for _ in range(2))
     temperature = torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64)[:, None].expand(3, 9)
     for _ in range(2):
         hidden, logits, actions, advantages, mask, lr = Batch.random(rng, 3, 9, 8, 30).arguments(LR)
         a = plain.evaluate(hidden, logits / temperature[..., None], actions, advantages, mask, lr)
-        b = skipping.evaluate(hidden, logits, actions, advantages, mask, lr, temperature=temperature, skip_masked=True)
+        b = skipping.evaluate(
+            hidden, logits, actions, advantages, mask, lr, temperature=temperature, skip_masked=True
+        )
         assert torch.equal(a.accepted, b.accepted) and 0 < int(a.accepted.sum()) < int(mask.sum())
-        assert torch.equal(a.policy_shift[mask], b.policy_shift[mask]) and not b.policy_shift[~mask].any()
+        assert (
+            torch.equal(a.policy_shift[mask], b.policy_shift[mask])
+            and not b.policy_shift[~mask].any()
+        )
         for x, y in zip(plain.batch_shifts(), skipping.batch_shifts(), strict=True):
             torch.testing.assert_close(tuple(x), tuple(y), rtol=1e-12, atol=0)
         plain.step(), skipping.step()
@@ -298,7 +372,9 @@ def test_a_micro_batch_without_response_tokens_is_legal_when_masked_tokens_are_s
         *tensors, lr = Batch.random(np.random.default_rng(10), 2, 4, 8, 30).arguments(LR)
         tensors[-1] = torch.zeros_like(tensors[-1])
         out = capo.evaluate(*tensors, lr, skip_masked=True)
-        assert out.accepted.shape == (2, 4) and not out.accepted.any() and not out.policy_shift.any()
+        assert (
+            out.accepted.shape == (2, 4) and not out.accepted.any() and not out.policy_shift.any()
+        )
         assert [float(x) for shifts in capo.batch_shifts() for x in shifts] == [0.0] * 4
         capo.step()
     assert capo.state_dict()["step"] == 0
@@ -310,7 +386,8 @@ def test_nothing_is_kept_for_batch_shifts_nobody_will_ask_for():
     capo, reference = (CapoFilter(config, 12, 4) for _ in range(2))
     capo.keep_for_batch_shifts = False
     assert torch.equal(
-        capo.evaluate(*batch.arguments(0.1)).policy_shift, reference.evaluate(*batch.arguments(0.1)).policy_shift
+        capo.evaluate(*batch.arguments(0.1)).policy_shift,
+        reference.evaluate(*batch.arguments(0.1)).policy_shift,
     )
     assert reference._retained._kept and not capo._retained._kept
     with pytest.raises(RuntimeError, match="found no tokens"):
@@ -340,12 +417,16 @@ def test_what_is_outside_the_mask_leaves_no_trace(top_k, name):
         }
         if poison is not None:
             fields[name][:, 3] = 0.0 if name == "temperature" else poison
-        capo = CapoFilter(CapoConfig(top_k=top_k, policy_shift_max=None, objective_shift_max=None), 12, 8)
+        capo = CapoFilter(
+            CapoConfig(top_k=top_k, policy_shift_max=None, objective_shift_max=None), 12, 8
+        )
         for _ in range(2):
             out = capo.evaluate(**fields, learning_rate=LR)
             shifts = torch.stack([x for pair in capo.batch_shifts() for x in pair])
             capo.step()
-        states.append((out.policy_shift[fields["response_mask"] > 0], shifts, capo.state_dict()["exp_avg"]))
+        states.append(
+            (out.policy_shift[fields["response_mask"] > 0], shifts, capo.state_dict()["exp_avg"])
+        )
     for clean, *poisoned in zip(*states, strict=True):
         assert clean.isfinite().all() and clean.any()
         for x in poisoned:
@@ -356,7 +437,8 @@ def test_what_is_outside_the_mask_leaves_no_trace(top_k, name):
 @pytest.mark.parametrize("optimizer_model", ["adam", "sgd"])
 def test_autocast_around_it_changes_nothing(granularity, optimizer_model):
     config = CapoConfig(
-        top_k=6, policy_shift_max=None, objective_shift_max=None, granularity=granularity, optimizer_model=optimizer_model
+        top_k=6, policy_shift_max=None, objective_shift_max=None, granularity=granularity,
+        optimizer_model=optimizer_model
     )  # fmt: skip
     found = []
     for autocast in (False, True):
@@ -377,8 +459,17 @@ def test_coverage_of_the_batch_shifts_counts_tokens_and_not_places():
     mask = torch.zeros(1, 10)
     for tokens, covered in ((6, 1.0), (3, 6 / 9)):
         mask[:, :tokens], mask[:, tokens:] = 1, 0
-        fields = torch.randn(1, 10, 8), torch.randn(1, 10, 12), torch.randint(12, (1, 10)), torch.ones(1, 10), mask, LR
-        capo.evaluate(*fields, skip_masked=True, max_tokens=8)  # 8 places each: the second call does not fit into 14
+        fields = (
+            torch.randn(1, 10, 8),
+            torch.randn(1, 10, 12),
+            torch.randint(12, (1, 10)),
+            torch.ones(1, 10),
+            mask,
+            LR,
+        )
+        capo.evaluate(
+            *fields, skip_masked=True, max_tokens=8
+        )  # 8 places each: the second call does not fit into 14
         assert float(capo.batch_shift_coverage) == pytest.approx(covered)
 
 
@@ -386,7 +477,10 @@ def test_marked_sequence_ids_do_not_break_what_looks_them_up():
     capo = CapoFilter(CapoConfig(top_k=4, granularity="sequence"), 12, 8)
     ids = torch.tensor([[0, 0, 7, 1, -3]])
     out = capo.evaluate(
-        torch.randn(1, 5, 8), torch.randn(1, 5, 12), torch.zeros(1, 5, dtype=torch.int64), torch.ones(1, 5),
+        torch.randn(1, 5, 8), torch.randn(1, 5, 12), torch.zeros(1, 5, dtype=torch.int64),
+        torch.ones(1, 5),
         torch.ones(1, 5), LR, sequence_ids=ids, num_sequences=2, check_values=False,
     )  # fmt: skip
-    assert out.problems["sequence_ids are out of range"].tolist() == [[False, False, True, False, True]]
+    assert out.problems["sequence_ids are out of range"].tolist() == [
+        [False, False, True, False, True]
+    ]

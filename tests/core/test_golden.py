@@ -22,7 +22,10 @@ class Case:
     def __init__(self, path: Path):
         self.data = np.load(path)
         self.meta = json.loads(str(self.data["meta"]))
-        self.vocab_size, self.hidden_size = self.data["s0_logits"].shape[-1], self.data["s0_hidden"].shape[-1]
+        self.vocab_size, self.hidden_size = (
+            self.data["s0_logits"].shape[-1],
+            self.data["s0_hidden"].shape[-1],
+        )
 
     def config(self, **overrides) -> CapoConfig:
         meta = self.meta
@@ -38,7 +41,9 @@ class Case:
         return CapoConfig(**{**knobs, **overrides})
 
     def filter(self, **overrides) -> CapoFilter:
-        return CapoFilter(self.config(**overrides), vocab_size=self.vocab_size, hidden_size=self.hidden_size)
+        return CapoFilter(
+            self.config(**overrides), vocab_size=self.vocab_size, hidden_size=self.hidden_size
+        )
 
     def steps(self):
         for i in range(self.meta["steps"]):
@@ -47,7 +52,9 @@ class Case:
 
     def arguments(self, step):
         arrays = ("hidden", "logits", "actions", "advantages", "response_mask")
-        hidden, logits, actions, advantages, mask = (torch.from_numpy(step[name]) for name in arrays)
+        hidden, logits, actions, advantages, mask = (
+            torch.from_numpy(step[name]) for name in arrays
+        )
         return hidden, logits, actions, advantages[:, None], mask, self.meta["lr"]
 
 
@@ -73,12 +80,18 @@ def test_tokens_moments_and_batch(case):
         capo.step()
         if case.meta["optimizer_model"] == "adam":
             state = capo.state_dict()
-            np.testing.assert_allclose(state["exp_avg"], step["exp_avg_after"], rtol=1e-9, atol=1e-18)
-            np.testing.assert_allclose(state["exp_avg_sq"], step["exp_avg_sq_after"], rtol=1e-9, atol=1e-20)
+            np.testing.assert_allclose(
+                state["exp_avg"], step["exp_avg_after"], rtol=1e-9, atol=1e-18
+            )
+            np.testing.assert_allclose(
+                state["exp_avg_sq"], step["exp_avg_sq_after"], rtol=1e-9, atol=1e-20
+            )
 
 
 def test_sequence_and_batch_granularity(case):
-    """The same numbers as decisions: all tokens of a sequence (of the batch) carry the shift of the set."""
+    """The same numbers as decisions: all tokens of a sequence (of the batch) carry the shift of the
+    set.
+    """
     tokens = case.filter()
     for step in case.steps():
         arguments, mask = case.arguments(step), step["response_mask"] > 0
@@ -87,7 +100,10 @@ def test_sequence_and_batch_granularity(case):
             capo.load_state_dict(tokens.state_dict())
             out = capo.evaluate(*arguments)
             name = {"sequence": "sequence", "batch": "global"}[granularity]
-            m_h, m_f = (np.broadcast_to(step[f"{name}_{m}"].reshape(-1, 1), mask.shape) for m in ("m_h", "m_f"))
+            m_h, m_f = (
+                np.broadcast_to(step[f"{name}_{m}"].reshape(-1, 1), mask.shape)
+                for m in ("m_h", "m_f")
+            )
             assert_close(out.objective_shift.numpy()[mask], m_h[mask], rtol)
             assert_close(out.policy_shift.numpy()[mask], m_f[mask], rtol)
             low = -case.meta["tau_h"] if case.meta["symmetric"] else 0.0
@@ -122,10 +138,19 @@ def test_oracle_agrees_too(case):
             [t for t, m in zip(row, ms, strict=True) if m]
             for row, ms in zip(tokens, step["response_mask"], strict=True)
         ]
-        assert_close([oracle.set_shifts([s], meta["lr"])[0] for s in kept], step["sequence_m_h"], 1e-12)
+        assert_close(
+            [oracle.set_shifts([s], meta["lr"])[0] for s in kept], step["sequence_m_h"], 1e-12
+        )
         assert_close(oracle.set_shifts(kept, meta["lr"])[1], step["global_m_f"], 1e-6)
         oracle.update(
-            [t for row, ms in zip(tokens, step["accepted"], strict=True) for t, m in zip(row, ms, strict=True) if m]
+            [
+                t
+                for row, ms in zip(tokens, step["accepted"], strict=True)
+                for t, m in zip(row, ms, strict=True)
+                if m
+            ]
         )
         if meta["optimizer_model"] == "adam":
-            np.testing.assert_allclose(oracle.exp_avg, step["exp_avg_after"], rtol=1e-12, atol=1e-16)
+            np.testing.assert_allclose(
+                oracle.exp_avg, step["exp_avg_after"], rtol=1e-12, atol=1e-16
+            )

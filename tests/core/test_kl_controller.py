@@ -71,7 +71,9 @@ def test_constant_predictor_bounds_by_the_running_log_average():
     assert bound < control.scale
     assert control.begin_step() == pytest.approx(bound, rel=1e-12)
     scale = control.scale
-    control.end_step(1e-4)  # at factor 1/2: again 4e-4 per unit, and the scale does not move: KL is on budget
+    control.end_step(
+        1e-4
+    )  # at factor 1/2: again 4e-4 per unit, and the scale does not move: KL is on budget
     assert control.calibration == pytest.approx(4e-4, rel=1e-12)
     assert control.scale == pytest.approx(scale, rel=1e-12)
     control.begin_step()
@@ -110,7 +112,9 @@ def test_without_a_predictor_no_prediction_is_read():
     assert control.begin_step(1.0) == 1.0 and control.calibration is None
 
 
-@pytest.mark.parametrize(("kl", "keeps"), [(2e-4, None), (2.1e-4, math.sqrt(1 / 2.1)), (1e-2, 0.1), (math.nan, None)])
+@pytest.mark.parametrize(
+    ("kl", "keeps"), [(2e-4, None), (2.1e-4, math.sqrt(1 / 2.1)), (1e-2, 0.1), (math.nan, None)]
+)
 def test_line_search(kl, keeps):
     found = budget(line_search=2.0).needs_line_search(kl)
     assert found == (None if keeps is None else pytest.approx(keeps, rel=1e-12))
@@ -127,7 +131,10 @@ def test_state_continues_exactly():
     assert resumed.begin_step() == control.begin_step()
     for one in (control, resumed):
         one.end_step(5e-4)
-    assert resumed.state_dict() == control.state_dict() and set(control.state_dict()) == {"scale", "calibration"}
+    assert resumed.state_dict() == control.state_dict() and set(control.state_dict()) == {
+        "scale",
+        "calibration",
+    }
 
 
 @pytest.mark.parametrize(

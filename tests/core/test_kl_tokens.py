@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The KL of two policies at every token against NumPy in float64: small and large, sharded, padded, with a temperature."""
+"""The KL of two policies at every token against NumPy in float64: small and large, sharded, padded,
+with a temperature.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ N, V = 40, 37
 
 
 def policies(step: float, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Logits ``[N, V]`` of two policies, ``step`` apart, far from 0 and with another normaliser; exactly float32."""
+    """Logits ``[N, V]`` of two policies, ``step`` apart, far from 0 and with another normaliser;
+    exactly float32.
+    """
     rng = np.random.default_rng(seed)
     old = (rng.standard_normal((N, V)) * 4 + 20).astype(np.float32)
     new = (old + step * rng.standard_normal((N, V)) + 3 * step).astype(np.float32)
@@ -25,9 +29,15 @@ def policies(step: float, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
 
 
 def naive(old: np.ndarray, new: np.ndarray, temperature: np.ndarray | float = 1.0) -> np.ndarray:
-    """sum_j p_j log(p_j / q_j), in 80-bit floats: at 1e-9 nats float64 would lose half of its digits here."""
-    old, new = (np.asarray(x, np.longdouble) / np.asarray(temperature, np.longdouble)[..., None] for x in (old, new))
-    log_p, log_q = (x - np.log(np.exp(x - x.max(-1, keepdims=True)).sum(-1, keepdims=True)) - x.max(-1, keepdims=True)
+    """sum_j p_j log(p_j / q_j), in 80-bit floats: at 1e-9 nats float64 would lose half of its
+    digits here.
+    """
+    old, new = (
+        np.asarray(x, np.longdouble) / np.asarray(temperature, np.longdouble)[..., None]
+        for x in (old, new)
+    )
+    log_p, log_q = (x - np.log(np.exp(x - x.max(-1, keepdims=True)).sum(-1,
+        keepdims=True)) - x.max(-1, keepdims=True)
                     for x in (old, new))  # fmt: skip
     return (np.exp(log_p) * (log_p - log_q)).sum(-1).astype(np.float64)
 
@@ -38,7 +48,9 @@ def several_runs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("step", [1e-4, 1e-2, 0.3, 3.0])
-@pytest.mark.parametrize(("dtype", "rtol", "atol"), [(torch.float32, 1e-4, 1e-11), (torch.float64, 1e-8, 1e-17)])
+@pytest.mark.parametrize(
+    ("dtype", "rtol", "atol"), [(torch.float32, 1e-4, 1e-11), (torch.float64, 1e-8, 1e-17)]
+)
 def test_equals_the_naive_sum(step, dtype, rtol, atol):
     old, new = policies(step)
     got = token_kl(*(torch.tensor(x, dtype=dtype) for x in (old, new)), VocabShard(V, V, 0))
@@ -50,13 +62,20 @@ def test_bfloat16_is_converted_before_anything_is_subtracted():
     old, new = (torch.tensor(x).bfloat16() for x in policies(0.3))
     got = token_kl(old, new, VocabShard(V, V, 0))
     assert got.dtype == torch.float32
-    np.testing.assert_allclose(got.numpy(), naive(old.double().numpy(), new.double().numpy()), rtol=1e-4)
+    np.testing.assert_allclose(
+        got.numpy(), naive(old.double().numpy(), new.double().numpy()), rtol=1e-4
+    )
 
 
 def test_divides_by_the_temperature_of_each_token():
     old, new = policies(0.1)
     temperature = np.linspace(0.5, 2.0, N)
-    got = token_kl(torch.tensor(old), torch.tensor(new), VocabShard(V, V, 0), temperature=torch.tensor(temperature))
+    got = token_kl(
+        torch.tensor(old),
+        torch.tensor(new),
+        VocabShard(V, V, 0),
+        temperature=torch.tensor(temperature),
+    )
     np.testing.assert_allclose(got.numpy(), naive(old, new, temperature), rtol=1e-8)
 
 
@@ -68,11 +87,17 @@ def test_same_policy_is_exactly_zero_and_a_shifted_normaliser_no_change():
 
 
 def test_tokens_that_are_ruled_out():
-    old = torch.tensor([[0.0, 0.0, -torch.inf], [0.0, 0.0, 0.0], [0.0, 0.0, -torch.inf], [0.0, torch.nan, 0.0]])
-    new = torch.tensor([[1.0, 0.0, -torch.inf], [0.0, 0.0, -torch.inf], [0.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
+    old = torch.tensor(
+        [[0.0, 0.0, -torch.inf], [0.0, 0.0, 0.0], [0.0, 0.0, -torch.inf], [0.0, torch.nan, 0.0]]
+    )
+    new = torch.tensor(
+        [[1.0, 0.0, -torch.inf], [0.0, 0.0, -torch.inf], [0.0, 0.0, 0.0], [0.0, 0.0, 0.0]]
+    )
     got = token_kl(old, new, VocabShard(3, 3, 0))
     p = 1 / (1 + np.exp(-1.0))
-    assert float(got[0]) == pytest.approx(-0.5 * np.log(2 * p) - 0.5 * np.log(2 * (1 - p)), rel=1e-5)
+    assert float(got[0]) == pytest.approx(
+        -0.5 * np.log(2 * p) - 0.5 * np.log(2 * (1 - p)), rel=1e-5
+    )
     assert got[1] == torch.inf
     assert float(got[2]) == pytest.approx(
         np.log(1.5), rel=1e-6
@@ -84,7 +109,9 @@ def sharded(step: float) -> tuple[torch.Tensor, torch.Tensor]:
     rank, tp = dist.get_rank(), dist.get_world_size()
     rows = -(-V // tp)
     padded = [
-        torch.nn.functional.pad(torch.tensor(x, dtype=torch.float32), (0, rows * tp - V), value=99.0)
+        torch.nn.functional.pad(
+            torch.tensor(x, dtype=torch.float32), (0, rows * tp - V), value=99.0
+        )
         for x in policies(step)
     ]
     mine = slice(rank * rows, (rank + 1) * rows)
@@ -104,7 +131,9 @@ def test_a_sharded_vocabulary_gives_the_same(tp):
 def test_a_rank_may_hold_only_padding():
     ranks = run_on_ranks(only_padding, 3)
     assert ranks[0] == ranks[1] == ranks[2]
-    assert ranks[0] == [pytest.approx(float(naive(np.array([[0.0, 1.0]]), np.array([[0.5, 1.0]]))[0]), rel=1e-5)]
+    assert ranks[0] == [
+        pytest.approx(float(naive(np.array([[0.0, 1.0]]), np.array([[0.5, 1.0]]))[0]), rel=1e-5)
+    ]
 
 
 def only_padding() -> list[float]:
@@ -120,7 +149,9 @@ def test_k3_equals_its_formula(step):
     old = (-5 * rng.random(N)).astype(np.float32)
     new = (old + step * rng.standard_normal(N)).astype(np.float32)
     r = new.astype(np.longdouble) - old.astype(np.longdouble)
-    np.testing.assert_allclose(k3(torch.tensor(old), torch.tensor(new)).numpy(), np.expm1(r) - r, rtol=1e-4)
+    np.testing.assert_allclose(
+        k3(torch.tensor(old), torch.tensor(new)).numpy(), np.expm1(r) - r, rtol=1e-4
+    )
 
 
 def test_k3_is_unbiased_for_the_exact_divergence():

@@ -31,21 +31,34 @@ def held(x: object) -> int:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("tokens", [50, 400])  # 60 rows: up to 60 tokens stay unfolded with bfloat16 hidden states
+@pytest.mark.parametrize(
+    "tokens", [50, 400]
+)  # 60 rows: up to 60 tokens stay unfolded with bfloat16 hidden states
 def test_the_formula_counts_the_tensors(dtype, tokens):
     v, h, k = 60, 32, 8
-    capo = CapoFilter(CapoConfig(top_k=k, moments_dtype=dtype, policy_shift_max=None, objective_shift_max=None), v, h)
+    capo = CapoFilter(
+        CapoConfig(top_k=k, moments_dtype=dtype, policy_shift_max=None, objective_shift_max=None),
+        v,
+        h,
+    )
     expected = filter_memory(v, h, tokens, 1, dtype, top_k=k, hidden_bytes=2)
     assert capo.model.exp_avg.nbytes + capo.model.exp_avg_sq.nbytes == expected.moments
     torch.manual_seed(0)
     capo.evaluate(
-        torch.randn(1, tokens, h).bfloat16(), torch.randn(1, tokens, v), torch.randint(v, (1, tokens)),
-        torch.ones(1, tokens), torch.ones(1, tokens), 1e-3, temperature=torch.ones(1, tokens), skip_masked=True,
+        torch.randn(1, tokens, h).bfloat16(), torch.randn(1, tokens, v),
+        torch.randint(v, (1, tokens)),
+        torch.ones(1, tokens), torch.ones(1, tokens), 1e-3, temperature=torch.ones(1, tokens),
+        skip_masked=True,
     )  # fmt: skip
     assert capo.model._accepted.nbytes == expected.row_sums
     # Both keep the same tensors; in particular, no logits.
     together = held(
-        [capo._retained, capo.model._accepted._kept, capo.model._accepted._sums, capo.model._accepted._count]
+        [
+            capo._retained,
+            capo.model._accepted._kept,
+            capo.model._accepted._sums,
+            capo.model._accepted._count,
+        ]
     )
     assert together == pytest.approx(
         expected.tokens + expected.row_sums, abs=32
@@ -54,16 +67,29 @@ def test_the_formula_counts_the_tensors(dtype, tokens):
 
 def table() -> str:
     gb = 1e9
-    header = ("model", "TP", "moments, float32", "moments, bfloat16", "16,384 tokens", "row sums, beyond")
+    header = (
+        "model",
+        "TP",
+        "moments, float32",
+        "moments, bfloat16",
+        "16,384 tokens",
+        "row sums, beyond",
+    )
     lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
     for name, (v, h) in MODELS.items():
         for tp in (1, 4, 8):
-            full, half = (filter_memory(v, h, 16_384, tp, dtype) for dtype in ("float32", "bfloat16"))
+            full, half = (
+                filter_memory(v, h, 16_384, tp, dtype) for dtype in ("float32", "bfloat16")
+            )
             rows = -(-v // tp)
             limit = fold_limit(rows, h) // (2 * h)
             cells = [f"{x / gb:.2f} GB" for x in (full.moments, half.moments, full.tokens)]
             sums = filter_memory(v, h, limit + 1, tp).row_sums
-            lines.append(f"| {name} | {tp} | " + " | ".join(cells) + f" | {sums / gb:.2f} GB, {limit:,} tokens |")
+            lines.append(
+                f"| {name} | {tp} | "
+                + " | ".join(cells)
+                + f" | {sums / gb:.2f} GB, {limit:,} tokens |"
+            )
     return "\n".join(lines)
 
 

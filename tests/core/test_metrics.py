@@ -16,15 +16,21 @@ from tests.helpers.batches import Batch
 from tests.helpers.spawn import run_on_ranks
 from tests.helpers.syncs import recorded_syncs
 
-CONFIG = CapoConfig(top_k=6, policy_shift_max=3e-5, objective_shift_max=6e-3, granularity=("token", "sequence"))
+CONFIG = CapoConfig(
+    top_k=6, policy_shift_max=3e-5, objective_shift_max=6e-3, granularity=("token", "sequence")
+)
 
 
 def compute(parts: int, dp_group: object = None) -> dict[str, float]:
-    """Metrics of one batch of six sequences, cut into micro-batches; this rank's half of it if there is a group."""
+    """Metrics of one batch of six sequences, cut into micro-batches; this rank's half of it if
+    there is a group.
+    """
     capo, metrics = CapoFilter(CONFIG, 20, 5), StepMetrics(dp_group=dp_group)
     batch = Batch.random(np.random.default_rng(1), 6, 7, 5, 20)
     batch.mask[3] = False  # a sequence without response tokens is not an emptied one
-    rows = np.array_split(np.arange(6), 2)[dist.get_rank()] if dp_group is not None else np.arange(6)
+    rows = (
+        np.array_split(np.arange(6), 2)[dist.get_rank()] if dp_group is not None else np.arange(6)
+    )
     for chosen in np.array_split(rows, parts):
         *tensors, lr = batch.arguments(0.02)
         arguments = [x[torch.from_numpy(chosen)] for x in tensors]
@@ -69,11 +75,16 @@ def test_against_counting():
 
 
 def test_waits_for_the_device_once():
-    """Adding a micro-batch never, computing for the one transfer; what the caller adds to it comes back unchanged."""
+    """Adding a micro-batch never, computing for the one transfer; what the caller adds to it comes
+    back unchanged.
+    """
     capo, metrics = CapoFilter(CONFIG, 20, 5), StepMetrics()
     *tensors, lr = Batch.random(np.random.default_rng(1), 6, 7, 5, 20).arguments(0.02)
     out, ids = capo.evaluate(*tensors, lr), torch.arange(6).repeat_interleave(7)
-    further = {"capo/batch": torch.tensor(0.1, dtype=torch.float64), "capo/other": torch.tensor(0.1)}
+    further = {
+        "capo/batch": torch.tensor(0.1, dtype=torch.float64),
+        "capo/other": torch.tensor(0.1),
+    }
     with recorded_syncs() as syncs:
         for _ in range(2):
             metrics.add(out, tensors[3], tensors[4], ids, 6)
@@ -100,11 +111,16 @@ def test_nothing_accepted_and_no_tokens():
     batch.mask[:] = True
     batch.advantages[:] = 1.0
     for masked, expected in ((False, 2.0), (True, 0.0)):
-        capo, metrics = CapoFilter(CapoConfig(top_k=4, policy_shift_max=1e-30), 10, 4), StepMetrics()
+        capo, metrics = (
+            CapoFilter(CapoConfig(top_k=4, policy_shift_max=1e-30), 10, 4),
+            StepMetrics(),
+        )
         if masked:
             batch.mask[:] = False
         *tensors, lr = batch.arguments(0.02)
-        metrics.add(capo.evaluate(*tensors, lr), tensors[3], tensors[4], torch.tensor([0, 0, 0, 1, 1, 1]), 2)
+        metrics.add(
+            capo.evaluate(*tensors, lr), tensors[3], tensors[4], torch.tensor([0, 0, 0, 1, 1, 1]), 2
+        )
         found = metrics.compute()
         assert found["capo/nothing_accepted"] == 1.0
         assert found["capo/sequences_emptied"] == expected

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How the moments are stored: bfloat16 without a bias, sums of touched rows only, on another device and back."""
+"""How the moments are stored: bfloat16 without a bias, sums of touched rows only, on another device
+and back.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,9 @@ def test_rounding_keeps_the_expectation():
     x = torch.tensor([1.0, -1.0, 1.00390625, 3e-39]) * 1.001  # between two bfloat16 each
     repeated = x.expand(20_000, 4).contiguous()
     rounded = round_to_bfloat16(repeated, torch.arange(len(repeated)), 0, torch.tensor(3), 1)
-    low, high = (torch.stack([f(rounded[:, i].float()) for i in range(4)]) for f in (torch.min, torch.max))
+    low, high = (
+        torch.stack([f(rounded[:, i].float()) for i in range(4)]) for f in (torch.min, torch.max)
+    )
     assert ((low <= x) & (x <= high) & (low < high)).all()  # both neighbours occur, nothing else
     assert all(len(rounded[:, i].unique()) == 2 for i in range(4))
     spread = (high - low) / 20_000**0.5
@@ -49,16 +53,24 @@ def test_rounding_depends_on_place_and_step_only():
         return round_to_bfloat16(x[at, columns], rows[at], columns.start, torch.tensor(step), salt)
 
     whole = rounded(slice(0, 12), slice(0, 5))
-    assert torch.equal(whole, torch.cat([rounded(at, slice(0, 5)) for at in (slice(0, 5), slice(5, 12))]))
-    assert torch.equal(whole, torch.cat([rounded(slice(0, 12), c) for c in (slice(0, 2), slice(2, 5))], dim=1))
+    assert torch.equal(
+        whole, torch.cat([rounded(at, slice(0, 5)) for at in (slice(0, 5), slice(5, 12))])
+    )
+    assert torch.equal(
+        whole, torch.cat([rounded(slice(0, 12), c) for c in (slice(0, 2), slice(2, 5))], dim=1)
+    )
     assert not torch.equal(whole, rounded(slice(0, 12), slice(0, 5), step=5))
     assert not torch.equal(whole, rounded(slice(0, 12), slice(0, 5), salt=1))
 
 
 def test_bfloat16_moments_follow_float32_without_a_bias():
-    """Rounded to nearest, exp_avg_sq is 4.5 % off here: it moves by a thousandth of its distance per step."""
+    """Rounded to nearest, exp_avg_sq is 4.5 % off here: it moves by a thousandth of its distance
+    per step.
+    """
     config = {"top_k": 8, "policy_shift_max": None, "objective_shift_max": None}
-    full, half = (CapoFilter(CapoConfig(moments_dtype=d, **config), V, H) for d in ("float32", "bfloat16"))
+    full, half = (
+        CapoFilter(CapoConfig(moments_dtype=d, **config), V, H) for d in ("float32", "bfloat16")
+    )
     for capo in (full, half):
         feed(capo, 300)
     exact, stored = full.state_dict(), half.state_dict()
@@ -73,11 +85,16 @@ def test_bfloat16_moments_follow_float32_without_a_bias():
 
 
 def test_float64_inputs_are_evaluated_in_float64_with_bfloat16_moments_too():
-    narrow, wide = (CapoFilter(CapoConfig(moments_dtype="bfloat16", top_k=8), V, H) for _ in range(2))
+    narrow, wide = (
+        CapoFilter(CapoConfig(moments_dtype="bfloat16", top_k=8), V, H) for _ in range(2)
+    )
     feed(narrow, 2)
     wide.load_state_dict(narrow.state_dict())
     a, b = feed(narrow, 1, seed=1)[0], feed(wide, 1, seed=1, dtype=torch.float64)[0]
-    assert b.policy_shift.dtype == torch.float64 and wide.state_dict()["exp_avg"].dtype == torch.bfloat16
+    assert (
+        b.policy_shift.dtype == torch.float64
+        and wide.state_dict()["exp_avg"].dtype == torch.bfloat16
+    )
     torch.testing.assert_close(
         a.policy_shift.double(), b.policy_shift, rtol=1e-3, atol=float(b.policy_shift.max()) * 1e-6
     )
@@ -108,7 +125,9 @@ def test_folding_changes_memory_and_nothing_else(dtype, tolerance):
         folded = kept_and_folded(dtype, fold_at, micro_batches).state_dict()
         for name in ("exp_avg", "exp_avg_sq"):
             scale = float(whole[name].abs().max())
-            torch.testing.assert_close(folded[name], whole[name], rtol=tolerance, atol=scale * tolerance)
+            torch.testing.assert_close(
+                folded[name], whole[name], rtol=tolerance, atol=scale * tolerance
+            )
         assert folded["step"] == 2
 
 
@@ -131,15 +150,23 @@ def test_moving_takes_everything_along():
     capo = CapoFilter(CapoConfig(top_k=8), V, H)
     feed(capo, 2)
     capo.to("meta")
-    left = [x for x in vars(capo.model).values() if isinstance(x, torch.Tensor) and x.device.type != "meta"]
-    assert not left and all(x.device.type == "meta" for x in vars(capo.model._accepted).values() if torch.is_tensor(x))
+    left = [
+        x
+        for x in vars(capo.model).values()
+        if isinstance(x, torch.Tensor) and x.device.type != "meta"
+    ]
+    assert not left and all(
+        x.device.type == "meta" for x in vars(capo.model._accepted).values() if torch.is_tensor(x)
+    )
 
 
 def test_the_checksum_sees_a_bit_and_not_the_sharding():
     x = torch.randn(20, 6)
     whole = checksum(x, 0, None)
     assert whole == checksum(x[:11], 0, None) + checksum(x[11:], 11, None)
-    assert whole == checksum(torch.cat((x, torch.zeros(3, 6))), 0, None)  # padding of the vocabulary
+    assert whole == checksum(
+        torch.cat((x, torch.zeros(3, 6))), 0, None
+    )  # padding of the vocabulary
     flipped = x.clone()
     flipped.view(torch.int32)[13, 4] ^= 1
     swapped = x[[1, 0, *range(2, 20)]]

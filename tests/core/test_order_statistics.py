@@ -21,7 +21,11 @@ FRACTIONS = (0.0, 0.01, 0.25, 0.5, 0.9, 0.99, 1.0)
 def values_of(case: str, rank: int, dtype: type) -> tuple[np.ndarray, np.ndarray]:
     """Two sets of values ``[2, M]`` of a rank, and which of them count ``[M]``."""
     rng = np.random.default_rng((rank, len(case)))
-    m = {"lengths differ": 40 * rank + 3, "a rank without positions": 17 * (rank % 2), "one value": 5}.get(case, 101)
+    m = {
+        "lengths differ": 40 * rank + 3,
+        "a rank without positions": 17 * (rank % 2),
+        "one value": 5,
+    }.get(case, 101)
     values = rng.standard_normal((2, m)) * 10.0 ** rng.integers(-30, 30, (2, m))
     valid = rng.random(m) < 0.7
     if case == "ties":
@@ -34,11 +38,14 @@ def values_of(case: str, rank: int, dtype: type) -> tuple[np.ndarray, np.ndarray
         valid[:] = (np.arange(m) == 2) & (rank == 0)
     if case == "none":
         valid[:] = False
-    values[:, ~valid] = rng.choice([np.nan, np.inf, -np.inf, 0.0], (2, int((~valid).sum())))  # must not be looked at
+    values[:, ~valid] = rng.choice(
+        [np.nan, np.inf, -np.inf, 0.0], (2, int((~valid).sum()))
+    )  # must not be looked at
     return values.astype(dtype), valid
 
 
-CASES = ("random", "lengths differ", "a rank without positions", "a rank without tokens", "ties", "infinities",
+CASES = ("random", "lengths differ", "a rank without positions", "a rank without tokens", "ties",
+    "infinities",
          "one value", "none")  # fmt: skip
 
 
@@ -75,12 +82,18 @@ def expected(case: str, world_size: int, dtype: type) -> np.ndarray:
 @pytest.mark.parametrize("mesh", [(1, 1), (2, 1), (2, 2)])
 def test_equal_to_sorting_everything(mesh):
     world_size = mesh[0] * mesh[1]
-    ranks = [found_on_this_rank(mesh)] if world_size == 1 else run_on_ranks(found_on_this_rank, world_size, mesh)
+    ranks = (
+        [found_on_this_rank(mesh)]
+        if world_size == 1
+        else run_on_ranks(found_on_this_rank, world_size, mesh)
+    )
     for case, dtype in product(CASES, DTYPES):
         exact = expected(case, world_size, dtype)
         for found in ranks:
             assert found[case, dtype].dtype == dtype
-            np.testing.assert_array_equal(found[case, dtype], exact, err_msg=f"{case}, {dtype.__name__}")
+            np.testing.assert_array_equal(
+                found[case, dtype], exact, err_msg=f"{case}, {dtype.__name__}"
+            )
 
 
 def test_nan_is_above_infinity_and_below_nothing_else():

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The penalty's value and gradient, against float64 autograd of the formula with the direction held fixed, in every layout."""
+"""The penalty's value and gradient, against float64 autograd of the formula with the direction held
+fixed, in every layout.
+"""
 
 from __future__ import annotations
 
@@ -45,14 +47,20 @@ def factors(batch: Batch) -> Tensor:
 
 
 def naive(config: CapoConfig, temperature: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
-    """Penalties, and the gradients of their weighted sum with respect to hidden states and LM head: by autograd, token by token."""
-    oracle = Oracle(V, H, config.optimizer_model, config.top_k, config.betas, config.eps, config.policy_shift)
+    """Penalties, and the gradients of their weighted sum with respect to hidden states and LM head:
+    by autograd, token by token.
+    """
+    oracle = Oracle(
+        V, H, config.optimizer_model, config.top_k, config.betas, config.eps, config.policy_shift
+    )
     head = torch.from_numpy(np.random.default_rng(2).standard_normal((V, H)) * 2)
     first, second = batches()
     logits = first.hidden @ head.numpy().T / temperature
     oracle.update(
         [
-            make_token(first.hidden[i], logits[i], first.actions[i], first.advantages[i], config.top_k)
+            make_token(
+                first.hidden[i], logits[i], first.actions[i], first.advantages[i], config.top_k
+            )
             for i in zip(*np.nonzero(first.mask), strict=True)
         ]
     )
@@ -62,7 +70,11 @@ def naive(config: CapoConfig, temperature: float = 1.0) -> tuple[Tensor, Tensor,
     penalties = torch.zeros(second.mask.shape, dtype=torch.float64)
     for i in zip(*np.nonzero(second.mask), strict=True):
         token = make_token(
-            second.hidden[i], z[i].detach().numpy(), second.actions[i], second.advantages[i], config.top_k
+            second.hidden[i],
+            z[i].detach().numpy(),
+            second.actions[i],
+            second.advantages[i],
+            config.top_k,
         )
         u = torch.from_numpy(oracle.precondition(token.rows, token.g) @ token.h)
         pi = z[i][torch.from_numpy(token.rows)].softmax(-1)
@@ -90,7 +102,11 @@ def ours(
     capo = CapoFilter(config, V, H, **groups)
     head = torch.from_numpy(np.random.default_rng(2).standard_normal((V, H)) * 2)
     rows, start = capo.shard.rows, capo.shard.start
-    head = torch.nn.functional.pad(head, (0, 0, 0, rows * tp - V))[start : start + rows].to(dtype).requires_grad_()
+    head = (
+        torch.nn.functional.pad(head, (0, 0, 0, rows * tp - V))[start : start + rows]
+        .to(dtype)
+        .requires_grad_()
+    )
     mine = slice(at.dp * 4 // dp, (at.dp + 1) * 4 // dp)
     for batch in batches():
         hidden, _, actions, advantages, mask, _ = batch.arguments(LR, dtype)
@@ -98,7 +114,8 @@ def ours(
         logits = hidden @ head.T
         out = capo.evaluate(
             hidden, logits, actions[mine], advantages[mine], mask[mine], LR,
-            temperature=torch.full_like(mask[mine], temperature, dtype=dtype), skip_masked=skip_masked, max_tokens=max_tokens,
+            temperature=torch.full_like(mask[mine], temperature, dtype=dtype),
+            skip_masked=skip_masked, max_tokens=max_tokens,
         )  # fmt: skip
         last, penalty_of = batch, curvature_penalty(logits, out.penalty_terms)
         logits.div_(temperature)  # as trainers do
@@ -145,9 +162,15 @@ def test_every_layout_has_the_gradient_of_one_process(layout):
         padded = torch.nn.functional.pad(head, (0, 0, 0, rows * tp - V))
         for found in (rank[case] for rank in ranks):
             at = found["at"]
-            torch.testing.assert_close(found["penalty"], penalties.chunk(dp)[at.dp], rtol=1e-9, atol=1e-15)
-            torch.testing.assert_close(found["hidden"], hidden.chunk(dp)[at.dp], rtol=1e-8, atol=1e-13)
-            torch.testing.assert_close(found["head"], padded[at.tp * rows : (at.tp + 1) * rows], rtol=1e-8, atol=1e-13)
+            torch.testing.assert_close(
+                found["penalty"], penalties.chunk(dp)[at.dp], rtol=1e-9, atol=1e-15
+            )
+            torch.testing.assert_close(
+                found["hidden"], hidden.chunk(dp)[at.dp], rtol=1e-8, atol=1e-13
+            )
+            torch.testing.assert_close(
+                found["head"], padded[at.tp * rows : (at.tp + 1) * rows], rtol=1e-8, atol=1e-13
+            )
 
 
 def on_ranks(tp: int, dp: int) -> list[dict[str, Any]]:
@@ -202,7 +225,9 @@ def test_outside_the_mask_anything_goes_and_has_no_gradient():
         penalty = curvature_penalty(logits, out.penalty_terms)
         assert not penalty[~mask].any()
         (gradient,) = torch.autograd.grad(penalty.sum(), logits)
-        assert not gradient[~mask].any() and gradient[mask].isfinite().all() and gradient[mask].any()
+        assert (
+            not gradient[~mask].any() and gradient[mask].isfinite().all() and gradient[mask].any()
+        )
 
 
 def test_nothing_waits_for_the_device_and_nothing_wide_is_kept():
@@ -220,7 +245,9 @@ def test_metrics_report_the_mean():
     batch, metrics = batches()[0], StepMetrics()
     out = CapoFilter(config_of(KNOBS[0]), V, H).evaluate(*batch.arguments(LR))
     mask = torch.from_numpy(batch.mask)
-    metrics.add(out, torch.from_numpy(batch.advantages), mask, torch.arange(4).repeat_interleave(5), 4)
+    metrics.add(
+        out, torch.from_numpy(batch.advantages), mask, torch.arange(4).repeat_interleave(5), 4
+    )
     expected = 3.0 * float(out.policy_shift[mask].mean())
     assert expected > 0 and metrics.compute()["capo/penalty_mean"] == pytest.approx(expected)
 
@@ -228,11 +255,15 @@ def test_metrics_report_the_mean():
 def test_what_cannot_work_is_refused():
     hidden, logits, *rest = batches()[0].arguments(LR)
     capo = CapoFilter(config_of(KNOBS[0]), V, H)
-    with pytest.raises(ValueError, match="capo.policy_penalty and capo.objective_penalty are functions of the logits"):
+    with pytest.raises(
+        ValueError,
+        match="capo.policy_penalty and capo.objective_penalty are functions of the logits",
+    ):
         capo.evaluate(hidden, ProjectedLogits(torch.zeros(V, H, dtype=torch.float64)), *rest)
     terms = capo.evaluate(hidden, logits, *rest).penalty_terms
     with pytest.raises(
-        ValueError, match=r"logits: expected \[4, 5\] and the vocabulary rows, as evaluated, got \[20, 21\]"
+        ValueError,
+        match=r"logits: expected \[4, 5\] and the vocabulary rows, as evaluated, got \[20, 21\]",
     ):
         curvature_penalty(logits.flatten(0, 1), terms)
     assert "context parallelism of size 2" in run_on_ranks(over_context_parallel, 2)[0]

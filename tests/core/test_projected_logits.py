@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The filter without logits: it decides as on the product of hidden states and LM head, which it never holds whole."""
+"""The filter without logits: it decides as on the product of hidden states and LM head, which it
+never holds whole.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ V, H = 21, 6
 
 
 class Model:
-    """A random LM head, and batches whose logits are its product with the hidden states, in float64 on the side."""
+    """A random LM head, and batches whose logits are its product with the hidden states, in float64
+    on the side.
+    """
 
     def __init__(self, rng: np.random.Generator, v: int = V, h: int = H, bias: bool = True):
         self.weight = 2 * rng.standard_normal((v, h))
@@ -35,10 +39,14 @@ class Model:
         bias = None if self.bias is None else torch.from_numpy(self.bias[rows]).to(dtype)
         return ProjectedLogits(torch.from_numpy(self.weight[rows]).to(dtype), bias)
 
-    def batch(self, rng: np.random.Generator, b: int, t: int, temperature: np.ndarray | float = 1.0) -> Batch:
+    def batch(
+        self, rng: np.random.Generator, b: int, t: int, temperature: np.ndarray | float = 1.0
+    ) -> Batch:
         batch = Batch.random(rng, b, t, self.weight.shape[1], len(self.weight))
         logits = batch.hidden @ self.weight.T + (0.0 if self.bias is None else self.bias)
-        batch.logits = logits / (temperature[..., None] if isinstance(temperature, np.ndarray) else temperature)
+        batch.logits = logits / (
+            temperature[..., None] if isinstance(temperature, np.ndarray) else temperature
+        )
         return batch
 
 
@@ -56,10 +64,13 @@ class Model:
 def test_equals_oracle(
     seed, shape, top_k, optimizer_model, granularity, bias, skip_masked, tiny_scratch
 ):  # fmt: skip
-    """Two micro-batches a step, temperatures of their own, float64: decisions, shifts, batch shifts and moments."""
+    """Two micro-batches a step, temperatures of their own, float64: decisions, shifts, batch shifts
+    and moments.
+    """
     b, t, h, v = shape
     config = CapoConfig(
-        optimizer_model=optimizer_model, top_k=None if top_k is None else min(top_k, v), policy_shift_max=1e-4,
+        optimizer_model=optimizer_model, top_k=None if top_k is None else min(top_k, v),
+        policy_shift_max=1e-4,
         objective_shift_max=2e-2, granularity=granularity, betas=(0.8, 0.95), eps=1e-6,
     )  # fmt: skip
     rng = np.random.default_rng(seed)
@@ -81,25 +92,35 @@ def test_equals_oracle(
                 )  # fmt: skip
                 m_h, m_f, accepted = oracle_decision(oracle, config, batch, LR)
                 here = batch.mask if skip_masked else np.ones_like(batch.mask)
-                np.testing.assert_allclose(out.objective_shift.numpy()[here], m_h[here], rtol=1e-9, atol=1e-16)
-                np.testing.assert_allclose(out.policy_shift.numpy()[here], m_f[here], rtol=1e-9, atol=1e-18)
+                np.testing.assert_allclose(
+                    out.objective_shift.numpy()[here], m_h[here], rtol=1e-9, atol=1e-16
+                )
+                np.testing.assert_allclose(
+                    out.policy_shift.numpy()[here], m_f[here], rtol=1e-9, atol=1e-18
+                )
                 np.testing.assert_array_equal(out.accepted.numpy(), accepted)
                 kept += kept_tokens(batch, accepted, config.top_k)
                 for sequences, keep in zip(expected_sets, (batch.mask, accepted), strict=True):
                     tokens = batch.tokens(config.top_k)
                     sequences += [
-                        [x for x, k in zip(row, ks, strict=True) if k] for row, ks in zip(tokens, keep, strict=True)
+                        [x for x, k in zip(row, ks, strict=True) if k]
+                        for row, ks in zip(tokens, keep, strict=True)
                     ]
             for shifts, sequences in zip(capo.batch_shifts(), expected_sets, strict=True):
                 np.testing.assert_allclose(
-                    [float(x) for x in shifts], oracle.set_shifts(sequences, LR), rtol=1e-9, atol=1e-16
+                    [float(x) for x in shifts],
+                    oracle.set_shifts(sequences, LR),
+                    rtol=1e-9,
+                    atol=1e-16,
                 )
             capo.step()
             oracle.update(kept)
             if optimizer_model == "adam":
                 state = capo.state_dict()
                 np.testing.assert_allclose(state["exp_avg"], oracle.exp_avg, rtol=1e-9, atol=1e-16)
-                np.testing.assert_allclose(state["exp_avg_sq"], oracle.exp_avg_sq, rtol=1e-9, atol=1e-18)
+                np.testing.assert_allclose(
+                    state["exp_avg_sq"], oracle.exp_avg_sq, rtol=1e-9, atol=1e-18
+                )
 
 
 def _tiny_scratch(patch: pytest.MonkeyPatch) -> None:
@@ -113,7 +134,9 @@ def _tiny_scratch(patch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("top_k", [7, None])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_equals_evaluation_of_the_heads_own_logits(dtype, top_k):
-    """In the dtype of the model: what the LM head and the trainer's division by the temperature would have given."""
+    """In the dtype of the model: what the LM head and the trainer's division by the temperature
+    would have given.
+    """
     rng = np.random.default_rng(4)
     model = Model(rng, 60, 16, bias=False)
     config = CapoConfig(top_k=top_k, policy_shift_max=None, objective_shift_max=None)
@@ -125,8 +148,11 @@ def test_equals_evaluation_of_the_heads_own_logits(dtype, top_k):
         logits = (hidden @ head.weight.T) / temperature[..., None].to(dtype)
         a = fused.evaluate(hidden, head, *rest, temperature=temperature)
         b = plain.evaluate(hidden, logits, *rest)
-        # A product of another shape may sum in another order: one rounding of a float32; in bfloat16 it rounds away.
-        tolerance = {"rtol": 2e-5, "atol": 1e-9} if dtype == torch.float32 else {"rtol": 0, "atol": 0}
+        # A product of another shape may sum in another order: one rounding of a float32; in
+        # bfloat16 it rounds away.
+        tolerance = (
+            {"rtol": 2e-5, "atol": 1e-9} if dtype == torch.float32 else {"rtol": 0, "atol": 0}
+        )
         torch.testing.assert_close(a.policy_shift, b.policy_shift, **tolerance)
         torch.testing.assert_close(a.objective_shift, b.objective_shift, **tolerance)
         assert torch.equal(a.in_support, b.in_support) and a.policy_shift.count_nonzero() > 0
@@ -149,7 +175,11 @@ def test_logits_never_exist_whole(top_k, monkeypatch):
         nonlocal largest, most_alive, reads
         logits = read(self, *args)
         alive[:] = [ref for ref in alive if ref() is not None] + [weakref.ref(logits)]
-        largest, most_alive, reads = max(largest, logits.numel()), max(most_alive, len(alive)), reads + 1
+        largest, most_alive, reads = (
+            max(largest, logits.numel()),
+            max(most_alive, len(alive)),
+            reads + 1,
+        )
         return logits
 
     monkeypatch.setattr(ProjectedRows, "read", counted)
@@ -212,7 +242,9 @@ def test_a_bad_row_of_the_head_is_named_as_bad_logits():
 
 
 def on_two_ranks(config: CapoConfig) -> list[dict]:
-    """Half of the rows of the LM head on each rank, 11 and 10 of 21; or all, without a process group."""
+    """Half of the rows of the LM head on each rank, 11 and 10 of 21; or all, without a process
+    group.
+    """
     group = dist.group.WORLD if dist.is_initialized() else None
     capo = CapoFilter(config, V, H, tp_group=group)
     rng = np.random.default_rng(3)
@@ -225,10 +257,13 @@ def on_two_ranks(config: CapoConfig) -> list[dict]:
     for _ in range(3):
         batch = Batch.random(rng, 2, 9, H, V)
         hidden, _, *rest = batch.arguments(LR)
-        out = capo.evaluate(hidden, model.head(rows=rows), *rest, temperature=torch.full((2, 9), 0.7))
+        out = capo.evaluate(
+            hidden, model.head(rows=rows), *rest, temperature=torch.full((2, 9), 0.7)
+        )
         shifts = torch.stack([torch.stack(pair) for pair in capo.batch_shifts()])
         capo.step()
-        seen.append({"m_f": out.policy_shift, "m_h": out.objective_shift, "accepted": out.accepted, "batch": shifts,
+        seen.append({"m_f": out.policy_shift, "m_h": out.objective_shift, "accepted": out.accepted,
+            "batch": shifts,
                      "tokens": int(batch.mask.sum())})  # fmt: skip
     return seen
 

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One recorded batch on real process groups: tensor-, data- and context-parallel ranks decide as one process does."""
+"""One recorded batch on real process groups: tensor-, data- and context-parallel ranks decide as
+one process does.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ def run(config: CapoConfig, tp: int, dp: int, cp: int) -> dict:
     seen = []
     for batch in batches():
         hidden, logits, *rest = batch.arguments(LR)
-        logits = torch.nn.functional.pad(logits, (0, rows * tp - V), value=99.0)[..., start : start + rows]
+        logits = torch.nn.functional.pad(logits, (0, rows * tp - V), value=99.0)[
+            ..., start : start + rows
+        ]
         sequences = slice(at.dp * 4 // dp, (at.dp + 1) * 4 // dp)
         time = slice(at.cp * 8 // cp, (at.cp + 1) * 8 // cp)
         out = capo.evaluate(*(x[sequences, time] for x in (hidden, logits, *rest[:-1])), LR)
@@ -48,15 +52,20 @@ def run(config: CapoConfig, tp: int, dp: int, cp: int) -> dict:
     "layout", [(2, 1, 1), (4, 1, 1), (1, 2, 1), (1, 1, 2), (2, 2, 1), (2, 1, 2), (1, 2, 2)], ids=str
 )
 @pytest.mark.parametrize(
-    "knobs", [{"top_k": 5}, {"top_k": 15}, {"top_k": None}, {"top_k": 5, "optimizer_model": "sgd"}], ids=str
+    "knobs",
+    [{"top_k": 5}, {"top_k": 15}, {"top_k": None}, {"top_k": 5, "optimizer_model": "sgd"}],
+    ids=str,
 )
 def test_every_layout_decides_alike(layout, knobs):
     sgd = "optimizer_model" in knobs
-    config = CapoConfig(policy_shift_max=3e-5 if sgd else 3e-4, objective_shift_max=0.01 if sgd else 0.05, **knobs)
+    config = CapoConfig(
+        policy_shift_max=3e-5 if sgd else 3e-4, objective_shift_max=0.01 if sgd else 0.05, **knobs
+    )
     tp, dp, cp = layout
     one = run(config, 1, 1, 1)
     rejected = [
-        int((torch.from_numpy(b.mask) & ~s["accepted"]).sum()) for b, s in zip(batches(), one["steps"], strict=True)
+        int((torch.from_numpy(b.mask) & ~s["accepted"]).sum())
+        for b, s in zip(batches(), one["steps"], strict=True)
     ]
     assert min(rejected) > 0 and all(s["accepted"].any() for s in one["steps"])
     for result in run_on_ranks(run, tp * dp * cp, config, tp, dp, cp):
@@ -84,7 +93,12 @@ def bad_logits_on_one_rank() -> str:
         logits[0, 1, 2] = float("nan")
     with pytest.raises(ValueError) as error:
         capo.evaluate(
-            torch.ones(1, 2, 2), logits, torch.zeros(1, 2, dtype=torch.int64), torch.ones(1, 2), torch.ones(1, 2), 0.1
+            torch.ones(1, 2, 2),
+            logits,
+            torch.zeros(1, 2, dtype=torch.int64),
+            torch.ones(1, 2),
+            torch.ones(1, 2),
+            0.1,
         )
     return str(error.value)
 
@@ -101,4 +115,7 @@ def sequences_over_context_parallel() -> str:
 
 
 def test_sequences_cut_by_context_parallelism_are_refused():
-    assert "context parallelism of size 2 splits them" in run_on_ranks(sequences_over_context_parallel, 2)[0]
+    assert (
+        "context parallelism of size 2 splits them"
+        in run_on_ranks(sequences_over_context_parallel, 2)[0]
+    )

@@ -24,10 +24,12 @@ class Reference:
 
 
 def make_reference(path: str, adapter: str | None = None) -> Reference:
-    """The same numbers from Hugging Face and autograd, one sequence at a time, one clipped step of gradient descent.
+    """The same numbers from Hugging Face and autograd, one sequence at a time, one clipped step of
+    gradient descent.
 
     Args:
-        adapter: directory of a LoRA adapter, which is trained in place of the model; the weights are the merged ones.
+        adapter: directory of a LoRA adapter, which is trained in place of the model; the weights
+            are the merged ones.
     """
     model = load_model(path, adapter)
     weights = merged_weights(model)
@@ -44,15 +46,23 @@ def make_reference(path: str, adapter: str | None = None) -> Reference:
         for p in parameters:
             p -= LR * min(1.0, CLIP / (norm + 1e-6)) * p.grad
     return Reference(
-        [x.detach() for x in log_probs], [x.detach() for x in entropy], weights, merged_weights(model), norm
+        [x.detach() for x in log_probs],
+        [x.detach() for x in entropy],
+        weights,
+        merged_weights(model),
+        norm,
     )
 
 
 def load_model(path: str, adapter: str | None) -> torch.nn.Module:
-    """Hugging Face's model in float32, trainable; with the LoRA adapter in that directory only the adapter is."""
+    """Hugging Face's model in float32, trainable; with the LoRA adapter in that directory only the
+    adapter is.
+    """
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager")
+    model = AutoModelForCausalLM.from_pretrained(
+        path, dtype=torch.float32, attn_implementation="eager"
+    )
     if adapter is None:
         return model
     from peft import PeftModel
@@ -73,10 +83,12 @@ def largest_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -
 
 
 def check(ranks: list[Measured], dp: int, reference: Reference, exported: float = 0.0) -> None:
-    """Every rank against the reference; the gradient norm is clipped, so the step tests the clipping too.
+    """Every rank against the reference; the gradient norm is clipped, so the step tests the
+    clipping too.
 
     Args:
-        exported: tolerance of the weights before the step, bit-exact unless something is added to them.
+        exported: tolerance of the weights before the step, bit-exact unless something is added to
+            them.
     """
     assert reference.grad_norm > CLIP
     outputs = [(rank.log_probs, rank.entropy) for rank in ranks if rank.log_probs]
@@ -88,13 +100,17 @@ def check(ranks: list[Measured], dp: int, reference: Reference, exported: float 
     for got, want in zip(entropy, reference.entropy, strict=True):
         torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
     for rank in ranks:
-        assert largest_difference(rank.exported, reference.weights) <= exported, "HF -> engine -> HF is not exact"
+        assert largest_difference(rank.exported, reference.weights) <= exported, (
+            "HF -> engine -> HF is not exact"
+        )
         assert rank.grad_norm == pytest.approx(reference.grad_norm, rel=1e-5)
         assert largest_difference(rank.stepped, reference.stepped) < 1e-5
 
 
 def check_resumed(ranks: list) -> None:
-    """Of ``save_and_resume_engine``: loading restores weights and optimizer, so the step after it is the one after saving."""
+    """Of ``save_and_resume_engine``: loading restores weights and optimizer, so the step after it
+    is the one after saving.
+    """
     for saved, later, *resumed in ranks:
         assert largest_difference(saved, later) > 1e-3
         for loaded, again in (resumed[:2], resumed[2:]):

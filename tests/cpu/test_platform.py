@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The CPU platform, verl's process groups on it, the view of torch, and that switching it on is cheap."""
+"""The CPU platform, verl's process groups on it, the view of torch, and that switching it on is
+cheap.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,11 @@ def test_verl_selects_it() -> None:
     from verl.utils import device
 
     assert type(get_platform()).__name__ == "PlatformCPU"
-    assert (device.get_device_name(), device.get_nccl_backend(), device.get_resource_name()) == ("cpu", "gloo", "GPU")
+    assert (device.get_device_name(), device.get_nccl_backend(), device.get_resource_name()) == (
+        "cpu",
+        "gloo",
+        "GPU",
+    )
     assert get_platform().ray_resource_options(2) == {"num_gpus": 2}
     assert not get_platform().is_platform_available(use_smi_check=True), "never detected by itself"
 
@@ -44,7 +50,9 @@ def test_device_module_answers_what_verl_asks() -> None:
     state, drawn = module.get_rng_state(), torch.rand(1)
     module.set_rng_state(state)
     assert torch.equal(torch.rand(1), drawn)
-    assert not module.is_available() and module.device_count() == 0 and module.mem_get_info() == (0, 0)
+    assert (
+        not module.is_available() and module.device_count() == 0 and module.mem_get_info() == (0, 0)
+    )
     module.synchronize()
     module.empty_cache()
     with pytest.raises(AttributeError):
@@ -57,7 +65,9 @@ def test_import_is_cheap() -> None:
         "import sys, capo_verl.cpu.platform;"
         "print([m for m in sys.modules if m.startswith(('megatron', 'mbridge', 'verl.workers'))])"
     )
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ)
+    out = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ
+    )
     assert out.stdout.strip().splitlines()[-1] == "[]"
 
 
@@ -73,7 +83,11 @@ def _verl_process_groups() -> tuple:
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
     os.environ["MASTER_PORT"] = os.environ["SECOND_PORT"]
-    return (total.item(), module.initialize_global_process_group(timeout_second=60), torch.distributed.get_backend())
+    return (
+        total.item(),
+        module.initialize_global_process_group(timeout_second=60),
+        torch.distributed.get_backend(),
+    )
 
 
 def test_verl_process_groups_use_gloo(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,7 +98,10 @@ def test_verl_process_groups_use_gloo(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", ports[0])
     monkeypatch.setenv("SECOND_PORT", ports[1])
-    assert run_on_ranks(_verl_process_groups, 2) == [(3.0, (0, 0, 2), "gloo"), (3.0, (1, 1, 2), "gloo")]
+    assert run_on_ranks(_verl_process_groups, 2) == [
+        (3.0, (0, 0, 2), "gloo"),
+        (3.0, (1, 1, 2), "gloo"),
+    ]
 
 
 def test_torch_view_redirects_megatron_only(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,5 +10,9 @@ DOCS = Path(__file__).parents[2] / "docs/data.md"
 
 def test_the_table_in_the_docs_is_the_registrys():
     """To renew it: paste what ``scripts/prepare_data.py --list`` prints."""
-    between = DOCS.read_text(encoding="utf-8").split("prepare_data.py --list -->\n")[1].split("<!-- end -->")[0]
+    between = (
+        DOCS.read_text(encoding="utf-8")
+        .split("prepare_data.py --list -->\n")[1]
+        .split("<!-- end -->")[0]
+    )
     assert between.strip() == markdown()

@@ -22,7 +22,12 @@ def test_normalise():
 
 def test_duplicates_and_contradictions():
     found = duplicates(
-        rows(("What is 1+1?", "2"), ("What is 2+2?", "4"), ("what is  $1+1$", "2"), ("What is 1+1?", "3"))
+        rows(
+            ("What is 1+1?", "2"),
+            ("What is 2+2?", "4"),
+            ("what is  $1+1$", "2"),
+            ("What is 1+1?", "3"),
+        )
     )
     assert found.exact == 2
     assert found.contradictions == [(0, 3)]
@@ -30,10 +35,14 @@ def test_duplicates_and_contradictions():
 
 def test_exact_and_near_overlap_across_templates():
     train = rows(
-        ("What is 1+1?", "2"), (LONG.format(48), "72"), ("Something else entirely, of no relation to any other", "1")
+        ("What is 1+1?", "2"),
+        (LONG.format(48), "72"),
+        ("Something else entirely, of no relation to any other", "1"),
     )
     test = rows((LONG.format(480), "720"), ("What is 1 + 1?", "2"), template="boxed")
-    found = overlap(train, test, ["Please reason step by step, and put your final answer within \\boxed{}."])
+    found = overlap(
+        train, test, ["Please reason step by step, and put your final answer within \\boxed{}."]
+    )
     assert found == Overlap(exact=[(0, 1)], near=[(1, 0)])
     assert found.training_rows == {0, 1}
     assert overlap(train, test, near=False).near == []

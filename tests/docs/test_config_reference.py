@@ -41,7 +41,11 @@ def test_a_knob_without_description_is_an_error(reference) -> None:
 
 
 def test_defaults_are_written_as_on_the_command_line(reference) -> None:
-    rows = dict(line[2:].split(" | ")[:2] for line in reference.render().splitlines() if line.startswith("| `capo."))
+    rows = dict(
+        line[2:].split(" | ")[:2]
+        for line in reference.render().splitlines()
+        if line.startswith("| `capo.")
+    )
     assert rows["`capo.top_k`"] == "`50`"
     assert rows["`capo.policy_shift_max`"] == "`0.0001`"
     assert rows["`capo.max_rejection`"] == "`null`"

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""docs/extending.md does what it says: its files and diffs, applied to a copy of the package, pass its own assertions."""
+"""docs/extending.md does what it says: its files and diffs, applied to a copy of the package, pass
+its own assertions.
+"""
 
 from __future__ import annotations
 
@@ -65,7 +67,9 @@ def make_copy(folder: Path) -> None:
             ["git", "apply", "--whitespace=nowarn", "-"],
             input=block.text, cwd=folder, env=environment, capture_output=True, text=True,
         )  # fmt: skip
-        assert done.returncode == 0, f"docs/extending.md, the diff in line {block.line}: {done.stderr}"
+        assert done.returncode == 0, (
+            f"docs/extending.md, the diff in line {block.line}: {done.stderr}"
+        )
 
 
 def test_the_page_runs(tmp_path: Path) -> None:
@@ -74,27 +78,46 @@ def test_the_page_runs(tmp_path: Path) -> None:
     for block in RUN:  # behind blank lines, so that a traceback has the line numbers of the page
         text = "\n" * (block.line - 1) + block.text
         (tmp_path / "extending.md" / f"{block.line:05d}").write_text(text, encoding="utf-8")
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(tmp_path),
+        "OMP_NUM_THREADS": "1",
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
     done = subprocess.run(
-        [sys.executable, "-c", RUNNER], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+        [sys.executable, "-c", RUNNER],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == f"ran {len(RUN)}"
 
 
-@pytest.mark.parametrize("block", [b for b in RUN if "assert" in b.text], ids=lambda b: f"line {b.line}")
+@pytest.mark.parametrize(
+    "block", [b for b in RUN if "assert" in b.text], ids=lambda b: f"line {b.line}"
+)
 def test_assertions_are_about_numbers(block: Block) -> None:
     assert re.search(r"assert .*\d", block.text)
 
 
 def test_every_section_asserts_something() -> None:
     sections = re.split(r"^## ", PAGE.read_text(encoding="utf-8"), flags=re.MULTILINE)[1:]
-    silent = [s.splitlines()[0] for s in sections if not any("assert " in b.text for b in blocks_of(s))]
+    silent = [
+        s.splitlines()[0] for s in sections if not any("assert " in b.text for b in blocks_of(s))
+    ]
     assert silent == ["What holds an extension to its promise"]
 
 
 def test_files_named_on_the_page_exist() -> None:
-    named = set(re.findall(r"`((?:capo_verl|tests|docs|scripts|examples)/[\w./-]+)`", PAGE.read_text(encoding="utf-8")))
+    named = set(
+        re.findall(
+            r"`((?:capo_verl|tests|docs|scripts|examples)/[\w./-]+)`",
+            PAGE.read_text(encoding="utf-8"),
+        )
+    )
     made = {FILE.match(b.text)[1] for b in FILES}
     assert sorted(name for name in named - made if not (ROOT / name).exists()) == []
 
@@ -105,7 +128,11 @@ def test_the_table_counts_the_lines_of_the_examples() -> None:
     counted = []
     for section in re.split(r"^## ", page, flags=re.MULTILINE)[1:-1]:
         blocks = blocks_of(section)
-        new = sum(len(b.text.splitlines()) - 1 for b in blocks if b.language == "python" and FILE.match(b.text))
+        new = sum(
+            len(b.text.splitlines()) - 1
+            for b in blocks
+            if b.language == "python" and FILE.match(b.text)
+        )
         engine = re.search(r"^class CapoPlainEngine.*?^```", section, re.MULTILINE | re.DOTALL)
         new += len(engine[0].splitlines()) - 1 if engine else 0
         diffs = "".join(b.text for b in blocks if b.language == "diff").splitlines()

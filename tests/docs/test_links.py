@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every link inside the repository leads somewhere, anchors included. Links to the web are looked at for their form only."""
+"""Every link inside the repository leads somewhere, anchors included.
+
+Links to the web are looked at for their form only.
+"""
 
 from __future__ import annotations
 
@@ -38,6 +41,7 @@ def test_a_broken_link_is_found(tmp_path, monkeypatch) -> None:
     page = tmp_path / "page.md"
     monkeypatch.setattr("tests.docs.test_links.ROOT", tmp_path)
     page.write_text(
-        "# A title, `code`\n[a](#a-title-code) [b](#nowhere) [c](gone.md) ![d](d.png) [e](http://x.org) `[f](g)`\n"
+        "# A title, `code`\n[a](#a-title-code) [b](#nowhere) [c](gone.md) ![d](d.png) "
+        "[e](http://x.org) `[f](g)`\n"
     )
     assert broken(page) == ["#nowhere", "gone.md", "d.png", "http://x.org"]

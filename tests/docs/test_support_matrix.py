@@ -29,7 +29,9 @@ def matrix():
 
 
 def test_the_page_is_up_to_date(matrix) -> None:
-    assert (DOCS / "support.md").read_text(encoding="utf-8") == matrix.written(), "run python docs/support_matrix.py"
+    assert (DOCS / "support.md").read_text(encoding="utf-8") == matrix.written(), (
+        "run python docs/support_matrix.py"
+    )
 
 
 def test_every_test_it_names_exists(matrix) -> None:

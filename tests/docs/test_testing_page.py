@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""docs/testing.md names every folder of tests/, every marker, every variable of scripts/test.sh, and files that exist."""
+"""docs/testing.md names every folder of tests/, every marker, every variable of scripts/test.sh,
+and files that exist.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ def first_cells(heading: str) -> list[str]:
 def folders(tests: Path) -> list[str]:
     """Those with something in them."""
     found = [p for p in tests.iterdir() if p.is_dir() and p.name != "__pycache__"]
-    return sorted(p.name for p in found if any(x.is_file() and x.suffix != ".pyc" for x in p.rglob("*")))
+    return sorted(
+        p.name for p in found if any(x.is_file() and x.suffix != ".pyc" for x in p.rglob("*"))
+    )
 
 
 def test_every_folder_is_named_once() -> None:
@@ -40,17 +44,24 @@ def test_an_empty_folder_does_not_count(tmp_path: Path) -> None:
 def test_every_marker_is_named() -> None:
     settings = configparser.ConfigParser()
     settings.read(ROOT / "setup.cfg")
-    markers = [line.split(":")[0] for line in settings["tool:pytest"]["markers"].strip().splitlines()]
+    markers = [
+        line.split(":")[0] for line in settings["tool:pytest"]["markers"].strip().splitlines()
+    ]
     assert sorted(first_cells("marker")) == sorted(markers)
 
 
 def test_every_variable_of_the_script_is_named() -> None:
-    scripts = [(ROOT / "scripts" / name).read_text(encoding="utf-8") for name in ("test.sh", "environment.sh")]
+    scripts = [
+        (ROOT / "scripts" / name).read_text(encoding="utf-8")
+        for name in ("test.sh", "environment.sh")
+    ]
     used = set(re.findall(r"\$\{([A-Z_]+):?-", "".join(scripts))) - {"PYTHONPATH"}
     assert set(first_cells("variable")) == used
 
 
-@pytest.mark.parametrize("name", sorted(set(re.findall(r"`((?:tests|docs|scripts|capo_verl|\.ci)/[\w./-]+)`", TEXT))))
+@pytest.mark.parametrize(
+    "name", sorted(set(re.findall(r"`((?:tests|docs|scripts|capo_verl|\.ci)/[\w./-]+)`", TEXT)))
+)
 def test_files_exist(name: str) -> None:
     assert (ROOT / name).exists()
 
@@ -58,8 +69,10 @@ def test_files_exist(name: str) -> None:
 @pytest.mark.parametrize(
     ("file", "names"),
     [
-        ("tests/engines/megatron/test_layouts.py", ["CASES", "TOLERANCE", "CAPO_VERL_WRITE_MATRIX"]),
-        ("tests/engines/megatron/test_layouts.py", ["def test_documented_matrix_is_of_these_layouts"]),
+        ("tests/engines/megatron/test_layouts.py",
+            ["CASES", "TOLERANCE", "CAPO_VERL_WRITE_MATRIX"]),
+        ("tests/engines/megatron/test_layouts.py",
+            ["def test_documented_matrix_is_of_these_layouts"]),
         ("tests/helpers/grouped.py", ["launch_by_size"]),
         ("tests/helpers/spawn.py", ["run_on_ranks"]),
         ("tests/cpu/megatron/engine_cases.py", ["class Layout", "def make_engine"]),

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """docs/troubleshooting.md quotes this project's messages as the source has them.
 
-In its tables under ``| message |`` the first cell is one code span: a part of a string of the source, with ``…`` for each value
-that is filled in. Tables under ``| symptom |`` are about other people's messages and are not compared.
+In its tables under ``| message |`` the first cell is one code span: a part of a string of the
+source, with ``…`` for each value that is filled in. Tables under ``| symptom |`` are about other
+people's messages and are not compared.
 """
 
 from __future__ import annotations
@@ -23,17 +24,26 @@ LEAST = 12
 """Characters of a quotation besides ``…``: fewer could be anything."""
 
 COMPLETE = (
-    "capo_verl/config/capo.py", "capo_verl/engines/mixin.py", "capo_verl/engines/filter_step.py", "capo_verl/engines/fsdp/engine.py",
-    "capo_verl/engines/lm_head.py", "capo_verl/config/kl_budget.py", "capo_verl/engines/kl_control.py", "capo_verl/engines/kl_probe.py",
-    "capo_verl/config/checks.py", "capo_verl/plugin/checks/identity.py", "capo_verl/plugin/checks/sizes.py", "capo_verl/plugin/checks/files.py",
-    "capo_verl/engines/megatron/engine.py", "capo_verl/engines/megatron/parameters.py", "capo_verl/plugin/register.py",
-    "capo_verl/plugin/policy_loss.py", "capo_verl/plugin/checks/rivals.py", "capo_verl/engines/checkpoint_files.py", "capo_verl/plugin/checks/capo.py",
+    "capo_verl/config/capo.py", "capo_verl/engines/mixin.py", "capo_verl/engines/filter_step.py",
+    "capo_verl/engines/fsdp/engine.py",
+    "capo_verl/engines/lm_head.py", "capo_verl/config/kl_budget.py",
+    "capo_verl/engines/kl_control.py", "capo_verl/engines/kl_probe.py",
+    "capo_verl/config/checks.py", "capo_verl/plugin/checks/identity.py",
+    "capo_verl/plugin/checks/sizes.py", "capo_verl/plugin/checks/files.py",
+    "capo_verl/engines/megatron/engine.py", "capo_verl/engines/megatron/parameters.py",
+    "capo_verl/plugin/register.py",
+    "capo_verl/plugin/policy_loss.py", "capo_verl/plugin/checks/rivals.py",
+    "capo_verl/engines/checkpoint_files.py", "capo_verl/plugin/checks/capo.py",
 )  # fmt: skip
-"""Modules of which every message that is raised, logged as a warning, or returned as a problem has to be on the page."""
+"""Modules of which every message that is raised, logged as a warning, or returned as a problem has
+to be on the page.
+"""
 
 
 def template(node: ast.AST) -> str | None:
-    """The text of a string, f-string, or sum of them, ``…`` for what is filled in; None for another expression."""
+    """The text of a string, f-string, or sum of them, ``…`` for what is filled in; None for another
+    expression.
+    """
     if isinstance(node, ast.Constant) and isinstance(node.value, str):
         return PERCENT.sub("…", node.value)
     if isinstance(node, ast.JoinedStr):
@@ -82,7 +92,11 @@ def quotations(page: str) -> list[str]:
 
 def unknown(page: str, strings: list[str]) -> list[str]:
     """Quotations which no string of the source has."""
-    return [q for q in quotations(page) if len(q.replace("…", "")) < LEAST or not any(q in s for s in strings)]
+    return [
+        q
+        for q in quotations(page)
+        if len(q.replace("…", "")) < LEAST or not any(q in s for s in strings)
+    ]
 
 
 def messages_of(source: str) -> Iterator[str]:
@@ -92,7 +106,11 @@ def messages_of(source: str) -> Iterator[str]:
             if ast.unparse(node.exc.func) == "AttributeError":
                 continue  # of a module, for Python's own protocol
             told = template(node.exc.args[0])
-        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "warning":
+        elif (
+            isinstance(node, ast.Call)
+            and isinstance(node.func, ast.Attribute)
+            and node.func.attr == "warning"
+        ):
             told = template(node.args[0])
         elif isinstance(node, ast.Yield) and node.value is not None:
             told = template(node.value)
@@ -121,28 +139,46 @@ def test_every_message_of_these_modules_is_on_the_page(module: str) -> None:
 
 def test_every_row_says_why_and_what_to_do() -> None:
     rows = [
-        re.split(r" \| ", line.strip("| ")) for line in TEXT.splitlines() if re.match(r"\| (?!message|symptom)", line)
+        re.split(r" \| ", line.strip("| "))
+        for line in TEXT.splitlines()
+        if re.match(r"\| (?!message|symptom)", line)
     ]
-    assert [row[0] for row in rows if len(row) != 3 or not all(cell.strip(" |") for cell in row)] == []
+    assert [
+        row[0] for row in rows if len(row) != 3 or not all(cell.strip(" |") for cell in row)
+    ] == []
 
 
 def test_a_changed_message_is_found() -> None:
     page = "| message | why |\n|---|---|\n| `capo.…: expected a number` | |\n\n| symptom | why |\n|---|---|\n| `other words` | |\n"
     source = 'raise ValueError(f"capo.{key}: "\n    "expected a number, got none")'
     assert unknown(page, strings_of(source)) == []
-    assert unknown(page, strings_of(source.replace("a number", "numbers"))) == ["capo.…: expected a number"]
-    assert unknown(page, strings_of(source.replace("{key}", "mode"))) == ["capo.…: expected a number"]
-    assert unknown(page.replace("capo.…: expected", "…: ex…"), strings_of(source)) == ["…: ex… a number"]
+    assert unknown(page, strings_of(source.replace("a number", "numbers"))) == [
+        "capo.…: expected a number"
+    ]
+    assert unknown(page, strings_of(source.replace("{key}", "mode"))) == [
+        "capo.…: expected a number"
+    ]
+    assert unknown(page.replace("capo.…: expected", "…: ex…"), strings_of(source)) == [
+        "…: ex… a number"
+    ]
 
 
 def test_messages_are_found_in_logs_and_shell_scripts() -> None:
-    source = 'logger.warning("held %r after %d steps " + name, a, b)\nraise E\nreturn f"not {x}", None'
-    assert list(messages_of(source.replace("return", "def f():\n    return"))) == ["held … after … steps …"]
-    assert shell_strings_of('refuse "CAPO=$CAPO, ${x:-1} of $(f $(g)): no"') == ['refuse "CAPO=…, … of …: no"']
+    source = (
+        'logger.warning("held %r after %d steps " + name, a, b)\nraise E\nreturn f"not {x}", None'
+    )
+    assert list(messages_of(source.replace("return", "def f():\n    return"))) == [
+        "held … after … steps …"
+    ]
+    assert shell_strings_of('refuse "CAPO=$CAPO, ${x:-1} of $(f $(g)): no"') == [
+        'refuse "CAPO=…, … of …: no"'
+    ]
 
 
 def test_threads_are_linked_to_where_they_are() -> None:
-    """The text of a link names the repository and number of its address, and each address is that of a thread."""
+    """The text of a link names the repository and number of its address, and each address is that
+    of a thread.
+    """
     links = re.findall(r"\[([\w./-]+)#(\d+)\]\((https://github\.com/[^)]+)\)", TEXT)
     assert len(links) > 15
     for name, number, url in links:

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``+capo=kl_budget`` through verl's own ``main_ppo`` on two ranks: what reaches the logs and the checkpoint, and a resume."""
+"""``+capo=kl_budget`` through verl's own ``main_ppo`` on two ranks: what reaches the logs and the
+checkpoint, and a resume.
+"""
 
 from __future__ import annotations
 
@@ -26,8 +28,14 @@ def test_the_learning_rate_follows_the_measured_kl(inputs, output):  # noqa: F81
         assert metrics["capo/kl_mean"] > 1e-5 and metrics["capo/kl_p99"] >= metrics["capo/kl_mean"]
         assert 0 < metrics["capo/kl_budget_scale"] < metrics["capo/lr_scale"] <= 1
         assert metrics["capo/kl_probe_seconds"] > 0 and metrics["actor/lr"] == 3e-3
-    saved = [json.loads((output / f"checkpoints/global_step_{i}/actor/capo/control.json").read_text()) for i in (1, 2)]
-    assert saved[1]["kl_budget"]["scale"] < saved[0]["kl_budget"]["scale"] < 1 and not saved[1]["moments"]
+    saved = [
+        json.loads((output / f"checkpoints/global_step_{i}/actor/capo/control.json").read_text())
+        for i in (1, 2)
+    ]
+    assert (
+        saved[1]["kl_budget"]["scale"] < saved[0]["kl_budget"]["scale"] < 1
+        and not saved[1]["moments"]
+    )
 
     second = Run(inputs, output, "second", steps=3, first_step=2, overrides=overrides)
     assert second.wait() == 0, second.printed[-4000:]

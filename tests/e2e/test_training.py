@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""verl's own ``main_ppo``, Ray and all, on two ranks: trained, killed, resumed, killed again, and broken on one rank."""
+"""verl's own ``main_ppo``, Ray and all, on two ranks: trained, killed, resumed, killed again, and
+broken on one rank.
+"""
 
 from __future__ import annotations
 
@@ -57,7 +59,8 @@ CAPO_AND_CHECKPOINTS = (
     "actor_rollout_ref.actor.policy_loss.capo.policy_shift_max=1.2e-2",
     "actor_rollout_ref.actor.policy_loss.capo.objective_shift_max=null",
     "actor_rollout_ref.actor.ppo_mini_batch_size=2",
-    "actor_rollout_ref.actor.ppo_epochs=2",  # with the mini-batches: four optimizer steps per rollout
+    # with the mini-batches: four optimizer steps per rollout
+    "actor_rollout_ref.actor.ppo_epochs=2",
     "trainer.save_freq=1",
     "trainer.resume_mode=auto",
 )
@@ -70,14 +73,21 @@ def inputs(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def output(tmp_path):
-    """Folder of the runs. A killed rank leaves Megatron's checkpoint process behind; it is known by its environment."""
+    """Folder of the runs.
+
+    A killed rank leaves Megatron's checkpoint process behind; it is known by its environment.
+    """
     folder = tmp_path / "run"
     yield folder
     for process in Path("/proc").glob("[0-9]*"):
         try:
             if f"OUTPUT_DIR={folder}".encode() in (process / "environ").read_bytes().split(b"\0"):
                 os.kill(int(process.name), signal.SIGKILL)
-        except (FileNotFoundError, ProcessLookupError, PermissionError):  # ended by itself, or somebody else's
+        except (
+            FileNotFoundError,
+            ProcessLookupError,
+            PermissionError,
+        ):  # ended by itself, or somebody else's
             continue
 
 
@@ -93,34 +103,48 @@ class Run:
         self.metrics_path = output / f"{name}.jsonl"
         self.log = output / f"{name}.log"
         environment = {
-            **os.environ, "PYTHON": sys.executable, "DATA_DIR": str(inputs), "MODEL_PATH": str(inputs / "model"),
-            "OUTPUT_DIR": str(output), "TRAIN_BATCH_SIZE": "4", "ROLLOUT_N": "4", "MICRO_BATCH_SIZE": "8",
-            "MAX_RESPONSE_LENGTH": "8", "LR_WARMUP_STEPS": "0", "TOTAL_TRAINING_STEPS": str(steps), "TEST_FREQ": "-1",
-            "VERL_FILE_LOGGER_PATH": str(self.metrics_path), **{key: str(value) for key, value in more.items()},
+            **os.environ, "PYTHON": sys.executable, "DATA_DIR": str(inputs),
+            "MODEL_PATH": str(inputs / "model"),
+            "OUTPUT_DIR": str(output), "TRAIN_BATCH_SIZE": "4", "ROLLOUT_N": "4",
+            "MICRO_BATCH_SIZE": "8",
+            "MAX_RESPONSE_LENGTH": "8", "LR_WARMUP_STEPS": "0", "TOTAL_TRAINING_STEPS": str(steps),
+            "TEST_FREQ": "-1", "VERL_FILE_LOGGER_PATH": str(self.metrics_path),
+            **{key: str(value) for key, value in more.items()},
             "PYTHONPATH": os.pathsep.join(filter(None, [str(hooks), os.environ.get("PYTHONPATH")])),
         }  # fmt: skip
         environment.pop("VERL_PLATFORM", None)
         command = [
             "bash", str(ROOT / "examples/run_quickstart_cpu.sh"),
             f"reward.custom_reward_function.path={inputs / 'reward.py'}",
-            "~reward.custom_reward_function.reward_kwargs", "trainer.val_before_train=False", *overrides,
+            "~reward.custom_reward_function.reward_kwargs", "trainer.val_before_train=False",
+            *overrides,
         ]  # fmt: skip
-        self._command, self._environment, self._output, self._starts = command, environment, output, 0
+        self._command, self._environment, self._output, self._starts = (
+            command,
+            environment,
+            output,
+            0,
+        )
         self._start()
 
     def _start(self) -> None:
         self._starts += 1
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
-                self._command, env=self._environment, stdout=log, stderr=subprocess.STDOUT, cwd=self._output,
-                start_new_session=True,
+                self._command, env=self._environment, stdout=log, stderr=subprocess.STDOUT,
+                cwd=self._output, start_new_session=True,
             )  # fmt: skip
 
     def ended(self) -> int | None:
         """The exit code, None while it runs."""
         code = self.process.poll()
-        # Ray gives its own start 30 s (ray/_private/node.py), too little on a busy machine; nothing of ours has run then.
-        if code and "The current node timed out during startup" in self.printed and self._starts < 2:
+        # Ray gives its own start 30 s (ray/_private/node.py), too little on a busy machine; nothing
+        # of ours has run then.
+        if (
+            code
+            and "The current node timed out during startup" in self.printed
+            and self._starts < 2
+        ):
             self._start()
             return None
         return code
@@ -156,11 +180,17 @@ class Run:
 def test_killed_broken_and_resumed(inputs, output):
     latest = output / "checkpoints/latest_checkpointed_iteration.txt"
 
-    # A worker is killed while it writes the second checkpoint: the run ends by itself, the first one counts.
+    # A worker is killed while it writes the second checkpoint: the run ends by itself, the first
+    # one counts.
     first = Run(inputs, output, "first", steps=4, first_step=0, KILL_IN_SAVE=2)
     assert first.wait() != 0, first.printed[-4000:]
     # Which comes first: Ray notices the dead worker, or the other rank its closed connection.
-    reasons = ("ActorDiedError", "died unexpectedly", "Connection closed by peer", "Connection reset by peer")
+    reasons = (
+        "ActorDiedError",
+        "died unexpectedly",
+        "Connection closed by peer",
+        "Connection reset by peer",
+    )
     assert any(reason in first.printed for reason in reasons), first.printed[-4000:]
     assert latest.read_text() == "1"
     assert (output / "checkpoints/global_step_1/actor/capo/dist_ckpt/.metadata").exists()
@@ -173,7 +203,8 @@ def test_killed_broken_and_resumed(inputs, output):
     assert metrics["capo/filter_seconds"] > 0 and metrics["capo/batch_policy_shift_before"] > 0
     assert metrics["capo/batch_skipped"] == 0
 
-    # It resumes from the first, writes the second anew, and is killed between that and the third, all of it at once.
+    # It resumes from the first, writes the second anew, and is killed between that and the third,
+    # all of it at once.
     second = Run(inputs, output, "second", steps=4, first_step=1)
     second.wait_until(lambda: latest.read_text() == "2")
     second.kill()
@@ -181,7 +212,8 @@ def test_killed_broken_and_resumed(inputs, output):
     assert latest.read_text() in ("2", "3")  # a step is short
     done = int(latest.read_text())
 
-    # It resumes from there; then one rank raises inside the filter, and its message ends the run, at once.
+    # It resumes from there; then one rank raises inside the filter, and its message ends the run,
+    # at once.
     third = Run(inputs, output, "third", steps=6, first_step=done, RAISE_AFTER_SAVE=done + 1)
     assert third.wait() != 0
     ended = time.time()
@@ -189,7 +221,9 @@ def test_killed_broken_and_resumed(inputs, output):
     assert latest.read_text() == str(done + 1)
     assert "moments start empty" not in third.printed
     assert "ArithmeticError: sabotage of rank 1 inside the filter" in third.printed
-    assert ended - third.metrics_path.stat().st_mtime < 120  # verl's collectives would wait for 600 s
+    assert (
+        ended - third.metrics_path.stat().st_mtime < 120
+    )  # verl's collectives would wait for 600 s
 
 
 def test_capo_trains_with_fsdp_and_lora(inputs, output):

@@ -15,7 +15,13 @@ from capo_verl import CapoConfig, CapoFilter
 from capo_verl.core.validation import TOKEN_PROBLEMS
 from capo_verl.engines.filter_step import ACCEPTED, PENALTY, FilteredStep
 from capo_verl.engines.nonfinite import Health, describe
-from capo_verl.engines.response import SAMPLE, PackedResponse, accepted_response, mask_rejected, response_fields
+from capo_verl.engines.response import (
+    SAMPLE,
+    PackedResponse,
+    accepted_response,
+    mask_rejected,
+    response_fields,
+)
 from tests.helpers.syncs import recorded_syncs
 
 PROMPTS, RESPONSES = (2, 3), (3, 1)
@@ -28,7 +34,9 @@ def nested(*rows):
 
 @pytest.fixture(params=["nested", "padded"])
 def batch(request) -> TensorDict:
-    """Two samples; the responses 1.5 1.5 1.5 with its middle token masked (a tool's output, say), and -2."""
+    """Two samples; the responses 1.5 1.5 1.5 with its middle token masked (a tool's output, say),
+    and -2.
+    """
     fields = {"input_ids": nested([5, 6, 7, 8, 9], [4, 5, 6, 7]), SAMPLE: torch.tensor([3, 1])}
     if request.param == "nested":
         fields |= {
@@ -40,7 +48,9 @@ def batch(request) -> TensorDict:
         }
     else:
         fields |= {
-            "advantages": torch.tensor([[1.5, 1.5, 1.5, 9.0], [-2.0, 9.0, 9.0, 9.0]]),  # 9: padding, never read
+            "advantages": torch.tensor(
+                [[1.5, 1.5, 1.5, 9.0], [-2.0, 9.0, 9.0, 9.0]]
+            ),  # 9: padding, never read
             "response_mask": torch.tensor([[1, 0, 1, 0], [1, 0, 0, 0]]),
             "old_log_probs": torch.tensor([[-1.0, NAN, -1.0, NAN], [-1.0, NAN, NAN, NAN]]),
             "prompts": torch.tensor([[0, 5, 6], [4, 5, 6]]),
@@ -60,14 +70,17 @@ def test_response_fields_land_on_their_tokens(batch):
 
 
 def test_decisions_come_back_to_the_responses(batch):
-    # Position t of the engine's output belongs to token t + 1: the responses' decisions start one before them.
+    # Position t of the engine's output belongs to token t + 1: the responses' decisions start one
+    # before them.
     per_position = nested([0.0, 1.0, 1.0, 0.0, 7.0], [0.0, 0.0, 0.0, 7.0])  # 7: about no token
     with recorded_syncs() as syncs:
         accepted = accepted_response(per_position, batch)
         kept = mask_rejected(batch, accepted)
     assert syncs == []
     if accepted.is_nested:
-        assert torch.equal(accepted.values(), response_from_nested(per_position, batch["response_mask"]).values())
+        assert torch.equal(
+            accepted.values(), response_from_nested(per_position, batch["response_mask"]).values()
+        )
         assert torch.equal(accepted.offsets(), batch["response_mask"].offsets())
     else:
         assert torch.equal(accepted, no_padding_2_padding(per_position, batch))
@@ -86,7 +99,10 @@ def test_verls_metrics_describe_all_tokens_and_the_loss_the_accepted_ones(batch)
         total = mask.values().sum() if mask.is_nested else mask.sum()
         return total * model_output["scale"], {"actor/pg_loss": total, "actor/tokens": total}
 
-    output = {ACCEPTED: nested([0.0, 1.0, 1.0, 0.0, 0.0], [0.0, 0.0, 0.0, 1.0]), "scale": torch.tensor(2.0)}
+    output = {
+        ACCEPTED: nested([0.0, 1.0, 1.0, 0.0, 0.0], [0.0, 0.0, 0.0, 1.0]),
+        "scale": torch.tensor(2.0),
+    }
     loss, metrics = step.wrap_loss(loss_function)(output, batch)
     assert float(loss) == 2.0
     assert int(metrics["actor/pg_loss"]) == 1
@@ -102,23 +118,30 @@ def test_soft_weights_scale_the_advantages_and_leave_the_mask(batch, weighting):
     def loss_function(model_output, data):
         advantages, mask = data["advantages"], data["response_mask"]
         seen.append((advantages, mask))
-        padded = data.select("advantages", "response_mask").to_padded_tensor()  # as verl's ppo_loss does
+        padded = data.select(
+            "advantages", "response_mask"
+        ).to_padded_tensor()  # as verl's ppo_loss does
         lengths.append((padded["advantages"].shape, padded["response_mask"].shape))
         total = (advantages.values() * mask.values() if mask.is_nested else advantages * mask).sum()
         return total, {"actor/pg_loss": total, "actor/advantages": total}
 
-    # Position t says what is to become of token t + 1: half of the first, all of the third; a quarter of the second sample's.
+    # Position t says what is to become of token t + 1: half of the first, all of the third; a
+    # quarter of the second sample's.
     output = {ACCEPTED: nested([0.0, 0.5, 0.0, 1.0, 0.0], [0.0, 0.0, 0.25, 0.0])}
     loss, metrics = step.wrap_loss(loss_function)(output, batch)
     assert float(loss) == 1.5 * (0.5 + 1.0) - 2.0 * 0.25 == float(metrics["actor/pg_loss"])
-    assert float(metrics["actor/advantages"]) == 1.5 + 1.5 - 2.0  # verl's own metrics describe the batch as it is
+    assert (
+        float(metrics["actor/advantages"]) == 1.5 + 1.5 - 2.0
+    )  # verl's own metrics describe the batch as it is
     assert len({shape for pair in lengths for shape in pair}) == 1
     (whole, mask), (_, kept_mask) = seen
     tensors = (mask.values(), kept_mask.values()) if mask.is_nested else (mask, kept_mask)
     assert torch.equal(*tensors) and (whole.values() if whole.is_nested else whole).max() >= 1.5
 
 
-@pytest.mark.parametrize("loss_agg_mode", ["token-mean", "seq-mean-token-mean", "seq-mean-token-sum-norm"])
+@pytest.mark.parametrize(
+    "loss_agg_mode", ["token-mean", "seq-mean-token-mean", "seq-mean-token-sum-norm"]
+)
 def test_the_penalty_is_aggregated_like_the_policy_loss(batch, loss_agg_mode):
     """A loss whose token losses are the penalties themselves."""
     from functools import partial
@@ -129,7 +152,11 @@ def test_the_penalty_is_aggregated_like_the_policy_loss(batch, loss_agg_mode):
 
     assign_non_tensor(batch, dp_size=2, batch_num_tokens=7, global_batch_size=5)
     config = ActorConfig(
-        strategy="fsdp", rollout_n=1, use_dynamic_bsz=True, loss_agg_mode=loss_agg_mode, loss_scale_factor=3
+        strategy="fsdp",
+        rollout_n=1,
+        use_dynamic_bsz=True,
+        loss_agg_mode=loss_agg_mode,
+        loss_scale_factor=3,
     )
     penalty = nested([9.0, 0.5, 9.0, 2.0, 9.0], [9.0, 9.0, 4.0, 9.0])
     step, accepted = (
@@ -155,8 +182,19 @@ def test_the_penalty_is_aggregated_like_the_policy_loss(batch, loss_agg_mode):
     loss, metrics = wrapped({ACCEPTED: accepted, PENALTY: penalty}, batch)
     assert float(loss.detach()) == pytest.approx(2 * float(metrics["actor/pg_loss"]), rel=1e-6)
     (gradient,) = torch.autograd.grad(loss, penalty)
-    # The token at position 3 of the first sample was rejected; what is outside the responses never counts.
-    assert [bool(x) for x in gradient.values()] == [False, True, False, False, False, False, False, True, False]
+    # The token at position 3 of the first sample was rejected; what is outside the responses never
+    # counts.
+    assert [bool(x) for x in gradient.values()] == [
+        False,
+        True,
+        False,
+        False,
+        False,
+        False,
+        False,
+        True,
+        False,
+    ]
 
 
 def test_what_the_loss_reads_is_looked_at_inside_the_mask_only(batch):
@@ -164,7 +202,9 @@ def test_what_the_loss_reads_is_looked_at_inside_the_mask_only(batch):
     health.note_loss(torch.tensor(1.0), batch, batch[SAMPLE])
     assert health.agree(None) == []
     old = batch["old_log_probs"]
-    (old.values()[3:] if old.is_nested else old[1]).fill_(-torch.inf)  # the second sample's only token
+    (old.values()[3:] if old.is_nested else old[1]).fill_(
+        -torch.inf
+    )  # the second sample's only token
     health.note_loss(torch.tensor(NAN), batch, batch[SAMPLE])
     health.note_gradients([torch.ones(3), torch.tensor([1.0, NAN])])
     found = health.agree(None)
@@ -174,7 +214,8 @@ def test_what_the_loss_reads_is_looked_at_inside_the_mask_only(batch):
         ("gradients are not finite", 1, None),
     ]
     assert describe(found[:1], 7) == (
-        "optimizer step 7 is not usable: rank 0: old_log_probs are not finite, first in sample 1 of its mini-batch"
+        "optimizer step 7 is not usable: rank 0: old_log_probs are not finite, first in sample 1 "
+        "of its mini-batch"
     )
     health.clear()
     assert health.agree(None) == []
@@ -206,7 +247,9 @@ def test_a_gradient_norm_that_overflows_counts():
 
 def make_step(**knobs) -> FilteredStep:
     config = CapoConfig(**{"top_k": 4, "objective_shift_max": None, **knobs})
-    return FilteredStep(CapoFilter(config, 8, 3), config, torch.device("cpu"), Health(torch.device("cpu")))
+    return FilteredStep(
+        CapoFilter(config, 8, 3), config, torch.device("cpu"), Health(torch.device("cpu"))
+    )
 
 
 def evaluate_something(step: FilteredStep) -> torch.Tensor:
@@ -218,7 +261,8 @@ def evaluate_something(step: FilteredStep) -> torch.Tensor:
         5,
     )
     return step.evaluate(
-        torch.randn(1, 5, 3), torch.randn(1, 5, 8), torch.zeros(1, 5, dtype=torch.int64), torch.ones(1, 5), response, 0.1
+        torch.randn(1, 5, 3), torch.randn(1, 5, 8), torch.zeros(1, 5, dtype=torch.int64),
+        torch.ones(1, 5), response, 0.1
     )  # fmt: skip
 
 
@@ -251,8 +295,12 @@ def test_a_filter_that_rejects_too_much_for_too_long_stops_and_says_so_once(capl
             step.discard()
             stopped = [record for record in caplog.records if "filters no more" in record.message]
             assert len(stopped) == (at >= 2)
-    assert "rejected more than 0.5 of the tokens in 2 optimizer steps in a row" in stopped[0].message
-    assert len(caplog.records) == 1  # nor that the policy does not move: since it has stopped, it does
+    assert (
+        "rejected more than 0.5 of the tokens in 2 optimizer steps in a row" in stopped[0].message
+    )
+    assert (
+        len(caplog.records) == 1
+    )  # nor that the policy does not move: since it has stopped, it does
 
 
 def test_a_guard_beside_a_filter_that_only_tracks_says_nothing(caplog):

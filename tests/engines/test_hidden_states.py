@@ -12,7 +12,9 @@ from capo_verl.engines.lm_head import HiddenStatesTap
 
 
 class Adapter(nn.Module):
-    """As Megatron-Bridge wraps a layer for LoRA: the original under ``to_wrap``, its attributes not passed on."""
+    """As Megatron-Bridge wraps a layer for LoRA: the original under ``to_wrap``, its attributes not
+    passed on.
+    """
 
     def __init__(self, layer: nn.Module):
         super().__init__()
@@ -42,7 +44,9 @@ def test_the_input_of_the_lm_head_is_kept_with_and_without_an_adapter(lora):
     assert head.output_size_per_partition == 8
     tap, x = HiddenStatesTap(head), torch.randn(3, 4)
     model(x)
-    with pytest.raises(RuntimeError, match="without calling its LM head; set .*use_fused_kernels=False"):
+    with pytest.raises(
+        RuntimeError, match="without calling its LM head; set .*use_fused_kernels=False"
+    ):
         tap.take()  # not active: nothing was kept
     tap.active = True
     model(x)

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The KL budget around an engine that does nothing else: who is probed, what is learned from it, what is left as it was."""
+"""The KL budget around an engine that does nothing else: who is probed, what is learned from it,
+what is left as it was.
+"""
 
 from __future__ import annotations
 
@@ -136,11 +138,14 @@ def test_line_search_goes_back_until_the_step_is_short_enough():
     assert metrics["capo/kl_mean"] == [1.5e-4] and metrics["capo/kl_whole_step"] == [1e-2]
     assert engine.control.scale == pytest.approx(math.exp(-0.2))  # learned from the whole step
     assert engine.step(1e-4)["capo/kl_step_kept"] == [1.0] and engine.spread == 2
-    assert engine.step(1.0, 1.0, 1.0, 1.0)["capo/kl_step_kept"] == [pytest.approx(1e-6)]  # gives up after three
+    assert engine.step(1.0, 1.0, 1.0, 1.0)["capo/kl_step_kept"] == [
+        pytest.approx(1e-6)
+    ]  # gives up after three
 
 
 @pytest.mark.parametrize(
-    ("mode", "stopped", "whole"), [("filter", 0.0, False), ("filter", 1.0, True), ("track", 0.0, True)]
+    ("mode", "stopped", "whole"),
+    [("filter", 0.0, False), ("filter", 1.0, True), ("track", 0.0, True)],
 )
 def test_the_prediction_is_of_what_is_stepped_along(mode, stopped, whole):
     config = CapoConfig(mode=mode, policy_shift="exact", kl_budget={"predictor": "fisher_exact"})
@@ -158,7 +163,11 @@ def test_the_prediction_is_of_what_is_stepped_along(mode, stopped, whole):
 def logits_of(step: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     old = torch.randn(1, 12, 7, generator=generator)
-    return old, old + step * torch.randn(1, 12, 7, generator=generator), torch.rand(1, 12, generator=generator) + 0.5
+    return (
+        old,
+        old + step * torch.randn(1, 12, 7, generator=generator),
+        torch.rand(1, 12, generator=generator) + 0.5,
+    )
 
 
 def measure() -> list[MeasuredKL]:
@@ -170,7 +179,9 @@ def measure() -> list[MeasuredKL]:
     mask[0, 2:9] = rank == 0
     probe, found = KLProbe(head, "exact", CPU), []
     for tokens in (mask, torch.zeros_like(mask)):
-        response = PackedResponse(mask.float(), tokens, torch.zeros(1, 12).long(), torch.zeros(1).long(), 12)
+        response = PackedResponse(
+            mask.float(), tokens, torch.zeros(1, 12).long(), torch.zeros(1).long(), 12
+        )
         for which, logits in ((BEFORE, old), (AFTER, new), (AFTER, new)):
             with probe.running(which):
                 if probe.sees_logits:
@@ -182,7 +193,9 @@ def measure() -> list[MeasuredKL]:
 def test_ranks_without_tokens_or_head_learn_what_the_others_measured():
     old, new, temperature = logits_of(0.1)
     kl = token_kl(
-        *(x[0, 2:9].double() for x in (old, new)), VocabShard(7, 7, 0), temperature=temperature[0, 2:9].double()
+        *(x[0, 2:9].double() for x in (old, new)),
+        VocabShard(7, 7, 0),
+        temperature=temperature[0, 2:9].double(),
     )
     for some, none in run_on_ranks(measure, 3):
         assert some.mean == pytest.approx(float(kl.mean()), rel=1e-5) and some.tokens == 7
@@ -192,11 +205,15 @@ def test_ranks_without_tokens_or_head_learn_what_the_others_measured():
 
 def test_a_fused_head_is_not_rounded_to_bfloat16(monkeypatch):
     """Small KLs: exact from bfloat16 hidden states and weights, inflated from bfloat16 logits."""
-    monkeypatch.setattr("capo_verl.core.logits.block_elements", lambda device: 1 << 14)  # several runs of rows
+    monkeypatch.setattr(
+        "capo_verl.core.logits.block_elements", lambda device: 1 << 14
+    )  # several runs of rows
     generator = torch.Generator().manual_seed(1)
     hidden = (3 * torch.randn(1, 40, 64, generator=generator)).bfloat16()
     weights = [torch.randn(1000, 64, generator=generator).bfloat16()]
-    weights.append((weights[0].float() + 2e-3 * torch.randn(1000, 64, generator=generator).sign()).bfloat16())
+    weights.append(
+        (weights[0].float() + 2e-3 * torch.randn(1000, 64, generator=generator).sign()).bfloat16()
+    )
     ones, none = torch.ones(1, 40), torch.zeros(1, 40).long()
     response = PackedResponse(ones, ones.bool(), none, torch.zeros(1).long(), 40)
 
@@ -204,11 +221,17 @@ def test_a_fused_head_is_not_rounded_to_bfloat16(monkeypatch):
         probe = KLProbe(Head(VocabShard(1000, 1000, 0), None, None, None), "exact", CPU)
         for which, weight in zip((BEFORE, AFTER), weights, strict=True):
             with probe.running(which):
-                probe.see(ProjectedLogits(weight) if fused else hidden @ weight.T, hidden, ones, response)
+                probe.see(
+                    ProjectedLogits(weight) if fused else hidden @ weight.T, hidden, ones, response
+                )
         kls, _ = probe._found[0]
         return float(kls.mean())
 
-    exact = float(token_kl(*(hidden[0].double() @ w.double().T for w in weights), VocabShard(1000, 1000, 0)).mean())
+    exact = float(
+        token_kl(
+            *(hidden[0].double() @ w.double().T for w in weights), VocabShard(1000, 1000, 0)
+        ).mean()
+    )
     assert 1e-6 < exact < 1e-3
     assert kl(fused=True) == pytest.approx(exact, rel=1e-3)
     assert kl(fused=False) > 2 * exact

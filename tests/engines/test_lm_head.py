@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is seen of an LM head in half precision, and when its product may be taken for the model's logits."""
+"""What is seen of an LM head in half precision, and when its product may be taken for the model's
+logits.
+"""
 
 from __future__ import annotations
 

@@ -38,15 +38,23 @@ def test_moments_move_with_the_optimizers_state(monkeypatch):
     engine._switch_on(CapoConfig(top_k=4))
     engine.to(device="cpu", model=True, optimizer=True, grad=True)
     assert where(engine) == {"cpu"}
-    monkeypatch.setattr(mixin, "get_device_id", lambda: "meta")  # the "GPU", which this machine has as well
+    monkeypatch.setattr(
+        mixin, "get_device_id", lambda: "meta"
+    )  # the "GPU", which this machine has as well
     engine.to(device="cuda", model=True, optimizer=False, grad=True)  # param_offload alone
     assert where(engine) == {"cpu"}
     engine.to(device="cuda", model=False, optimizer=True, grad=False)
     assert where(engine) == {"meta"}
-    assert [what["optimizer"] for _, what in engine.calls] == [True, False, True]  # verl's own part is done as well
+    assert [what["optimizer"] for _, what in engine.calls] == [
+        True,
+        False,
+        True,
+    ]  # verl's own part is done as well
 
 
 def test_before_the_first_training_step_there_is_nothing_to_move():
     engine = CapoEngine()
     engine.to(device="cpu")
-    assert engine.calls == [("to", {"device": "cpu", "model": True, "optimizer": True, "grad": True})]
+    assert engine.calls == [
+        ("to", {"device": "cpu", "model": True, "optimizer": True, "grad": True})
+    ]

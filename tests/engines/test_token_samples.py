@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the trainer writes for ``capo-verl report``: the right numbers at the right tokens, when asked, and no waiting otherwise."""
+"""What the trainer writes for ``capo-verl report``: the right numbers at the right tokens, when
+asked, and no waiting otherwise.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,9 @@ def nested(*rows):
 
 
 def batch(*samples: int) -> TensorDict:
-    """Two samples: the responses 7 8 9 of advantage 1.5 with its middle token masked (a tool's output, say), and 7 of -2."""
+    """Two samples: the responses 7 8 9 of advantage 1.5 with its middle token masked (a tool's
+    output, say), and 7 of -2.
+    """
     return TensorDict(
         {
             "input_ids": nested([5, 6, 7, 8, 9], [4, 5, 6, 7]),
@@ -41,30 +45,41 @@ def batch(*samples: int) -> TensorDict:
     )
 
 
-LOG_PROBS = nested([0.0, math.log(0.5), math.log(0.9), math.log(0.25), 0.0], [0.0, 0.0, math.log(0.125), 0.0])
+LOG_PROBS = nested(
+    [0.0, math.log(0.5), math.log(0.9), math.log(0.25), 0.0], [0.0, 0.0, math.log(0.125), 0.0]
+)
 
 
 def found(rejected: list[int]) -> SimpleNamespace:
-    """The filter's answer in the model's layout, one packed row. Position t is about token t + 1: the tokens of the response mask
-    are at 1, 3 and 7."""
+    """The filter's answer in the model's layout, one packed row. Position t is about token t + 1:
+    the tokens of the response mask are at 1, 3 and 7.
+    """
     verdict = torch.tensor([[0, 1, 0, 1, 0, 0, 0, 1, 0]]).bool()
     verdict[0, rejected] = False
     shift = torch.arange(9.0)[None] * 1e-5
     return SimpleNamespace(
-        policy_shift=shift, objective_shift=-shift, in_trust_region=verdict, accepted=verdict, weights=verdict.float()
+        policy_shift=shift,
+        objective_shift=-shift,
+        in_trust_region=verdict,
+        accepted=verdict,
+        weights=verdict.float(),
     )
 
 
 def make(tmp_path, **knobs) -> TokenSamples:
     config = CapoConfig(
-        top_k=4, sample_tokens_dir=str(tmp_path / "run"), **{"sample_tokens_every": 10, "sample_tokens": 2, **knobs}
+        top_k=4,
+        sample_tokens_dir=str(tmp_path / "run"),
+        **{"sample_tokens_every": 10, "sample_tokens": 2, **knobs},
     )
     samples = TokenSamples(config, CapoFilter(config, 10, 3))
     samples.tokenizer = SimpleNamespace(decode=lambda ids, **_: "".join(WORDS[i] for i in ids))
     return samples
 
 
-def one_step(samples: TokenSamples, step: int, *micro_batches: tuple[list[int], TensorDict]) -> None:
+def one_step(
+    samples: TokenSamples, step: int, *micro_batches: tuple[list[int], TensorDict]
+) -> None:
     samples.begin(step)
     for rejected, data in micro_batches:
         samples.keep(found(rejected))
@@ -81,7 +96,12 @@ def read(tmp_path) -> list[dict]:
 def test_numbers_stand_at_their_tokens(tmp_path):
     one_step(make(tmp_path), 20, ([3], batch(3, 1)))
     first, other = read(tmp_path)
-    assert (first["step"], first["sample"], first["chosen"], first["mode"]) == (21, 3, "first", "filter")
+    assert (first["step"], first["sample"], first["chosen"], first["mode"]) == (
+        21,
+        3,
+        "first",
+        "filter",
+    )
     assert first["prompt"] == {"ids": [5, 6], "text": ["w5 ", "w6 "]}
     assert first["response"] == {
         "ids": [7, 8, 9],
@@ -101,7 +121,13 @@ def test_numbers_stand_at_their_tokens(tmp_path):
 
 
 def test_half_are_the_first_and_half_those_with_most_rejected_tokens(tmp_path):
-    one_step(make(tmp_path, sample_tokens=3), 0, ([], batch(0, 1)), ([7], batch(2, 3)), ([1, 3], batch(4, 5)))
+    one_step(
+        make(tmp_path, sample_tokens=3),
+        0,
+        ([], batch(0, 1)),
+        ([7], batch(2, 3)),
+        ([1, 3], batch(4, 5)),
+    )
     assert [(line["sample"], line["chosen"]) for line in read(tmp_path)] == [
         (0, "first"), (1, "first"), (4, "most_rejected"),
     ]  # fmt: skip
@@ -148,7 +174,11 @@ def test_without_a_tokenizer_or_log_probs_the_ids_remain(tmp_path):
     samples.add(None, batch(0, 1))
     samples.write()
     response = read(tmp_path)[0]["response"]
-    assert (response["ids"], response["text"], response["probability"]) == ([7, 8, 9], None, [None] * 3)
+    assert (response["ids"], response["text"], response["probability"]) == (
+        [7, 8, 9],
+        None,
+        [None] * 3,
+    )
 
 
 def test_a_folder_that_cannot_be_written_to_is_a_warning_once(tmp_path, caplog):
@@ -164,7 +194,10 @@ def test_a_folder_that_cannot_be_written_to_is_a_warning_once(tmp_path, caplog):
 @pytest.mark.parametrize(
     ("knobs", "message"),
     [
-        ({"sample_tokens_every": 0}, "capo.sample_tokens_every=0: expected an integer >= 1, or null for no samples"),
+        (
+            {"sample_tokens_every": 0},
+            "capo.sample_tokens_every=0: expected an integer >= 1, or null for no samples",
+        ),
         ({"sample_tokens": 0}, "capo.sample_tokens=0: expected an integer >= 1"),
         ({"sample_tokens_dir": 3}, "capo.sample_tokens_dir=3: expected a path, or null"),
         (
@@ -180,5 +213,11 @@ def test_wrong_knobs(knobs, message):
 
 def test_inside_verl_the_file_lies_beside_the_checkpoints():
     with initialize_config_module("verl.trainer.config", version_base=None):
-        config = compose("ppo_trainer", overrides=["+capo=grpo", "trainer.default_local_dir=/somewhere/checkpoints"])
-    assert config.actor_rollout_ref.actor.policy_loss.capo.sample_tokens_dir == "/somewhere/checkpoints"
+        config = compose(
+            "ppo_trainer",
+            overrides=["+capo=grpo", "trainer.default_local_dir=/somewhere/checkpoints"],
+        )
+    assert (
+        config.actor_rollout_ref.actor.policy_loss.capo.sample_tokens_dir
+        == "/somewhere/checkpoints"
+    )

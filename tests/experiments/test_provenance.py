@@ -14,7 +14,9 @@ from capo_verl.experiments.provenance import commit, processor
 def git(tmp_path):
     def run(*arguments):
         command = ["git", "-c", "user.name=t", "-c", "user.email=t@localhost", *arguments]
-        return subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True).stdout.strip()
+        return subprocess.run(
+            command, cwd=tmp_path, check=True, capture_output=True, text=True
+        ).stdout.strip()
 
     yield run
     commit.cache_clear()
@@ -42,4 +44,8 @@ def test_hash_and_mark(tmp_path, git):
 
 
 def test_processor_is_a_name_on_one_line():
-    assert processor().strip() == processor() != "" and "\n" not in processor() and "(R)" not in processor()
+    assert (
+        processor().strip() == processor() != ""
+        and "\n" not in processor()
+        and "(R)" not in processor()
+    )

@@ -23,7 +23,9 @@ class Batch:
     mask: np.ndarray
 
     @classmethod
-    def random(cls, rng: np.random.Generator, b: int, t: int, h: int, v: int, ties: bool = False) -> Batch:
+    def random(
+        cls, rng: np.random.Generator, b: int, t: int, h: int, v: int, ties: bool = False
+    ) -> Batch:
         logits = 2 * rng.standard_normal((b, t, v))
         if ties:
             logits = np.round(logits)
@@ -40,13 +42,26 @@ class Batch:
         hidden, logits, advantages = (
             torch.from_numpy(x).to(dtype) for x in (self.hidden, self.logits, self.advantages)
         )
-        return hidden, logits, torch.from_numpy(self.actions), advantages, torch.from_numpy(self.mask), lr
+        return (
+            hidden,
+            logits,
+            torch.from_numpy(self.actions),
+            advantages,
+            torch.from_numpy(self.mask),
+            lr,
+        )
 
     def tokens(self, top_k: int | None) -> list[list[Token]]:
         b, t = self.actions.shape
         return [
             [
-                make_token(self.hidden[i, j], self.logits[i, j], self.actions[i, j], self.advantages[i, j], top_k)
+                make_token(
+                    self.hidden[i, j],
+                    self.logits[i, j],
+                    self.actions[i, j],
+                    self.advantages[i, j],
+                    top_k,
+                )
                 for j in range(t)
             ]
             for i in range(b)
@@ -66,7 +81,9 @@ def inside(config: CapoConfig, m_h: float, m_f: float) -> bool:
 
 
 def oracle_decision(oracle: Oracle, config: CapoConfig, batch: Batch, lr: float):
-    """``(m_H, m_F)`` of the first stage ``[B, T]`` each, and the accepted tokens ``[B, T]`` after all stages."""
+    """``(m_H, m_F)`` of the first stage ``[B, T]`` each, and the accepted tokens ``[B, T]`` after
+    all stages.
+    """
     tokens = batch.tokens(config.top_k)
     b, t = batch.actions.shape
     accepted, first = batch.mask.copy(), None
@@ -78,7 +95,11 @@ def oracle_decision(oracle: Oracle, config: CapoConfig, batch: Batch, lr: float)
                 if stage == "token":
                     values[:, i, j] = oracle.token_shifts(tokens[i][j], lr)
                 elif accepted[i, j]:
-                    values[:, i, j] = oracle.set_shifts([kept[i]] if stage == "sequence" else kept, lr)
+                    values[:, i, j] = oracle.set_shifts(
+                        [kept[i]] if stage == "sequence" else kept, lr
+                    )
         first = values if first is None else first
-        accepted = accepted & np.array([[inside(config, *values[:, i, j]) for j in range(t)] for i in range(b)])
+        accepted = accepted & np.array(
+            [[inside(config, *values[:, i, j]) for j in range(t)] for i in range(b)]
+        )
     return first[0], first[1], accepted

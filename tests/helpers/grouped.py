@@ -12,7 +12,10 @@ from tests.helpers.spawn import run_on_ranks
 
 
 def in_turn(fn: Callable[..., Any], calls: Sequence[tuple]) -> list[Any]:
-    """On a rank: ``fn(*call)`` for every call, in the same process. Megatron's groups are made anew for each."""
+    """On a rank: ``fn(*call)`` for every call, in the same process.
+
+    Megatron's groups are made anew for each.
+    """
     from megatron.core import parallel_state as mpu
 
     results = []
@@ -31,13 +34,14 @@ def launch_by_size(
 ) -> Callable[[Any], list[Any]]:
     """What ``fn(*call_of(case))`` returns on every rank of ``case.layout``.
 
-    When a case is first asked for, all cases of its number of ranks run: those with which pytest will call the tests of the
-    requesting module, as their parameter ``case``.
+    When a case is first asked for, all cases of its number of ranks run: those with which pytest
+    will call the tests of the requesting module, as their parameter ``case``.
     """
     chosen = [
         item.callspec.params["case"]
         for item in request.session.items
-        if getattr(item, "module", None) is request.module and "case" in getattr(item, "callspec", _NONE).params
+        if getattr(item, "module", None) is request.module
+        and "case" in getattr(item, "callspec", _NONE).params
     ]
     done: dict[Any, list[Any]] = {}
 

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The recorded batch trained under a KL budget by a float64 Hugging Face model: what every engine and layout has to measure.
+"""The recorded batch trained under a KL budget by a float64 Hugging Face model: what every engine
+and layout has to measure.
 
 Nothing of verl, Megatron or ``capo_verl`` runs here.
 """
@@ -21,7 +22,9 @@ ADAM_LR, SGD_LR, CLIP = 1e-3, 0.3, 1.0
 
 @dataclass
 class KLStep:
-    """One optimizer step: what was measured after it, the factor of its learning rate, the scale for the next one."""
+    """One optimizer step: what was measured after it, the factor of its learning rate, the scale
+    for the next one.
+    """
 
     mean: float
     p99: float
@@ -66,7 +69,10 @@ def record_kl(
     scale, found = 1.0, []
     for _ in range(steps):
         with torch.no_grad():
-            old, before = _policy(model, batch, probed, temperature), [p.clone() for p in parameters]
+            old, before = (
+                _policy(model, batch, probed, temperature),
+                [p.clone() for p in parameters],
+            )
         trained.zero_grad()
         _loss(model, batch, temperature).backward()
         torch.nn.utils.clip_grad_norm_(parameters, CLIP)
@@ -86,18 +92,27 @@ def record_kl(
                 kl, k3 = _compare(old, _policy(model, batch, probed, temperature))
         scale = min(1.0, scale * np.exp(ETA * np.clip(0.5 * np.log(DELTA / whole), -1, 1)))
         p99 = np.sort(kl.numpy())[round(0.99 * (len(kl) - 1))]
-        found.append(KLStep(float(kl.mean()), float(p99), factor, scale, kept, whole, float(k3.mean())))
+        found.append(
+            KLStep(float(kl.mean()), float(p99), factor, scale, kept, whole, float(k3.mean()))
+        )
     return KLRecording(found, {name: p.detach().numpy() for name, p in model.named_parameters()})
 
 
 def log_probs_of(path: str, weights: dict[str, torch.Tensor] | None = None) -> list[torch.Tensor]:
-    """Log-probabilities of the taken tokens of all responses, float64, with the given weights in place of the model's."""
+    """Log-probabilities of the taken tokens of all responses, float64, with the given weights in
+    place of the model's.
+    """
     batch, model = RecordedBatch.make(), float64_model(path)
     if weights is not None:
-        model.load_state_dict({name: weight.double() for name, weight in weights.items()}, strict=False)
+        model.load_state_dict(
+            {name: weight.double() for name, weight in weights.items()}, strict=False
+        )
     with torch.no_grad():
         return [
-            model(ids[None]).logits[0, start - 1 : -1].log_softmax(-1).gather(-1, ids[start:, None])[:, 0]
+            model(ids[None])
+            .logits[0, start - 1 : -1]
+            .log_softmax(-1)
+            .gather(-1, ids[start:, None])[:, 0]
             for ids, start in zip(batch.ids, batch.prompts, strict=True)
         ]
 
@@ -110,10 +125,14 @@ def mean_k3(old: list[torch.Tensor], new: list[torch.Tensor], sequences: tuple[i
 
 
 Policy = tuple[torch.Tensor, torch.Tensor]
-"""Log-probabilities ``[tokens, V]`` of the response tokens that count, and of those taken ``[tokens]``."""
+"""Log-probabilities ``[tokens, V]`` of the response tokens that count, and of those taken
+``[tokens]``.
+"""
 
 
-def _policy(model: torch.nn.Module, batch: RecordedBatch, probed: tuple[int, ...], temperature: float) -> Policy:
+def _policy(
+    model: torch.nn.Module, batch: RecordedBatch, probed: tuple[int, ...], temperature: float
+) -> Policy:
     rows, taken = [], []
     for i in probed:
         ids, start, mask = batch.ids[i], batch.prompts[i], batch.response_mask[i].bool()
@@ -129,13 +148,17 @@ def _compare(old: Policy, new: Policy) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _loss(model: torch.nn.Module, batch: RecordedBatch, temperature: float) -> torch.Tensor:
-    """Seq-mean-token-mean of ``-A ratio``, as ``tests/helpers/recording.py`` has it, without a filter."""
+    """Seq-mean-token-mean of ``-A ratio``, as ``tests/helpers/recording.py`` has it, without a
+    filter.
+    """
     loss = torch.zeros((), dtype=torch.float64)
     for i, ids in enumerate(batch.ids):
         mask, start = batch.response_mask[i].double(), batch.prompts[i]
         hidden = model.model(ids[None]).last_hidden_state[0, start - 1 : -1]
         logits = hidden @ torch.cat([model.lm_head.weight, model.padding]).T / temperature
         log_probs = logits.log_softmax(-1).gather(-1, ids[start:, None])[:, 0]
-        per_token = -batch.advantages[i].double() * (log_probs - batch.old_log_probs[i].double()).exp()
+        per_token = (
+            -batch.advantages[i].double() * (log_probs - batch.old_log_probs[i].double()).exp()
+        )
         loss = loss + (per_token * mask).sum() / (mask.sum() + 1e-8) / len(batch.ids)
     return loss

@@ -17,7 +17,10 @@ class Place(NamedTuple):
 
 
 def make_groups(tp: int, dp: int, cp: int) -> tuple[Place, dict[str, dist.ProcessGroup]]:
-    """This rank's place, and its groups of more than one rank as ``CapoFilter`` takes them. Collective; also without ranks."""
+    """This rank's place, and its groups of more than one rank as ``CapoFilter`` takes them.
+
+    Collective; also without ranks.
+    """
     rank = dist.get_rank() if dist.is_initialized() else 0
     sizes, strides = {"tp": tp, "cp": cp, "dp": dp}, {"tp": 1, "cp": tp, "dp": tp * cp}
     groups = {}

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""CAPO written as the formulas are: dense, float64, one token at a time. Slow on purpose; every fast path is held to it.
+"""CAPO written as the formulas are: dense, float64, one token at a time. Slow on purpose; every
+fast path is held to it.
 
-Symbols follow docs/algorithm.md: ``h`` hidden state, ``S`` support, ``pi`` probabilities renormalised over S, ``e`` one-hot
-of the taken token in S (zero outside), ``v = e - pi``, ``A`` advantage, ``g = A v h^T`` gradient, ``P(g)`` preconditioned
-gradient, ``u = P(g) h``.
+Symbols follow docs/algorithm.md: ``h`` hidden state, ``S`` support, ``pi`` probabilities
+renormalised over S, ``e`` one-hot of the taken token in S (zero outside), ``v = e - pi``, ``A``
+advantage, ``g = A v h^T`` gradient, ``P(g)`` preconditioned gradient, ``u = P(g) h``.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ import numpy as np
 
 @dataclass
 class Token:
-    """One response token: its support row ids ``[k]``, ``pi [k]``, ``v [k]``, ``h [H]`` and advantage."""
+    """One response token: its support row ids ``[k]``, ``pi [k]``, ``v [k]``, ``h [H]`` and
+    advantage.
+    """
 
     rows: np.ndarray
     pi: np.ndarray
@@ -34,7 +37,9 @@ def support(logits: np.ndarray, top_k: int | None) -> np.ndarray:
     return order if top_k is None else order[:top_k]
 
 
-def make_token(hidden: np.ndarray, logits: np.ndarray, action: int, advantage: float, top_k: int | None) -> Token:
+def make_token(
+    hidden: np.ndarray, logits: np.ndarray, action: int, advantage: float, top_k: int | None
+) -> Token:
     rows = support(logits, top_k)
     z = np.exp(logits[rows] - logits[rows].max())
     pi = z / z.sum()
@@ -71,7 +76,9 @@ class Oracle:
         q = (b2 * self.exp_avg_sq[rows] + (1 - b2) * g**2) / (1 - b2**n)
         return m / (np.sqrt(q) + self.eps)
 
-    def shifts(self, token: Token, u: np.ndarray, lr: float, linear: float | None = None) -> tuple[float, float]:
+    def shifts(
+        self, token: Token, u: np.ndarray, lr: float, linear: float | None = None
+    ) -> tuple[float, float]:
         """``m_H`` and ``m_F`` of one token along the direction whose image is ``u = P(.) h``."""
         d = token.v @ u
         variance = token.pi @ u**2 - (token.pi @ u) ** 2  # u^T F u
@@ -84,7 +91,9 @@ class Oracle:
         return self.shifts(token, self.precondition(token.rows, token.g) @ token.h, lr)
 
     def mean_gradient(self, tokens: list[Token]) -> tuple[np.ndarray, np.ndarray]:
-        """``G_j`` = mean of ``g_j`` over the tokens whose support holds j; and the number of such tokens, ``[V]``."""
+        """``G_j`` = mean of ``g_j`` over the tokens whose support holds j; and the number of such
+        tokens, ``[V]``.
+        """
         total = np.zeros((self.vocab_size, self.hidden_size))
         count = np.zeros(self.vocab_size)
         for token in tokens:
@@ -93,7 +102,9 @@ class Oracle:
         return total / np.maximum(count, 1)[:, None], count
 
     def set_shifts(self, sequences: list[list[Token]], lr: float) -> tuple[float, float]:
-        """``m_H``, ``m_F`` of a set of tokens: one direction for all, averaged per sequence, then over sequences."""
+        """``m_H``, ``m_F`` of a set of tokens: one direction for all, averaged per sequence, then
+        over sequences.
+        """
         sequences = [s for s in sequences if s]
         if not sequences:
             return 0.0, 0.0

@@ -23,7 +23,12 @@ class RankError(RuntimeError):
 
 
 def _rank_main(
-    result: Connection, environment: dict[str, str], sys_path: list[str], store: str, timeout: float, call: bytes
+    result: Connection,
+    environment: dict[str, str],
+    sys_path: list[str],
+    store: str,
+    timeout: float,
+    call: bytes,
 ) -> None:
     """One rank: the parent's environment, a gloo group, the call, its result or its traceback."""
     try:
@@ -35,25 +40,33 @@ def _rank_main(
         torch.set_num_threads(1)
         rank, world_size = int(environment["RANK"]), int(environment["WORLD_SIZE"])
         torch.distributed.init_process_group(
-            "gloo", init_method=f"file://{store}", rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout)
+            "gloo",
+            init_method=f"file://{store}",
+            rank=rank,
+            world_size=world_size,
+            timeout=timedelta(seconds=timeout),
         )
         fn, args, kwargs = pickle.loads(call)
         value = fn(*args, **kwargs)
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
-        # Pickled here: multiprocessing would share the memory of tensors, which dies with this process.
+        # Pickled here: multiprocessing would share the memory of tensors, which dies with this
+        # process.
         result.send_bytes(pickle.dumps((True, value)))
     except BaseException:
         result.send_bytes(pickle.dumps((False, traceback.format_exc())))
     finally:
         result.close()
-        # Megatron starts a process for its first checkpoint; it would outlive a rank that is killed while it waits for it.
+        # Megatron starts a process for its first checkpoint; it would outlive a rank that is killed
+        # while it waits for it.
         for child in multiprocessing.active_children():
             child.kill()
 
 
 def _context(preload: Sequence[str]) -> Any:
-    """Processes forked from a server that has imported `preload` once; verl and Megatron take ten seconds."""
+    """Processes forked from a server that has imported `preload` once; verl and Megatron take ten
+    seconds.
+    """
     server = multiprocessing.forkserver._forkserver
     if list(preload) != server._preload_modules:
         server._stop()
@@ -69,17 +82,21 @@ def run_on_ranks(
     preload: Sequence[str] = ("torch",),
     **kwargs: Any,
 ) -> list[Any]:
-    """Call ``fn(*args, **kwargs)`` on `world_size` ranks of a gloo group and return what each of them returned.
+    """Call ``fn(*args, **kwargs)`` on `world_size` ranks of a gloo group and return what each of
+    them returned.
 
     ``RANK``, ``WORLD_SIZE`` and ``LOCAL_RANK`` are set, torch uses one thread.
 
     Args:
-        fn: a function at the top level of a module; it, the arguments and the results travel by pickle.
+        fn: a function at the top level of a module; it, the arguments and the results travel by
+            pickle.
         timeout: seconds for everything, and for each collective.
-        preload: modules that the forking server imports once. Tests that give the same ones share a server.
+        preload: modules that the forking server imports once. Tests that give the same ones share a
+            server.
 
     Raises:
-        RankError: with the traceback of the rank that failed first, or the ranks still running after `timeout`.
+        RankError: with the traceback of the rank that failed first, or the ranks still running
+            after `timeout`.
     """
     __tracebackhide__ = True  # pytest: show the rank's traceback, not this function's
     context = _context(preload)
@@ -89,7 +106,12 @@ def run_on_ranks(
     processes, pending = [], {}
     try:
         for rank in range(world_size):
-            environment = {**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
+            environment = {
+                **os.environ,
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(world_size),
+            }
             receiver, sender = context.Pipe(duplex=False)
             store = os.path.join(directory, "store")
             process = context.Process(
@@ -105,7 +127,10 @@ def run_on_ranks(
         while pending:
             ready = wait(list(pending), timeout=max(0.0, deadline - time.monotonic()))
             if not ready:
-                raise RankError(f"ranks {sorted(pending.values())} of {world_size} still run after {timeout:.0f} s")
+                raise RankError(
+                    f"ranks {sorted(pending.values())} of {world_size} still run after "
+                    f"{timeout:.0f} s"
+                )
             for receiver in ready:
                 rank = pending.pop(receiver)
                 try:

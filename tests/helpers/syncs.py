@@ -3,20 +3,24 @@
 
 What is recorded, with the reason in PyTorch's CUDA code:
 
-* the host needs a value: ``item``, ``int()``, ``float()``, ``if``, slicing by a tensor (``_local_scalar_dense``), ``equal``,
-  ``tolist``, ``numpy``, ``cpu``, ``to("cpu")``
-* the size of the result depends on values, and is read back to allocate it: ``nonzero``, ``masked_select``, indexing by a
-  bool or uint8 mask, ``unique*``, ``repeat_interleave`` without ``output_size``, ``bincount``, ``unbind`` of a jagged tensor
-* a kernel checks its input on the host or works in rounds: ``multinomial``, ``mode``, ``embedding_renorm_``,
-  ``searchsorted`` with a sorter, ``histc`` without bounds, ``segment_reduce`` unless ``unsafe``, factorisations
-* data of the host go to the device from pageable memory, and the copy is waited for: ``torch.tensor``, ``as_tensor``,
-  ``asarray``, ``new_tensor``, an index that is a list; a number assigned to one element (``x[0] = 1``) or at an index
-  tensor (``x[index] = 1``). Not: a number assigned to a slice (``fill_``) or at a mask (``masked_fill_``)
+* the host needs a value: ``item``, ``int()``, ``float()``, ``if``, slicing by a tensor
+  (``_local_scalar_dense``), ``equal``, ``tolist``, ``numpy``, ``cpu``, ``to("cpu")``
+* the size of the result depends on values, and is read back to allocate it: ``nonzero``,
+  ``masked_select``, indexing by a bool or uint8 mask, ``unique*``, ``repeat_interleave`` without
+  ``output_size``, ``bincount``, ``unbind`` of a jagged tensor
+* a kernel checks its input on the host or works in rounds: ``multinomial``, ``mode``,
+  ``embedding_renorm_``, ``searchsorted`` with a sorter, ``histc`` without bounds,
+  ``segment_reduce`` unless ``unsafe``, factorisations
+* data of the host go to the device from pageable memory, and the copy is waited for:
+  ``torch.tensor``, ``as_tensor``, ``asarray``, ``new_tensor``, an index that is a list; a number
+  assigned to one element (``x[0] = 1``) or at an index tensor (``x[index] = 1``). Not: a number
+  assigned to a slice (``fill_``) or at a mask (``masked_fill_``)
 * waiting itself: ``barrier``
 
-What cannot be seen without a GPU: ``to(device)`` and ``copy_`` between host and device (from pinned memory with
-``non_blocking`` they do not wait), ``torch.cuda.synchronize``, ``Event.synchronize``, the caching allocator when it frees
-memory, and what a library launches without PyTorch's dispatcher. ``torch.cuda.set_sync_debug_mode("error")`` sees the copies.
+What cannot be seen without a GPU: ``to(device)`` and ``copy_`` between host and device (from pinned
+memory with ``non_blocking`` they do not wait), ``torch.cuda.synchronize``, ``Event.synchronize``,
+the caching allocator when it frees memory, and what a library launches without PyTorch's
+dispatcher. ``torch.cuda.set_sync_debug_mode("error")`` sees the copies.
 """
 
 from __future__ import annotations
@@ -54,20 +58,25 @@ def _has_mask_index(args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
 
 
 def _bounds_are_missing(args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
-    low, high = (kwargs.get(name, args[at] if len(args) > at else 0) for name, at in (("min", 2), ("max", 3)))
+    low, high = (
+        kwargs.get(name, args[at] if len(args) > at else 0) for name, at in (("min", 2), ("max", 3))
+    )
     return low == high
 
 
 OPERATIONS: dict[str, Callable[[Sequence[Any], dict[str, Any]], bool]] = {
     **dict.fromkeys(
-        ("_local_scalar_dense", "is_nonzero", "equal", "allclose", "nonzero", "masked_select", "bincount", "_unique", "_unique2",
+        ("_local_scalar_dense", "is_nonzero", "equal", "allclose", "nonzero", "masked_select",
+            "bincount", "_unique", "_unique2",
          "unique_dim", "unique_consecutive", "unique_dim_consecutive", "_coalesce",
-         "multinomial", "mode", "embedding_renorm_", "linalg_cholesky_ex", "linalg_eigh", "_linalg_eigh", "_linalg_svd",
+         "multinomial", "mode", "embedding_renorm_", "linalg_cholesky_ex", "linalg_eigh",
+         "_linalg_eigh", "_linalg_svd",
          "linalg_inv_ex", "_linalg_solve_ex", "linalg_lstsq", "linalg_lu_factor_ex", "barrier"),
         _always,
     ),
     **dict.fromkeys(("index", "index_put", "index_put_", "_index_put_impl_"), _has_mask_index),
-    "repeat_interleave": lambda args, kwargs: kwargs.get("output_size", args[1] if len(args) > 1 else None) is None,
+    "repeat_interleave": lambda args,
+    kwargs: kwargs.get("output_size", args[1] if len(args) > 1 else None) is None,
     "searchsorted": lambda args, kwargs: kwargs.get("sorter") is not None,
     "unbind": lambda args, kwargs: args[0].is_nested,
     "segment_reduce": lambda args, kwargs: not kwargs.get("unsafe", False),
@@ -75,8 +84,11 @@ OPERATIONS: dict[str, Callable[[Sequence[Any], dict[str, Any]], bool]] = {
 }  # fmt: skip
 """Name of an ATen or c10d operation -> whether it waits when called like this."""
 
-FUNCTIONS = frozenset(("tolist", "numpy", "__array__", "cpu", "tensor", "as_tensor", "asarray", "new_tensor"))
-"""Python functions which on CPU tensors reach no operation that could be told from harmless ones."""
+FUNCTIONS = frozenset(
+    ("tolist", "numpy", "__array__", "cpu", "tensor", "as_tensor", "asarray", "new_tensor")
+)
+"""Python functions which on CPU tensors reach no operation that could be told from harmless ones.
+"""
 
 
 def _copies_to_the_host(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
@@ -99,8 +111,14 @@ def _copies_from_the_host(name: str, args: Sequence[Any]) -> bool:
 
 
 def _is_mask(index: Sequence[Any]) -> bool:
-    """Masked assignment of a number becomes ``masked_fill_`` if there is one mask and no other index."""
-    return len(index) == 1 and isinstance(index[0], Tensor) and index[0].dtype in (torch.bool, torch.uint8)
+    """Masked assignment of a number becomes ``masked_fill_`` if there is one mask and no other
+    index.
+    """
+    return (
+        len(index) == 1
+        and isinstance(index[0], Tensor)
+        and index[0].dtype in (torch.bool, torch.uint8)
+    )
 
 
 def _where() -> str:

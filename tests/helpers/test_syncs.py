@@ -37,7 +37,10 @@ WAITING = {
     "assign a number to one element": (lambda: X.clone().__setitem__((0, -1), 1.0), "__setitem__"),
     "index by a mask": (lambda: X[X > 1], "index"),
     "index a column by a mask": (lambda: X[:, X[0] > 1], "index"),
-    "assign a tensor by a mask": (lambda: X.clone().__setitem__(X > 1, torch.arange(4.0)), "index_put_"),
+    "assign a tensor by a mask": (
+        lambda: X.clone().__setitem__(X > 1, torch.arange(4.0)),
+        "index_put_",
+    ),
     "masked_select": (lambda: X.masked_select(X > 1), "masked_select"),
     "nonzero": (lambda: X.nonzero(), "nonzero"),
     "where without values": (lambda: torch.where(X > 1), "nonzero"),
@@ -73,7 +76,10 @@ HARMLESS = {
     "sort": lambda: X.sort(-1).values.gather(-1, INDEX.expand(2, 3)),
     "index by integers": lambda: X[:, INDEX],
     "assign a tensor by integers": lambda: X.clone().__setitem__((slice(None), INDEX), X),
-    "fill a slice": lambda: (X.clone().__setitem__(0, 1.0), X.clone().__setitem__((0, slice(0, 2)), 1.0)),
+    "fill a slice": lambda: (
+        X.clone().__setitem__(0, 1.0),
+        X.clone().__setitem__((0, slice(0, 2)), 1.0),
+    ),
     "index_fill": lambda: X.index_fill(1, INDEX, 0.0),
     "mask as a number": lambda: X.masked_fill(X > 1, 0.0) * (X > 1),
     "fill a mask": lambda: X.clone().__setitem__(X > 1, 0.0),
@@ -82,7 +88,13 @@ HARMLESS = {
     "index_add": lambda: torch.zeros(3).index_add_(0, INDEX, X[0]),
     "searchsorted": lambda: torch.searchsorted(X[0].sort().values, X[1]),
     "histogram with bounds": lambda: X.histc(4, min=0, max=6),
-    "new tensors": lambda: (torch.zeros(3), torch.full((2,), 7), X.new_ones(2), torch.arange(3), torch.as_tensor(X)),
+    "new tensors": lambda: (
+        torch.zeros(3),
+        torch.full((2,), 7),
+        X.new_ones(2),
+        torch.arange(3),
+        torch.as_tensor(X),
+    ),
     "jagged": lambda: (JAGGED * 2).values(),
     "to another dtype": lambda: X.to(torch.float64),
     "topk": lambda: X.topk(2),
@@ -99,10 +111,15 @@ def test_does_not_cry_wolf(name):
 
 def test_says_where(monkeypatch):
     """The line of the package that led to it."""
-    monkeypatch.setattr("capo_verl.core.order_statistics.flip_negative", lambda bits: bits[bits > 0])
+    monkeypatch.setattr(
+        "capo_verl.core.order_statistics.flip_negative", lambda bits: bits[bits > 0]
+    )
     with recorded_syncs() as syncs:
         ordered_keys(torch.ones(3), torch.ones(3, dtype=torch.bool))
     (sync,) = syncs
     assert sync.operation == "index" and sync.where.startswith("core/order_statistics.py:")
     line = int(sync.where.split(":")[1])
-    assert "flip_negative(bits)" in (PACKAGE / "core/order_statistics.py").read_text().splitlines()[line - 1]
+    assert (
+        "flip_negative(bits)"
+        in (PACKAGE / "core/order_statistics.py").read_text().splitlines()[line - 1]
+    )

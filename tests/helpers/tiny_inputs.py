@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run of verl's trainer needs, as small as it gets: a random model, a few prompts, a reward that varies."""
+"""What a run of verl's trainer needs, as small as it gets: a random model, a few prompts, a reward
+that varies.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ def compute_score(data_source, solution_str, ground_truth, extra_info=None, **kw
 
 
 def make_inputs(folder: Path, prompts: int = 16) -> Path:
-    """Write ``model/``, ``train.parquet``, ``test.parquet`` and ``reward.py`` into ``folder``, and return it."""
+    """Write ``model/``, ``train.parquet``, ``test.parquet`` and ``reward.py`` into ``folder``, and
+    return it.
+    """
     import pandas as pd
 
     make_tiny_qwen2(folder / "model")

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A tiny random language model with a character-level tokenizer, written to disk. No network, always the same bits."""
+"""A tiny random language model with a character-level tokenizer, written to disk.
+
+No network, always the same bits.
+"""
 
 from __future__ import annotations
 
@@ -20,11 +23,12 @@ def make_tiny_model(
     seed: int = 0,
     **sizes: int,
 ) -> str:
-    """Write a random model of an architecture that Hugging Face knows, four heads over two key-value heads unless `sizes`
-    (further keys of its config) says otherwise, float32.
+    """Write a random model of an architecture that Hugging Face knows, four heads over two
+    key-value heads unless `sizes` (further keys of its config) says otherwise, float32.
 
-    The weights are spread widely enough for the distributions over tokens to differ clearly from uniform, and every
-    norm and bias differs from its initial value, so that a weight that is lost or mixed up shows.
+    The weights are spread widely enough for the distributions over tokens to differ clearly from
+    uniform, and every norm and bias differs from its initial value, so that a weight that is lost
+    or mixed up shows.
 
     Returns:
         `path` as a string.
@@ -48,7 +52,9 @@ def make_tiny_model(
         **{
             "num_attention_heads": 4,
             "num_key_value_heads": 2,
-            **({"head_dim": hidden_size // 4} if model_type == "qwen3" else {}),  # Qwen3's default is 128
+            **(
+                {"head_dim": hidden_size // 4} if model_type == "qwen3" else {}
+            ),  # Qwen3's default is 128
             **sizes,
         },
     )
@@ -76,5 +82,8 @@ def make_tiny_qwen2(
     layers: int = 2,
     tie_word_embeddings: bool = False,
 ) -> str:
-    """Write a tiny random Qwen2 and its tokenizer to `path`, and return it. See :func:`make_tiny_model`."""
+    """Write a tiny random Qwen2 and its tokenizer to `path`, and return it.
+
+    See :func:`make_tiny_model`.
+    """
     return make_tiny_model(path, "qwen2", vocab_size, hidden_size, layers, tie_word_embeddings)

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a launcher would run: its command line, taken by an interpreter that only prints its arguments."""
+"""What a launcher would run: its command line, taken by an interpreter that only prints its
+arguments.
+"""
 
 from __future__ import annotations
 
@@ -33,20 +35,24 @@ OURS = (
 
 
 def environment(tmp_path: Path, **variables: object) -> dict[str, str]:
-    """This process' environment, without what would reach a launcher by accident, with ``variables``."""
+    """This process' environment, without what would reach a launcher by accident, with
+    ``variables``.
+    """
     clean = {key: value for key, value in os.environ.items() if key not in OURS}
     defaults = {
-        "OUTPUT_DIR": tmp_path / "run", "CAPO_VENV": sys.prefix, "CAPO_SKIP_INSTALL": 1, "PYTHONPATH": ROOT,
-        "DATA_DIR": tmp_path / "data",
+        "OUTPUT_DIR": tmp_path / "run", "CAPO_VENV": sys.prefix, "CAPO_SKIP_INSTALL": 1,
+        "PYTHONPATH": ROOT, "DATA_DIR": tmp_path / "data",
     }  # fmt: skip
     return {**clean, **{key: str(value) for key, value in {**defaults, **variables}.items()}}
 
 
-def call(script: str, tmp_path: Path, *arguments: str, **variables: object) -> subprocess.CompletedProcess[str]:
+def call(
+    script: str, tmp_path: Path, *arguments: str, **variables: object
+) -> subprocess.CompletedProcess[str]:
     """Run a launcher to its end."""
     return subprocess.run(
-        ["bash", str(EXAMPLES / script), *arguments], env=environment(tmp_path, **variables), cwd=tmp_path,
-        capture_output=True, text=True, timeout=500,
+        ["bash", str(EXAMPLES / script), *arguments], env=environment(tmp_path, **variables),
+        cwd=tmp_path, capture_output=True, text=True, timeout=500,
     )  # fmt: skip
 
 
@@ -64,7 +70,9 @@ def command_line(script: str, tmp_path: Path, *arguments: str, **variables: obje
     venv.mkdir(parents=True, exist_ok=True)
     if not (venv / "python").exists():
         (venv / "python").symlink_to(stub)
-    done = call(script, tmp_path, *arguments, **{"PYTHON": stub, "CAPO_VENV": venv.parent, **variables})
+    done = call(
+        script, tmp_path, *arguments, **{"PYTHON": stub, "CAPO_VENV": venv.parent, **variables}
+    )
     assert done.returncode == 0, done.stderr
     options, module, *overrides = done.stdout.split("\0")[:-1][2:]
     assert options == "-m"

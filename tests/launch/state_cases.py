@@ -19,6 +19,10 @@ def held_bytes(layout: Layout, model_path: str) -> dict[str, int]:
         "stage": mpu.get_pipeline_model_parallel_rank(),
         "tensors": len(parameters),
         "parameters": sum(p.nbytes for p in parameters),
-        "gradients": sum(buffer.grad_data.nbytes for chunk in engine.module for buffer in chunk.buffers),
-        "optimizer": sum(state[name].nbytes for state in states for name in ("exp_avg", "exp_avg_sq")),
+        "gradients": sum(
+            buffer.grad_data.nbytes for chunk in engine.module for buffer in chunk.buffers
+        ),
+        "optimizer": sum(
+            state[name].nbytes for state in states for name in ("exp_avg", "exp_avg_sq")
+        ),
     }

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every launcher's dry run with every value of its switches, and what the launchers promise to Slurm."""
+"""Every launcher's dry run with every value of its switches, and what the launchers promise to
+Slurm.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +17,8 @@ from capo_verl.config import PRESETS
 from capo_verl.launch import dry_run as dry_run_module
 from capo_verl.launch import plan
 from capo_verl.launch.dry_run import compose, dry_run
-from capo_verl.plugin.checks import files, model_shape, run_spec
 from capo_verl.plugin import state
+from capo_verl.plugin.checks import files, model_shape, run_spec
 from tests.launch.launchers import CPU, EXAMPLES, GPU, ROOT, SWITCH, call, command_line
 
 SIZES = {
@@ -25,7 +27,8 @@ SIZES = {
     "run_qwen3_8b_megatron.sh": "8.19 B",
 }
 REGIMES = {"conservative": (3e-6, 1152, 52), "aggressive": (1.5e-5, 96, 100)}
-"""Learning rate, completions per step, steps: the paper's, written down a second time on purpose."""
+"""Learning rate, completions per step, steps: the paper's, written down a second time on purpose.
+"""
 
 
 @pytest.fixture
@@ -76,7 +79,11 @@ def test_dry_runs_for_gpus(script, regime, capo, tmp_path, platform, caplog):
     rate, completions, steps = REGIMES[regime]
     optim = config.actor_rollout_ref.actor.optim
     assert optim.lr == rate
-    assert (optim.lr_decay_style, optim.lr_warmup_steps_ratio, optim.lr_warmup_steps) == ("cosine", 0.1, -1)
+    assert (optim.lr_decay_style, optim.lr_warmup_steps_ratio, optim.lr_warmup_steps) == (
+        "cosine",
+        0.1,
+        -1,
+    )
     assert config.data.train_batch_size * config.actor_rollout_ref.rollout.n == completions
     assert config.actor_rollout_ref.rollout.n == 8
     assert config.actor_rollout_ref.actor.ppo_mini_batch_size == config.data.train_batch_size
@@ -100,7 +107,10 @@ def test_dry_runs_for_cpus(script, capo, tmp_path, tiny_model, platform, caplog)
     config = OmegaConf.create(yaml.safe_load(printed))
     check_switch(config, capo)
     assert not caplog.records
-    assert f"# Plan: {tiny_model.name}, 0.00 B parameters, 1 node(s) x 2 ranks, TP2 PP1 CP1 DP1" in printed
+    assert (
+        f"# Plan: {tiny_model.name}, 0.00 B parameters, 1 node(s) x 2 ranks, TP2 PP1 CP1 DP1"
+        in printed
+    )
     assert len(notes) == 2
 
 
@@ -113,16 +123,32 @@ def test_one_process_prints_all_and_starts_nothing(tmp_path, tiny_model):
     assert config["actor_rollout_ref"]["actor"]["policy_loss"]["capo"]["policy_shift_max"] == 1e-4
     assert "# Plan: model" in done.stdout
     assert not (tmp_path / "run").exists()
-    refused = call("run_quickstart_cpu.sh", tmp_path, "actor_rollout_ref.actor.optim.learning_rate=1", **variables)
+    refused = call(
+        "run_quickstart_cpu.sh",
+        tmp_path,
+        "actor_rollout_ref.actor.optim.learning_rate=1",
+        **variables,
+    )
     assert refused.returncode == 2 and refused.stdout == ""
-    assert refused.stderr.splitlines()[-1].startswith("capo_verl: refused before start: Could not override")
+    assert refused.stderr.splitlines()[-1].startswith(
+        "capo_verl: refused before start: Could not override"
+    )
 
 
 def test_dry_run_of_a_gpu_launcher_as_a_process(tmp_path):
     done = call("run_qwen2_5_math_7b_megatron.sh", tmp_path, DRY_RUN=1, PYTHON=sys.executable)
     assert done.returncode == 0, done.stderr
-    assert "# Plan: Qwen2.5-Math-7B, 7.62 B parameters, 1 node(s) x 8 GPUs, TP2 PP1 CP1 DP4" in done.stdout
-    refused = call("run_qwen2_5_math_7b_megatron.sh", tmp_path, DRY_RUN=1, PYTHON=sys.executable, GPU_MEMORY_GIB=40)
+    assert (
+        "# Plan: Qwen2.5-Math-7B, 7.62 B parameters, 1 node(s) x 8 GPUs, TP2 PP1 CP1 DP4"
+        in done.stdout
+    )
+    refused = call(
+        "run_qwen2_5_math_7b_megatron.sh",
+        tmp_path,
+        DRY_RUN=1,
+        PYTHON=sys.executable,
+        GPU_MEMORY_GIB=40,
+    )
     assert refused.returncode == 2
     assert "Qwen2.5-Math-7B does not fit: " in refused.stderr.splitlines()[-1]
 
@@ -160,7 +186,13 @@ TWO_SIZES = "[ \"$*\" = '--query-gpu=memory.total --format=csv,noheader,nounits'
         ({"script": "printf '143771\\n'"}, "140.4"),
         ({"script": TWO_SIZES}, "79.6"),
         ({"script": TWO_SIZES.replace("81559", "97871")}, "95.6"),
-        ({"script": "[ \"${4-all}\" = 0,2 ] && printf '143771\\n'", "CUDA_VISIBLE_DEVICES": "0,2"}, "140.4"),
+        (
+            {
+                "script": "[ \"${4-all}\" = 0,2 ] && printf '143771\\n'",
+                "CUDA_VISIBLE_DEVICES": "0,2",
+            },
+            "140.4",
+        ),
         ({"script": TWO_SIZES, "CUDA_VISIBLE_DEVICES": "MIG-1"}, "79.6"),
         ({"script": "printf '143771\\n'", "strict": False}, "79.6"),
         ({"script": "printf '143771\\n'", "GPU_MEMORY_GIB": "94.5"}, "94.5"),
@@ -203,7 +235,9 @@ def test_what_does_not_fit_is_refused_or_noted(gpus, platform):
 
 
 def test_a_strict_dry_run_looks_at_the_data(tmp_path, tiny_model, platform, monkeypatch):
-    _, *overrides = command_line("run_quickstart_cpu.sh", tmp_path, MODEL_PATH=tiny_model, DRY_RUN="strict")
+    _, *overrides = command_line(
+        "run_quickstart_cpu.sh", tmp_path, MODEL_PATH=tiny_model, DRY_RUN="strict"
+    )
     platform(cpu=True)
     monkeypatch.setenv("DRY_RUN", "strict")
     with pytest.raises(ValueError, match="data/train.parquet does not exist"):
@@ -232,10 +266,26 @@ def test_switch(script, tmp_path):
         assert [a for a in given if "capo=" in a] == ["+capo=reinforce"]
         assert not any(a.startswith("algorithm.adv_estimator") for a in given)
     assert not any("capo=" in a for a in arguments())
-    for switch, message in (("ppo", "CAPO=ppo: choose one of "), ("dr_grpo", "CAPO=dr_grpo and +capo=grpo contradict")):
-        refused = call(script, tmp_path, "+capo=grpo" if switch == "dr_grpo" else "x=1", CAPO=switch, MODEL_PATH="m")
-        assert refused.returncode == 2 and message in refused.stderr and refused.stderr.count("\n") == 1
-    assert all(name in call(script, tmp_path, CAPO="ppo", MODEL_PATH="m").stderr for name in [*PRESETS, "off"])
+    for switch, message in (
+        ("ppo", "CAPO=ppo: choose one of "),
+        ("dr_grpo", "CAPO=dr_grpo and +capo=grpo contradict"),
+    ):
+        refused = call(
+            script,
+            tmp_path,
+            "+capo=grpo" if switch == "dr_grpo" else "x=1",
+            CAPO=switch,
+            MODEL_PATH="m",
+        )
+        assert (
+            refused.returncode == 2
+            and message in refused.stderr
+            and refused.stderr.count("\n") == 1
+        )
+    assert all(
+        name in call(script, tmp_path, CAPO="ppo", MODEL_PATH="m").stderr
+        for name in [*PRESETS, "off"]
+    )
 
 
 def settings(overrides):
@@ -263,7 +313,9 @@ def test_checkpoints_and_nodes(script, tmp_path):
     ranks = "8" if on_gpu else "1"
     assert (two["trainer.nnodes"], two["trainer.n_gpus_per_node"]) == ("2", ranks)
     assert given(SLURM_JOB_NUM_NODES=2, NNODES=1)["trainer.nnodes"] == "1"
-    here = ROOT if script == "run_smollm2_135m_cpu.sh" else tmp_path  # it goes to the repository for its requirements
+    here = (
+        ROOT if script == "run_smollm2_135m_cpu.sh" else tmp_path
+    )  # it goes to the repository for its requirements
     assert given(OUTPUT_DIR="here")["trainer.default_local_dir"] == f"'{here}/here/checkpoints'"
 
 
@@ -275,30 +327,44 @@ def test_ranks_that_do_not_divide_over_nodes_are_refused(script, tmp_path):
         ({"NGPUS_PER_NODE": 3}, "NGPUS_PER_NODE=3 times NNODES=1 is not NPROCS=2"),
     ):
         refused = call(script, tmp_path, MODEL_PATH="m", **variables)
-        assert refused.returncode == 2 and message in refused.stderr and refused.stderr.count("\n") == 1
+        assert (
+            refused.returncode == 2
+            and message in refused.stderr
+            and refused.stderr.count("\n") == 1
+        )
 
 
 def test_fsdp_has_no_megatron_settings(tmp_path):
-    given = settings(command_line("run_quickstart_cpu.sh", tmp_path, MODEL_PATH="m", MODEL_ENGINE="dp")[1:])
+    given = settings(
+        command_line("run_quickstart_cpu.sh", tmp_path, MODEL_PATH="m", MODEL_ENGINE="dp")[1:]
+    )
     assert not any("megatron" in key or "opt_param_scheduler" in key for key in given)
 
 
 @pytest.mark.parametrize("script", [*GPU, *CPU])
 def test_an_existing_cluster_is_joined(script, tmp_path):
-    """ray.init refuses numbers of CPUs and GPUs then; the workers' environment is the cluster's, so ours is sent along."""
+    """ray.init refuses numbers of CPUs and GPUs then; the workers' environment is the cluster's, so
+    ours is sent along.
+    """
     alone = settings(command_line(script, tmp_path, MODEL_PATH="m")[1:])
     joined = settings(
-        command_line(script, tmp_path, MODEL_PATH="m", RAY_ADDRESS="head:6379", OUTPUT_DIR=tmp_path / "it's")[1:]
+        command_line(
+            script, tmp_path, MODEL_PATH="m", RAY_ADDRESS="head:6379", OUTPUT_DIR=tmp_path / "it's"
+        )[1:]
     )
     assert not any("env_vars" in key for key in alone)
     assert ("+ray_kwargs.ray_init.num_gpus" in alone) == (script in CPU)
     assert not any(re.search(r"num_cpus|num_gpus|include_dashboard", key) for key in joined)
     sent = {key.rsplit(".", 1)[1]: text for key, text in joined.items() if "env_vars" in key}
-    config = compose([f"+ray_kwargs.ray_init.runtime_env.env_vars.{key}={text}" for key, text in sent.items()])
+    config = compose(
+        [f"+ray_kwargs.ray_init.runtime_env.env_vars.{key}={text}" for key, text in sent.items()]
+    )
     received = config.ray_kwargs.ray_init.runtime_env.env_vars
     assert f"{tmp_path}/it's/metrics.jsonl" == received.VERL_FILE_LOGGER_PATH
     expected = (
-        {"VERL_PLATFORM": "cpu", "OMP_NUM_THREADS": "1"} if script in CPU else {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}
+        {"VERL_PLATFORM": "cpu", "OMP_NUM_THREADS": "1"}
+        if script in CPU
+        else {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}
     )
     assert {key: received[key] for key in expected} == expected
     assert all(isinstance(text, str) for text in received.values())  # Ray takes nothing else
@@ -306,8 +372,12 @@ def test_an_existing_cluster_is_joined(script, tmp_path):
 
 def test_every_attempt_gets_its_own_metrics(tmp_path):
     def path(**variables):
-        given = command_line("run_quickstart_cpu.sh", tmp_path, MODEL_PATH="m", RAY_ADDRESS="head:1", **variables)
-        return settings(given)["+ray_kwargs.ray_init.runtime_env.env_vars.VERL_FILE_LOGGER_PATH"].strip("'")
+        given = command_line(
+            "run_quickstart_cpu.sh", tmp_path, MODEL_PATH="m", RAY_ADDRESS="head:1", **variables
+        )
+        return settings(given)[
+            "+ray_kwargs.ray_init.runtime_env.env_vars.VERL_FILE_LOGGER_PATH"
+        ].strip("'")
 
     for expected in ("metrics.jsonl", "metrics.2.jsonl", "metrics.3.jsonl"):
         assert path() == f"{tmp_path}/run/{expected}"
@@ -331,7 +401,10 @@ def test_every_experiment_has_its_own_folder(script, tmp_path):
     model = script.removeprefix("run_").removesuffix("_megatron.sh")
     assert folder() == f"{model}_off_conservative"
     assert (
-        folder(CAPO="grpo") == folder("+capo=grpo") == folder("+capo=grpo", CAPO="grpo") == f"{model}_grpo_conservative"
+        folder(CAPO="grpo")
+        == folder("+capo=grpo")
+        == folder("+capo=grpo", CAPO="grpo")
+        == f"{model}_grpo_conservative"
     )
     assert folder(REGIME="aggressive", CAPO="track") == f"{model}_track_aggressive"
     assert folder(LOSS_MODE="gspo", SEED=3) == f"{model}_off_conservative_gspo_seed3"
@@ -347,7 +420,10 @@ def test_a_rival_brings_its_own_loss(script, tmp_path):
     assert value(config, "actor_rollout_ref.actor.ppo_epochs") == 2
     refused = call(script, tmp_path, "+rival=lopti", LOSS_MODE="gspo")
     assert refused.returncode == 2
-    assert refused.stderr == f"{script}: LOSS_MODE=gspo and +rival=lopti contradict each other: drop one of them\n"
+    assert (
+        refused.stderr
+        == f"{script}: LOSS_MODE=gspo and +rival=lopti contradict each other: drop one of them\n"
+    )
 
 
 @pytest.mark.parametrize("script", [*GPU, *CPU])
@@ -356,10 +432,13 @@ def test_paths_may_contain_anything(script, tmp_path):
 
     odd = tmp_path / "it's [a]=\\'b, {c} \\"
     variables = {
-        "OUTPUT_DIR": odd / "run", "DATA_DIR": odd, "MODEL_PATH": odd, "EXPERIMENT_NAME": "it's", "RAY_ADDRESS": "head:1",
+        "OUTPUT_DIR": odd / "run", "DATA_DIR": odd, "MODEL_PATH": odd, "EXPERIMENT_NAME": "it's",
+        "RAY_ADDRESS": "head:1",
     }  # fmt: skip
     overrides = command_line(script, tmp_path, **variables)[1:]
-    received = {o.key_or_group: o.value() for o in OverridesParser.create().parse_overrides(overrides)}
+    received = {
+        o.key_or_group: o.value() for o in OverridesParser.create().parse_overrides(overrides)
+    }
     assert received["trainer.default_local_dir"] == f"{odd}/run/checkpoints"
     assert received["hydra.run.dir"] == f"{odd}/run/hydra"
     assert received["data.train_files"] == [f"{odd}/train.parquet"]
@@ -372,7 +451,9 @@ def test_paths_may_contain_anything(script, tmp_path):
 
 def test_an_output_folder_that_cannot_be_written_is_refused(tmp_path):
     (tmp_path / "file").touch()
-    refused = call("run_quickstart_cpu.sh", tmp_path, MODEL_PATH="m", OUTPUT_DIR=tmp_path / "file/run")
+    refused = call(
+        "run_quickstart_cpu.sh", tmp_path, MODEL_PATH="m", OUTPUT_DIR=tmp_path / "file/run"
+    )
     assert refused.returncode == 2 and refused.stderr.count("\n") == 1
     assert "file/run cannot be written to: set it to a folder of yours" in refused.stderr
 
@@ -384,18 +465,25 @@ def test_choices_of_the_gpu_launchers(script, tmp_path, platform):
         ({"INFER_BACKEND": "triton"}, "INFER_BACKEND=triton: choose one of vllm, sglang, hf"),
     ):
         refused = call(script, tmp_path, **variables)
-        assert refused.returncode == 2 and message in refused.stderr and refused.stderr.count("\n") == 1
+        assert (
+            refused.returncode == 2
+            and message in refused.stderr
+            and refused.stderr.count("\n") == 1
+        )
     for backend in ("vllm", "sglang"):
         given = settings(command_line(script, tmp_path, INFER_BACKEND=backend)[1:])
         assert given["actor_rollout_ref.rollout.name"] == backend
-    given = settings(command_line(script, tmp_path, LOSS_MODE="gspo", ACTOR_LR="1e-7", NNODES=4)[1:])
+    given = settings(
+        command_line(script, tmp_path, LOSS_MODE="gspo", ACTOR_LR="1e-7", NNODES=4)[1:]
+    )
     assert given["actor_rollout_ref.actor.policy_loss.loss_mode"] == "gspo"
     assert given["actor_rollout_ref.actor.optim.lr"] == "1e-7"
     assert given["trainer.nnodes"] == "4"
 
 
 def test_a_gpu_launcher_can_be_tried_on_a_cpu(tmp_path, tiny_model, platform):
-    variables = {"INFER_BACKEND": "hf", "NGPUS_PER_NODE": 2, "MODEL_PATH": tiny_model, "MAX_RESPONSE_LENGTH": 64,
+    variables = {"INFER_BACKEND": "hf", "NGPUS_PER_NODE": 2, "MODEL_PATH": tiny_model,
+        "MAX_RESPONSE_LENGTH": 64,
                  "MAX_PROMPT_LENGTH": 64}  # fmt: skip
     _, *overrides = command_line("run_qwen2_5_math_7b_megatron.sh", tmp_path, **variables)
     platform(cpu=True)
@@ -405,7 +493,9 @@ def test_a_gpu_launcher_can_be_tried_on_a_cpu(tmp_path, tiny_model, platform):
 
 
 def header_rows(script):
-    """The table of layouts in a launcher's header: variables that choose the layout, and the line itself."""
+    """The table of layouts in a launcher's header: variables that choose the layout, and the line
+    itself.
+    """
     text = (EXAMPLES / script).read_text()
     names = ("NNODES", "NGPUS_PER_NODE", "ACTOR_TP", "ACTOR_PP", "ROLLOUT_TP")
     for line in re.findall(r"^#   +\d+ x \d.*$", text, flags=re.M):
@@ -421,8 +511,8 @@ def header_row(variables, overrides):
     nodes, gpus, tp, pp, rollout_tp = variables.values()
     cells = "".join(f"{total:9.1f}" for total in totals)
     return (
-        f"#   {nodes} x {gpus:<3} {tp:>3} {pp:>3} {rollout_tp:>8}  {cells}{moments:9.1f}{made.host / plan.GIB:7.0f}"
-        f"{made.kv_tokens // 1000:9,}"
+        f"#   {nodes} x {gpus:<3} {tp:>3} {pp:>3} {rollout_tp:>8}  "
+        f"{cells}{moments:9.1f}{made.host / plan.GIB:7.0f}{made.kv_tokens // 1000:9,}"
     )
 
 
@@ -436,7 +526,9 @@ def test_headers_say_what_the_plan_computes(script, tmp_path):
         nodes, _, gpus, tp, pp, *figures, tokens = line.split()[1:]
         cells = [f"{nodes} × {gpus}", f"{tp}, {pp}", *figures, f"{tokens},000"]
         assert f"| {' | '.join(cells)} |" in documented
-        _, *overrides = command_line(script, tmp_path, CAPO="grpo", REGIME="conservative", **variables)
+        _, *overrides = command_line(
+            script, tmp_path, CAPO="grpo", REGIME="conservative", **variables
+        )
         assert line == header_row(variables, overrides)
     default = settings(command_line(script, tmp_path)[1:])
     first = rows[0][0]

@@ -3,7 +3,15 @@ from __future__ import annotations
 
 import pytest
 
-from capo_verl.launch.outcome import FINISHED, GIVE_UP, REQUEUE, Attempt, decide, main, read_attempts
+from capo_verl.launch.outcome import (
+    FINISHED,
+    GIVE_UP,
+    REQUEUE,
+    Attempt,
+    decide,
+    main,
+    read_attempts,
+)
 from capo_verl.plugin.stop import Progress
 
 AT_4 = Progress(step=4, total_steps=10, checkpoint=3, step_seconds=60.0)
@@ -23,26 +31,86 @@ def failed_at(step: int, trained: bool = True) -> Attempt:
     ("this", "progress", "earlier", "action", "part"),
     [
         (attempt(0, step=10), DONE, [], FINISHED, "all 10 steps are done"),
-        (attempt(0, stop=True, step=10), DONE, [], FINISHED, "all 10 steps are done"),  # warned during the last step
+        (
+            attempt(0, stop=True, step=10),
+            DONE,
+            [],
+            FINISHED,
+            "all 10 steps are done",
+        ),  # warned during the last step
         (attempt(0), AT_4, [], FINISHED, "without error"),
-        (attempt(0, trained=False, step=10), None, [], FINISHED, "without error"),  # was complete before
+        (
+            attempt(0, trained=False, step=10),
+            None,
+            [],
+            FINISHED,
+            "without error",
+        ),  # was complete before
         (attempt(0, stop=True), STOPPED, [], REQUEUE, "stopped as requested, step 4 of 10 done"),
         # Warned while the nodes joined: what an earlier attempt wrote does not count.
-        (attempt(0, stop=True, trained=False, step=3), None, [], REQUEUE, "stopped as requested, step 3 done"),
+        (
+            attempt(0, stop=True, trained=False, step=3),
+            None,
+            [],
+            REQUEUE,
+            "stopped as requested, step 3 done",
+        ),
         (attempt(2, trained=False), None, [], GIVE_UP, "refused"),
         (attempt(), AT_4, [], REQUEUE, "failed at step 5 with exit code 1"),
         (attempt(), AT_4, [failed_at(3)], REQUEUE, "failed at step 5"),
-        (attempt(), AT_4, [failed_at(3), failed_at(4)], GIVE_UP, "failed twice at the same step (5)"),
+        (
+            attempt(),
+            AT_4,
+            [failed_at(3), failed_at(4)],
+            GIVE_UP,
+            "failed twice at the same step (5)",
+        ),
         # An attempt that did not get as far as a step failed elsewhere.
-        (attempt(3, trained=False), None, [failed_at(4)], REQUEUE, "failed before its first step with exit code 3"),
-        (attempt(3, trained=False), None, [failed_at(4, False)], GIVE_UP, "failed twice before its first step"),
+        (
+            attempt(3, trained=False),
+            None,
+            [failed_at(4)],
+            REQUEUE,
+            "failed before its first step with exit code 3",
+        ),
+        (
+            attempt(3, trained=False),
+            None,
+            [failed_at(4, False)],
+            GIVE_UP,
+            "failed twice before its first step",
+        ),
         # Preempted: killed after a warning is no failure of the run.
         (attempt(143, stop=True), AT_4, [failed_at(4)], REQUEUE, "after it was asked to stop"),
         (attempt(), AT_4, [attempt(143, stop=True)], REQUEUE, "failed at step 5"),
-        (attempt(143, stop=True), AT_4, [attempt(143, stop=True)], REQUEUE, "after it was asked to stop"),
-        (attempt(1, stop=True), AT_4, [attempt(0, stop=True)] * 2, GIVE_UP, "3 attempts in a row had to stop"),
-        (attempt(0, stop=True), STOPPED, [attempt(0, stop=True, checkpoint=2)] * 4, REQUEUE, "stopped as requested"),
-        (attempt(0, stop=True), STOPPED, [attempt(0, stop=True), failed_at(4)] * 2, REQUEUE, "stopped as requested"),
+        (
+            attempt(143, stop=True),
+            AT_4,
+            [attempt(143, stop=True)],
+            REQUEUE,
+            "after it was asked to stop",
+        ),
+        (
+            attempt(1, stop=True),
+            AT_4,
+            [attempt(0, stop=True)] * 2,
+            GIVE_UP,
+            "3 attempts in a row had to stop",
+        ),
+        (
+            attempt(0, stop=True),
+            STOPPED,
+            [attempt(0, stop=True, checkpoint=2)] * 4,
+            REQUEUE,
+            "stopped as requested",
+        ),
+        (
+            attempt(0, stop=True),
+            STOPPED,
+            [attempt(0, stop=True), failed_at(4)] * 2,
+            REQUEUE,
+            "stopped as requested",
+        ),
     ],
 )
 def test_decide(this, progress, earlier, action, part):
@@ -51,24 +119,38 @@ def test_decide(this, progress, earlier, action, part):
 
 
 def test_command(tmp_path, capsys):
-    """Two failures at step 5, then one before any step; a copy of what was there before tells them apart."""
+    """Two failures at step 5, then one before any step; a copy of what was there before tells them
+    apart.
+    """
     history, before = tmp_path / "attempts.jsonl", tmp_path / "before.json"
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("3")
 
     def call(name: str, exit_code: int, *more: str) -> list[str]:
-        code = main(["--checkpoints", str(tmp_path), "--history", str(history), "--attempt", name, "--exit-code",
-                     str(exit_code), "--before", str(before), "--resumed-from", "3", *more])  # fmt: skip
+        code = main(["--checkpoints", str(tmp_path), "--history", str(history), "--attempt", name,
+            "--exit-code",
+                     str(exit_code), "--before", str(before), "--resumed-from", "3",
+                     *more])  # fmt: skip
         assert code == 0
         return capsys.readouterr().out.splitlines()
 
     AT_4.write(tmp_path)
-    assert call("7.0", 1) == [REQUEUE, "failed at step 5 with exit code 1, for the first time there"]
+    assert call("7.0", 1) == [
+        REQUEUE,
+        "failed at step 5 with exit code 1, for the first time there",
+    ]
     before.write_text((tmp_path / "progress.json").read_text())
-    assert call("7.1", 3) == [REQUEUE, "failed before its first step with exit code 3, for the first time there"]
+    assert call("7.1", 3) == [
+        REQUEUE,
+        "failed before its first step with exit code 3, for the first time there",
+    ]
     before.unlink()
-    assert call("7.2", 1) == [GIVE_UP, "failed twice at the same step (5): not requeued; see both attempts' logs"]
+    assert call("7.2", 1) == [
+        GIVE_UP,
+        "failed twice at the same step (5): not requeued; see both attempts' logs",
+    ]
     assert read_attempts(history) == [
-        Attempt("7.0", 1, False, True, 4, 3), Attempt("7.1", 3, False, False, 3, 3), Attempt("7.2", 1, False, True, 4, 3)
+        Attempt("7.0", 1, False, True, 4, 3), Attempt("7.1", 3, False, False, 3, 3),
+        Attempt("7.2", 1, False, True, 4, 3)
     ]  # fmt: skip
     DONE.write(tmp_path)
     assert call("7.3", 0, "--stop-requested")[0] == FINISHED

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The plan's formulas against numbers worked out by hand, and against what the engine on a CPU allocates."""
+"""The plan's formulas against numbers worked out by hand, and against what the engine on a CPU
+allocates.
+"""
 
 from __future__ import annotations
 
@@ -17,12 +19,16 @@ from tests.cpu.megatron.engine_cases import Layout
 from tests.helpers.spawn import run_on_ranks
 from tests.launch.state_cases import held_bytes
 
-PRELOAD = ("torch", "verl.workers.engine.megatron.transformer_impl", "capo_verl.cpu.megatron.bridge")
+PRELOAD = (
+    "torch",
+    "verl.workers.engine.megatron.transformer_impl",
+    "capo_verl.cpu.megatron.bridge",
+)
 QWEN_7B = KNOWN["qwen/qwen2.5-math-7b"]
 RUN = RunSpec(
-    gpus_per_node=8, tp=2, prompts=144, completions_per_prompt=8, mini_batch=144, tokens_per_gpu=16384,
-    log_prob_tokens_per_gpu=16384, recompute="full", offload_parameters=True, offload_optimizer=True, rollout_memory=0.6,
-    capo=verl_knobs("grpo"),
+    gpus_per_node=8, tp=2, prompts=144, completions_per_prompt=8, mini_batch=144,
+    tokens_per_gpu=16384, log_prob_tokens_per_gpu=16384, recompute="full", offload_parameters=True,
+    offload_optimizer=True, rollout_memory=0.6, capo=verl_knobs("grpo"),
 )  # fmt: skip
 
 
@@ -37,14 +43,21 @@ def test_states_are_what_the_engine_holds(layout, tiny_model):
         distributed_optimizer=layout.distributed_optimizer,
     )  # fmt: skip
     shape = find_shape(str(tiny_model))
-    for held in run_on_ranks(held_bytes, layout.world_size, layout, str(tiny_model), preload=PRELOAD):
+    for held in run_on_ranks(
+        held_bytes, layout.world_size, layout, str(tiny_model), preload=PRELOAD
+    ):
         planned = plan_memory.states(run, shape, held["stage"])
         assert held["parameters"] == planned.parameters
-        # The distributed optimizer starts every tensor at a multiple of 64 elements, and rounds its buckets up.
-        padding = (64 * held["tensors"] + 256 * layout.dp) * 4 if layout.distributed_optimizer else 0
+        # The distributed optimizer starts every tensor at a multiple of 64 elements, and rounds its
+        # buckets up.
+        padding = (
+            (64 * held["tensors"] + 256 * layout.dp) * 4 if layout.distributed_optimizer else 0
+        )
         assert planned.gradients <= held["gradients"] <= planned.gradients + padding
         if layout.distributed_optimizer:
-            assert held["optimizer"] == pytest.approx(planned.optimizer, rel=0.1)  # the cut follows the padded buffer
+            assert held["optimizer"] == pytest.approx(
+                planned.optimizer, rel=0.1
+            )  # the cut follows the padded buffer
         else:
             assert held["optimizer"] == planned.optimizer
 
@@ -58,10 +71,16 @@ def test_distributed_optimizer_states_add_up(tiny_model):
 
 
 def test_gpu_states_by_hand():
-    """Two bytes for a parameter, four for its gradient, twelve for Adam over the four data-parallel ranks."""
+    """Two bytes for a parameter, four for its gradient, twelve for Adam over the four data-parallel
+    ranks.
+    """
     held = (7_615_616_512 + (2 * 28 + 1) * 3584) // 2  # norms are on both ranks
     states = plan_memory.states(RUN, QWEN_7B, 0)
-    assert (states.parameters, states.gradients, states.optimizer) == (2 * held, 4 * held, 12 * held / 4)
+    assert (states.parameters, states.gradients, states.optimizer) == (
+        2 * held,
+        4 * held,
+        12 * held / 4,
+    )
     whole = plan_memory.states(dataclasses.replace(RUN, distributed_optimizer=False), QWEN_7B, 0)
     assert whole.optimizer == 12 * held
 
@@ -75,7 +94,9 @@ def test_activations_by_hand():
     assert plan_memory.activations(kept, QWEN_7B, tokens, 0) == 28 * layer
     # Without sequence parallelism both ranks hold the norms' inputs and outputs whole.
     whole = dataclasses.replace(run, sequence_parallel=False)
-    assert plan_memory.layer_activations(whole, QWEN_7B, tokens) == layer + 2 * tokens * 4 * 3584 / 2
+    assert (
+        plan_memory.layer_activations(whole, QWEN_7B, tokens) == layer + 2 * tokens * 4 * 3584 / 2
+    )
     # 1F1B: the first of four stages holds four micro-batches, the last one.
     deep = dataclasses.replace(kept, pp=4)
     assert plan_memory.activations(deep, QWEN_7B, tokens, 0) == 4 * 7 * layer
@@ -90,22 +111,33 @@ def test_logits_filter_and_cache_by_hand():
     assert plan_memory.capo_filter(RUN, QWEN_7B).moments == 2 * rows * 3584 * 4
     assert plan_memory.capo_filter(dataclasses.replace(RUN, capo=None), QWEN_7B).moments == 0
     assert plan_memory.kv_cache_per_token(RUN, QWEN_7B) == 2 * 28 * 4 * 128 * 2
-    assert plan_memory.kv_cache_per_token(dataclasses.replace(RUN, rollout_tp=2), QWEN_7B) == 28 * 4 * 128 * 2
-    assert plan_memory.kv_cache_per_token(dataclasses.replace(RUN, rollout_tp=7), QWEN_7B) == 2 * 28 * 128 * 2
+    assert (
+        plan_memory.kv_cache_per_token(dataclasses.replace(RUN, rollout_tp=2), QWEN_7B)
+        == 28 * 4 * 128 * 2
+    )
+    assert (
+        plan_memory.kv_cache_per_token(dataclasses.replace(RUN, rollout_tp=7), QWEN_7B)
+        == 2 * 28 * 128 * 2
+    )
 
 
 def test_kl_probe_by_hand():
-    """36 of 288 completions a rank, and one micro-batch more; a line search copies the float32 parameters."""
+    """36 of 288 completions a rank, and one micro-batch more; a line search copies the float32
+    parameters.
+    """
     assert plan_memory.kl_probe(RUN, QWEN_7B, 0) == plan_memory.ProbeMemory(0, 0)
     run = dataclasses.replace(RUN, capo=verl_knobs("kl_budget"))
     assert plan_memory.capo_filter(run, QWEN_7B).moments == 0  # mode=off
     probe, rows = plan_memory.kl_probe(run, QWEN_7B, 0), 152064 // 2
     assert probe == plan_memory.ProbeMemory((36 * run.response_length + 16384) * rows * 4, 0)
-    knobs = {**run.capo, "kl_budget": {**run.capo["kl_budget"], "estimator": "k3", "line_search": 2.0}}
+    knobs = {
+        **run.capo,
+        "kl_budget": {**run.capo["kl_budget"], "estimator": "k3", "line_search": 2.0},
+    }
     split = -(-QWEN_7B.parameters(2) // 4)
-    assert plan_memory.kl_probe(dataclasses.replace(run, capo=knobs), QWEN_7B, 0) == plan_memory.ProbeMemory(
-        0, 4 * split
-    )
+    assert plan_memory.kl_probe(
+        dataclasses.replace(run, capo=knobs), QWEN_7B, 0
+    ) == plan_memory.ProbeMemory(0, 4 * split)
     sharded = dataclasses.replace(run, capo=knobs, engine="fsdp2", tp=1)
     assert plan_memory.kl_probe(sharded, QWEN_7B, 0).parameters == 4 * -(-QWEN_7B.parameters() // 8)
     without = make_plan(dataclasses.replace(run, capo=None), QWEN_7B).phases["update"]
@@ -125,11 +157,16 @@ def test_phases():
     plan = make_plan(RUN, QWEN_7B)
     update, rollout = plan.phases["update"], plan.phases["rollout"]
     assert sum(rollout.values()) == int(0.6 * 79.6 * GIB)  # nothing of the trainer is left
-    assert plan.kv_tokens == (int(0.6 * 79.6 * GIB) - 2 * QWEN_7B.parameters()) // (2 * 28 * 4 * 128 * 2)
+    assert plan.kv_tokens == (int(0.6 * 79.6 * GIB) - 2 * QWEN_7B.parameters()) // (
+        2 * 28 * 4 * 128 * 2
+    )
     assert plan.host == 8 * (update["parameters"] + update["optimizer"] + update["CAPO moments"])
     assert plan.phases["log-probs"]["gradients"] == plan.phases["log-probs"]["optimizer"] == 0
     resident = make_plan(
-        dataclasses.replace(RUN, offload_parameters=False, offload_optimizer=False, rollout_memory=0.35), QWEN_7B
+        dataclasses.replace(
+            RUN, offload_parameters=False, offload_optimizer=False, rollout_memory=0.35
+        ),
+        QWEN_7B,
     )
     assert resident.host == 0
     trainer = sum(update[name] for name in ("parameters", "gradients", "optimizer", "CAPO moments"))
@@ -139,31 +176,44 @@ def test_phases():
 
 
 def test_a_run_on_a_cpu():
-    """SmolLM2 as its launcher trains it took 9.9 GiB (docs/plan.md); its heads are 12 over 4 there, to divide by two."""
+    """SmolLM2 as its launcher trains it took 9.9 GiB (docs/plan.md); its heads are 12 over 4 there,
+    to divide by two.
+    """
     shape = dataclasses.replace(KNOWN["huggingfacetb/smollm2-135m"], heads=12, kv_heads=4)
     run = RunSpec(
-        cpu=True, gpus_per_node=2, tp=2, prompts=4, mini_batch=4, completions_per_prompt=8, prompt_length=128,
-        response_length=16, micro_batch=4, log_prob_micro_batch=4, rollout="hf", rollout_tp=2, pads_vocab=False,
-        capo=verl_knobs("grpo"),
+        cpu=True, gpus_per_node=2, tp=2, prompts=4, mini_batch=4, completions_per_prompt=8,
+        prompt_length=128,
+        response_length=16, micro_batch=4, log_prob_micro_batch=4, rollout="hf", rollout_tp=2,
+        pads_vocab=False, capo=verl_knobs("grpo"),
     )  # fmt: skip
     (parts,) = make_plan(run, shape, memory=24).phases.values()
     held = 2 * shape.parameters(2)
-    assert (parts["parameters"], parts["gradients"], parts["optimizer"]) == (4 * held, 4 * held, 8 * held)
+    assert (parts["parameters"], parts["gradients"], parts["optimizer"]) == (
+        4 * held,
+        4 * held,
+        8 * held,
+    )
     assert parts["rollout weights"] == 4 * shape.parameters()
     assert parts["KV cache"] == 32 * 144 * 2 * 30 * 4 * 64 * 4
     assert sum(parts.values()) / GIB == pytest.approx(9.9, rel=0.1)
-    with pytest.raises(PlanError, match="does not fit: update needs .* GiB per node .* of 8.0: use a smaller model"):
+    with pytest.raises(
+        PlanError, match="does not fit: update needs .* GiB per node .* of 8.0: use a smaller model"
+    ):
         make_plan(run, shape, memory=8)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"tp": 1}, "does not fit: update needs .* GiB per GPU .*parameters 14.2.* of 73.6: raise the tensor"),
-        ({"rollout_memory": 0.15}, "leaves room for 0 tokens of KV cache .57344 bytes each. beside 14.2 GiB of weights"),
-        ({"rollout_memory": 0.95}, "does not fit: rollout needs 75.6 .* lower .*gpu_memory_utilization=0.95"),
+        ({"tp": 1}, "does not fit: update needs .* GiB per GPU .*parameters 14.2.* of 73.6: raise "
+        "the tensor"),
+        ({"rollout_memory": 0.15}, "leaves room for 0 tokens of KV cache .57344 bytes each. beside "
+        "14.2 GiB of weights"),
+        ({"rollout_memory": 0.95}, "does not fit: rollout needs 75.6 .* lower "
+        ".*gpu_memory_utilization=0.95"),
         ({"tp": 8}, "28 attention heads, which do not divide by .*tensor_model_parallel_size=8"),
-        ({"response_length": 4096}, "= 4608 tokens are more than the 4096 positions of Qwen2.5-Math-7B"),
+        ({"response_length": 4096}, "= 4608 tokens are more than the 4096 positions of "
+        "Qwen2.5-Math-7B"),
     ],
 )  # fmt: skip
 def test_what_cannot_work_is_refused_with_its_numbers(change, message):
@@ -184,11 +234,20 @@ def test_command_line(capsys, tmp_path):
     assert "7.62 B parameters" in table and "CAPO moments" in table
     assert plan_cli.main(["Qwen2.5-Math-7B", "--tp", "2", "--no-capo"]) == 0
     assert "CAPO" not in capsys.readouterr().out
-    sizes = {"layers": 28, "hidden": 3584, "heads": 28, "kv-heads": 4, "intermediate": 18944, "vocab": 152064}
+    sizes = {
+        "layers": 28,
+        "hidden": 3584,
+        "heads": 28,
+        "kv-heads": 4,
+        "intermediate": 18944,
+        "vocab": 152064,
+    }
     arguments = [part for name, size in sizes.items() for part in (f"--{name}", str(size))]
     assert plan_cli.main([*arguments, "--tp", "2", "--json"]) == 0
     # Without the biases of queries, keys and values.
-    assert json.loads(capsys.readouterr().out)["parameters"] == 7_615_616_512 - 28 * (28 + 2 * 4) * 128
+    assert (
+        json.loads(capsys.readouterr().out)["parameters"] == 7_615_616_512 - 28 * (28 + 2 * 4) * 128
+    )
 
 
 @pytest.mark.parametrize(

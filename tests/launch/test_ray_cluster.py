@@ -29,9 +29,18 @@ def test_says_what_is_missing_after_the_time_limit():
     clock = Clock()
     with pytest.raises(NotReady) as error:
         wait_for(
-            lambda: {"a": 8, "b": 7, "stranger": 8}, ["a", "b", "c"], 8, 5, lambda line: None, clock.now, clock.sleep
+            lambda: {"a": 8, "b": 7, "stranger": 8},
+            ["a", "b", "c"],
+            8,
+            5,
+            lambda line: None,
+            clock.now,
+            clock.sleep,
         )
-    assert str(error.value) == "after 5 s: node b joined with 7 GPUs, 8 expected; node c has not joined Ray"
+    assert (
+        str(error.value)
+        == "after 5 s: node b joined with 7 GPUs, 8 expected; node c has not joined Ray"
+    )
     assert error.value.nodes == ["b", "c"]
     assert clock.time == 5.0
 

@@ -14,7 +14,8 @@ import pytest
 from tests.launch.launchers import ROOT
 
 SCRIPTS = subprocess.run(
-    ["git", "ls-files", "--cached", "--others", "--exclude-standard", "*.sh", "*.sbatch", ".ci/run"],
+    ["git", "ls-files", "--cached", "--others", "--exclude-standard", "*.sh", "*.sbatch",
+        ".ci/run"],
     cwd=ROOT, capture_output=True, text=True, check=True,
 ).stdout.split()  # fmt: skip
 

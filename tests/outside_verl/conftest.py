@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""No word to the Hugging Face hub, to which TRL reports its trainers: before any test here imports it."""
+"""No word to the Hugging Face hub, to which TRL reports its trainers: before any test here imports
+it.
+"""
 
 import os
 

@@ -8,7 +8,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs/outside_verl.md").read_text(encoding="utf-8")
-COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", PAGE, re.S) for line in block.splitlines()]
+COMMANDS = [
+    line for block in re.findall(r"```bash\n(.*?)```", PAGE, re.S) for line in block.splitlines()
+]
 
 
 def test_the_core_is_the_examples():
@@ -18,5 +20,7 @@ def test_the_core_is_the_examples():
 
 
 def test_all_other_commands_install_an_extra_that_exists():
-    assert [command for command in COMMANDS if not command.startswith("python ")] == ["pip install '.[trl]'"]
+    assert [command for command in COMMANDS if not command.startswith("python ")] == [
+        "pip install '.[trl]'"
+    ]
     assert "\ntrl = [\n" in (ROOT / "pyproject.toml").read_text(encoding="utf-8")

@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
-pytest.importorskip("transformers", reason="the example uses transformers, which the extras cpu and trl install")
+pytest.importorskip(
+    "transformers", reason="the example uses transformers, which the extras cpu and trl install"
+)
 from torch.nn.modules.module import register_module_forward_hook
 from transformers import Qwen2ForCausalLM
 
@@ -28,7 +30,10 @@ def run(*arguments: str) -> list[dict[str, float]]:
     lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
     assert all(re.fullmatch(r"step +\d+  reward .*", line) for line in lines), lines
     return [
-        {name: float(value) for name, value in re.findall(r"([A-Za-z][A-Za-z_ ]*?) +([0-9.e+-]+)(?=  |$)", line)}
+        {
+            name: float(value)
+            for name, value in re.findall(r"([A-Za-z][A-Za-z_ ]*?) +([0-9.e+-]+)(?=  |$)", line)
+        }
         for line in lines
     ]
 
@@ -66,14 +71,17 @@ def test_the_budget_brings_the_kl_near_itself():
     held = run("--steps", "20", "--kl-budget", "1e-3", "--learning-rate", "1e-2", *OFF)
     assert [line["learning rate"] for line in free] == [1e-2] * 20
     assert held[0] | {"KL": 0} == free[0] | {"KL": 0} and held[0]["KL"] == free[0]["KL"]
-    # s moves by at most a factor exp(0.2) a step: from 1e-2 downward at first, because the first KL is above the budget.
+    # s moves by at most a factor exp(0.2) a step: from 1e-2 downward at first, because the first KL
+    # is above the budget.
     assert held[1]["learning rate"] == pytest.approx(1e-2 * 2.718281828**-0.2, rel=1e-3)
     mean = sum(line["KL"] for line in held[-10:]) / 10
     assert 3e-4 < mean < 3e-3 < sum(line["KL"] for line in free[-10:]) / 10
 
 
 def test_the_filter_is_given_what_the_model_and_the_optimizer_use(monkeypatch):
-    """Hidden states and logits are input and output of the LM head, bit for bit, at the places that predict the response."""
+    """Hidden states and logits are input and output of the LM head, bit for bit, at the places that
+    predict the response.
+    """
     given, heads, sampled = [], [], []
     evaluate, generate = CapoFilter.evaluate, Qwen2ForCausalLM.generate
 
@@ -105,10 +113,16 @@ def test_the_filter_is_given_what_the_model_and_the_optimizer_use(monkeypatch):
         hook.remove()
 
     assert len(given) == len(heads) == len(sampled) == 3
-    for call, (head_in, head_out, weight), (temperature, tokens) in zip(given, heads, sampled, strict=True):
+    for call, (head_in, head_out, weight), (temperature, tokens) in zip(
+        given, heads, sampled, strict=True
+    ):
         hidden, logits, actions, advantages, mask, learning_rate, decision = call
-        assert torch.equal(hidden, head_in[:, 2:-1]) and torch.equal(logits, head_out[:, 2:-1] / temperature)
-        assert torch.allclose(torch.nn.functional.linear(hidden, weight), logits * temperature, rtol=0, atol=1e-6)
+        assert torch.equal(hidden, head_in[:, 2:-1]) and torch.equal(
+            logits, head_out[:, 2:-1] / temperature
+        )
+        assert torch.allclose(
+            torch.nn.functional.linear(hidden, weight), logits * temperature, rtol=0, atol=1e-6
+        )
         assert torch.equal(actions, tokens[:, 3:])
         ends = [row.index(0) if 0 in row else 7 for row in actions.tolist()]
         assert mask.tolist() == [[t <= end for t in range(8)] for end in ends] and min(ends) < 7

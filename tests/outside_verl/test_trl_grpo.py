@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The example for TRL: its loss and gradients against a naive computation in float64, and against TRL's own."""
+"""The example for TRL: its loss and gradients against a naive computation in float64, and against
+TRL's own.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,15 @@ from trl import GRPOTrainer
 
 from capo_verl import CapoConfig, CapoFilter
 from tests.helpers.spawn import run_on_ranks
-from tests.outside_verl.trl_cases import ADAM, KNOBS, OPTIONS, Recorded, example, make_trainer, on_two_ranks
+from tests.outside_verl.trl_cases import (
+    ADAM,
+    KNOBS,
+    OPTIONS,
+    Recorded,
+    example,
+    make_trainer,
+    on_two_ranks,
+)
 
 OFF = {"top_k": 8, "policy_shift_max": None, "objective_shift_max": None}
 
@@ -26,11 +36,15 @@ class ToolMasks(Recorded):
 def naive_loss(model, call, mask, old_log_probs, normalizer):
     """GRPO's loss and the gradients of it, as its formula reads, in the dtype of the model."""
     logits = naive_head(model, call)[1]
-    log_probs = logits.log_softmax(-1).gather(-1, call.inputs["completion_ids"][..., None]).squeeze(-1)
+    log_probs = (
+        logits.log_softmax(-1).gather(-1, call.inputs["completion_ids"][..., None]).squeeze(-1)
+    )
     old = log_probs.detach() if old_log_probs is None else old_log_probs.double()
     ratio, advantages = (log_probs - old).exp(), call.inputs["advantages"].double()[:, None]
     per_token = -torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages)
-    loss = sum((row * kept).sum() / n for row, kept, n in zip(per_token, mask, normalizer, strict=True))
+    loss = sum(
+        (row * kept).sum() / n for row, kept, n in zip(per_token, mask, normalizer, strict=True)
+    )
     return loss.detach(), torch.autograd.grad(loss, list(model.parameters()))
 
 
@@ -47,13 +61,19 @@ def naive_head(model, call):
 
 @pytest.mark.parametrize(
     "loss_type, tool_masks, iterations",
-    [("grpo", False, 1), ("grpo", True, 1), ("bnpo", False, 1), ("dr_grpo", False, 1), ("dapo", False, 1), ("dapo", False, 2)],
+    [("grpo", False, 1), ("grpo", True, 1), ("bnpo", False, 1), ("dr_grpo", False, 1),
+        ("dapo", False, 1), ("dapo", False, 2)],
 )  # fmt: skip
 def test_loss_and_gradients_equal_the_naive_ones(tmp_path, loss_type, tool_masks, iterations):
-    """Decisions too: they come from a second filter, which is given whole logits of a float64 copy of the model, the learning
-    rates of the linear schedule, and one step after every two micro-batches."""
+    """Decisions too: they come from a second filter, which is given whole logits of a float64 copy
+    of the model, the learning rates of the linear schedule, and one step after every two
+    micro-batches.
+    """
     trainer = make_trainer(
-        tmp_path, ToolMasks if tool_masks else Recorded, loss_type=loss_type, num_iterations=iterations
+        tmp_path,
+        ToolMasks if tool_masks else Recorded,
+        loss_type=loss_type,
+        num_iterations=iterations,
     )
     trainer.train()
     assert len(trainer.calls) == 8
@@ -72,7 +92,10 @@ def test_loss_and_gradients_equal_the_naive_ones(tmp_path, loss_type, tool_masks
                 mask = mask & (call.inputs["completion_ids"] % 3 > 0)
             with torch.no_grad():
                 hidden, logits = naive_head(model, call)
-            ids, advantages = call.inputs["completion_ids"], call.inputs["advantages"][:, None].double()
+            ids, advantages = (
+                call.inputs["completion_ids"],
+                call.inputs["advantages"][:, None].double(),
+            )
             accepted = capo.evaluate(hidden, logits, ids, advantages, mask, learning_rate).accepted
             rows = len(mask)
             normalizer = {
@@ -87,7 +110,10 @@ def test_loss_and_gradients_equal_the_naive_ones(tmp_path, loss_type, tool_masks
             torch.testing.assert_close(call.loss.double(), loss, rtol=2e-5, atol=2e-6)
             for found, expected in zip(call.gradients, gradients, strict=True):
                 torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=2e-6)
-            rejected, tokens = rejected + (mask & ~accepted).sum().item(), tokens + mask.sum().item()
+            rejected, tokens = (
+                rejected + (mask & ~accepted).sum().item(),
+                tokens + mask.sum().item(),
+            )
         capo.step()
         shares.append(rejected / tokens)
     logged = [entry["capo/rejection_rate"] for entry in trainer.state.log_history[:-1]]
@@ -101,7 +127,12 @@ def test_loss_and_gradients_equal_the_naive_ones(tmp_path, loss_type, tool_masks
 @pytest.mark.parametrize("capo", [OFF, KNOBS | {"mode": "track"}], ids=["no thresholds", "track"])
 @pytest.mark.parametrize("loss_type", ["grpo", "dapo"])
 def test_without_rejection_it_trains_bit_for_bit_like_trls_own(tmp_path, capo, loss_type):
-    options = {"loss_type": loss_type, "num_iterations": 2, "beta": 0.0, "top_entropy_quantile": 0.5}
+    options = {
+        "loss_type": loss_type,
+        "num_iterations": 2,
+        "beta": 0.0,
+        "top_entropy_quantile": 0.5,
+    }
     ours = make_trainer(tmp_path, capo=capo, **options)
     ours.train()
     theirs = make_trainer(tmp_path, GRPOTrainer, capo=None, **options)
@@ -112,14 +143,18 @@ def test_without_rejection_it_trains_bit_for_bit_like_trls_own(tmp_path, capo, l
     ):
         assert torch.equal(found, expected), name
     assert not torch.equal(before["lm_head.weight"], ours.model.lm_head.weight)
-    for found, expected in zip(ours.state.log_history[:-1], theirs.state.log_history[:-1], strict=True):
+    for found, expected in zip(
+        ours.state.log_history[:-1], theirs.state.log_history[:-1], strict=True
+    ):
         for key in ("loss", "grad_norm", "entropy", "clip_ratio/region_mean"):
             assert found[key] == expected[key], key
     assert ours.capo.state_dict()["step"] == 4
 
 
 def test_what_no_token_passes_leaves_the_weights_alone(tmp_path):
-    trainer = make_trainer(tmp_path, capo=KNOBS | {"objective_shift_min": 1e9}, weight_decay=0.0, max_steps=2)
+    trainer = make_trainer(
+        tmp_path, capo=KNOBS | {"objective_shift_min": 1e9}, weight_decay=0.0, max_steps=2
+    )
     trainer.train()
     for name, weight in example.tiny_policy()[0].state_dict().items():
         assert torch.equal(weight, trainer.model.state_dict()[name]), name
@@ -139,7 +174,9 @@ def test_evaluation_is_trls_own_and_leaves_the_filter_alone(tmp_path):
     trainer.capo.step()  # what evaluation had left behind would move the moments now
     after = trainer.capo.state_dict()
     assert after["step"] == before["step"] == 2
-    assert torch.equal(after["exp_avg"], before["exp_avg"]) and torch.equal(after["exp_avg_sq"], before["exp_avg_sq"])
+    assert torch.equal(after["exp_avg"], before["exp_avg"]) and torch.equal(
+        after["exp_avg_sq"], before["exp_avg_sq"]
+    )
 
 
 def test_a_resumed_run_continues_bit_exactly(tmp_path):
@@ -157,7 +194,9 @@ def test_a_resumed_run_continues_bit_exactly(tmp_path):
 
 def test_a_step_that_the_scaler_leaves_out_is_forgotten(tmp_path, monkeypatch):
     trainer = make_trainer(tmp_path, max_steps=2)
-    monkeypatch.setattr(type(trainer.accelerator), "optimizer_step_was_skipped", property(lambda self: True))
+    monkeypatch.setattr(
+        type(trainer.accelerator), "optimizer_step_was_skipped", property(lambda self: True)
+    )
     trainer.train()
     assert trainer.capo.state_dict()["step"] == 0
     trainer.capo.step()
@@ -165,21 +204,28 @@ def test_a_step_that_the_scaler_leaves_out_is_forgotten(tmp_path, monkeypatch):
 
 
 def test_two_ranks_share_one_filter(tmp_path, monkeypatch):
-    monkeypatch.setenv("MASTER_ADDR", "localhost")  # accelerate asks for it, though the group is there
+    monkeypatch.setenv(
+        "MASTER_ADDR", "localhost"
+    )  # accelerate asks for it, though the group is there
     first, second = run_on_ranks(on_two_ranks, 2, str(tmp_path))
     assert first["tokens"] != second["tokens"] and first["logged"] == second["logged"]
     assert first["moments"]["step"] == first["expected"]["step"] == 3
     for name in ("exp_avg", "exp_avg_sq"):
         assert torch.equal(first["moments"][name], second["moments"][name])
-        torch.testing.assert_close(first["moments"][name], first["expected"][name], rtol=1e-5, atol=1e-9)
+        torch.testing.assert_close(
+            first["moments"][name], first["expected"][name], rtol=1e-5, atol=1e-9
+        )
 
 
 @pytest.mark.parametrize(
     "knobs, message",
     [
-        ({"policy_penalty": 0.1}, "capo.policy_penalty=0.1 is not implemented for TRL; leave it at 0.0"),
-        ({"mode": "track", "track_every": 2}, "capo.track_every=2 is not implemented for TRL; leave it at 1"),
-        ({"on_nonfinite": "skip_batch"}, "capo.on_nonfinite='skip_batch' is not implemented for TRL; leave it at 'error'"),
+        ({"policy_penalty": 0.1}, "capo.policy_penalty=0.1 is not implemented for TRL; leave it at "
+        "0.0"),
+        ({"mode": "track", "track_every": 2}, "capo.track_every=2 is not implemented for TRL; "
+        "leave it at 1"),
+        ({"on_nonfinite": "skip_batch"}, "capo.on_nonfinite='skip_batch' is not implemented for "
+        "TRL; leave it at 'error'"),
         (
             {"weighting": "soft", "objective_shift_max": None},
             "capo.weighting='soft' is not implemented for TRL; leave it at 'hard'",
@@ -200,8 +246,8 @@ def test_capped_logits_are_refused(tmp_path, monkeypatch):
     with pytest.raises(ValueError) as error:
         make_trainer(tmp_path)
     assert str(error.value) == (
-        "The model's final_logit_softcapping=30.0 changes what comes out of its LM head, which CAPO would not see; use a model "
-        "without it"
+        "The model's final_logit_softcapping=30.0 changes what comes out of its LM head, which "
+        "CAPO would not see; use a model without it"
     )
 
 
@@ -224,28 +270,38 @@ def test_adapters_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(example, "tiny_policy", lambda: (model, tokenizer))
     with pytest.raises(ValueError) as error:
         make_trainer(tmp_path)
-    assert str(error.value) == "CapoGRPOTrainer: adapters leave the LM head as it is; train the model itself"
+    assert (
+        str(error.value)
+        == "CapoGRPOTrainer: adapters leave the LM head as it is; train the model itself"
+    )
 
 
 def test_an_optimizer_which_the_filter_does_not_model_is_refused(tmp_path):
     with pytest.raises(ValueError) as error:
         make_trainer(tmp_path, optim="adafactor").train()
     assert str(error.value) == (
-        "capo.optimizer_model=adam does not model Adafactor; set optim to adamw_torch (or adamw_torch_fused) with "
-        "optimizer_model=adam, or to sgd with optimizer_model=sgd"
+        "capo.optimizer_model=adam does not model Adafactor; set optim to adamw_torch (or "
+        "adamw_torch_fused) with optimizer_model=adam, or to sgd with optimizer_model=sgd"
     )
 
 
 def test_sgd_goes_with_its_own_model(tmp_path):
-    trainer = make_trainer(tmp_path, capo=KNOBS | {"optimizer_model": "sgd"}, optim="sgd", max_steps=1)
+    trainer = make_trainer(
+        tmp_path, capo=KNOBS | {"optimizer_model": "sgd"}, optim="sgd", max_steps=1
+    )
     trainer.train()
     assert trainer.capo.state_dict() == {}
-    momentum = make_trainer(tmp_path, capo=KNOBS | {"optimizer_model": "sgd"}, optim="sgd", optim_args="momentum=0.9")
+    momentum = make_trainer(
+        tmp_path, capo=KNOBS | {"optimizer_model": "sgd"}, optim="sgd", optim_args="momentum=0.9"
+    )
     momentum.create_optimizer()
     momentum.optimizer.param_groups[0]["momentum"] = 0.9
     with pytest.raises(ValueError) as error:
         example.head_group(momentum)
-    assert str(error.value) == "CAPO models Adam without amsgrad and SGD without momentum; switch them off"
+    assert (
+        str(error.value)
+        == "CAPO models Adam without amsgrad and SGD without momentum; switch them off"
+    )
 
 
 def test_a_frozen_head_is_refused(tmp_path):
@@ -253,4 +309,7 @@ def test_a_frozen_head_is_refused(tmp_path):
     trainer.model.lm_head.weight.requires_grad_(False)
     with pytest.raises(ValueError) as error:
         trainer.train()
-    assert str(error.value) == "CAPO models the step of the LM head, which the optimizer does not train; unfreeze it"
+    assert (
+        str(error.value)
+        == "CAPO models the step of the LM head, which the optimizer does not train; unfreeze it"
+    )

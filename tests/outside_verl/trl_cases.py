@@ -43,7 +43,9 @@ OPTIONS = {
 }
 
 
-def make_trainer(folder: Path, trainer_class: type | None = None, *, capo: Any = KNOBS, **options: Any) -> Any:
+def make_trainer(
+    folder: Path, trainer_class: type | None = None, *, capo: Any = KNOBS, **options: Any
+) -> Any:
     """A trainer of the small model; ``capo=None`` makes TRL's own."""
     model, tokenizer = example.tiny_policy()
     prompts = [" ".join(str(1 + (i * k) % 7) for k in range(1, 2 + i % 3)) for i in range(32)]
@@ -72,7 +74,10 @@ class Call:
 
 
 class Recorded(example.CapoGRPOTrainer):
-    """Keeps every call of the loss. With ``tool_masks`` some tokens are said to come from a tool."""
+    """Keeps every call of the loss.
+
+    With ``tool_masks`` some tokens are said to come from a tool.
+    """
 
     tool_masks = False
 
@@ -104,7 +109,9 @@ def on_two_ranks(folder: str) -> dict[str, Any]:
     evaluate, seen = trainer.capo.evaluate, []
 
     def recorded(hidden: torch.Tensor, logits: Any, *args: Any, **kwargs: Any) -> Any:
-        seen.append(({"hidden": hidden.detach(), "weight": logits.weight.detach().clone()}, args, kwargs))
+        seen.append(
+            ({"hidden": hidden.detach(), "weight": logits.weight.detach().clone()}, args, kwargs)
+        )
         return evaluate(hidden, logits, *args, **kwargs)
 
     trainer.capo.evaluate = recorded

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The project as a user gets it: an sdist and a wheel, built once, and the wheel in an environment of its own."""
+"""The project as a user gets it: an sdist and a wheel, built once, and the wheel in an environment
+of its own.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +18,11 @@ from typing import NamedTuple
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-PARTS = ("capo_verl", "hydra_plugins", "tests", "docs", "examples", "scripts", "pyproject.toml", "setup.cfg", "MANIFEST.in",
+PARTS = ("capo_verl", "hydra_plugins", "tests", "docs", "examples", "scripts", "pyproject.toml",
+    "setup.cfg", "MANIFEST.in",
          "README.md", "CHANGELOG.md", "LICENSE", "CITATION.cff")  # fmt: skip
-LITTER = ("outputs/run/metrics.jsonl", "data/train.parquet", ".venv/lib/module.py", "capo_verl/__pycache__/config.pyc",
+LITTER = ("outputs/run/metrics.jsonl", "data/train.parquet", ".venv/lib/module.py",
+    "capo_verl/__pycache__/config.pyc",
           "capo_verl/config/capo.py.orig", "capo_quickstart/log.jsonl")  # fmt: skip
 """What lies about in a checkout that is worked in."""
 
@@ -26,12 +30,15 @@ BUILD = "import sys; from setuptools import build_meta; print(getattr(build_meta
 
 
 def build(kind: str, source: Path, output: Path) -> Path:
-    """What ``pip`` and ``build`` do, in this environment instead of a fresh one, which would need a network.
+    """What ``pip`` and ``build`` do, in this environment instead of a fresh one, which would need a
+    network.
 
     Args:
         kind: ``build_wheel`` or ``build_sdist``.
     """
-    done = subprocess.run([sys.executable, "-c", BUILD, kind, str(output)], cwd=source, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", BUILD, kind, str(output)], cwd=source, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return output / done.stdout.splitlines()[-1]
 
@@ -79,7 +86,9 @@ class Installed(NamedTuple):
             if words[0] == "capo-verl"
             else [str(self.python), *words]
         )
-        inherited = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VERL_PLATFORM")}
+        inherited = {
+            k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VERL_PLATFORM")
+        }
         return subprocess.run(
             words,
             cwd=self.empty,
@@ -91,11 +100,23 @@ class Installed(NamedTuple):
 
 @pytest.fixture(scope="session")
 def installed(wheel, source, tmp_path_factory) -> Installed:
-    """``pip install --no-deps``; the dependencies come by a path entry, which brings no editable install with it."""
+    """``pip install --no-deps``; the dependencies come by a path entry, which brings no editable
+    install with it.
+    """
     folder = tmp_path_factory.mktemp("environment")
     venv.create(folder / "venv", symlinks=True)
     python = folder / "venv" / "bin" / "python"
-    pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "--no-deps", "--no-index", "--quiet"]
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "--python",
+        str(python),
+        "install",
+        "--no-deps",
+        "--no-index",
+        "--quiet",
+    ]
     subprocess.run([*pip, "--disable-pip-version-check", str(wheel)], check=True)
     site_packages = Path(sysconfig.get_path("purelib", vars={"base": str(folder / "venv")}))
     (site_packages / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
@@ -111,7 +132,9 @@ def without(installed) -> Callable[..., subprocess.CompletedProcess[str]]:
     """Run a module or a script in the environment as if a package were not installed."""
     helper = Path(__file__).with_name("without.py")
 
-    def run(package: str, program: object, *arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    def run(
+        package: str, program: object, *arguments: object, **environment: str
+    ) -> subprocess.CompletedProcess[str]:
         return installed.run(helper, package, program, *arguments, **environment)
 
     return run

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A trainer's use of the public API, for ``mypy --strict``: ``assert_type`` fails where a type is lost to Any. Never run."""
+"""A trainer's use of the public API, for ``mypy --strict``: ``assert_type`` fails where a type is
+lost to Any. Never run.
+"""
 
 from __future__ import annotations
 
@@ -26,17 +28,26 @@ def make() -> tuple[CapoFilter, KLBudget]:
 
 
 def step(
-    capo: CapoFilter, budget: KLBudget, hidden: Tensor, weight: Tensor, tokens: Tensor, advantages: Tensor
+    capo: CapoFilter,
+    budget: KLBudget,
+    hidden: Tensor,
+    weight: Tensor,
+    tokens: Tensor,
+    advantages: Tensor,
 ) -> None:
     factor = assert_type(budget.begin_step(), float)
     mask = torch.ones_like(tokens, dtype=torch.bool)
     out = capo.evaluate(hidden, ProjectedLogits(weight), tokens, advantages, mask, 1e-3 * factor)
     assert_type(out, CapoOutput)
     assert_type(
-        (out.accepted, out.weights, out.policy_shift, out.objective_shift), tuple[Tensor, Tensor, Tensor, Tensor]
+        (out.accepted, out.weights, out.policy_shift, out.objective_shift),
+        tuple[Tensor, Tensor, Tensor, Tensor],
     )
     assert_type(capo.batch_shifts().before.policy, Tensor)
-    assert_type(RIVALS["spo"](advantages, advantages, advantages, mask, epsilon=0.2), tuple[Tensor, dict[str, Tensor]])
+    assert_type(
+        RIVALS["spo"](advantages, advantages, advantages, mask, epsilon=0.2),
+        tuple[Tensor, dict[str, Tensor]],
+    )
     if out.penalty_terms is not None:
         assert_type(curvature_penalty(hidden @ weight.T, out.penalty_terms), Tensor)
     capo.step()

@@ -22,8 +22,20 @@ UPDATE = "python -m tests.packaging.public_api"
 
 def render() -> str:
     """The whole text. Sections are in the order in which ``docs/public_api.md`` names them."""
-    parts = (_names, _configuration, _classes, _presets, _rivals, _command_line, _metrics, _in_verl, _in_hydra)
-    return "\n".join(f"[{part.__name__[1:]}]\n" + "".join(f"{line}\n" for line in part()) for part in parts)
+    parts = (
+        _names,
+        _configuration,
+        _classes,
+        _presets,
+        _rivals,
+        _command_line,
+        _metrics,
+        _in_verl,
+        _in_hydra,
+    )
+    return "\n".join(
+        f"[{part.__name__[1:]}]\n" + "".join(f"{line}\n" for line in part()) for part in parts
+    )
 
 
 def _names() -> Iterator[str]:
@@ -46,9 +58,15 @@ def _configuration() -> Iterator[str]:
         yield from _fields(cls)
         yield from _members(cls)
     inherited = {
-        f.name for base in CapoPolicyLossConfig.__mro__[1:] for f in getattr(base, "__dataclass_fields__", {}).values()
+        f.name
+        for base in CapoPolicyLossConfig.__mro__[1:]
+        for f in getattr(base, "__dataclass_fields__", {}).values()
     }
-    yield from (line for line in _fields(CapoPolicyLossConfig) if line.split(".")[1].split(":")[0] not in inherited)
+    yield from (
+        line
+        for line in _fields(CapoPolicyLossConfig)
+        if line.split(".")[1].split(":")[0] not in inherited
+    )
 
 
 def _classes() -> Iterator[str]:
@@ -107,7 +125,9 @@ def _metrics() -> Iterator[str]:
 
     capo = CapoFilter(CapoConfig(optimizer_model="sgd", top_k=2), vocab_size=3, hidden_size=2)
     mask = torch.ones(1, 1)
-    out = capo.evaluate(torch.ones(1, 1, 2), torch.eye(3)[:1, None], torch.zeros(1, 1).long(), mask, mask, 1e-3)
+    out = capo.evaluate(
+        torch.ones(1, 1, 2), torch.eye(3)[:1, None], torch.zeros(1, 1).long(), mask, mask, 1e-3
+    )
     metrics = StepMetrics()
     metrics.add(out, mask, mask, torch.zeros(1, 1).long(), 1)
     yield from sorted(metrics.compute())
@@ -120,8 +140,13 @@ def _in_verl() -> Iterator[str]:
 
     for module in ("megatron", "fsdp"):  # the plugin registers engines once verl's are imported
         importlib.import_module(f"verl.workers.engine.{module}.transformer_impl")
-    for kind, registry in (("policy loss", POLICY_LOSS_REGISTRY), ("advantage estimator", ADV_ESTIMATOR_REGISTRY)):
-        yield from sorted(f"{kind} {name}" for name, found in registry.items() if _ours(found.__module__))
+    for kind, registry in (
+        ("policy loss", POLICY_LOSS_REGISTRY),
+        ("advantage estimator", ADV_ESTIMATOR_REGISTRY),
+    ):
+        yield from sorted(
+            f"{kind} {name}" for name, found in registry.items() if _ours(found.__module__)
+        )
     for model, backends in EngineRegistry._engines.items():
         yield from sorted(
             f"engine {model} {backend} {' '.join(key) if isinstance(key, tuple) else key}"
@@ -130,7 +155,9 @@ def _in_verl() -> Iterator[str]:
             if _ours(engine.__module__)
         )
     yield from sorted(
-        f"rollout {' '.join(key)}" for key, found in _ROLLOUT_REGISTRY.items() if str(found).startswith("capo_verl.")
+        f"rollout {' '.join(key)}"
+        for key, found in _ROLLOUT_REGISTRY.items()
+        if str(found).startswith("capo_verl.")
     )
 
 
@@ -141,7 +168,10 @@ def _in_hydra() -> Iterator[str]:
 
     store_groups()
     for group in ("capo", "rival"):
-        yield from (f"{group}={name.removesuffix('.yaml')}" for name in sorted(ConfigStore.instance().list(group)))
+        yield from (
+            f"{group}={name.removesuffix('.yaml')}"
+            for name in sorted(ConfigStore.instance().list(group))
+        )
 
 
 def _ours(module: str) -> bool:
@@ -171,7 +201,10 @@ def _signature(name: str, function: Any) -> str:
 
 
 def _parameters(function: Any) -> str:
-    """Without ``self``. Written here because ``inspect``'s own text differs between versions of Python."""
+    """Without ``self``.
+
+    Written here because ``inspect``'s own text differs between versions of Python.
+    """
     parts: list[str] = []
     for p in inspect.signature(function).parameters.values():
         if p.name in ("self", "cls"):
@@ -190,7 +223,8 @@ def _options(parser: argparse.ArgumentParser) -> Iterator[str]:
             continue
         name = " ".join(action.option_strings) or action.dest
         facts = {"nargs": action.nargs, "choices": action.choices, "default": action.default}
-        shown = [f"{key}={str(value) if isinstance(value, Path) else value!r}" for key, value in facts.items()
+        shown = [f"{key}={str(value) if isinstance(value, Path) else value!r}" for key,
+            value in facts.items()
                  if value not in (None, argparse.SUPPRESS)]  # fmt: skip
         required = ["required"] if action.required and action.option_strings else []
         yield " ".join([name, *shown, *required])
@@ -198,7 +232,9 @@ def _options(parser: argparse.ArgumentParser) -> Iterator[str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("file", nargs="?", type=Path, default=RECORDED, help=f"default: {RECORDED.name}")
+    parser.add_argument(
+        "file", nargs="?", type=Path, default=RECORDED, help=f"default: {RECORDED.name}"
+    )
     file = parser.parse_args().file
     os.environ["VERL_PLATFORM"] = "cpu"  # verl looks for an accelerator as it is imported
     file.write_text(render(), encoding="utf-8")

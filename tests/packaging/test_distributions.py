@@ -45,9 +45,16 @@ def project() -> dict:
 @pytest.fixture(scope="session")
 def modules(source) -> set[str]:
     """Every Python file of the two packages in the checkout."""
-    files = [file for package in ("capo_verl", "hydra_plugins") for file in (source / package).rglob("*.py")]
+    files = [
+        file
+        for package in ("capo_verl", "hydra_plugins")
+        for file in (source / package).rglob("*.py")
+    ]
     found = {file.relative_to(source).as_posix() for file in files}
-    assert {"capo_verl/core/kernels/fused/support_kernel.py", "hydra_plugins/capo_verl_search_path.py"} <= found
+    assert {
+        "capo_verl/core/kernels/fused/support_kernel.py",
+        "hydra_plugins/capo_verl_search_path.py",
+    } <= found
     return found
 
 
@@ -58,7 +65,9 @@ def contents(wheel: Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="session")
 def metadata(wheel) -> Message:
-    (text,) = (text for name, text in contents(wheel).items() if name.endswith(".dist-info/METADATA"))
+    (text,) = (
+        text for name, text in contents(wheel).items() if name.endswith(".dist-info/METADATA")
+    )
     return email.message_from_string(text.decode())
 
 
@@ -83,7 +92,14 @@ def test_sdist_holds_the_packages_and_what_builds_them(sdist, modules):
         files = {member.name for member in archive.getmembers() if member.isfile()}
         owners = {(member.uname, member.gname) for member in archive.getmembers()}
     top = f"capo_verl-{project()['version']}"
-    egg_info = ("PKG-INFO", "SOURCES.txt", "dependency_links.txt", "entry_points.txt", "requires.txt", "top_level.txt")
+    egg_info = (
+        "PKG-INFO",
+        "SOURCES.txt",
+        "dependency_links.txt",
+        "entry_points.txt",
+        "requires.txt",
+        "top_level.txt",
+    )
     expected = modules | DATA | {f"capo_verl.egg-info/{name}" for name in egg_info}
     expected |= {"LICENSE", "MANIFEST.in", "PKG-INFO", "README.md", "pyproject.toml", "setup.cfg"}
     assert files == {f"{top}/{name}" for name in expected}
@@ -102,7 +118,9 @@ def test_metadata_is_that_of_pyproject(metadata):
     about = project()
     assert metadata["Name"] == "capo-verl" and metadata["Version"] == about["version"]
     assert set(metadata["Requires-Python"].split(",")) == {">=3.10", "<3.13"}
-    assert metadata["License-Expression"] == "Apache-2.0" and metadata.get_all("License-File") == ["LICENSE"]
+    assert metadata["License-Expression"] == "Apache-2.0" and metadata.get_all("License-File") == [
+        "LICENSE"
+    ]
     assert "Typing :: Typed" in metadata.get_all("Classifier")
     assert metadata.get_payload() == (ROOT / "README.md").read_text()
     assert metadata.get_all("Project-URL") == ["Paper, https://arxiv.org/abs/2510.00819"]
@@ -115,7 +133,11 @@ def test_every_extra_arrives_with_its_requirements(metadata):
     plain = {(r.name, r.specifier) for r in required if r.marker is None}
     assert plain == {(r.name, r.specifier) for r in map(Requirement, about["dependencies"])}
     for extra, lines in about["optional-dependencies"].items():
-        wanted = [r for r in map(Requirement, lines) if r.marker is None or r.marker.evaluate({"extra": ""})]
+        wanted = [
+            r
+            for r in map(Requirement, lines)
+            if r.marker is None or r.marker.evaluate({"extra": ""})
+        ]
         found = [r for r in required if r.marker and r.marker.evaluate({"extra": extra})]
         assert {(r.name, *sorted(r.extras), r.specifier) for r in found} == {
             (r.name, *sorted(r.extras), r.specifier) for r in wanted
@@ -131,6 +153,14 @@ def test_entry_points(wheel):
 
 
 def test_required_verl_is_the_pin_of_the_cpu_stack(installed):
-    (verl,) = (str(r) for r in map(Requirement, project()["optional-dependencies"]["cpu"]) if r.name == "verl")
-    assert (installed.site_packages / "capo_verl" / "plugin" / "REQUIRED_VERL.txt").read_text() == f"{verl}\n"
-    assert [str(r) for r in declared("cpu")[1] if r.name == "verl"][0].partition(";")[0].strip() == verl
+    (verl,) = (
+        str(r)
+        for r in map(Requirement, project()["optional-dependencies"]["cpu"])
+        if r.name == "verl"
+    )
+    assert (
+        installed.site_packages / "capo_verl" / "plugin" / "REQUIRED_VERL.txt"
+    ).read_text() == f"{verl}\n"
+    assert [str(r) for r in declared("cpu")[1] if r.name == "verl"][0].partition(";")[
+        0
+    ].strip() == verl

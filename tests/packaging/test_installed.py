@@ -13,7 +13,9 @@ from tests.packaging.test_distributions import ASSETS, project
 
 def test_the_package_is_the_wheels(installed):
     done = installed.run(
-        "-c", "import capo_verl, hydra_plugins.capo_verl_search_path as p; print(capo_verl.__file__, p.__file__)"
+        "-c",
+        "import capo_verl, hydra_plugins.capo_verl_search_path as p; print(capo_verl.__file__, "
+        "p.__file__)",
     )
     assert done.stdout.split() == [
         str(installed.site_packages / "capo_verl" / "__init__.py"),
@@ -50,8 +52,9 @@ print(json.dumps([out.objective_shift.tolist(), out.policy_shift.tolist(), out.a
 
 
 def test_the_filter_computes(installed):
-    """Logits 0 and A = 1: the direction of row r is u_r = h (1[r = a] - 1/2), so d = h (u_a - mean of u) = h^2 / 2, m_H = lr d
-    and m_F = (lr d)^2 / 2. For h = 1, 3: d = 0.5, 4.5."""
+    """Logits 0 and A = 1: the direction of row r is u_r = h (1[r = a] - 1/2), so d = h (u_a - mean
+    of u) = h^2 / 2, m_H = lr d and m_F = (lr d)^2 / 2. For h = 1, 3: d = 0.5, 4.5.
+    """
     done = installed.run("-c", FILTER)
     assert done.returncode == 0, done.stderr
     objective, policy, accepted = json.loads(done.stdout)
@@ -79,19 +82,28 @@ def test_verl_finds_switch_and_plugin(installed):
     done = installed.run("-c", COMPOSE, VERL_PLATFORM="cpu")
     assert done.returncode == 0, done.stderr
     found = [
-        json.loads(line.removeprefix("composed ")) for line in done.stdout.splitlines() if line.startswith("composed ")
+        json.loads(line.removeprefix("composed "))
+        for line in done.stdout.splitlines()
+        if line.startswith("composed ")
     ]
     target = "capo_verl.plugin.policy_loss.CapoPolicyLossConfig"
     assert found == [
         [target, "vanilla", "grpo", 1e-4],
         [target, "spo", "spo", 0.2],
-        ["capo_verl.plugin.losses", str(installed.site_packages / "capo_verl" / "plugin" / "register.py")],
+        [
+            "capo_verl.plugin.losses",
+            str(installed.site_packages / "capo_verl" / "plugin" / "register.py"),
+        ],
     ]
 
 
 def test_report_brings_its_assets(installed, tmp_path):
     log = tmp_path / "metrics.jsonl"
-    log.write_text("".join(json.dumps({"step": i, "data": {"critic/score/mean": 0.5}}) + "\n" for i in range(3)))
+    log.write_text(
+        "".join(
+            json.dumps({"step": i, "data": {"critic/score/mean": 0.5}}) + "\n" for i in range(3)
+        )
+    )
     done = installed.run("capo-verl", "report", log, "--output", tmp_path / "report.html")
     assert done.returncode == 0, done.stdout + done.stderr
     page = (tmp_path / "report.html").read_text()
@@ -102,18 +114,22 @@ def test_report_brings_its_assets(installed, tmp_path):
 
 CHECKOUT_ONLY = {
     "quickstart": (
-        ["capo-verl", "quickstart"], "examples/run_quickstart_cpu.sh is missing: install a checkout of the repository in place"
+        ["capo-verl", "quickstart"], "examples/run_quickstart_cpu.sh is missing: install a "
+        "checkout of the repository in place"
     ),
     "evidence": (
-        ["-m", "capo_verl.experiments.study.evidence"], "docs/evidence.md is missing: run in a checkout, or name the page"
+        ["-m", "capo_verl.experiments.study.evidence"], "docs/evidence.md is missing: run in a "
+        "checkout, or name the page"
     ),
     "verl tier": (
-        ["-c", "from capo_verl.experiments.study import verl_tier, verl_config\ntry: verl_tier.command(verl_config.VerlRunConfig())\n"
+        ["-c", "from capo_verl.experiments.study import verl_tier, verl_config\ntry: "
+        "verl_tier.command(verl_config.VerlRunConfig())\n"
          "except RuntimeError as e: print(e); raise SystemExit(2)"],
         "examples/run_quickstart_cpu.sh is missing: install a checkout of the repository in place",
     ),
 }  # fmt: skip
-"""What needs files of the repository that no wheel holds: command, and the sentence it ends with."""
+"""What needs files of the repository that no wheel holds: command, and the sentence it ends with.
+"""
 
 
 @pytest.mark.parametrize("name", CHECKOUT_ONLY)
@@ -121,10 +137,14 @@ def test_what_needs_a_checkout_says_so(name, installed):
     command, sentence = CHECKOUT_ONLY[name]
     done = installed.run(*command)
     lines = (done.stdout + done.stderr).splitlines()
-    assert done.returncode == 2 and len(lines) == 1 and sentence in lines[0], done.stdout + done.stderr
+    assert done.returncode == 2 and len(lines) == 1 and sentence in lines[0], (
+        done.stdout + done.stderr
+    )
 
 
-@pytest.mark.parametrize("module", ["capo_verl.experiments.study.evidence", "capo_verl.cpu.smollm2"])
+@pytest.mark.parametrize(
+    "module", ["capo_verl.experiments.study.evidence", "capo_verl.cpu.smollm2"]
+)
 def test_help_needs_no_checkout(module, installed):
     assert installed.run("-m", module, "--help").returncode == 0
 

@@ -19,17 +19,24 @@ PAGE = ROOT / "docs" / "public_api.md"
 
 def difference(recorded: str, found: str) -> str:
     """Only the lines that differ, each with the section it is in."""
-    lines = difflib.unified_diff(recorded.splitlines(), found.splitlines(), "recorded", "found", n=1, lineterm="")
+    lines = difflib.unified_diff(
+        recorded.splitlines(), found.splitlines(), "recorded", "found", n=1, lineterm=""
+    )
     return "\n".join(lines)
 
 
 def test_nothing_has_changed(tmp_path):
-    found = tmp_path / "public_api.txt"  # by a process of its own: what other tests have registered must not count
-    subprocess.run([sys.executable, "-m", "tests.packaging.public_api", str(found)], cwd=ROOT, check=True)
+    found = (
+        tmp_path / "public_api.txt"
+    )  # by a process of its own: what other tests have registered must not count
+    subprocess.run(
+        [sys.executable, "-m", "tests.packaging.public_api", str(found)], cwd=ROOT, check=True
+    )
     changed = difference(RECORDED.read_text(), found.read_text())
     if changed:
         pytest.fail(
-            f"the public API has changed; if that is meant, run `{UPDATE}` and note it in CHANGELOG.md:\n{changed}",
+            f"the public API has changed; if that is meant, run `{UPDATE}` and note it in "
+            f"CHANGELOG.md:\n{changed}",
             False,
         )
 

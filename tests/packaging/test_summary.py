@@ -66,13 +66,17 @@ def test_the_text(tmp_path):
 
 def test_versions_are_the_installed_ones(monkeypatch):
     text = versions()
-    assert text.startswith(f"Python {platform.python_version()}, torch {importlib.metadata.version('torch')}, verl ")
+    assert text.startswith(
+        f"Python {platform.python_version()}, torch {importlib.metadata.version('torch')}, verl "
+    )
     monkeypatch.setattr("tests.summary.PACKAGES", ("no-such-package",))
     assert versions() == f"Python {platform.python_version()}, no no-such-package"
 
 
 def test_the_script_prints_it_also_when_a_phase_fails(tmp_path):
-    """The script itself, with stand-ins for what it calls: the first failure ends it, and the summary comes all the same."""
+    """The script itself, with stand-ins for what it calls: the first failure ends it, and the
+    summary comes all the same.
+    """
     commands = tmp_path / "bin"
     commands.mkdir()
     for name, code in {"ruff": 0, "mypy": 3}.items():
@@ -85,9 +89,14 @@ def test_the_script_prints_it_also_when_a_phase_fails(tmp_path):
         "CAPO_SKIP_INSTALL": "1",
         "PYTHONPATH": ":".join(sys.path),
     }
-    done = subprocess.run(["bash", "scripts/test.sh"], cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        ["bash", "scripts/test.sh"], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
     assert done.returncode == 3
     lines = done.stdout.splitlines()
     assert lines[:5] == ["== ruff", "ruff called", "ruff called", "== mypy", "mypy called"]
     assert lines[5:7] == ["== what ran", versions()]
-    assert [line.rpartition(",")[0] for line in lines[7:]] == ["ruff: ok", "mypy: FAILED (exit code 3)"]
+    assert [line.rpartition(",")[0] for line in lines[7:]] == [
+        "ruff: ok",
+        "mypy: FAILED (exit code 3)",
+    ]

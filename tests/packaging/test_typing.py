@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""py.typed keeps its promise: a strict type checker sees the public API through the installed wheel."""
+"""py.typed keeps its promise: a strict type checker sees the public API through the installed
+wheel.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,8 @@ CONSUMER = Path(__file__).with_name("consumer.py")
 def test_a_consumer_is_checked_strictly(installed, tmp_path):
     shutil.copy(CONSUMER, tmp_path)  # away from the checkout, which mypy would find first
     done = subprocess.run(
-        [sys.executable, "-m", "mypy", "--strict", "--python-executable", str(installed.python), "--config-file", "",
+        [sys.executable, "-m", "mypy", "--strict", "--python-executable", str(installed.python),
+            "--config-file", "",
          "--cache-dir", str(tmp_path / "cache"), "consumer.py"],
         cwd=tmp_path, capture_output=True, text=True,
     )  # fmt: skip

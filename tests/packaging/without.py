@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs a script or a module as if a package were not installed: ``python without.py PACKAGE PROGRAM [ARGUMENT…]``."""
+"""Runs a script or a module as if a package were not installed: ``python without.py PACKAGE PROGRAM
+[ARGUMENT…]``.
+"""
 
 import runpy
 import sys

@@ -13,7 +13,12 @@ from capo_verl.plugin import compat
 
 @pytest.mark.parametrize(
     ("installed", "module", "available"),
-    [(True, None, False), (True, "trl", True), (True, "trl.experimental.ppo", True), (False, "trl", False)],
+    [
+        (True, None, False),
+        (True, "trl", True),
+        (True, "trl.experimental.ppo", True),
+        (False, "trl", False),
+    ],
 )
 def test_trl_counts_if_it_has_the_class(installed, module, available, monkeypatch) -> None:
     for name in ("trl", "trl.experimental", "trl.experimental.ppo"):

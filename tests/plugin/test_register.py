@@ -15,15 +15,17 @@ import torch
 
 def python(code: str, **environment: str) -> subprocess.CompletedProcess:
     env = {**os.environ, **environment}
-    return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=180)
+    return subprocess.run(
+        [sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=180
+    )
 
 
 @pytest.mark.parametrize("platform", ["cpu", "nvidia"])
 def test_capos_engines_win(platform):
     code = (
-        "import verl; from verl.workers.engine import EngineRegistry;"
-        "print([[c.__name__ for c in EngineRegistry.get_engine_cls('language_model', backend).__mro__]"
-        " for backend in ('megatron', 'fsdp', 'fsdp2')])"
+        "import verl; from verl.workers.engine import EngineRegistry;print([[c.__name__ for c in "
+        "EngineRegistry.get_engine_cls('language_model', backend).__mro__] for backend in "
+        "('megatron', 'fsdp', 'fsdp2')])"
     )
     override = (
         {"VERL_PLATFORM": "cpu"}
@@ -33,9 +35,13 @@ def test_capos_engines_win(platform):
     result = python(code, **{"VERL_PLATFORM": "", **override})
     assert result.returncode == 0, result.stderr[-2000:]
     megatron, *fsdp = ast.literal_eval(result.stdout.splitlines()[-1])
-    assert "CapoMegatronEngineWithLMHead" in megatron and ("CpuMegatronEngine" in megatron) == (platform == "cpu")
+    assert "CapoMegatronEngineWithLMHead" in megatron and ("CpuMegatronEngine" in megatron) == (
+        platform == "cpu"
+    )
     for classes in fsdp:
-        assert "CapoFSDPEngineWithLMHead" in classes and ("CpuFsdpEngine" in classes) == (platform == "cpu")
+        assert "CapoFSDPEngineWithLMHead" in classes and ("CpuFsdpEngine" in classes) == (
+            platform == "cpu"
+        )
 
 
 @pytest.mark.parametrize(
@@ -54,10 +60,13 @@ def test_our_engines_may_be_imported_before_verls(first):
         f"import verl, importlib; importlib.import_module('capo_verl.{first}')\n"
         "from verl.workers.engine import EngineRegistry; from capo_verl.plugin import state\n"
         "state.raise_if_broken()\n"
-        "print([EngineRegistry.get_engine_cls('language_model', b).__module__ for b in ('megatron', 'fsdp2')])"
+        "print([EngineRegistry.get_engine_cls('language_model', b).__module__ for b in "
+        "('megatron', 'fsdp2')])"
     )
     result = python(code, VERL_PLATFORM="cpu")
-    assert "['capo_verl.cpu.megatron.engine', 'capo_verl.cpu.fsdp.engine']" in result.stdout, result.stderr[-2000:]
+    assert "['capo_verl.cpu.megatron.engine', 'capo_verl.cpu.fsdp.engine']" in result.stdout, (
+        result.stderr[-2000:]
+    )
 
 
 BREAK = (
@@ -70,14 +79,19 @@ def test_a_broken_registration_is_logged_and_stops_a_capo_run():
     code = BREAK + (
         "import verl, verl.trainer.ppo.core_algos\n"
         "from capo_verl.config import CapoPolicyLossConfig\n"
-        "try:\n    CapoPolicyLossConfig(capo={})\nexcept RuntimeError as e:\n    print('REFUSED', e)"
+        "try:\n    CapoPolicyLossConfig(capo={})\nexcept RuntimeError as e:\n    print('REFUSED', "
+        "e)"
     )
     result = python(code, VERL_PLATFORM="cpu")
     assert (
         "ERROR" in result.stderr
-        and "capo_verl could not register its policy losses and advantage estimators" in result.stderr
+        and "capo_verl could not register its policy losses and advantage estimators"
+        in result.stderr
     )
-    assert "REFUSED capo_verl could not register with verl (policy losses and advantage estimators: " in result.stdout
+    assert (
+        "REFUSED capo_verl could not register with verl (policy losses and advantage estimators: "
+        in result.stdout
+    )
 
 
 def test_metric_names_survive_verls_renaming():
@@ -107,7 +121,9 @@ def test_capo_loss_divides_each_sequence_by_its_accepted_tokens():
     from verl.trainer.ppo.core_algos import get_policy_loss_fn
 
     old = torch.tensor([[-1.0, -2.0, -1.0], [-0.5, -0.5, -3.0], [-1.0, -1.0, -1.0]])
-    log_prob = (old + torch.tensor([[0.1, 0.0, -0.2], [0.0, 0.3, 0.0], [0.5, 0.5, 0.5]])).requires_grad_()
+    log_prob = (
+        old + torch.tensor([[0.1, 0.0, -0.2], [0.0, 0.3, 0.0], [0.5, 0.5, 0.5]])
+    ).requires_grad_()
     advantages = torch.tensor([[1.0], [-2.0], [3.0]]).expand(3, 3)
     accepted = torch.tensor([[1, 0, 1], [0, 1, 0], [0, 0, 0]], dtype=torch.bool)
     loss, metrics = get_policy_loss_fn("capo")(old, log_prob, advantages, accepted)

@@ -27,11 +27,16 @@ PROMPT = 2
 
 
 def nested(rows: list[Any]) -> torch.Tensor:
-    return torch.nested.as_nested_tensor([torch.as_tensor(row) for row in rows], layout=torch.jagged)
+    return torch.nested.as_nested_tensor(
+        [torch.as_tensor(row) for row in rows], layout=torch.jagged
+    )
 
 
-def micro_batch(case: Case, **settings: Any) -> tuple[dict[str, torch.Tensor], TensorDict, torch.Tensor]:
-    """verl's engine output and micro-batch for a case, and the padded new log-probabilities as a leaf.
+def micro_batch(
+    case: Case, **settings: Any
+) -> tuple[dict[str, torch.Tensor], TensorDict, torch.Tensor]:
+    """verl's engine output and micro-batch for a case, and the padded new log-probabilities as a
+    leaf.
 
     The engine returns what it says about a token at the position before it.
     """
@@ -39,17 +44,24 @@ def micro_batch(case: Case, **settings: Any) -> tuple[dict[str, torch.Tensor], T
     new = torch.tensor(case.new, dtype=torch.float64, requires_grad=True)
 
     def per_position(values: torch.Tensor) -> torch.Tensor:
-        rows = [torch.nn.functional.pad(values[i, :n], (PROMPT - 1, 1)) for i, n in enumerate(lengths)]
+        rows = [
+            torch.nn.functional.pad(values[i, :n], (PROMPT - 1, 1)) for i, n in enumerate(lengths)
+        ]
         return torch.nested.nested_tensor_from_jagged(
             torch.cat(rows), offsets=torch.tensor([0, *np.cumsum([PROMPT + n for n in lengths])])
         )
 
     def response(values: np.ndarray, dtype: torch.dtype = torch.float64) -> torch.Tensor:
-        return nested([torch.tensor(row[:n], dtype=dtype) for row, n in zip(values, lengths, strict=True)])
+        return nested(
+            [torch.tensor(row[:n], dtype=dtype) for row, n in zip(values, lengths, strict=True)]
+        )
 
     fields = {
         "input_ids": nested(
-            [np.r_[np.zeros(PROMPT, int), row[:n]] for row, n in zip(case.tokens, lengths, strict=True)]
+            [
+                np.r_[np.zeros(PROMPT, int), row[:n]]
+                for row, n in zip(case.tokens, lengths, strict=True)
+            ]
         ),
         "prompts": nested([np.zeros(PROMPT, int) for _ in lengths]),
         "responses": response(case.tokens, torch.int64),
@@ -59,7 +71,8 @@ def micro_batch(case: Case, **settings: Any) -> tuple[dict[str, torch.Tensor], T
     }
     tokens = int(case.mask.sum())
     data = tu.get_tensordict(
-        fields, {"dp_size": 1, "batch_num_tokens": tokens, "global_batch_size": len(lengths), **settings}
+        fields,
+        {"dp_size": 1, "batch_num_tokens": tokens, "global_batch_size": len(lengths), **settings},
     )
     output = {"log_probs": per_position(new), "entropy": per_position(torch.tensor(case.entropy))}
     return output, data, new
@@ -77,7 +90,10 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("lopti", {}, {rival_inputs.EPOCH: 0}),
     ("lopti", {"eta": 0.2}, {rival_inputs.EPOCH: 1}),
     ("bapo", {"target": 0.8}, {}),
-    *[(name, {}, {}) for name in ("advantage_reweighting", "dcpo", "aspo", "cpgd", "spo", "pspo", "minpro")],
+    *[
+        (name, {}, {})
+        for name in ("advantage_reweighting", "dcpo", "aspo", "cpgd", "spo", "pspo", "minpro")
+    ],
 ]
 
 
@@ -120,7 +136,8 @@ def test_missing_entropies_are_asked_for():
     output, data, _ = micro_batch(Case.random(0))
     del output["entropy"]
     with pytest.raises(
-        ValueError, match="this rival needs entropies: set actor_rollout_ref.actor.calculate_entropy=True"
+        ValueError,
+        match="this rival needs entropies: set actor_rollout_ref.actor.calculate_entropy=True",
     ):
         ppo_loss(actor("entropy_mask"), output, data)
     assert rival_inputs.current() is None
@@ -130,7 +147,10 @@ def test_a_loss_mode_without_a_block_has_the_papers_knobs():
     from verl.workers.utils.losses import ppo_loss
 
     case = Case.random(4)
-    losses = [ppo_loss(actor("spo", **block), *micro_batch(case)[:2])[0] for block in ({}, {"rival": {"name": "spo"}})]
+    losses = [
+        ppo_loss(actor("spo", **block), *micro_batch(case)[:2])[0]
+        for block in ({}, {"rival": {"name": "spo"}})
+    ]
     assert torch.equal(*losses)
     other = ppo_loss(actor("spo", rival={"name": "spo", "epsilon": 0.7}), *micro_batch(case)[:2])[0]
     assert abs(float(other) - float(losses[0])) > 1e-3
@@ -140,7 +160,9 @@ def test_without_capo_the_engine_is_verls_own():
     from functools import partial
 
     def found(**blocks):
-        return capo_config_of(partial(lambda config: None, config=actor("dcpo", rival={"name": "dcpo"}, **blocks)))
+        return capo_config_of(
+            partial(lambda config: None, config=actor("dcpo", rival={"name": "dcpo"}, **blocks))
+        )
 
     assert found() is None
     assert found(capo={}) == CapoConfig()
@@ -168,7 +190,9 @@ class Queue:
         self.fields = fields
 
     def kv_batch_get(self, keys, partition_id, select_fields):
-        return TensorDict({name: self.fields[name] for name in select_fields}, batch_size=[len(keys)])
+        return TensorDict(
+            {name: self.fields[name] for name in select_fields}, batch_size=[len(keys)]
+        )
 
     def kv_batch_put(self, keys, partition_id, fields):
         self.fields.update({name: fields[name] for name in fields.keys()})  # noqa: SIM118
@@ -190,7 +214,8 @@ def test_the_trainers_advantages_become_gtpos(knobs):
     queue = Queue(dict(fields))
     base = SimpleNamespace(
         PPOTrainer=type("Trainer", (), {"_compute_advantage": lambda self, batch, metrics: batch}),
-        tq=queue, response_to_nested=lambda padded, mask: nested([padded[i, :n] for i, n in enumerate(lengths)]),
+        tq=queue, response_to_nested=lambda padded,
+        mask: nested([padded[i, :n] for i, n in enumerate(lengths)]),
     )  # fmt: skip
     follow_advantages(base)
 
@@ -203,7 +228,11 @@ def test_the_trainers_advantages_become_gtpos(knobs):
     def compute(loss_mode, rival):
         trainer = base.PPOTrainer()
         trainer.config = OmegaConf.create(
-            {"actor_rollout_ref": {"actor": {"policy_loss": {"loss_mode": loss_mode, "rival": rival}}}}
+            {
+                "actor_rollout_ref": {
+                    "actor": {"policy_loss": {"loss_mode": loss_mode, "rival": rival}}
+                }
+            }
         )
         metrics: dict[str, float] = {}
         return trainer._compute_advantage(batch, metrics), metrics

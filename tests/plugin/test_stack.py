@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which stack is installed: verdicts on faked metadata, on this environment, in an empty one; and the version shims."""
+"""Which stack is installed: verdicts on faked metadata, on this environment, in an empty one; and
+the version shims.
+"""
 
 from __future__ import annotations
 
@@ -25,10 +27,12 @@ ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "scripts" / "check_stack.py"
 
 RIGHT = {
-    "hydra-core": "1.3.8", "omegaconf": "2.3.1", "packaging": "25.0", "rich": "15.0.0", "wrapt": "2.5.2", "torch": "2.11.0+cu130",
-    "megatron-core": "0.18.0", "megatron-bridge": "0.5.2", "mbridge": "0.15.1", "transformer-engine": "2.9.0",
-    "flash-attn": "2.8.3", "nvidia-modelopt": "0.44.0", "triton": "3.6.0", "transformers": "5.9.0", "vllm": "0.24.0",
-    "tensordict": "0.10.0", "ray": "2.60.0", "TransferQueue": "0.1.11",
+    "hydra-core": "1.3.8", "omegaconf": "2.3.1", "packaging": "25.0", "rich": "15.0.0",
+    "wrapt": "2.5.2", "torch": "2.11.0+cu130",
+    "megatron-core": "0.18.0", "megatron-bridge": "0.5.2", "mbridge": "0.15.1",
+    "transformer-engine": "2.9.0",
+    "flash-attn": "2.8.3", "nvidia-modelopt": "0.44.0", "triton": "3.6.0", "transformers": "5.9.0",
+    "vllm": "0.24.0", "tensordict": "0.10.0", "ray": "2.60.0", "TransferQueue": "0.1.11",
 }  # fmt: skip
 """A complete GPU stack, but for verl, whose version only pyproject.toml knows."""
 
@@ -39,7 +43,11 @@ def pin(name: str) -> str:
 
 
 def gpu_report(python: str = "3.12.1", **changed: str | None) -> stack.Report:
-    installed = {**RIGHT, "verl": pin("verl"), **{name.replace("_", "-"): version for name, version in changed.items()}}
+    installed = {
+        **RIGHT,
+        "verl": pin("verl"),
+        **{name.replace("_", "-"): version for name, version in changed.items()},
+    }
     return stack.check(compat.GPU, installed.get, python)
 
 
@@ -75,10 +83,15 @@ def test_one_package_decides(name: str, found: str | None, status: str):
     assert report.problems == ([] if status == "ok" else [finding])
     if status != "ok":
         assert report.install[0] == f"missing or wrong: '{finding.name}{finding.wanted}'"
-        assert report.install[1] == f"in a checkout of verl=={pin('verl')}: uv sync --extra megatron --extra vllm"
+        assert (
+            report.install[1]
+            == f"in a checkout of verl=={pin('verl')}: uv sync --extra megatron --extra vllm"
+        )
 
 
-@pytest.mark.parametrize(("python", "status"), [("3.11.7", "wrong"), ("3.12.11", "ok"), ("3.13.0", "wrong")])
+@pytest.mark.parametrize(
+    ("python", "status"), [("3.11.7", "wrong"), ("3.12.11", "ok"), ("3.13.0", "wrong")]
+)
 def test_python_decides_too(python: str, status: str):
     report = gpu_report(python)
     assert report.python.status == status and report.complete == (status == "ok")
@@ -86,7 +99,9 @@ def test_python_decides_too(python: str, status: str):
 
 
 def test_cpu_pins_are_the_projects_own(monkeypatch):
-    """The same requirements from the installed metadata as from pyproject.toml, and each pin is compared exactly."""
+    """The same requirements from the installed metadata as from pyproject.toml, and each pin is
+    compared exactly.
+    """
     python, from_metadata = stack.wanted(compat.CPU)
 
     def not_installed(name: str) -> None:
@@ -95,17 +110,32 @@ def test_cpu_pins_are_the_projects_own(monkeypatch):
     monkeypatch.setattr(importlib.metadata, "distribution", not_installed)
     python_in_checkout, from_checkout = stack.wanted(compat.CPU)
     assert stack.SpecifierSet(python) == stack.SpecifierSet(python_in_checkout)
-    pins = {name: str(r.specifier) for name, r in from_checkout.items() if str(r.specifier).startswith("==")}
-    assert pins == {name: str(r.specifier) for name, r in from_metadata.items() if str(r.specifier).startswith("==")}
+    pins = {
+        name: str(r.specifier)
+        for name, r in from_checkout.items()
+        if str(r.specifier).startswith("==")
+    }
+    assert pins == {
+        name: str(r.specifier)
+        for name, r in from_metadata.items()
+        if str(r.specifier).startswith("==")
+    }
     assert {"torch", "verl", "megatron-core", "mbridge", "transformers", "ray"} <= pins.keys()
 
     right = {r.name: next(iter(r.specifier)).version for r in from_checkout.values()}
-    right.update({r.name: "99" for r in from_checkout.values() if str(r.specifier).startswith(">=")})
+    right.update(
+        {r.name: "99" for r in from_checkout.values() if str(r.specifier).startswith(">=")}
+    )
     right.update({"hydra-core": "1.3.0", "omegaconf": "2.3.0", "wrapt": "2.0.0"})
     report = stack.check(compat.CPU, right.get, "3.11.7")
     assert report.complete, report.problems
-    report = stack.check(compat.CPU, {**right, "ray": None, "megatron-core": "0.19.2"}.get, "3.11.7")
-    assert {f.name: f.status for f in report.problems} == {"megatron-core": "wrong", "ray": "missing"}
+    report = stack.check(
+        compat.CPU, {**right, "ray": None, "megatron-core": "0.19.2"}.get, "3.11.7"
+    )
+    assert {f.name: f.status for f in report.problems} == {
+        "megatron-core": "wrong",
+        "ray": "missing",
+    }
     assert report.install == (
         "pip install --extra-index-url https://download.pytorch.org/whl/cpu "
         f"'megatron-core{pins['megatron-core']}' 'ray[default]{pins['ray']}'",
@@ -113,15 +143,22 @@ def test_cpu_pins_are_the_projects_own(monkeypatch):
 
 
 def test_gpu_pins_are_verls():
-    """What verl's extras say about a package of ours, ours say too; megatron-core is left open there."""
+    """What verl's extras say about a package of ours, ours say too; megatron-core is left open
+    there.
+    """
     wanted = stack.wanted(compat.GPU)[1]
     verls: dict[str, set[str]] = {}
     for requirement in map(Requirement, importlib.metadata.requires("verl") or []):
         extras = ("megatron", "vllm", "verl-core", "flash-attn-cu130torch211")
-        if requirement.marker and any(requirement.marker.evaluate({"extra": extra}) for extra in extras):
-            verls.setdefault(canonicalize_name(requirement.name), set()).add(str(requirement.specifier))
+        if requirement.marker and any(
+            requirement.marker.evaluate({"extra": extra}) for extra in extras
+        ):
+            verls.setdefault(canonicalize_name(requirement.name), set()).add(
+                str(requirement.specifier)
+            )
     compared = {name for name in wanted if verls.get(name, {""}) - {""}} - {"packaging"}
-    assert compared == {"torch", "megatron-bridge", "flash-attn", "nvidia-modelopt", "transformers", "vllm", "tensordict",
+    assert compared == {"torch", "megatron-bridge", "flash-attn", "nvidia-modelopt", "transformers",
+        "vllm", "tensordict",
                         "ray", "transferqueue"}  # fmt: skip
     for name in compared:
         assert verls[name] - {""} == {str(wanted[name].specifier)}, name
@@ -131,15 +168,25 @@ def test_no_stack_contradicts_the_dependencies_of_the_project():
     base = {canonicalize_name(r.name): r.specifier for r in stack.declared("")[1]}
     for name in ("cpu", "gpu"):
         requirements = stack.wanted(compat.STACKS[name])[1]
-        pinned = {n: next(iter(r.specifier)).version for n, r in requirements.items() if str(r.specifier)[:2] == "=="}
+        pinned = {
+            n: next(iter(r.specifier)).version
+            for n, r in requirements.items()
+            if str(r.specifier)[:2] == "=="
+        }
         assert "torch" in pinned
         for package in pinned.keys() & base.keys():
             assert base[package].contains(pinned[package]), (name, package)
 
 
-def run_script(*arguments: str, python: str = sys.executable, **environment: str) -> subprocess.CompletedProcess:
+def run_script(
+    *arguments: str, python: str = sys.executable, **environment: str
+) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [python, str(SCRIPT), *arguments], env={**os.environ, **environment}, capture_output=True, text=True, timeout=60
+        [python, str(SCRIPT), *arguments],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
 
 
@@ -160,15 +207,25 @@ def test_here_the_cpu_stack_is_complete():
             "found": found,
             "status": "ok",
         }
-    assert cpu["python"]["found"] == ".".join(map(str, sys.version_info[:3])) and cpu["python"]["status"] == "ok"
+    assert (
+        cpu["python"]["found"] == ".".join(map(str, sys.version_info[:3]))
+        and cpu["python"]["status"] == "ok"
+    )
     vllm = next(package for package in gpu["packages"] if package["name"] == "vllm")
     assert vllm == {"name": "vllm", "wanted": "==0.24.0", "found": None, "status": "missing"}
 
     text = run_script()
     assert text.returncode == 0 and text.stdout.startswith("CPU stack: complete\n")
-    assert "GPU stack: not installed, " in text.stdout and "(check_stack.py --stack gpu lists them)" in text.stdout
+    assert (
+        "GPU stack: not installed, " in text.stdout
+        and "(check_stack.py --stack gpu lists them)" in text.stdout
+    )
     only_gpu = run_script("--stack", "gpu")
-    assert only_gpu.returncode == 1 and "==0.24.0" in only_gpu.stdout and "CPU stack" not in only_gpu.stdout
+    assert (
+        only_gpu.returncode == 1
+        and "==0.24.0" in only_gpu.stdout
+        and "CPU stack" not in only_gpu.stdout
+    )
 
 
 def fake_distribution(folder: Path, name: str, version: str) -> None:
@@ -177,16 +234,22 @@ def fake_distribution(folder: Path, name: str, version: str) -> None:
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
 
 
-@pytest.mark.skipif(sys.version_info < (3, 11), reason="a checkout that is not installed is read with tomllib (3.11)")
+@pytest.mark.skipif(
+    sys.version_info < (3, 11),
+    reason="a checkout that is not installed is read with tomllib (3.11)",
+)
 def test_in_an_empty_environment(tmp_path):
-    """A fresh virtual environment without pip: first nothing at all, then packaging, then (faked) the whole CPU stack."""
+    """A fresh virtual environment without pip: first nothing at all, then packaging, then (faked)
+    the whole CPU stack.
+    """
     venv.create(tmp_path / "venv", with_pip=False)
     python, site = str(tmp_path / "venv" / "bin" / "python"), tmp_path / "site"
     site.mkdir()
     nothing = run_script(python=python, PYTHONPATH=str(site))
     assert nothing.returncode == 1 and nothing.stdout == ""
     assert (
-        nothing.stderr.startswith("check_stack.py: No module named 'packaging': run ") and "Trace" not in nothing.stderr
+        nothing.stderr.startswith("check_stack.py: No module named 'packaging': run ")
+        and "Trace" not in nothing.stderr
     )
 
     shutil.copytree(Path(packaging.__file__).parent, site / "packaging")
@@ -206,8 +269,13 @@ def test_in_an_empty_environment(tmp_path):
     (site / f"verl-{importlib.metadata.version('verl')}.dist-info" / "METADATA").unlink()
     fake_distribution(site, "verl", "0.8.0")
     outdated = run_script("--stack", "cpu", python=python, PYTHONPATH=str(site))
-    assert outdated.returncode == 1 and f"1 of {len(stacks[0]['packages']) + 1} missing or wrong" in outdated.stdout
-    assert outdated.stdout.splitlines()[-1].endswith("https://download.pytorch.org/whl/cpu 'verl==" + pin("verl") + "'")
+    assert (
+        outdated.returncode == 1
+        and f"1 of {len(stacks[0]['packages']) + 1} missing or wrong" in outdated.stdout
+    )
+    assert outdated.stdout.splitlines()[-1].endswith(
+        "https://download.pytorch.org/whl/cpu 'verl==" + pin("verl") + "'"
+    )
 
 
 def test_unreadable_project_is_one_sentence(monkeypatch, capsys, tmp_path):
@@ -217,11 +285,15 @@ def test_unreadable_project_is_one_sentence(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(importlib.metadata, "distribution", not_installed)
     monkeypatch.setattr(stack, "PYPROJECT", tmp_path / "pyproject.toml")
     assert stack.main([]) == 1
-    assert capsys.readouterr().err.startswith("check_stack.py: capo-verl is not installed, and Python 3.")
+    assert capsys.readouterr().err.startswith(
+        "check_stack.py: capo-verl is not installed, and Python 3."
+    )
 
 
 def fake_megatron(monkeypatch, model_type: type[enum.Enum]) -> ModuleType:
-    """``mbridge.core.util`` as mbridge 0.15.1 imports it, over a megatron-core with this ``ModelType``."""
+    """``mbridge.core.util`` as mbridge 0.15.1 imports it, over a megatron-core with this
+    ``ModelType``.
+    """
     util = ModuleType("mbridge.core.util")
     util.ModelType = model_type
     core = ModuleType("mbridge.core")
@@ -266,17 +338,23 @@ def test_checkpoint_modules_that_exist_are_imported(tmp_path, present):
         (strategies / f"{name}.py").touch()
     code = (
         "import sys; from capo_verl.plugin import compat; compat.import_checkpoint_modules();"
-        "print(sorted(n.rpartition('.')[2] for n in sys.modules if n.startswith('megatron.core.dist_checkpointing.strategies.')))"
+        "print(sorted(n.rpartition('.')[2] for n in sys.modules if "
+        "n.startswith('megatron.core.dist_checkpointing.strategies.')))"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
-    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
+    result = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60
+    )
     assert result.stdout.strip() == str(sorted(present)), result.stderr
 
 
 @pytest.mark.parametrize(
     ("config", "expected"),
     [
-        ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}, "default"),  # transformers 5
+        (
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+            "default",
+        ),  # transformers 5
         ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "yarn"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "linear"),  # transformers 4
         ({"rope_scaling": None}, "default"),

@@ -15,7 +15,9 @@ from capo_verl.plugin.stop import Progress
 class Recorded:
     """What verl's loop does with a trainer, as in ``PPOTrainer.fit``, without Ray."""
 
-    def __init__(self, folder, total: int, save_freq: int, first: int = 1, async_save: bool = False):
+    def __init__(
+        self, folder, total: int, save_freq: int, first: int = 1, async_save: bool = False
+    ):
         self.config = OmegaConf.create(
             {
                 "trainer": {"default_local_dir": str(folder), "save_freq": save_freq},
@@ -71,14 +73,21 @@ def ask(folder, at: int):
     return during
 
 
-def test_stops_after_the_step_with_a_checkpoint_before_the_weights_are_sent(trainer_class, tmp_path):
+def test_stops_after_the_step_with_a_checkpoint_before_the_weights_are_sent(
+    trainer_class, tmp_path
+):
     folder = tmp_path / "checkpoints"
     run = trainer_class(folder, total=10, save_freq=3)
     run.fit(ask(folder, at=2))
     assert run.events == ["begin 1", "sync 1", "begin 2", "save 2", "sync 2"]
     assert run.timing_raw["save_checkpoint"] >= 0
     progress = Progress.read(folder)
-    assert (progress.step, progress.total_steps, progress.checkpoint, progress.stopped) == (2, 10, 2, True)
+    assert (progress.step, progress.total_steps, progress.checkpoint, progress.stopped) == (
+        2,
+        10,
+        2,
+        True,
+    )
     assert not progress.finished
     assert [path.name for path in folder.iterdir()] == ["progress.json"]
 
@@ -96,7 +105,9 @@ def test_a_request_during_the_last_step_changes_nothing(trainer_class, tmp_path)
     assert run.events == ["begin 1", "sync 1", "begin 2", "sync 2"]
     progress = Progress.read(tmp_path)
     assert progress.finished and progress.checkpoint is None
-    assert not (tmp_path / stop.REQUEST).exists()  # nor does it stop a longer run that resumes from here
+    assert not (
+        tmp_path / stop.REQUEST
+    ).exists()  # nor does it stop a longer run that resumes from here
 
 
 def test_without_a_request_progress_is_all_that_is_written(trainer_class, tmp_path):
@@ -107,7 +118,9 @@ def test_without_a_request_progress_is_all_that_is_written(trainer_class, tmp_pa
     assert Progress.read(tmp_path).step == 4
 
 
-def test_asynchronous_checkpoints_are_not_begun_when_the_process_is_about_to_end(trainer_class, tmp_path, caplog):
+def test_asynchronous_checkpoints_are_not_begun_when_the_process_is_about_to_end(
+    trainer_class, tmp_path, caplog
+):
     run = trainer_class(tmp_path, total=4, save_freq=-1, async_save=True)
     run.fit(ask(tmp_path, at=1))
     assert run.events == ["begin 1", "sync 1"]
@@ -120,7 +133,13 @@ def test_verls_trainer_has_what_the_hook_relies_on():
     from verl.trainer.ppo.v1.trainer_base import PPOTrainer
 
     loop = inspect.getsource(PPOTrainer.fit)
-    assert loop.index("self.on_step_begin()") < loop.index("self._save_checkpoint()") < loop.index("self.on_step_end()")
+    assert (
+        loop.index("self.on_step_begin()")
+        < loop.index("self._save_checkpoint()")
+        < loop.index("self.on_step_end()")
+    )
     assert 'marked_timer("save_checkpoint", self.timing_raw' in loop
     assert "self.global_steps <= self.total_training_steps" in loop
-    assert trainer_sync.PPOTrainerSync.on_step_end.__module__ == "capo_verl.plugin.stop"  # the plugin has installed it
+    assert (
+        trainer_sync.PPOTrainerSync.on_step_end.__module__ == "capo_verl.plugin.stop"
+    )  # the plugin has installed it

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The rivals a second time: loops over tokens in Python's floats, with gradients written down by hand.
+"""The rivals a second time: loops over tokens in Python's floats, with gradients written down by
+hand.
 
-Every function takes a ``Case`` and knobs and returns ``loss[b][t]`` and ``gradient[b][t]``, the derivative of that loss with
-respect to the token's own new log-probability, for tokens of the response mask (0 elsewhere).
+Every function takes a ``Case`` and knobs and returns ``loss[b][t]`` and ``gradient[b][t]``, the
+derivative of that loss with respect to the token's own new log-probability, for tokens of the
+response mask (0 elsewhere).
 """
 
 from __future__ import annotations
@@ -27,7 +29,9 @@ class Case:
 
     @classmethod
     def random(cls, seed: int, b: int = 6, t: int = 9) -> Case:
-        """Ratios from about e^-3 to e^3, lengths from 1 to t, a hole in every second response, one advantage of 0."""
+        """Ratios from about e^-3 to e^3, lengths from 1 to t, a hole in every second response, one
+        advantage of 0.
+        """
         rng = np.random.default_rng(seed)
         mask = np.arange(t) < rng.integers(1, t + 1, b)[:, None]
         mask[::2, 2] = False
@@ -80,7 +84,13 @@ def entropy_mask(case: Case, top_share, normalise_by, clip_low, clip_high, dual_
 
 def advantage_reweighting(case: Case, alpha, clip_low, clip_high, dual_clip) -> Result:
     def token(i, j, r, a):
-        return _clip(r, (alpha * math.exp(case.old[i, j]) + 1 - alpha) * a, 1 - clip_low, 1 + clip_high, dual_clip)
+        return _clip(
+            r,
+            (alpha * math.exp(case.old[i, j]) + 1 - alpha) * a,
+            1 - clip_low,
+            1 + clip_high,
+            dual_clip,
+        )
 
     return _each(case, token)
 
@@ -93,7 +103,9 @@ def lopti(case: Case, eta, alpha, part, clip_low, clip_high, dual_clip, epoch=0)
         probability = math.exp(case.old[i, j])
         if part != "both" and (probability < eta) != (part == "low"):
             return 0.0, 0.0
-        return _clip(r, (alpha * probability + 1 - alpha) * a, 1 - clip_low, 1 + clip_high, dual_clip)
+        return _clip(
+            r, (alpha * probability + 1 - alpha) * a, 1 - clip_low, 1 + clip_high, dual_clip
+        )
 
     return _each(case, token)
 
@@ -111,7 +123,9 @@ def dcpo(case: Case, eps_low, eps_high, ratio_max) -> Result:
 def bapo_bounds(
     case: Case, target, low_start, low_max, low_step, high_start, high_max, high_step
 ) -> tuple[float, float]:
-    """The authors' search: while the ratio of the masses is too small raise the lower bound, then the upper one."""
+    """The authors' search: while the ratio of the masses is too small raise the lower bound, then
+    the upper one.
+    """
 
     def ratio(low, high):
         up = down = 0.0
@@ -153,14 +167,18 @@ def cpgd(case: Case, clip_low, clip_high, drift, drift_cap) -> Result:
         bounded = min(max(log_ratio, math.log(1 - clip_low)), math.log(1 + clip_high))
         cut = bounded * a < log_ratio * a
         pull = min(r - 1, drift_cap)
-        return -min(log_ratio * a, bounded * a) + drift * pull * log_ratio, (0.0 if cut else -a) + drift * pull
+        return -min(log_ratio * a, bounded * a) + drift * pull * log_ratio, (
+            0.0 if cut else -a
+        ) + drift * pull
 
     return _each(case, token)
 
 
 def spo(case: Case, epsilon) -> Result:
     def token(i, j, r, a):
-        return -(r * a - abs(a) / (2 * epsilon) * (r - 1) ** 2), -(a - abs(a) / epsilon * (r - 1)) * r
+        return -(r * a - abs(a) / (2 * epsilon) * (r - 1) ** 2), -(
+            a - abs(a) / epsilon * (r - 1)
+        ) * r
 
     return _each(case, token)
 
@@ -184,7 +202,9 @@ def minpro(case: Case, weight_max) -> Result:
 
 
 def gtpo_weights(case: Case, conflict_weight) -> tuple[np.ndarray, np.ndarray]:
-    """Weights and number of conflicts per response, by comparing every response with every other of its group."""
+    """Weights and number of conflicts per response, by comparing every response with every other of
+    its group.
+    """
     weights, conflicts = np.ones(case.mask.shape), np.zeros(case.mask.shape, dtype=bool)
     places = [[j for j in range(case.mask.shape[1]) if row[j]] for row in case.mask]
     for i, own in enumerate(places):
@@ -199,7 +219,8 @@ def gtpo_weights(case: Case, conflict_weight) -> tuple[np.ndarray, np.ndarray]:
                 shared = [
                     k
                     for k in others
-                    if n < len(places[k]) and case.tokens[k, places[k][::step][n]] == case.tokens[i, j]
+                    if n < len(places[k])
+                    and case.tokens[k, places[k][::step][n]] == case.tokens[i, j]
                 ]
                 if not shared:
                     break
@@ -213,7 +234,9 @@ def gtpo(case: Case, conflict_weight, entropy_max, entropy_scale, divide_by_conf
 
     def token(i, j, r, a):
         if entropy_max is not None:
-            mean = np.mean([case.entropy[i, k] for k in range(case.mask.shape[1]) if case.mask[i, k]])
+            mean = np.mean(
+                [case.entropy[i, k] for k in range(case.mask.shape[1]) if case.mask[i, k]]
+            )
             a = a - entropy_scale * mean if mean <= entropy_max else 0.0
         a = a * weights[i, j] / (max(1, conflicts[i].sum()) if divide_by_conflicts else 1)
         return -a, -a

@@ -42,25 +42,32 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
 
 def inputs_of(case: Case, name: str) -> dict[str, Any]:
     all_inputs = {
-        "entropy": torch.tensor(case.entropy), "tokens": torch.tensor(case.tokens), "group": torch.tensor(case.group),
-        "epoch": 0,
+        "entropy": torch.tensor(case.entropy), "tokens": torch.tensor(case.tokens),
+        "group": torch.tensor(case.group), "epoch": 0,
     }  # fmt: skip
     return {key: all_inputs[key] for key in RIVALS[name].needs}
 
 
 def tensors(case: Case, dtype: torch.dtype = torch.float64) -> list[torch.Tensor]:
-    old, new, advantages = (torch.tensor(x, dtype=dtype) for x in (case.old, case.new, case.advantages))
+    old, new, advantages = (
+        torch.tensor(x, dtype=dtype) for x in (case.old, case.new, case.advantages)
+    )
     return [old, new.requires_grad_(), advantages, torch.tensor(case.mask)]
 
 
-@pytest.mark.parametrize(("name", "knobs"), VARIANTS, ids=lambda x: x if isinstance(x, str) else "-".join(map(str, x)))
+@pytest.mark.parametrize(
+    ("name", "knobs"), VARIANTS, ids=lambda x: x if isinstance(x, str) else "-".join(map(str, x))
+)
 @pytest.mark.parametrize("seed", [0, 1, 3, 10])
 def test_losses_and_gradients(name, knobs, seed):
     case = Case.random(seed)
     old, new, advantages, mask = tensors(case)
     losses, metrics = RIVALS[name](old, new, advantages, mask, **inputs_of(case, name), **knobs)
     assert losses.shape == new.shape and losses.dtype == torch.float64
-    assert all(value.ndim == 0 and not value.requires_grad and value.isfinite() for value in metrics.values())
+    assert all(
+        value.ndim == 0 and not value.requires_grad and value.isfinite()
+        for value in metrics.values()
+    )
     loss, gradient = getattr(naive, name)(case, **{**RIVALS[name].knobs, **knobs})
     kept = losses * mask
     kept.sum().backward()
@@ -121,7 +128,9 @@ def test_the_training_step_does_not_wait_for_the_device(name):
     assert syncs == []
 
 
-@pytest.mark.parametrize("name", ["dcpo", "spo", "pspo", "aspo", "minpro", "advantage_reweighting", "bapo"])
+@pytest.mark.parametrize(
+    "name", ["dcpo", "spo", "pspo", "aspo", "minpro", "advantage_reweighting", "bapo"]
+)
 def test_twice_the_advantages_are_twice_the_loss(name):
     """So that a soft weight on the advantage is one on the loss."""
     case = Case.random(5)
@@ -137,7 +146,9 @@ def test_twice_the_advantages_are_twice_the_loss(name):
 def test_dcpo_bounds_are_those_of_the_papers_table():
     from capo_verl.rivals.dcpo import dynamic_bounds
 
-    low, high = dynamic_bounds(torch.tensor([0.9, 0.01], dtype=torch.float64).log(), 0.16, 0.2, 10.0)
+    low, high = dynamic_bounds(
+        torch.tensor([0.9, 0.01], dtype=torch.float64).log(), 0.16, 0.2, 10.0
+    )
     # q = 0.9: p from 0.69 to 1.06; q = 0.01: p from 0.005 to 0.05.
     assert (low * torch.tensor([0.9, 0.01])).tolist() == pytest.approx([0.6919, 0.005], abs=1e-4)
     assert (high * torch.tensor([0.9, 0.01])).tolist() == pytest.approx([1.0685, 0.05], abs=1e-4)
@@ -150,17 +161,25 @@ def test_the_highest_entropies_are_counted_over_the_batch_and_ties_go_by_positio
     assert highest_entropy(entropy, mask, 0.41).int().tolist() == [[1, 0, 1], [1, 0, 0]]
     assert highest_entropy(entropy, mask, 1e-9).sum() == 1  # never none
     fifteen = torch.arange(15.0)[None]
-    assert highest_entropy(fifteen, torch.ones(1, 15), 0.2).sum() == 3  # 0.2 * 15 is a little more than 3 in binary
+    assert (
+        highest_entropy(fifteen, torch.ones(1, 15), 0.2).sum() == 3
+    )  # 0.2 * 15 is a little more than 3 in binary
 
 
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("target", [0.3, 0.6, 1.0, 2.0, 50.0])
 def test_bapo_searches_like_the_authors(seed, target):
     case = Case.random(seed, b=8, t=12)
-    search = {key: value for key, value in RIVALS["bapo"].knobs.items() if key not in ("dual_clip", "target")}
+    search = {
+        key: value
+        for key, value in RIVALS["bapo"].knobs.items()
+        if key not in ("dual_clip", "target")
+    }
     expected = naive.bapo_bounds(case, target=target, **search)
     _, metrics = RIVALS["bapo"](*tensors(case), target=target)
-    assert (float(metrics["bound_low"]), float(metrics["bound_high"])) == pytest.approx(expected, abs=1e-12)
+    assert (float(metrics["bound_low"]), float(metrics["bound_high"])) == pytest.approx(
+        expected, abs=1e-12
+    )
 
 
 def test_bapo_without_bad_responses_keeps_its_first_bounds():
@@ -175,8 +194,11 @@ def test_gtpo_protects_what_good_and_bad_responses_share_at_their_ends():
     tokens = torch.tensor([[1, 2, 3, 4, 9], [1, 2, 5, 9, 0], [1, 7, 3, 4, 9]])
     mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 1, 0], [1, 1, 1, 1, 1]])
     advantages = torch.tensor([[1.0], [-1.0], [0.0]]).expand(3, 5)
-    weights, conflicts = conflict_weights(advantages, mask, tokens, torch.zeros(3, dtype=torch.long), 2.0)
-    # Shared from the front: 1 2; from the back: 9 (in the second response at another place). The third has no sign.
+    weights, conflicts = conflict_weights(
+        advantages, mask, tokens, torch.zeros(3, dtype=torch.long), 2.0
+    )
+    # Shared from the front: 1 2; from the back: 9 (in the second response at another place). The
+    # third has no sign.
     assert conflicts.int().tolist() == [[1, 1, 0, 0, 1], [1, 1, 0, 1, 0], [0, 0, 0, 0, 0]]
     assert weights.tolist() == [[2, 2, 1, 1, 2], [0, 0, 1, 0, 1], [1, 1, 1, 1, 1]]
     apart, _ = conflict_weights(advantages, mask, tokens, torch.tensor([0, 1, 0]), 2.0)
@@ -187,7 +209,8 @@ def test_lopti_alternates_with_the_epoch_and_its_parts_add_up():
     case = Case.random(2)
     arguments = tensors(case)
     low, high, both = (
-        RIVALS["lopti"](*arguments, **more)[0] for more in ({"epoch": 2}, {"epoch": 3}, {"part": "both"})
+        RIVALS["lopti"](*arguments, **more)[0]
+        for more in ({"epoch": 2}, {"epoch": 3}, {"part": "both"})
     )
     torch.testing.assert_close(low + high, both)
     rare = arguments[0].exp() < 0.5
@@ -205,14 +228,22 @@ def test_lopti_alternates_with_the_epoch_and_its_parts_add_up():
         ("pspo", {"alpha": 1.5}, r"rival.alpha=1.5: expected a number in \[0, 1\]"),
         ("spo", {"epsilon": "big"}, r"rival.epsilon='big': expected a number in \(0, inf\)"),
         ("spo", {"epsilon": True}, "rival.epsilon=True: expected a number"),
-        ("lopti", {"part": "middle"}, "rival.part='middle': expected one of alternate, low, high, both"),
+        (
+            "lopti",
+            {"part": "middle"},
+            "rival.part='middle': expected one of alternate, low, high, both",
+        ),
         ("bapo", {"low_start": 0.99}, "rival.low_start=0.99: must not exceed rival.low_max=0.95"),
         (
             "gtpo",
             {"entropy_max": -1, "group": 0, "tokens": 0, "entropy": 0},
             r"rival.entropy_max=-1: .*\[0, inf\), or null",
         ),
-        ("gtpo", {"divide_by_conflicts": 1, "group": 0, "tokens": 0, "entropy": 0}, "expected True or False"),
+        (
+            "gtpo",
+            {"divide_by_conflicts": 1, "group": 0, "tokens": 0, "entropy": 0},
+            "expected True or False",
+        ),
         ("gtpo", {"tokens": 0, "entropy": 0}, "the loss gtpo needs the argument 'group'"),
         ("entropy_mask", {}, "the loss entropy_mask needs the argument 'entropy'"),
     ],
@@ -227,5 +258,7 @@ def test_they_need_no_verl():
         "import sys; from capo_verl.rivals import RIVALS; "
         "print(len(RIVALS), sorted({'verl', 'ray', 'megatron', 'hydra'} & set(sys.modules)))"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120
+    )
     assert result.stdout == f"{len(RIVALS)} []\n", result.stderr

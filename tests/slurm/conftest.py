@@ -28,7 +28,9 @@ def cluster() -> Iterator[TwoNodes]:
     reason = why_not()
     if reason:
         pytest.skip(reason)
-    folder = Path(tempfile.mkdtemp(prefix="slurm-"))  # sockets below it: pytest's own folders are too long
+    folder = Path(
+        tempfile.mkdtemp(prefix="slurm-")
+    )  # sockets below it: pytest's own folders are too long
     two_nodes = TwoNodes(folder)
     try:
         two_nodes.start()
@@ -66,16 +68,29 @@ class Job:
         return self.output / "logs" / f"{self.number}.{attempt}"
 
     def wait_until(self, happened, timeout: float, ended_is_fine: bool = False) -> None:
-        """Poll; a requeued job is let start after three seconds, which Slurm would do after two minutes. At once would be too
-        early: a credential that is not younger than the end of the job's former life is revoked, and the job fails."""
+        """Poll; a requeued job is let start after three seconds, which Slurm would do after two
+        minutes. At once would be too
+        early: a credential that is not younger than the end of the job's former life is revoked,
+            and the job fails.
+        """
         deadline = time.monotonic() + timeout
         while not happened():
             state = self.state
             life = int(state["Restarts"])
-            if state["JobState"] == "PENDING" and state["Reason"] == "BeginTime" and life not in self._released:
+            if (
+                state["JobState"] == "PENDING"
+                and state["Reason"] == "BeginTime"
+                and life not in self._released
+            ):
                 self._released.add(life)
                 self.cluster.call("scontrol", "update", f"JobId={self.number}", "StartTime=now+3")
-            ended = state["JobState"] in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
+            ended = state["JobState"] in (
+                "COMPLETED",
+                "FAILED",
+                "CANCELLED",
+                "TIMEOUT",
+                "NODE_FAIL",
+            )
             about = f"{state['JobState']} {state['ExitCode']}\n{self.printed}\n{self.cluster.log(self.number)}"
             assert not ended or ended_is_fine, about
             assert time.monotonic() < deadline, about
@@ -93,29 +108,44 @@ class Job:
         left = [str(path) for path in root.glob(f"ray{self.number}.*")]
         for process in Path("/proc").glob("[0-9]*"):
             try:
-                if f"CAPO_VERL_RAY_NODE={root}/ray{self.number}.".encode() in (process / "environ").read_bytes():
+                if (
+                    f"CAPO_VERL_RAY_NODE={root}/ray{self.number}.".encode()
+                    in (process / "environ").read_bytes()
+                ):
                     left.append((process / "cmdline").read_bytes().replace(b"\0", b" ").decode())
-            except (FileNotFoundError, ProcessLookupError, PermissionError):  # has just ended, or is nobody we know
+            except (
+                FileNotFoundError,
+                ProcessLookupError,
+                PermissionError,
+            ):  # has just ended, or is nobody we know
                 continue
         return left
 
 
 @pytest.fixture
 def submit(cluster, inputs, tmp_path):
-    """Submit a run of the CPU quickstart's launcher with a tiny model: ``submit(*overrides, options=[...], **environment)``."""
+    """Submit a run of the CPU quickstart's launcher with a tiny model: ``submit(*overrides,
+    options=[...], **environment)``.
+    """
 
-    def submitted(*overrides: str, options: tuple[str, ...] = ("--nodes=2", "--time=30"), script: str | Path =
-                  "examples/run_quickstart_cpu.sh", name: str = "run", **environment: str | int | Path | None) -> Job:  # fmt: skip
+    def submitted(*overrides: str, options: tuple[str, ...] = ("--nodes=2", "--time=30"),
+        script: str | Path =
+                  "examples/run_quickstart_cpu.sh", name: str = "run",
+                  **environment: str | int | Path | None) -> Job:  # fmt: skip
         log = tmp_path / f"{name}.out"
         variables = {
             "VENV": os.environ.get("VIRTUAL_ENV") or sys.prefix, "PYTHONPATH": str(ROOT),
             "DATA_DIR": inputs, "MODEL_PATH": inputs / "model", "OUTPUT_DIR": tmp_path / name,
-            "RAY_TMP_ROOT": cluster.folder, "RAY_CPUS_PER_NODE": 12, "STEP_SECONDS": 60, "VERL_PLATFORM": "cpu",
-            # Two nodes share two cores: as few processes as possible, and not those at low priority.
-            "RAY_enable_worker_prestart": 0, "RAY_prestart_worker_first_driver": 0, "RAY_worker_niceness": 0,
-            "TRAIN_BATCH_SIZE": 4, "ROLLOUT_N": 4, "MAX_RESPONSE_LENGTH": 8, "LR_WARMUP_STEPS": 2, "ACTOR_LR": 3e-3,
-            "TOTAL_TRAINING_STEPS": 8, "TEST_FREQ": -1, "VAL_BEFORE_TRAIN": "False", "SAVE_FREQ": 3, "CAPO": "grpo",
-            **environment,
+            "RAY_TMP_ROOT": cluster.folder, "RAY_CPUS_PER_NODE": 12, "STEP_SECONDS": 60,
+            "VERL_PLATFORM": "cpu",
+            # Two nodes share two cores: as few processes as possible, and not those at low
+            # priority.
+            "RAY_enable_worker_prestart": 0, "RAY_prestart_worker_first_driver": 0,
+            "RAY_worker_niceness": 0,
+            "TRAIN_BATCH_SIZE": 4, "ROLLOUT_N": 4, "MAX_RESPONSE_LENGTH": 8, "LR_WARMUP_STEPS": 2,
+            "ACTOR_LR": 3e-3,
+            "TOTAL_TRAINING_STEPS": 8, "TEST_FREQ": -1, "VAL_BEFORE_TRAIN": "False", "SAVE_FREQ": 3,
+            "CAPO": "grpo", **environment,
         }  # fmt: skip
         arguments = [
             f"reward.custom_reward_function.path={inputs / 'reward.py'}",
@@ -125,11 +155,16 @@ def submit(cluster, inputs, tmp_path):
             *overrides,
         ]
         printed = cluster.call(
-            "bash", str(ROOT / "scripts/slurm/submit.sh"), "--no-check", "--gres=gpu:1", f"--output={log}", *options,
-            "--", str(script), *arguments,
-            environment={key: None if value is None else str(value) for key, value in variables.items()},
+            "bash", str(ROOT / "scripts/slurm/submit.sh"), "--no-check", "--gres=gpu:1",
+            f"--output={log}", *options, "--", str(script), *arguments,
+            environment={key: None if value is None else str(value) for key,
+                value in variables.items()},
         )  # fmt: skip
-        numbers = [int(line.split()[1].rstrip(":")) for line in printed.splitlines() if line.startswith("job ")]
+        numbers = [
+            int(line.split()[1].rstrip(":"))
+            for line in printed.splitlines()
+            if line.startswith("job ")
+        ]
         return Job(cluster, numbers[0], Path(variables["OUTPUT_DIR"]), log)
 
     yield submitted

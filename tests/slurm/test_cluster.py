@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ray over the nodes of a job: the health gate, failures that repeat, arrays, chains, environments. What is trained is no matter
-here, so most run scripts are a few lines of bash."""
+"""Ray over the nodes of a job: the health gate, failures that repeat, arrays, chains, environments.
+What is trained is no matter here, so most run scripts are a few lines of bash.
+"""
 
 from __future__ import annotations
 
@@ -22,12 +23,15 @@ def script(folder: Path, body: str) -> Path:
     return path
 
 
-def test_a_missing_node_is_named_and_a_second_failure_at_the_same_step_ends_the_job(submit, tmp_path):
+def test_a_missing_node_is_named_and_a_second_failure_at_the_same_step_ends_the_job(
+    submit, tmp_path
+):
     """Ray hangs on the second node, as with a full disk or a dead mount."""
     programs = tmp_path / "bin"
     programs.mkdir()
     (programs / "ray").write_text(
-        '#!/usr/bin/env bash\nif [[ $SLURMD_NODENAME == n2 ]]; then echo "waiting for the file system"; exec sleep 600; fi\n'
+        '#!/usr/bin/env bash\nif [[ $SLURMD_NODENAME == n2 ]]; then echo "waiting for the file '
+        'system"; exec sleep 600; fi\n'
         'PATH=${PATH#*:} exec ray "$@"\n'
     )
     (programs / "ray").chmod(0o755)
@@ -35,18 +39,27 @@ def test_a_missing_node_is_named_and_a_second_failure_at_the_same_step_ends_the_
     # The virtual environment is put in front of PATH later, so it has to be this one's.
     setup.write_text(f"export PATH=$VENV/bin:$PATH\nexport PATH={programs}:$PATH\nunset VENV\n")
     job = submit(
-        options=TWO_NODES, script=script(tmp_path, "echo never\n"), name="missing", SETUP=setup, JOIN_SECONDS=8
+        options=TWO_NODES,
+        script=script(tmp_path, "echo never\n"),
+        name="missing",
+        SETUP=setup,
+        JOIN_SECONDS=8,
     )
     assert job.wait(180) == "FAILED"
     assert job.state["Restarts"] == "1"
     printed = job.printed
     assert printed.count("after 8 s: node n2 has not joined Ray") == 2, printed
     assert "waiting for the file system" in printed
-    assert "requeue: failed before its first step with exit code 3, for the first time there" in printed
+    assert (
+        "requeue: failed before its first step with exit code 3, for the first time there"
+        in printed
+    )
     assert "give up: failed twice before its first step: not requeued" in printed
     assert "never" not in printed and not (job.logs(0) / "driver.log").exists()
     assert job.left_behind() == []
-    attempts = [json.loads(line) for line in (job.output / "attempts.jsonl").read_text().splitlines()]
+    attempts = [
+        json.loads(line) for line in (job.output / "attempts.jsonl").read_text().splitlines()
+    ]
     assert [(a["name"], a["trained"], a["exit_code"]) for a in attempts] == [
         (f"{job.number}.0", False, 3), (f"{job.number}.1", False, 3)]  # fmt: skip
 
@@ -54,7 +67,12 @@ def test_a_missing_node_is_named_and_a_second_failure_at_the_same_step_ends_the_
 def test_nodes_that_lack_their_gpus_are_named(submit, tmp_path):
     """Slurm allots what Ray does not find: here the GPUs are look-alikes."""
     job = submit(
-        options=ONE_NODE, script=script(tmp_path, ""), name="gpus", VERL_PLATFORM=None, JOIN_SECONDS=2, REQUEUE=0
+        options=ONE_NODE,
+        script=script(tmp_path, ""),
+        name="gpus",
+        VERL_PLATFORM=None,
+        JOIN_SECONDS=2,
+        REQUEUE=0,
     )
     assert job.wait(120) == "FAILED"
     assert job.state["ExitCode"] == "3:0"
@@ -62,28 +80,48 @@ def test_nodes_that_lack_their_gpus_are_named(submit, tmp_path):
 
 
 def test_the_drivers_exit_code_is_the_jobs(submit, tmp_path):
-    job = submit(options=ONE_NODE, script=script(tmp_path, "echo trained >&2; exit 7\n"), name="exit_code", REQUEUE=0)
+    job = submit(
+        options=ONE_NODE,
+        script=script(tmp_path, "echo trained >&2; exit 7\n"),
+        name="exit_code",
+        REQUEUE=0,
+    )
     assert job.wait(120) == "FAILED"
     assert job.state["ExitCode"] == "7:0"
     assert "n1 joined with 1 GPUs" in (job.logs(0) / "health.log").read_text()
     assert "trained" in (job.logs(0) / "driver.log").read_text()
-    assert "training ended with exit code 7; last lines of" in job.printed and "    trained" in job.printed
+    assert (
+        "training ended with exit code 7; last lines of" in job.printed
+        and "    trained" in job.printed
+    )
 
 
 def test_array_of_seeds_with_a_cluster_each(submit, tmp_path):
     """Two tasks at once, on a node each: own seeds, outputs, ports and tokens."""
     report = "env | grep -E '^(SEED|OUTPUT_DIR|RAY_ADDRESS|RAY_AUTH_TOKEN|NNODES|NGPUS_PER_NODE)=' >$OUTPUT_DIR/seen\n"
     ask_ray = "python3 -c 'import ray; ray.init(log_to_driver=False); print(len(ray.nodes()))' >$OUTPUT_DIR/nodes\n"
-    job = submit(options=(*ONE_NODE, "--array=3-4"), script=script(tmp_path, report + ask_ray), name="array")
+    job = submit(
+        options=(*ONE_NODE, "--array=3-4"), script=script(tmp_path, report + ask_ray), name="array"
+    )
     tasks = {}
     for seed in (3, 4):
         done = job.output / str(seed) / "nodes"
-        job.wait_until(lambda done=done: done.exists() and done.read_text().strip() == "1", 120, ended_is_fine=True)
+        job.wait_until(
+            lambda done=done: done.exists() and done.read_text().strip() == "1",
+            120,
+            ended_is_fine=True,
+        )
         lines = (job.output / str(seed) / "seen").read_text().splitlines()
         tasks[seed] = dict(line.split("=", 1) for line in lines)
-        assert tasks[seed]["SEED"] == str(seed) and tasks[seed]["NNODES"] == tasks[seed]["NGPUS_PER_NODE"] == "1"
+        assert (
+            tasks[seed]["SEED"] == str(seed)
+            and tasks[seed]["NNODES"] == tasks[seed]["NGPUS_PER_NODE"] == "1"
+        )
     assert tasks[3]["RAY_ADDRESS"] != tasks[4]["RAY_ADDRESS"]
-    assert len(tasks[3]["RAY_AUTH_TOKEN"]) == 64 and tasks[3]["RAY_AUTH_TOKEN"] != tasks[4]["RAY_AUTH_TOKEN"]
+    assert (
+        len(tasks[3]["RAY_AUTH_TOKEN"]) == 64
+        and tasks[3]["RAY_AUTH_TOKEN"] != tasks[4]["RAY_AUTH_TOKEN"]
+    )
 
 
 STEPS = """
@@ -117,7 +155,10 @@ def test_preempted_by_a_job_of_higher_priority(submit, cluster, tmp_path):
     )
     job.wait_until(lambda: job.state["Restarts"] == "1", 60)
     job.wait_until(lambda: cluster.state(int(urgent))["JobState"] == "COMPLETED", 60)
-    assert "warned by Slurm (USR1)" in job.printed and "requeue: stopped as requested, step 2 of 5 done" in job.printed
+    assert (
+        "warned by Slurm (USR1)" in job.printed
+        and "requeue: stopped as requested, step 2 of 5 done" in job.printed
+    )
     assert job.wait(90) == "COMPLETED"
     assert starts.read_text().splitlines() == ["from 0", "from 2"]
     assert job.left_behind() == []
@@ -129,8 +170,15 @@ def test_chain_continues_a_stopped_job_and_is_dropped_after_a_complete_one(submi
     starts = job.output / "starts"
     job.wait_until(starts.exists, 60)
     job.cluster.call("scancel", "--batch", "--signal=USR1", str(job.number))
-    assert job.wait(60) == "FAILED" and job.state["ExitCode"] == "75:0" and job.state["Restarts"] == "0"
-    assert "stopped as requested, step 2 of 5 done" in job.printed and "REQUEUE=0: submit again" in job.printed
+    assert (
+        job.wait(60) == "FAILED"
+        and job.state["ExitCode"] == "75:0"
+        and job.state["Restarts"] == "0"
+    )
+    assert (
+        "stopped as requested, step 2 of 5 done" in job.printed
+        and "REQUEUE=0: submit again" in job.printed
+    )
     second, third = (type(job)(job.cluster, job.number + i, job.output, job.log) for i in (1, 2))
     assert second.wait(90) == "COMPLETED"
     assert starts.read_text().splitlines() == ["from 0", "from 2"]
@@ -138,19 +186,24 @@ def test_chain_continues_a_stopped_job_and_is_dropped_after_a_complete_one(submi
 
 
 def test_container_commands(submit, tmp_path):
-    """Every part runs inside the image: Ray, the health gate, the run script. The runtime here only notes what it is asked."""
+    """Every part runs inside the image: Ray, the health gate, the run script.
+
+    The runtime here only notes what it is asked.
+    """
     programs = tmp_path / "bin"
     programs.mkdir()
     calls = tmp_path / "calls"
     (programs / "apptainer").write_text(
-        f'#!/usr/bin/env bash\necho "$*" >>{calls}\nwhile [[ $1 != *.sif ]]; do shift; done\nshift\nexec "$@"\n'
+        f'#!/usr/bin/env bash\necho "$*" >>{calls}\nwhile [[ $1 != *.sif ]]; do shift; '
+        'done\nshift\nexec "$@"\n'
     )
     (programs / "apptainer").chmod(0o755)
     setup = tmp_path / "setup.sh"
     setup.write_text(f"export PATH={programs}:$VENV/bin:$PATH\nunset VENV\n")
     job = submit(
         options=ONE_NODE, script=script(tmp_path, "echo trained\n"), name="container", SETUP=setup,
-        CONTAINER_IMAGE="/images/verl.sif", CONTAINER_RUNTIME="apptainer", CONTAINER_MOUNTS="/datasets:/data",
+        CONTAINER_IMAGE="/images/verl.sif", CONTAINER_RUNTIME="apptainer",
+        CONTAINER_MOUNTS="/datasets:/data",
     )  # fmt: skip
     assert job.wait(90) == "COMPLETED", job.printed
     lines = calls.read_text().splitlines()

@@ -20,8 +20,11 @@ EXACT = (
     "capo/accepted_tokens",
     "training/epoch",
 )
-"""Metrics of what was sampled and decided: the same tokens, the same learning rate, the same accepted tokens."""
-CLOSE = ("critic/rewards/", "critic/score/", "actor/pg_loss", "actor/grad_norm", "actor/entropy", "capo/policy_shift",
+"""Metrics of what was sampled and decided: the same tokens, the same learning rate, the same
+accepted tokens.
+"""
+CLOSE = ("critic/rewards/", "critic/score/", "actor/pg_loss", "actor/grad_norm", "actor/entropy",
+    "capo/policy_shift",
          "capo/objective_shift")  # fmt: skip
 """Sums over the rows of a batch, which verl takes in the order in which they were finished."""
 MOMENTS = "actor/capo/dist_ckpt/.metadata"
@@ -52,7 +55,10 @@ def raylet_of(job: Job, attempt: int, node: int) -> int:
 def test_usr1_requeue_and_a_killed_raylet_change_nothing(submit, cluster):
     whole = submit(name="whole")
     assert whole.wait() == "COMPLETED", whole.printed
-    assert "all 2 nodes have joined" in whole.printed and "finished: all 8 steps are done" in whole.printed
+    assert (
+        "all 2 nodes have joined" in whole.printed
+        and "finished: all 8 steps are done" in whole.printed
+    )
     assert whole.left_behind() == []
     expected = metrics_by_step(whole.output)
     assert list(expected) == list(range(1, 9))
@@ -66,7 +72,8 @@ def test_usr1_requeue_and_a_killed_raylet_change_nothing(submit, cluster):
     def resumed(attempt: int) -> bool:
         return job.logs(attempt).exists() and int(job.state["Restarts"]) == attempt
 
-    # Slurm warns: the step is finished, a checkpoint written where none is due (SAVE_FREQ=3), the job queues again.
+    # Slurm warns: the step is finished, a checkpoint written where none is due (SAVE_FREQ=3), the
+    # job queues again.
     job.wait_until(lambda: trained(1), 200)
     cluster.call("scancel", "--batch", "--signal=USR1", str(job.number))
     job.wait_until(lambda: resumed(1), 100)
@@ -85,7 +92,11 @@ def test_usr1_requeue_and_a_killed_raylet_change_nothing(submit, cluster):
 
     # Ray dies on the second node: a clear failure, then again from the newest checkpoint.
     job.wait_until(
-        lambda: (job.logs(2) / "driver.log").exists() and "step:" in (job.logs(2) / "driver.log").read_text(), 200
+        lambda: (
+            (job.logs(2) / "driver.log").exists()
+            and "step:" in (job.logs(2) / "driver.log").read_text()
+        ),
+        200,
     )
     os.kill(raylet_of(job, attempt=2, node=1), signal.SIGKILL)
     job.wait_until(lambda: resumed(3), 150)

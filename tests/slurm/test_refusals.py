@@ -17,7 +17,10 @@ TRAIN, SCRIPT = "examples/slurm/train.sbatch", "examples/run_quickstart_cpu.sh"
 
 CASES = {
     "model path": ({"MODEL_PATH": "/nowhere/model"}, "model.path=/nowhere/model does not exist"),
-    "data path": ({"DATA_DIR": "/nowhere/data"}, "data.train_files=/nowhere/data/train.parquet does not exist"),
+    "data path": (
+        {"DATA_DIR": "/nowhere/data"},
+        "data.train_files=/nowhere/data/train.parquet does not exist",
+    ),
     "heads": ({"ACTOR_TP": 3, "NGPUS_PER_NODE": 3}, "tensor_model_parallel_size=3"),
 }
 
@@ -49,13 +52,17 @@ def test_output_directory_that_cannot_be_written_to(submit, cluster, tmp_path):
 def test_time_limit_below_one_step(cluster, tmp_path):
     job = by_hand(cluster, tmp_path, STEP_SECONDS="120")
     assert re.search(
-        r"the time limit leaves \d+ s, but one step takes up to STEP_SECONDS=120: raise --time", refused(job)
+        r"the time limit leaves \d+ s, but one step takes up to STEP_SECONDS=120: raise --time",
+        refused(job),
     )
 
 
 def test_too_few_cpus_for_verl(submit):
     job = submit(options=ONE_NODE, name="cpus", RAY_CPUS_PER_NODE=4)
-    assert "4 CPUs per node, but verl reserves three for each GPU: ask for --cpus-per-task=5" in refused(job)
+    assert (
+        "4 CPUs per node, but verl reserves three for each GPU: ask for --cpus-per-task=5"
+        in refused(job)
+    )
 
 
 def test_a_run_that_would_begin_anew_after_every_requeue(submit):
@@ -68,8 +75,9 @@ def by_hand(cluster: TwoNodes, folder: Path, **environment: str) -> Job:
     """The template given to sbatch directly, for a minute."""
     log, output = folder / "by_hand.out", folder / "by_hand"
     number = cluster.call(
-        "sbatch", "--parsable", "--nodes=1", "--gres=gpu:1", "--time=1", f"--chdir={ROOT}", f"--output={log}",
-        str(ROOT / TRAIN), SCRIPT,
-        environment={"RAY_CPUS_PER_NODE": "12", "OUTPUT_DIR": str(output), "CAPO_VERL_ROOT": str(ROOT), **environment},
+        "sbatch", "--parsable", "--nodes=1", "--gres=gpu:1", "--time=1", f"--chdir={ROOT}",
+        f"--output={log}", str(ROOT / TRAIN), SCRIPT,
+        environment={"RAY_CPUS_PER_NODE": "12", "OUTPUT_DIR": str(output),
+            "CAPO_VERL_ROOT": str(ROOT), **environment},
     )  # fmt: skip
     return Job(cluster, int(number), output, log)

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A real Slurm with two nodes on this machine: munged, slurmctld and two slurmd, in a folder of their own.
+"""A real Slurm with two nodes on this machine: munged, slurmctld and two slurmd, in a folder of
+their own.
 
-Needs root and Debian's packages slurmctld, slurmd, slurm-client and munge. Both nodes are this machine, under two names; their
-GPUs are copies of /dev/null, which Slurm allots (GRES, CUDA_VISIBLE_DEVICES) and nothing can compute on.
+Needs root and Debian's packages slurmctld, slurmd, slurm-client and munge. Both nodes are this
+machine, under two names; their GPUs are copies of /dev/null, which Slurm allots (GRES,
+CUDA_VISIBLE_DEVICES) and nothing can compute on.
 """
 
 from __future__ import annotations
@@ -17,7 +19,17 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "squeue", "scontrol", "sinfo", "scancel")
+PROGRAMS = (
+    "munged",
+    "slurmctld",
+    "slurmd",
+    "sbatch",
+    "srun",
+    "squeue",
+    "scontrol",
+    "sinfo",
+    "scancel",
+)
 NODES = ("n1", "n2")
 
 CONFIG = """\
@@ -67,8 +79,8 @@ def why_not() -> str | None:
     missing = [name for name in PROGRAMS if shutil.which(name) is None]
     if missing:
         return (
-            f"Slurm is not installed ({', '.join(missing)} missing): apt-get install --no-install-recommends "
-            "slurmctld slurmd slurm-client munge"
+            f"Slurm is not installed ({', '.join(missing)} missing): apt-get install "
+            "--no-install-recommends slurmctld slurmd slurm-client munge"
         )
     if os.geteuid() != 0:
         return "only root can start a Slurm with several nodes on one machine"
@@ -102,7 +114,10 @@ class TwoNodes:
     def __init__(self, folder: Path, gpus: int = 1):
         self.folder = folder
         self.environment = {**os.environ, "SLURM_CONF": str(folder / "slurm.conf")}
-        self._pid_files = [folder / "run" / f"{name}.pid" for name in ("slurmd-n1", "slurmd-n2", "slurmctld", "munged")]
+        self._pid_files = [
+            folder / "run" / f"{name}.pid"
+            for name in ("slurmd-n1", "slurmd-n2", "slurmctld", "munged")
+        ]
         for name in ("run", "state", "log", "dev", "spool/n1", "spool/n2"):
             (folder / name).mkdir(parents=True)
         folder.chmod(0o755)
@@ -113,20 +128,31 @@ class TwoNodes:
             os.mknod(folder / f"dev/nvidia{i}", 0o020666, os.makedev(1, 3))
         (folder / "gres.conf").write_text(f"Name=gpu File={folder}/dev/nvidia[0-{gpus - 1}]\n")
         port = _free_ports(3)
-        values = {"host": socket.gethostname().split(".")[0], "port": port, "first": port + 1, "last": port + 2}
+        values = {
+            "host": socket.gethostname().split(".")[0],
+            "port": port,
+            "first": port + 1,
+            "last": port + 2,
+        }
         (folder / "slurm.conf").write_text(CONFIG.format(folder=folder, gpus=gpus, **values))
 
     def start(self) -> None:
         run, log = self.folder / "run", self.folder / "log"
-        self.call("munged", "--force", f"--key-file={self.folder}/munge.key", f"--socket={run}/munge.sock",
-                  f"--pid-file={run}/munged.pid", f"--log-file={log}/munged.log", f"--seed-file={run}/munged.seed")  # fmt: skip
+        self.call("munged", "--force", f"--key-file={self.folder}/munge.key",
+            f"--socket={run}/munge.sock",
+                  f"--pid-file={run}/munged.pid", f"--log-file={log}/munged.log",
+                  f"--seed-file={run}/munged.seed")  # fmt: skip
         self.call("slurmctld", "-f", self.environment["SLURM_CONF"])
         for node in NODES:
             self.call("slurmd", "-f", self.environment["SLURM_CONF"], "-N", node)
         deadline = time.monotonic() + 60
-        while self.call("sinfo", "-h", "-N", "-o", "%T").split() != ["idle"] * 4:  # each node in both partitions
+        while (
+            self.call("sinfo", "-h", "-N", "-o", "%T").split() != ["idle"] * 4
+        ):  # each node in both partitions
             if time.monotonic() > deadline:
-                raise RuntimeError("the nodes did not become idle: " + (log / "slurmctld.log").read_text()[-2000:])
+                raise RuntimeError(
+                    "the nodes did not become idle: " + (log / "slurmctld.log").read_text()[-2000:]
+                )
             time.sleep(0.2)
 
     def stop(self) -> None:
@@ -152,7 +178,8 @@ class TwoNodes:
             time.sleep(0.5)
 
     def call(self, *command: str, environment: Mapping[str, str | None] | None = None) -> str:
-        """The output of one of Slurm's commands, or of one that calls them. A variable that is None is taken away.
+        """The output of one of Slurm's commands, or of one that calls them. A variable that is None
+        is taken away.
 
         Raises:
             RuntimeError: with what it printed, if it fails.
@@ -168,7 +195,11 @@ class TwoNodes:
         """What Slurm's daemons have to say about a job."""
         lines = []
         for path in sorted((self.folder / "log").glob("slurm*.log")):
-            lines += [line for line in path.read_text(errors="replace").splitlines() if re.search(rf"\b{job}\b", line)]
+            lines += [
+                line
+                for line in path.read_text(errors="replace").splitlines()
+                if re.search(rf"\b{job}\b", line)
+            ]
         return "\n".join(lines[-40:])
 
     def state(self, job: int) -> dict[str, str]:

@@ -16,8 +16,10 @@ BROWSER, DRIVER = "chromium", "chromedriver"
 SECONDS = 60
 """To wait for a condition at most; a loaded machine needs some of them."""
 OPTIONS = (
-    "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run", "--disable-background-networking",
-    "--disable-component-update", "--disable-sync", "--disable-default-apps", "--force-device-scale-factor=1", "--hide-scrollbars",
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update", "--disable-sync", "--disable-default-apps",
+    "--force-device-scale-factor=1", "--hide-scrollbars",
 )  # fmt: skip
 
 
@@ -25,7 +27,9 @@ OPTIONS = (
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator:
     webdriver = pytest.importorskip("selenium.webdriver")
     if not (shutil.which(BROWSER) and shutil.which(DRIVER)):
-        pytest.skip(f"{BROWSER} and {DRIVER} are not installed (apt-get install chromium chromium-driver)")
+        pytest.skip(
+            f"{BROWSER} and {DRIVER} are not installed (apt-get install chromium chromium-driver)"
+        )
     options = webdriver.ChromeOptions()
     options.binary_location = str(shutil.which(BROWSER))
     profile = tmp_path_factory.mktemp("chromium")
@@ -46,7 +50,10 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from capo_verl.commands.main import main
 
     folder = tmp_path_factory.mktemp("report")
-    assert main(["report", str(write_runs(folder / "runs")), "--output", str(folder / "report.html")]) == 0
+    assert (
+        main(["report", str(write_runs(folder / "runs")), "--output", str(folder / "report.html")])
+        == 0
+    )
     return folder / "report.html"
 
 
@@ -71,4 +78,8 @@ def open_page(browser, report) -> Callable:
 def requested(driver) -> list[str]:
     """Addresses which the browser asked for since the page was opened."""
     messages = [json.loads(entry["message"])["message"] for entry in driver.get_log("performance")]
-    return [m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"]
+    return [
+        m["params"]["request"]["url"]
+        for m in messages
+        if m["method"] == "Network.requestWillBeSent"
+    ]

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The page in a real browser: it loads without a network, its controls do what they say, text cannot run as code."""
+"""The page in a real browser: it loads without a network, its controls do what they say, text
+cannot run as code.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,9 @@ def count(driver, selector: str) -> int:
 
 
 def paths(driver, panel: str) -> list[str]:
-    return [e.get_attribute("d") for e in driver.find_elements("css selector", f"#panel-{panel} .curve")]
+    return [
+        e.get_attribute("d") for e in driver.find_elements("css selector", f"#panel-{panel} .curve")
+    ]
 
 
 def set_value(driver, selector: str, value: object) -> None:
@@ -39,11 +43,18 @@ def set_value(driver, selector: str, value: object) -> None:
 
 
 def errors(driver) -> list[str]:
-    return [entry["message"] for entry in driver.get_log("browser") if entry["level"] in ("SEVERE", "WARNING")]
+    return [
+        entry["message"]
+        for entry in driver.get_log("browser")
+        if entry["level"] in ("SEVERE", "WARNING")
+    ]
 
 
 def texts(driver) -> list[str]:
-    return [e.get_attribute("textContent") for e in driver.find_elements("css selector", "#token-text .token")]
+    return [
+        e.get_attribute("textContent")
+        for e in driver.find_elements("css selector", "#token-text .token")
+    ]
 
 
 def test_loads_without_network_or_errors(open_page, report):
@@ -55,7 +66,10 @@ def test_loads_without_network_or_errors(open_page, report):
 
 def test_toggling_runs_and_averaging_changes_the_curves(open_page):
     driver = open_page()
-    assert (len(paths(driver, "accuracy")), count(driver, "#panel-accuracy .band")) == (2, 1)  # CAPO with a band, GRPO
+    assert (len(paths(driver, "accuracy")), count(driver, "#panel-accuracy .band")) == (
+        2,
+        1,
+    )  # CAPO with a band, GRPO
     assert len(paths(driver, "rejection")) == 3  # all, A > 0, A < 0, of CAPO alone
     find(driver, "#average").click()
     wait(driver, lambda: len(paths(driver, "accuracy")) == 3, "a curve for each run")
@@ -78,12 +92,16 @@ def test_smoothing_and_the_x_axis_move_the_points(open_page):
     assert find(driver, "#smoothing-value").text == "0.9"
     set_value(driver, "#smoothing", 0)
     wait(driver, lambda: paths(driver, "objective_shift") == before, "as before")
-    options = {o.get_attribute("value"): o.is_enabled() for o in Select(find(driver, "#axis")).options}
+    options = {
+        o.get_attribute("value"): o.is_enabled() for o in Select(find(driver, "#axis")).options
+    }
     assert options == {"steps": True, "completions": True, "accepted": True}
     labels = {}
     for axis in options:
         Select(find(driver, "#axis")).select_by_value(axis)
-        labels[axis] = driver.execute_script("return document.querySelector('#panel-accuracy').textContent")
+        labels[axis] = driver.execute_script(
+            "return document.querySelector('#panel-accuracy').textContent"
+        )
     assert "training step" in labels["steps"] and "accepted tokens" in labels["accepted"]
     # 20 steps of 4 prompts times 8 completions; GRPO accepts all 8 tokens of each: 640 and 5,120.
     assert "600" in labels["completions"] and "4,000" in labels["accepted"]
@@ -105,10 +123,12 @@ def test_hovering_and_arrow_keys_read_values(open_page):
     svg.send_keys(Keys.ESCAPE)
     wait(driver, lambda: not tip.is_displayed(), "closed")
     box = driver.execute_script(
-        "const b = arguments[0].getBoundingClientRect(); return [b.left + b.width / 2, b.top + 40]", svg
+        "const b = arguments[0].getBoundingClientRect(); return [b.left + b.width / 2, b.top + 40]",
+        svg,
     )
     driver.execute_script(
-        "arguments[0].dispatchEvent(new PointerEvent('pointermove', {clientX: arguments[1], clientY: arguments[2]}))",
+        "arguments[0].dispatchEvent(new PointerEvent('pointermove', {clientX: arguments[1], "
+        "clientY: arguments[2]}))",
         svg,
         *box,
     )
@@ -122,11 +142,17 @@ def test_configurations_side_by_side(open_page):
     def rows() -> dict[str, list[str]]:
         found = driver.find_elements("css selector", "#config-table tbody tr")
         return {
-            row.find_element("css selector", "th").text: [c.text for c in row.find_elements("css selector", "td")] for row in found
+            row.find_element("css selector",
+                "th").text: [c.text for c in row.find_elements("css selector",
+                    "td")] for row in found
         }  # fmt: skip
 
     assert rows() == {
-        "actor_rollout_ref.actor.policy_loss.capo.policy_shift_max": ["0.0001", "0.0001", "not set"],
+        "actor_rollout_ref.actor.policy_loss.capo.policy_shift_max": [
+            "0.0001",
+            "0.0001",
+            "not set",
+        ],
         "data.seed": ["1", "2", "1"],
         "trainer.note": ["not set", "not set", SCRIPT_END.replace('"', '\\"')],
     }
@@ -140,7 +166,9 @@ def test_configurations_side_by_side(open_page):
 
 def test_tokens_in_their_text(open_page):
     driver = open_page()
-    assert Select(find(driver, "#token-step")).first_selected_option.text == "step 5"  # the last one
+    assert (
+        Select(find(driver, "#token-step")).first_selected_option.text == "step 5"
+    )  # the last one
     Select(find(driver, "#token-step")).select_by_visible_text("step 1")
     wait(driver, lambda: texts(driver)[:2] == ["one ", "two "], "the first sequence")
     assert texts(driver)[2] == SCRIPT_END  # as text: nothing of it has run
@@ -150,14 +178,27 @@ def test_tokens_in_their_text(open_page):
     wait(driver, lambda: len(texts(driver)) == 5, "the second sequence")
     assert texts(driver) == ["a↵\n", " b", "▯", "d", "é"]
     tokens = driver.find_elements("css selector", "#token-text .token")
-    assert ["rejected" in t.get_attribute("class") for t in tokens] == [False, False, True, False, True]
+    assert ["rejected" in t.get_attribute("class") for t in tokens] == [
+        False,
+        False,
+        True,
+        False,
+        True,
+    ]
     verdicts = [t.get_attribute("aria-label").split(", id ")[0] for t in tokens]
-    assert verdicts[2].endswith("outside the trust region, trained on") and verdicts[4].endswith("rejected")
+    assert verdicts[2].endswith("outside the trust region, trained on") and verdicts[4].endswith(
+        "rejected"
+    )
     assert all("negative" in t.get_attribute("class") for t in tokens)
     shares = [
-        float(driver.execute_script("return arguments[0].style.getPropertyValue('--share')", t)[:-1]) for t in tokens
+        float(
+            driver.execute_script("return arguments[0].style.getPropertyValue('--share')", t)[:-1]
+        )
+        for t in tokens
     ]
-    assert shares == sorted(shares) and shares[0] == 0 and shares[-1] == 90  # m_F grows tenfold from token to token
+    assert (
+        shares == sorted(shares) and shares[0] == 0 and shares[-1] == 90
+    )  # m_F grows tenfold from token to token
     assert "5 tokens, 2 outside the trust region, 3 inside" in find(driver, "#token-about").text
 
 
@@ -166,11 +207,16 @@ def test_the_filter_leaves_rejected_tokens_only(open_page):
     Select(find(driver, "#token-step")).select_by_visible_text("step 1")
     wait(driver, lambda: len(texts(driver)) == 4, "the first sequence")
     find(driver, "#rejected-only").click()
-    wait(driver, lambda: texts(driver) == ["▯", "é"], "of the only sequence of step 1 that has some")
+    wait(
+        driver, lambda: texts(driver) == ["▯", "é"], "of the only sequence of step 1 that has some"
+    )
     assert [o.text for o in Select(find(driver, "#token-sequence")).options] == [
         "sequence 1: 2 of 5 rejected, chosen for them"
     ]
-    assert [e.text.strip() for e in driver.find_elements("css selector", "#token-text .gap")] == ["⋯ 2", "⋯ 1"]
+    assert [e.text.strip() for e in driver.find_elements("css selector", "#token-text .gap")] == [
+        "⋯ 2",
+        "⋯ 1",
+    ]
     find(driver, "#rejected-only").click()
     wait(driver, lambda: len(texts(driver)) == 5, "all tokens again")
 
@@ -185,7 +231,8 @@ def test_tokens_are_reached_by_keyboard(open_page):
     driver.switch_to.active_element.send_keys(Keys.END)
     wait(driver, lambda: tip.text.startswith('"z"'), "the last token")
     assert tip.text.split("\n") == [
-        '"z"', "rejected", "id", "2", "m_F", "1.00e-5 nats", "m_H", "0.001", "advantage", "1", "probability", "0.5", "weight", "0",
+        '"z"', "rejected", "id", "2", "m_F", "1.00e-5 nats", "m_H", "0.001", "advantage", "1",
+        "probability", "0.5", "weight", "0",
     ]  # fmt: skip
 
 

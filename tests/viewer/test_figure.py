@@ -26,7 +26,9 @@ def points(line) -> list[tuple[float, float]]:
 def test_panels_show_the_logged_numbers(tmp_path):
     runs = load_runs([write_runs(tmp_path)])
     panels = shown_panels(runs)
-    assert [panel.key for panel in panels] == KEYS  # no KL, no step scale: panels without data are left out
+    assert [
+        panel.key for panel in panels
+    ] == KEYS  # no KL, no step scale: panels without data are left out
     figure = draw(group_runs(runs), panels, "completions")
     axes = dict(zip(KEYS, figure.axes, strict=True))
     capo, grpo = axes["accuracy"].lines
@@ -39,8 +41,14 @@ def test_panels_show_the_logged_numbers(tmp_path):
     assert (capo.get_color(), grpo.get_color()) == OKABE_ITO[:2]
     rejection = axes["rejection"]
     assert [line.get_ydata()[0] for line in rejection.lines] == [25.0, 10.0, 40.0]
-    assert len({str(line.get_linestyle()) + str(line._dash_pattern) for line in rejection.lines}) == 3
-    assert [text.get_text() for text in rejection.get_legend().get_texts()] == ["all", "A > 0", "A < 0"]
+    assert (
+        len({str(line.get_linestyle()) + str(line._dash_pattern) for line in rejection.lines}) == 3
+    )
+    assert [text.get_text() for text in rejection.get_legend().get_texts()] == [
+        "all",
+        "A > 0",
+        "A < 0",
+    ]
     assert axes["policy_shift"].get_yscale() == "log"
     assert axes["entropy"].get_ylabel() == "nats per token"
     assert axes["entropy"].get_xlabel() == "completions"
@@ -49,7 +57,10 @@ def test_panels_show_the_logged_numbers(tmp_path):
 
 def test_files_of_all_panels_and_of_each(tmp_path, capsys):
     out = tmp_path / "figures"
-    assert main(["plot", str(write_runs(tmp_path / "runs")), "--output", str(out), "--x", "steps"]) == 0
+    assert (
+        main(["plot", str(write_runs(tmp_path / "runs")), "--output", str(out), "--x", "steps"])
+        == 0
+    )
     assert sorted(p.name for p in out.iterdir()) == sorted(
         f"{key}.{kind}" for key in ["curves", *KEYS] for kind in ("png", "svg")
     )
@@ -62,10 +73,14 @@ def test_files_of_all_panels_and_of_each(tmp_path, capsys):
 
 
 def test_the_same_log_gives_the_same_svg(tmp_path):
-    log = write_file_log(tmp_path / "m.jsonl", [(step, {"actor/entropy": 1 / step}) for step in range(1, 9)])
+    log = write_file_log(
+        tmp_path / "m.jsonl", [(step, {"actor/entropy": 1 / step}) for step in range(1, 9)]
+    )
     for name in ("a", "b"):
         assert main(["plot", str(log), "--output", str(tmp_path / name)]) == 0
-    assert (tmp_path / "a" / "curves.svg").read_bytes() == (tmp_path / "b" / "curves.svg").read_bytes()
+    assert (tmp_path / "a" / "curves.svg").read_bytes() == (
+        tmp_path / "b" / "curves.svg"
+    ).read_bytes()
 
 
 @pytest.mark.parametrize("command", ["plot", "report"])
@@ -73,7 +88,9 @@ def test_what_cannot_be_read_is_one_line_and_exit_code_2(tmp_path, capsys, comma
     assert main([command, str(tmp_path / "nowhere"), "--output", str(tmp_path / "out")]) == 2
     printed = capsys.readouterr().out
     assert printed.count("\n") == 1
-    assert printed.startswith(f"capo-verl {command}: {tmp_path / 'nowhere'}: no such file or folder; give ")
+    assert printed.startswith(
+        f"capo-verl {command}: {tmp_path / 'nowhere'}: no such file or folder; give "
+    )
 
 
 def test_nothing_to_draw_is_said(tmp_path, capsys):
@@ -90,7 +107,10 @@ def test_a_single_run_of_one_step_can_be_drawn(tmp_path):
 
 def test_many_runs_leave_room_for_the_panels(tmp_path):
     for number in range(20):
-        write_file_log(tmp_path / f"a run with a rather long name {chr(97 + number)}" / "metrics.jsonl", capo_rows(6))
+        write_file_log(
+            tmp_path / f"a run with a rather long name {chr(97 + number)}" / "metrics.jsonl",
+            capo_rows(6),
+        )
     groups = group_runs(load_runs([tmp_path]))
     figure = draw(groups, shown_panels(groups[0].runs)[:1], "steps")
     figure.draw_without_rendering()

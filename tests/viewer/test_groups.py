@@ -40,7 +40,11 @@ def test_runs_that_differ_in_their_seed_only_are_one_group():
 
 def test_without_configurations_the_names_decide():
     names = ["capo-seed1", "capo_seed2", "grpo seed=1", "grpo seed=2", "proceed3"]
-    assert labels([run(name) for name in names]) == [("capo (2 runs)", 2), ("grpo (2 runs)", 2), ("proceed3", 1)]
+    assert labels([run(name) for name in names]) == [
+        ("capo (2 runs)", 2),
+        ("grpo (2 runs)", 2),
+        ("proceed3", 1),
+    ]
 
 
 def test_band_is_mean_and_range_at_each_step():
@@ -68,7 +72,10 @@ def test_panels_bring_values_into_their_unit():
 
 
 def test_the_x_axis_is_what_all_runs_have():
-    known, unknown = run("a", **{COMPLETIONS: Series([1], [32.0])}), run("b", **{REWARD: Series([1], [0.1])})
+    known, unknown = (
+        run("a", **{COMPLETIONS: Series([1], [32.0])}),
+        run("b", **{REWARD: Series([1], [0.1])}),
+    )
     assert choose_axis([known]) == "completions"
     assert choose_axis([known, unknown]) == "steps"
     with pytest.raises(ValueError, match="--x completions: unknown for b .*use --x steps"):

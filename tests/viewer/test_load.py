@@ -14,7 +14,14 @@ from capo_verl.viewer.choose import choose
 from capo_verl.viewer.derived import ACCEPTED, ACCURACY, COMPLETIONS, REWARD
 from capo_verl.viewer.load import load_runs
 from capo_verl.viewer.run import Run
-from tests.viewer.logs import capo_rows, sample, write_config, write_file_log, write_runs, write_samples
+from tests.viewer.logs import (
+    capo_rows,
+    sample,
+    write_config,
+    write_file_log,
+    write_runs,
+    write_samples,
+)
 
 RECORDED = Path(__file__).parents[1] / "cpu" / "quickstart" / "data" / "grpo.jsonl"
 
@@ -41,7 +48,8 @@ def test_verls_file_log(tmp_path):
     assert as_logged(run) == expected()
     assert at(run, ACCURACY) == {0: 0.25, 5: 0.4, 10: 0.5}
     assert at(run, REWARD)[10] == pytest.approx(0.4)
-    # 640 tokens a step in completions of 20; a quarter of each completion's 8 response tokens is rejected.
+    # 640 tokens a step in completions of 20; a quarter of each completion's 8 response tokens is
+    # rejected.
     assert at(run, COMPLETIONS) == {step: 32.0 * step for step in range(11)}
     assert at(run, ACCEPTED)[10] == pytest.approx(10 * 32 * 8 * 0.75)
 
@@ -83,16 +91,23 @@ run.finish()
 def test_wandb_offline(tmp_path):
     pytest.importorskip("wandb")
     environment = {
-        "WANDB_MODE": "offline", "WANDB_SILENT": "true", "PATH": "/usr/bin:/bin", "HOME": str(tmp_path),
-        "WANDB_CONSOLE": "off", "WANDB_X_DISABLE_STATS": "true",
+        "WANDB_MODE": "offline", "WANDB_SILENT": "true", "PATH": "/usr/bin:/bin",
+        "HOME": str(tmp_path), "WANDB_CONSOLE": "off", "WANDB_X_DISABLE_STATS": "true",
     }  # fmt: skip
     subprocess.run(
-        [sys.executable, "-c", WANDB, str(tmp_path), json.dumps(capo_rows())], env=environment, check=True, timeout=300
+        [sys.executable, "-c", WANDB, str(tmp_path), json.dumps(capo_rows())],
+        env=environment,
+        check=True,
+        timeout=300,
     )
     (run,) = load_runs([tmp_path])
     assert run.name == "my run"
     assert as_logged(run) == expected()  # records of 40,000 bytes: each is spread over two blocks
-    assert run.config == {"data.seed": 7, "data.train_batch_size": 4, "actor_rollout_ref.rollout.n": 8}
+    assert run.config == {
+        "data.seed": 7,
+        "data.train_batch_size": 4,
+        "actor_rollout_ref.rollout.n": 8,
+    }
     assert at(run, COMPLETIONS)[10] == 320
 
 
@@ -104,7 +119,14 @@ def test_study_tables(tmp_path):
         {"run_id": "b", "status": "failed", "seed": 2, "final": None, **about},
     ]
     curve = [
-        {"run_id": "a", "step": s, "completions": 32 * s, "accepted_tokens": 200 * s, "accuracy": 0.1 * s, "kl": 1e-4}
+        {
+            "run_id": "a",
+            "step": s,
+            "completions": 32 * s,
+            "accepted_tokens": 200 * s,
+            "accuracy": 0.1 * s,
+            "kl": 1e-4,
+        }
         for s in range(4)
     ]
     curve[0]["kl"] = None
@@ -126,7 +148,9 @@ def test_a_folder_of_runs_with_configurations_and_samples(tmp_path):
     assert [run.config["data.seed"] for run in runs] == [1, 2, 1]
     assert [len(run.samples) for run in runs] == [3, 0, 0]
     assert at(runs[0], COMPLETIONS)[10] == 4 * 8 * 10
-    assert at(runs[0], "capo/policy_threshold") == dict.fromkeys(range(1, 11), 1e-4)  # from the configuration
+    assert at(runs[0], "capo/policy_threshold") == dict.fromkeys(
+        range(1, 11), 1e-4
+    )  # from the configuration
 
 
 def test_further_starts_of_a_run_continue_it(tmp_path):
@@ -137,7 +161,9 @@ def test_further_starts_of_a_run_continue_it(tmp_path):
     assert at(run, "m") == {1: 1.0, 2: 2.0, 3: 30.0, 4: 400.0}
 
 
-@pytest.mark.parametrize("knob", [("mode", "track"), ("weighting", "soft"), ("weighting", "soft_balanced")])
+@pytest.mark.parametrize(
+    "knob", [("mode", "track"), ("weighting", "soft"), ("weighting", "soft_balanced")]
+)
 def test_where_no_token_leaves_the_loss_all_are_counted(tmp_path, knob):
     write_file_log(tmp_path / "metrics.jsonl", capo_rows())
     write_config(tmp_path, **{f"actor_rollout_ref__actor__policy_loss__capo__{knob[0]}": knob[1]})
@@ -193,16 +219,28 @@ def written(path: Path, content: bytes) -> Path:
     [
         (lambda t: t / "nowhere", "nowhere: no such file or folder; give verl's file logger"),
         (lambda t: t, "no log of a run in this folder; give"),
-        (lambda t: written(t / "metrics.jsonl", b""), "the file is empty; nothing has been logged yet"),
+        (
+            lambda t: written(t / "metrics.jsonl", b""),
+            "the file is empty; nothing has been logged yet",
+        ),
         (lambda t: written(t / "metrics.jsonl", b"hello\n"), "not a log of a run; give"),
         (lambda t: written(t / "x.wandb", b"hello there"), "not a file of wandb"),
-        (lambda t: written(t / "runs.parquet", b"PAR1"), "the other table, curves.parquet, is not beside it"),
-        (lambda t: broken_line(t / "m.jsonl"), "m.jsonl, line 4: not a line of verl's file logger .*remove the line"),
+        (
+            lambda t: written(t / "runs.parquet", b"PAR1"),
+            "the other table, curves.parquet, is not beside it",
+        ),
+        (
+            lambda t: broken_line(t / "m.jsonl"),
+            "m.jsonl, line 4: not a line of verl's file logger .*remove the line",
+        ),
         (
             lambda t: write_file_log(t / "m.jsonl", [(0, {})]),
             "no metrics in this log; the run has not finished a step yet",
         ),
-        (broken_sample, "capo_tokens.jsonl, line 1: not a token sample .*columns of different lengths"),
+        (
+            broken_sample,
+            "capo_tokens.jsonl, line 1: not a token sample .*columns of different lengths",
+        ),
     ],
 )
 def test_what_is_no_run_is_said_in_one_sentence(tmp_path, make, message):

@@ -31,7 +31,9 @@ def test_the_page_holds_everything_and_asks_for_nothing(tmp_path):
     assert "@import" not in page and "url(" not in page
     assert "<title>a &lt; b</title>" in page
     assert "default-src 'none'" in page and "unsafe" not in page
-    embedded = re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)
+    embedded = re.search(
+        r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL
+    )
     data = json.loads(embedded.group(1))
     assert [run["name"] for run in data["runs"]] == ["capo-seed1", "capo-seed2", "grpo"]
     assert data["runs"][0]["samples"][0]["response"]["text"][2] == SCRIPT_END
@@ -43,7 +45,10 @@ def test_data_of_the_curves(tmp_path):
     assert first["panels"]["accuracy"] == [[[0, 5, 10], [0.35, 0.5, 0.6]]]
     assert first["panels"]["rejection"][2] == [list(range(1, 11)), [40.0] * 10]
     assert first["axes"]["completions"][10] == 320
-    assert [(group["label"], group["runs"]) for group in data["groups"]] == [("capo (2 runs)", [0, 1]), ("grpo", [2])]
+    assert [(group["label"], group["runs"]) for group in data["groups"]] == [
+        ("capo (2 runs)", [0, 1]),
+        ("grpo", [2]),
+    ]
 
 
 def test_a_configuration_with_infinity_is_still_json(tmp_path):
@@ -54,14 +59,21 @@ def test_a_configuration_with_infinity_is_still_json(tmp_path):
 
 def test_too_many_runs_are_refused(tmp_path):
     groups = group_runs(load_runs([write_runs(tmp_path)])) * (MOST_RUNS // 3 + 1)
-    with pytest.raises(ValueError, match="runs are more than a page can show .*choose with --where"):
+    with pytest.raises(
+        ValueError, match="runs are more than a page can show .*choose with --where"
+    ):
         write_page(groups, tmp_path / "r.html")
 
 
 def test_samples_of_a_repeated_step_are_the_later_ones(tmp_path):
     path = write_samples(
         tmp_path / "capo_tokens.jsonl",
-        [sample(1, 0, ["a"], []), sample(5, 0, ["old"], []), sample(5, 0, ["new\u2028"], []), sample(3, 1, ["b"], [])],
+        [
+            sample(1, 0, ["a"], []),
+            sample(5, 0, ["old"], []),
+            sample(5, 0, ["new\u2028"], []),
+            sample(3, 1, ["b"], []),
+        ],
     )
     with path.open("a") as file:
         file.write('{"step": 9')  # still being written
@@ -74,7 +86,9 @@ def test_samples_of_a_repeated_step_are_the_later_ones(tmp_path):
 def test_a_tokenizer_puts_ids_into_text():
     entry = sample(1, 0, ["", ""], [])
     entry["prompt"]["ids"], entry["response"]["ids"] = [72, 105], [195, 169]
-    put_into_text([entry], SimpleNamespace(decode=lambda ids, **_: bytes(ids).decode(errors="replace")))
+    put_into_text(
+        [entry], SimpleNamespace(decode=lambda ids, **_: bytes(ids).decode(errors="replace"))
+    )
     assert entry["prompt"]["text"] == ["H", "i"]
     assert entry["response"]["text"] == ["", "é"]  # one character of two tokens belongs to the last
 
@@ -94,5 +108,7 @@ def test_bytes_that_are_no_character_are_shown_and_pass():
 
 def test_a_space_that_a_tokenizer_drops_at_the_start_is_kept():
     words = ["▁Hello", "▁big", "▁wo", "rld", "▁", "▁!"]
-    pieces = token_pieces(range(6), lambda part: "".join(words[i] for i in part).replace("▁", " ").removeprefix(" "))
+    pieces = token_pieces(
+        range(6), lambda part: "".join(words[i] for i in part).replace("▁", " ").removeprefix(" ")
+    )
     assert pieces == ["Hello", " big", " wo", "rld", " ", " !"]

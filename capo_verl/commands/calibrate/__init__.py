@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Do m_F and m_H predict what a step does? Measured against the true KL divergence and the true change of the objective.
+"""Do m_F and m_H predict what a step does? Measured against the true KL divergence and the true
+change of the objective.
 
 ``rollouts``   the batch of one step
 ``policy``     a causal language model as body and LM head

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a step did: KL divergence and log-probability of every response token, from the LM head's inputs before and after.
+"""What a step did: KL divergence and log-probability of every response token, from the LM head's
+inputs before and after.
 
-Logits of all tokens never exist: a run of tokens is multiplied with the old and with the new LM head.
+Logits of all tokens never exist: a run of tokens is multiplied with the old and with the new LM
+head.
 """
 
 from __future__ import annotations
@@ -41,7 +43,9 @@ class Outcome(NamedTuple):
 
 @torch.no_grad()
 def before(hidden: Tensor, head: Head, actions: Tensor) -> dict[str, Tensor]:
-    """``log_prob`` of the taken token, ``entropy`` (nats) and ``hidden``, the squared norm of h: ``[N]`` float64 each."""
+    """``log_prob`` of the taken token, ``entropy`` (nats) and ``hidden``, the squared norm of h:
+    ``[N]`` float64 each.
+    """
     log_prob, entropy = hidden.new_empty(2, len(hidden), dtype=torch.float64)
     for tokens in _runs(hidden, head):
         log_probs = head.logits(hidden[tokens]).log_softmax(-1)
@@ -52,7 +56,11 @@ def before(hidden: Tensor, head: Head, actions: Tensor) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def outcomes(
-    old_hidden: Tensor, old_head: Head, new_hidden: Mapping[str, Tensor], new_head: Head, actions: Tensor
+    old_hidden: Tensor,
+    old_head: Head,
+    new_hidden: Mapping[str, Tensor],
+    new_head: Head,
+    actions: Tensor,
 ) -> dict[str, Outcome]:
     """
     Args:
@@ -75,7 +83,8 @@ def outcomes(
 
 @torch.no_grad()
 def head_step(hidden: Tensor, old_head: Head, new_head: Head) -> Tensor:
-    """``Var_pi(u) / 2`` with ``u = (W_new - W_old) h``: the exact-Fisher form along the LM head's real step, ``[N]`` float64.
+    """``Var_pi(u) / 2`` with ``u = (W_new - W_old) h``: the exact-Fisher form along the LM head's
+    real step, ``[N]`` float64.
 
     To second order this is the KL divergence of a step that moves the LM head only.
     """

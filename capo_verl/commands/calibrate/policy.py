@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from capo_verl.commands.calibrate.rollouts import Rollouts
 
 DEPTHS = ("head", "last_layer", "last_half", "all")
-"""Which parameters move: the LM head; with it the last layer and the final norm; half of the layers; every parameter."""
+"""Which parameters move: the LM head; with it the last layer and the final norm; half of the
+layers; every parameter.
+"""
 
 
 class Policy:
@@ -26,14 +28,26 @@ class Policy:
         layers: number of layers; a parameter's layer is the first number in its name.
     """
 
-    def __init__(self, model: nn.Module, body: Callable[[Tensor], Tensor], head: nn.Linear, layers: int):
+    def __init__(
+        self, model: nn.Module, body: Callable[[Tensor], Tensor], head: nn.Linear, layers: int
+    ):
         self.model, self.body, self.head, self.layers = model, body, head, layers
-        self.parameters: dict[str, nn.Parameter] = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        self.parameters: dict[str, nn.Parameter] = {
+            n: p for n, p in model.named_parameters() if p.requires_grad
+        }
         modules = dict(model.named_modules())
-        shared = {id(p) for m in modules.values() if m is not head for p in m._parameters.values() if p is not None}
+        shared = {
+            id(p)
+            for m in modules.values()
+            if m is not head
+            for p in m._parameters.values()
+            if p is not None
+        }
         self.tied = id(head.weight) in shared
         """The embedding is the LM head's weight."""
-        self._first_layer_parameter = next((i for i, n in enumerate(self.parameters) if _layer(n) is not None), 0)
+        self._first_layer_parameter = next(
+            (i for i, n in enumerate(self.parameters) if _layer(n) is not None), 0
+        )
 
     def hidden(self, rollouts: Rollouts) -> Tensor:
         """``[N, H]``, the input of the LM head at the positions that predict the response tokens."""
@@ -44,7 +58,9 @@ class Policy:
         return any(self.parameters[name] is p for p in self.head.parameters())
 
     def height(self, name: str) -> int:
-        """Layers from the top: 0 = LM head, 1 = last layer and what is behind it, ``layers`` = first, more = embedding."""
+        """Layers from the top: 0 = LM head, 1 = last layer and what is behind it, ``layers`` =
+        first, more = embedding.
+        """
         if self.is_head(name):
             return 0
         layer = _layer(name)
@@ -61,7 +77,12 @@ class Policy:
         """
         if depth not in DEPTHS:
             raise ValueError(f"depth={depth!r}: expected one of {', '.join(DEPTHS)}")
-        limit = {"head": 0, "last_layer": 1, "last_half": -(-self.layers // 2), "all": self.layers + 1}[depth]
+        limit = {
+            "head": 0,
+            "last_layer": 1,
+            "last_half": -(-self.layers // 2),
+            "all": self.layers + 1,
+        }[depth]
         return self.height(name) <= limit
 
 
@@ -74,12 +95,14 @@ def from_hugging_face(model: Any) -> Policy:
     """The policy of a Hugging Face causal language model.
 
     Raises:
-        ValueError: if its logits are not its LM head's output (scaled or capped logits), which the last-layer geometry of
-            CAPO does not describe.
+        ValueError: if its logits are not its LM head's output (scaled or capped logits), which the
+            last-layer geometry of CAPO does not describe.
     """
     head = model.get_output_embeddings()
     if not isinstance(head, nn.Linear):
-        raise ValueError(f"{type(model).__name__} has no linear LM head; calibrate needs a causal language model")
+        raise ValueError(
+            f"{type(model).__name__} has no linear LM head; calibrate needs a causal language model"
+        )
     model.eval()
     body = model.base_model
 
@@ -92,7 +115,7 @@ def from_hugging_face(model: Any) -> Policy:
         expected, found = model(input_ids=ids, use_cache=False).logits, head(hidden(ids))
     if not torch.allclose(expected.float(), found.float(), rtol=1e-3, atol=1e-3):
         raise ValueError(
-            f"{type(model).__name__} changes the output of its LM head (capped or scaled logits); CAPO predicts from logits = "
-            "W h only, and cannot be calibrated on this architecture"
+            f"{type(model).__name__} changes the output of its LM head (capped or scaled logits); "
+            "CAPO predicts from logits = W h only, and cannot be calibrated on this architecture"
         )
     return Policy(model, hidden, head, int(model.config.num_hidden_layers))

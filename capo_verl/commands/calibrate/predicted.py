@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What CAPO predicts about one step: m_F and m_H per token and for the batch, under each model of the optimizer."""
+"""What CAPO predicts about one step: m_F and m_H per token and for the batch, under each model of
+the optimizer.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,8 @@ Columns = dict[str, np.ndarray]
 
 
 class Predictions:
-    """CAPO's filter, asked three times: as configured, with the exact Fisher, and with the SGD model.
+    """CAPO's filter, asked three times: as configured, with the exact Fisher, and with the SGD
+    model.
 
     Args:
         config: the filter that is calibrated. Its thresholds decide nothing here: it only tracks.
@@ -28,23 +31,34 @@ class Predictions:
         weight = policy.head.weight
         vocab_size, hidden_size = weight.shape
         top_k = None if config.top_k is None or config.top_k >= vocab_size else config.top_k
-        self.config = replace(config, mode="track", batch_shift_tokens=None, top_k=top_k, policy_shift="sampled")
+        self.config = replace(
+            config, mode="track", batch_shift_tokens=None, top_k=top_k, policy_shift="sampled"
+        )
         self._policy = policy
         self._filter = CapoFilter(self.config, vocab_size, hidden_size, device=weight.device)
         sgd = replace(self.config, optimizer_model="sgd")
         self._sgd = CapoFilter(sgd, vocab_size, hidden_size, device=weight.device)
 
-    def evaluate(self, rollouts: Rollouts, hidden: Tensor, learning_rate: float) -> tuple[Columns, dict[str, float]]:
+    def evaluate(
+        self, rollouts: Rollouts, hidden: Tensor, learning_rate: float
+    ) -> tuple[Columns, dict[str, float]]:
         """Predict the step along the gradients of ``rollouts``.
 
         Args:
             hidden: ``[N, H]``, the policy's before the step.
 
         Returns:
-            Columns ``policy_shift, policy_shift_exact, policy_shift_sgd, objective_shift, in_support``, each ``[N]`` float64;
-            and the batch's ``policy_shift, policy_shift_exact, objective_shift``.
+            Columns ``policy_shift, policy_shift_exact, policy_shift_sgd, objective_shift,
+            in_support``, each ``[N]`` float64; and the batch's ``policy_shift, policy_shift_exact,
+            objective_shift``.
         """
-        exact = self._ask(self._filter, replace(self.config, policy_shift="exact"), rollouts, hidden, learning_rate)
+        exact = self._ask(
+            self._filter,
+            replace(self.config, policy_shift="exact"),
+            rollouts,
+            hidden,
+            learning_rate,
+        )
         self._filter.discard()  # it must not learn from the same tokens twice
         sgd = self._ask(self._sgd, self._sgd.config, rollouts, hidden, learning_rate)
         self._sgd.discard()
@@ -74,14 +88,21 @@ class Predictions:
         self._filter.step()
 
     def _ask(
-        self, capo: CapoFilter, config: CapoConfig, rollouts: Rollouts, hidden: Tensor, learning_rate: float
+        self,
+        capo: CapoFilter,
+        config: CapoConfig,
+        rollouts: Rollouts,
+        hidden: Tensor,
+        learning_rate: float,
     ) -> CapoOutput:
         head = self._policy.head
         sequence, _ = rollouts.positions
         capo.config = config
         return capo.evaluate(
             hidden,
-            ProjectedLogits(head.weight.detach(), None if head.bias is None else head.bias.detach()),
+            ProjectedLogits(
+                head.weight.detach(), None if head.bias is None else head.bias.detach()
+            ),
             rollouts.actions,
             rollouts.advantages.to(hidden.dtype)[sequence],
             sequence.new_ones(len(sequence), dtype=bool),  # type: ignore[call-overload]

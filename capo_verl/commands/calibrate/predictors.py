@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What could predict the KL divergence of a token, and what m_F has to beat: quantities known before the step."""
+"""What could predict the KL divergence of a token, and what m_F has to beat: quantities known
+before the step.
+"""
 
 from __future__ import annotations
 
@@ -18,14 +20,18 @@ LABELS = {
     "advantage_miss": "$A^2(1-p)^2$",
     "hidden": "$\\|h\\|^2$",
 }
-"""Predictor -> how it is written. ``head_step`` knows the real update of the LM head: the best the last layer can tell."""
+"""Predictor -> how it is written.
+
+``head_step`` knows the real update of the LM head: the best the last layer can tell.
+"""
 
 PREDICTIONS = ("policy_shift", "policy_shift_exact", "policy_shift_sgd", "head_step")
 """Those in nats, whose ratio to the true KL divergence means something."""
 
 
 def predictors(tokens: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """All predictors that can be had from the columns of :class:`capo_verl.commands.calibrate.step.StepMeasurement.tokens`.
+    """All predictors that can be had from the columns of
+    :class:`capo_verl.commands.calibrate.step.StepMeasurement.tokens`.
 
     Args:
         tokens: column -> ``[N]`` float64.

@@ -13,13 +13,16 @@ from capo_verl.commands.calibrate.step import StepMeasurement
 from capo_verl.config import KLBudgetConfig
 
 DELTA = KLBudgetConfig().delta
-"""The KL budget per step that held over tasks, learning rates and batch sizes in docs/evidence.md."""
+"""The KL budget per step that held over tasks, learning rates and batch sizes in docs/evidence.md.
+"""
 KNOBS = "actor_rollout_ref.actor.policy_loss.capo"
 
 
 @dataclass(frozen=True)
 class Proposal:
-    """Settings for one model, data set and learning rate, and what they would have done in the steps measured."""
+    """Settings for one model, data set and learning rate, and what they would have done in the
+    steps measured.
+    """
 
     policy_shift_max: float
     """tau_F: the quantile of m_F that rejects ``rejection`` of the tokens."""
@@ -40,11 +43,15 @@ class Proposal:
 
 
 def steady(steps: Sequence[StepMeasurement]) -> Sequence[StepMeasurement]:
-    """Without the first step, if there are more: before the first update of its moments m_F is that of plain gradient ascent."""
+    """Without the first step, if there are more: before the first update of its moments m_F is that
+    of plain gradient ascent.
+    """
     return steps[1:] if len(steps) > 1 else steps
 
 
-def propose(steps: Sequence[StepMeasurement], rejection: float = 0.02, depth: str = "all") -> Proposal:
+def propose(
+    steps: Sequence[StepMeasurement], rejection: float = 0.02, depth: str = "all"
+) -> Proposal:
     """
     Args:
         steps: of one run, in order.
@@ -92,7 +99,8 @@ def overrides(proposal: Proposal) -> dict[str, str]:
     return {
         "token filter at fixed thresholds": filtered,
         "token filter that keeps its rejection rate": following,
-        "learning rate by a KL budget": f"+capo=kl_budget {KNOBS}.kl_budget.delta={_plain(proposal.delta)}",
+        "learning rate by a KL budget": "+capo=kl_budget "
+        f"{KNOBS}.kl_budget.delta={_plain(proposal.delta)}",
     }
 
 

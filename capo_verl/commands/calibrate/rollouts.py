@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The batch of one policy-gradient step: padded sequences, which tokens are responses, and their advantages."""
+"""The batch of one policy-gradient step: padded sequences, which tokens are responses, and their
+advantages.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ AGGREGATIONS = ("seq-mean-token-mean", "token-mean")
 
 @dataclass(frozen=True)
 class Rollouts:
-    """B sequences of at most L tokens, padded on the right, so that a causal model needs no attention mask."""
+    """B sequences of at most L tokens, padded on the right, so that a causal model needs no
+    attention mask.
+    """
 
     input_ids: Tensor
     """``[B, L]`` int64, prompt and response."""
@@ -25,13 +29,18 @@ class Rollouts:
 
     def __post_init__(self) -> None:
         if self.response_mask[:, 0].any():
-            raise ValueError("response_mask: the first token of a sequence cannot be a response; begin with a prompt")
+            raise ValueError(
+                "response_mask: the first token of a sequence cannot be a response; begin with a "
+                "prompt"
+            )
         if not self.response_mask.any():
             raise ValueError("response_mask: no response token in the batch")
 
     @property
     def positions(self) -> tuple[Tensor, Tensor]:
-        """Row and column ``[N]`` of the position whose output predicts each response token, row by row."""
+        """Row and column ``[N]`` of the position whose output predicts each response token, row by
+        row.
+        """
         row, column = self.response_mask.nonzero(as_tuple=True)
         return row, column - 1
 
@@ -41,7 +50,8 @@ class Rollouts:
         return self.input_ids[self.response_mask]
 
     def token_weights(self, aggregation: str) -> Tensor:
-        """``[N]``, the factor of each token's loss; they sum to 1, except that empty responses count as sequences.
+        """``[N]``, the factor of each token's loss; they sum to 1, except that empty responses
+        count as sequences.
 
         Args:
             aggregation: verl's ``loss_agg_mode``, one of :data:`AGGREGATIONS`.
@@ -50,7 +60,9 @@ class Rollouts:
             ValueError: for another one.
         """
         if aggregation not in AGGREGATIONS:
-            raise ValueError(f"aggregation={aggregation!r}: expected one of {', '.join(AGGREGATIONS)}")
+            raise ValueError(
+                f"aggregation={aggregation!r}: expected one of {', '.join(AGGREGATIONS)}"
+            )
         row, _ = self.positions
         if aggregation == "token-mean":
             return torch.full((len(row),), 1 / len(row), dtype=torch.float64, device=row.device)
@@ -65,11 +77,16 @@ class Rollouts:
 
     def to(self, device: torch.device | str) -> Rollouts:
         """The same on another device."""
-        return Rollouts(self.input_ids.to(device), self.response_mask.to(device), self.advantages.to(device))
+        return Rollouts(
+            self.input_ids.to(device), self.response_mask.to(device), self.advantages.to(device)
+        )
 
 
 def pack(
-    prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], advantages: Tensor, pad_id: int = 0
+    prompts: Sequence[Sequence[int]],
+    responses: Sequence[Sequence[int]],
+    advantages: Tensor,
+    pad_id: int = 0,
 ) -> Rollouts:
     """Pad prompts and responses, lists of token ids, to :class:`Rollouts`; ``advantages [B]``."""
     width = max(len(p) + len(r) for p, r in zip(prompts, responses, strict=True))
@@ -83,7 +100,8 @@ def pack(
 
 
 def group_advantages(rewards: Tensor, eps: float = 1e-6) -> Tensor:
-    """GRPO: ``(r - mean) / (std + eps)`` in each group, std with n - 1 as verl's (arXiv 2402.03300, section 4.1.2).
+    """GRPO: ``(r - mean) / (std + eps)`` in each group, std with n - 1 as verl's (arXiv 2402.03300,
+    section 4.1.2).
 
     Args:
         rewards: ``[groups, n]``, n >= 2.

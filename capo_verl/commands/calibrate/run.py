@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Calibrate on a user's model and data: sample, train a few steps in memory, measure each, propose settings."""
+"""Calibrate on a user's model and data: sample, train a few steps in memory, measure each, propose
+settings.
+"""
 
 from __future__ import annotations
 
@@ -53,21 +55,36 @@ class Settings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch", "top_k", "max_prompt_length", "max_response_length", "rows_per_pass"):
+        for name in (
+            "steps",
+            "batch",
+            "top_k",
+            "max_prompt_length",
+            "max_response_length",
+            "rows_per_pass",
+        ):
             if getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 1")
+                raise ValueError(
+                    f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 1"
+                )
         if self.n < 2 or self.batch % self.n:
-            raise ValueError(f"-n {self.n}: expected at least 2, and a divisor of --batch {self.batch}")
+            raise ValueError(
+                f"-n {self.n}: expected at least 2, and a divisor of --batch {self.batch}"
+            )
         for name, zero in (("lr", False), ("max_gradient_norm", False), ("weight_decay", True)):
             value = getattr(self, name)
             if not math.isfinite(value) or value < 0 or (value == 0 and not zero):
-                raise ValueError(f"--{name.replace('_', '-')} {value}: expected a {'' if zero else 'positive '}number")
+                raise ValueError(
+                    f"--{name.replace('_', '-')} {value}: expected a "
+                    f"{'' if zero else 'positive '}number"
+                )
         if not 0 < self.rejection < 1:
             raise ValueError(f"--rejection {self.rejection}: expected a share in (0, 1)")
         unknown = [d for d in self.depths if d not in DEPTHS]
         if unknown or "all" not in self.depths:
             raise ValueError(
-                f"--depths {' '.join(self.depths)}: expected some of {', '.join(DEPTHS)}, 'all' among them"
+                f"--depths {' '.join(self.depths)}: expected some of {', '.join(DEPTHS)}, 'all' "
+                "among them"
             )
         if self.device.startswith("cuda") and not torch.cuda.is_available():
             raise ValueError(f"--device {self.device}: torch sees no GPU; use --device cpu")
@@ -88,13 +105,15 @@ class Calibration:
 
 
 def calibrate(settings: Settings, say: Callable[[str], None] = lambda line: None) -> Calibration:
-    """Measure ``settings.steps`` steps of plain GRPO with AdamW in float32; the model on disk is not touched.
+    """Measure ``settings.steps`` steps of plain GRPO with AdamW in float32; the model on disk is
+    not touched.
 
     Args:
         say: gets a line about each step.
 
     Raises:
-        ValueError, OSError: whatever is wrong with the input, in one sentence; before the model is loaded where possible.
+        ValueError, OSError: whatever is wrong with the input, in one sentence; before the model is
+            loaded where possible.
     """
     from capo_verl.data.evaluation import generation
     from capo_verl.data.evaluation.checkpoint import find_model
@@ -104,7 +123,8 @@ def calibrate(settings: Settings, say: Callable[[str], None] = lambda line: None
     per_step = settings.batch // settings.n
     if len(problems) < per_step:
         raise ValueError(
-            f"--data: {len(problems)} problems, but a step of --batch {settings.batch} with -n {settings.n} takes {per_step}"
+            f"--data: {len(problems)} problems, but a step of --batch {settings.batch} with -n "
+            f"{settings.n} takes {per_step}"
         )
     reward = load_reward(settings.reward, problems)
     path = find_model(settings.model)
@@ -113,7 +133,9 @@ def calibrate(settings: Settings, say: Callable[[str], None] = lambda line: None
     model = _load(path, settings.device)
 
     policy = from_hugging_face(model)
-    optimizer = torch.optim.AdamW(policy.parameters.values(), lr=settings.lr, weight_decay=settings.weight_decay)
+    optimizer = torch.optim.AdamW(
+        policy.parameters.values(), lr=settings.lr, weight_decay=settings.weight_decay
+    )
     predictions = Predictions(policy, CapoConfig(top_k=settings.top_k))
     generator = torch.Generator(device=settings.device).manual_seed(settings.seed)
     order = random.Random(settings.seed)
@@ -121,17 +143,21 @@ def calibrate(settings: Settings, say: Callable[[str], None] = lambda line: None
     while len(measurements) < settings.steps:
         chosen = order.sample(problems, per_step)
         batch = sample(
-            model, tokenizer, chosen, [prompts[p.key] for p in chosen], settings.n, settings.max_response_length, reward,
-            generator,
+            model, tokenizer, chosen, [prompts[p.key] for p in chosen], settings.n,
+            settings.max_response_length, reward, generator,
         )  # fmt: skip
         if not batch.has_signal:
             without += 1
-            say(f"all rewards of a group are equal (mean {float(batch.rewards.mean()):.2f}): batch {without} left out")
+            say(
+                f"all rewards of a group are equal (mean {float(batch.rewards.mean()):.2f}): batch "
+                f"{without} left out"
+            )
             if without > 3 * settings.steps:
                 raise ValueError(
-                    f"--data: in {without} of {without + len(measurements)} batches the rewards of every group were equal, so "
-                    "there is no gradient: take other problems, a larger --batch, a larger --max-response-length or a "
-                    "--reward with partial credit"
+                    f"--data: in {without} of {without + len(measurements)} batches the rewards of "
+                    "every group were equal, so there is no gradient: take other problems, a "
+                    "larger --batch, a larger --max-response-length or a --reward with partial "
+                    "credit"
                 )
             continue
         measured = measure_step(
@@ -142,8 +168,13 @@ def calibrate(settings: Settings, say: Callable[[str], None] = lambda line: None
         rewards.append(float(batch.rewards.mean()))
         truncated.append(batch.truncated)
         kl = measured.batch["kl_token_mean/all"]
-        say(f"step {len(measurements)}/{settings.steps}: reward {rewards[-1]:.2f}, true KL {kl:.2g} nats per token")
-    return Calibration(measurements, rewards, truncated, without, propose(measurements, settings.rejection))
+        say(
+            f"step {len(measurements)}/{settings.steps}: reward {rewards[-1]:.2f}, true KL "
+            f"{kl:.2g} nats per token"
+        )
+    return Calibration(
+        measurements, rewards, truncated, without, propose(measurements, settings.rejection)
+    )
 
 
 def _load(path: str, device: str) -> Any:
@@ -151,7 +182,8 @@ def _load(path: str, device: str) -> Any:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    # float32: steps of 1e-6 vanish in bfloat16 weights, and trainers keep float32 masters for the same reason.
+    # float32: steps of 1e-6 vanish in bfloat16 weights, and trainers keep float32 masters for the
+    # same reason.
     return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).to(device)
 
 
@@ -167,32 +199,34 @@ def report(settings: Settings, found: Calibration) -> list[str]:
     best = trivial["spearman"].idxmax()
     lines = [
         f"true token KL against m_F (per step, 95 % intervals over {proposal.steps} steps)",
-        f"  Spearman            {tables.cell(own, 'spearman')}   (best of the trivial predictors: {best} "
-        f"{tables.cell(at_all.loc[best], 'spearman')})",
+        f"  Spearman            {tables.cell(own, 'spearman')}   (best of the trivial predictors: "
+        f"{best} {tables.cell(at_all.loc[best], 'spearman')})",
         f"  finds the top 1 %   AUROC {tables.cell(own, 'auroc')}",
-        f"  true / predicted    median {tables.magnitude(own['ratio_50'])}, 10-90 % {tables.magnitude(own['ratio_10'])} to "
+        f"  true / predicted    median {tables.magnitude(own['ratio_50'])}, 10-90 % "
+        f"{tables.magnitude(own['ratio_10'])} to "
         f"{tables.magnitude(own['ratio_90'])}; slope {tables.cell(own, 'slope')}",
-        f"true change of the objective against m_H: Spearman {tables.cell(objective, 'spearman')}, sign right for "
-        f"{100 * objective['same_sign']:.0f} %",
-        f"a step at learning rate {settings.lr:g} moves the policy by {proposal.kl:.2g} nats per token; a budget of "
-        f"{proposal.delta:g} would multiply the rate by {proposal.scale:.2g}",
+        f"true change of the objective against m_H: Spearman {tables.cell(objective, 'spearman')}, "
+        f"sign right for {100 * objective['same_sign']:.0f} %",
+        f"a step at learning rate {settings.lr:g} moves the policy by {proposal.kl:.2g} nats per "
+        f"token; a budget of {proposal.delta:g} would multiply the rate by {proposal.scale:.2g}",
         "",
     ]
     for what, text in overrides(proposal).items():
         lines += [f"# {what}", text]
     lines += [
         "",
-        f"The fixed thresholds reject {100 * proposal.rejected:.1f} % of the tokens measured here ({100 * proposal.rejection:g} % "
-        "by each test). m_F grows with the square of",
-        "the learning rate and with the moments' age, and spikes as a policy degrades: with few steps they are a start, "
-        "not a steady state.",
+        f"The fixed thresholds reject {100 * proposal.rejected:.1f} % of the tokens measured here "
+        f"({100 * proposal.rejection:g} % by each test). m_F grows with the square of",
+        "the learning rate and with the moments' age, and spikes as a policy degrades: with few "
+        "steps they are a start, not a steady state.",
     ]
     if proposal.steps < 3 or proposal.kl == 0:
         lines.append("Fewer than three usable steps: raise --steps before relying on them.")
     cut = sum(found.truncated) / len(found.truncated)
     if cut > 0.2:
         lines.append(
-            f"{100 * cut:.0f} % of the responses were cut off: raise --max-response-length to that of your run."
+            f"{100 * cut:.0f} % of the responses were cut off: raise --max-response-length to that "
+            "of your run."
         )
     return lines
 
@@ -209,9 +243,7 @@ def write(settings: Settings, found: Calibration) -> list[Path]:
     table = tables.aggregate(rows, ("depth", "target", "predictor"))
     kept = _used(found.measurements)
     tokens = pd.concat([tables.token_rows(m, 4096, draw=i) for i, m in kept])
-    title = (
-        f"{Path(settings.model).name}, learning rate {settings.lr:g}, {len(kept)} steps of {settings.batch} completions"
-    )
+    title = f"{Path(settings.model).name}, learning rate {settings.lr:g}, {len(kept)} steps of {settings.batch} completions"
     paths = figure.save(figure.draw(tokens, table, title), settings.output / "calibration")
     content = {
         "version": __version__,
@@ -220,7 +252,9 @@ def write(settings: Settings, found: Calibration) -> list[Path]:
         "batches_without_signal": found.without_signal,
         "steps": [
             {"reward": reward, "truncated": cut, "tokens": len(m.tokens["advantage"]), **m.batch}
-            for m, reward, cut in zip(found.measurements, found.rewards, found.truncated, strict=True)
+            for m, reward, cut in zip(
+                found.measurements, found.rewards, found.truncated, strict=True
+            )
         ],
         "predictors": json.loads(table.to_json(orient="records")),  # NaN becomes null
     }
@@ -236,4 +270,6 @@ def _used(measurements: Sequence[StepMeasurement]) -> list[tuple[int, StepMeasur
 def _rows(found: Calibration) -> Any:
     import pandas as pd
 
-    return pd.DataFrame([row for i, m in _used(found.measurements) for row in tables.step_rows(m, step=i)])
+    return pd.DataFrame(
+        [row for i, m in _used(found.measurements) for row in tables.step_rows(m, step=i)]
+    )

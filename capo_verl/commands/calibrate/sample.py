@@ -36,8 +36,9 @@ def load_reward(spec: str | None, problems: Sequence[Problem]) -> Reward:
     """The reward function, tried once on each data source.
 
     Args:
-        spec: ``module:function`` or ``file.py:function`` in the signature of verl's ``custom_reward_function``. None = by data
-            source: reasoning-gym's scorer for ``reasoning_gym/*``, verl's own for those it knows.
+        spec: ``module:function`` or ``file.py:function`` in the signature of verl's
+            ``custom_reward_function``. None = by data source: reasoning-gym's scorer for
+            ``reasoning_gym/*``, verl's own for those it knows.
 
     Raises:
         ValueError: if it cannot be loaded, or does not score a data source.
@@ -59,13 +60,15 @@ def load_reward(spec: str | None, problems: Sequence[Problem]) -> Reward:
             )  # fmt: skip
         except Exception as error:
             raise ValueError(
-                f"--data: no reward for data_source={problem.data_source!r} ({type(error).__name__}: {error}); name one by "
-                "--reward module:function"
+                f"--data: no reward for data_source={problem.data_source!r} "
+                f"({type(error).__name__}: {error}); name one by --reward module:function"
             ) from error
     return reward
 
 
-def by_data_source(data_source: str, solution_str: str, ground_truth: str, extra_info: Any = None) -> Any:
+def by_data_source(
+    data_source: str, solution_str: str, ground_truth: str, extra_info: Any = None
+) -> Any:
     """reasoning-gym's scorer or verl's own, by data source.
 
     Raises:
@@ -104,7 +107,9 @@ def sample(
 
     stops = _stop_tokens(model, tokenizer)
     requests = [
-        SamplingRequest(prompt, max_response_length, stop_token_ids=stops) for prompt in prompts for _ in range(n)
+        SamplingRequest(prompt, max_response_length, stop_token_ids=stops)
+        for prompt in prompts
+        for _ in range(n)
     ]
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (stops or [0])[0]
     with model.device:  # where the sampler makes its tensors
@@ -116,7 +121,9 @@ def sample(
         cut = completion.finish_reason != "stop"
         scored[key, number] = Completion(key, number, text, len(completion.token_ids), cut)
     records = score_all(problems, scored, reward, threads)
-    rewards = torch.tensor([float(r["score"]) for r in records], dtype=torch.float64).view(len(problems), n)
+    rewards = torch.tensor([float(r["score"]) for r in records], dtype=torch.float64).view(
+        len(problems), n
+    )
     if not rewards.isfinite().all():
         raise ValueError("--reward: returned a score that is not finite")
     rollouts = pack(

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How well one quantity predicts another: rank correlation, slope, ratio, AUROC; intervals over optimizer steps."""
+"""How well one quantity predicts another: rank correlation, slope, ratio, AUROC; intervals over
+optimizer steps.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,8 @@ def spearman(x: np.ndarray, y: np.ndarray) -> float:
 
 
 def auroc(score: np.ndarray, positive: np.ndarray) -> float:
-    """Probability that a positive has a higher score than a negative, ties counting half (Mann-Whitney).
+    """Probability that a positive has a higher score than a negative, ties counting half
+    (Mann-Whitney).
 
     Args:
         positive: ``[N]`` bool.
@@ -52,9 +55,11 @@ def top(x: np.ndarray, share: float = TOP_SHARE) -> np.ndarray:
 
 
 def log_slope(predicted: np.ndarray, true: np.ndarray) -> float:
-    """Slope of ``log true`` over ``log predicted`` by least squares, over the tokens where both are positive.
+    """Slope of ``log true`` over ``log predicted`` by least squares, over the tokens where both are
+    positive.
 
-    1: the prediction is right up to a factor. NaN for fewer than three tokens or a constant prediction.
+    1: the prediction is right up to a factor. NaN for fewer than three tokens or a constant
+       prediction.
     """
     both = (predicted > 0) & (true > 0)
     if both.sum() < 3:
@@ -75,7 +80,9 @@ def ratio_quantiles(
 
 
 def summary(predicted: np.ndarray, true: np.ndarray) -> dict[str, float]:
-    """All of the above for the tokens of one step: ``spearman, auroc, slope, ratio_10, ratio_50, ratio_90``."""
+    """All of the above for the tokens of one step: ``spearman, auroc, slope, ratio_10, ratio_50,
+    ratio_90``.
+    """
     low, median, high = ratio_quantiles(predicted, true)
     return {
         "spearman": spearman(predicted, true),
@@ -87,7 +94,9 @@ def summary(predicted: np.ndarray, true: np.ndarray) -> dict[str, float]:
     }
 
 
-def interval(values: Sequence[float] | np.ndarray, geometric: bool = False, seed: int = 0) -> Estimate:
+def interval(
+    values: Sequence[float] | np.ndarray, geometric: bool = False, seed: int = 0
+) -> Estimate:
     """Mean over steps with its 95 % bootstrap interval; steps without a value (NaN) are left out.
 
     Args:
@@ -104,4 +113,7 @@ def interval(values: Sequence[float] | np.ndarray, geometric: bool = False, seed
         low, high = np.quantile(chosen[picks].mean(1), [(1 - LEVEL) / 2, (1 + LEVEL) / 2]).tolist()
     if not geometric:
         return Estimate(mean, low, high)
-    return Estimate(float(np.exp(mean)), *(None if bound is None else float(np.exp(bound)) for bound in (low, high)))
+    return Estimate(
+        float(np.exp(mean)),
+        *(None if bound is None else float(np.exp(bound)) for bound in (low, high)),
+    )

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One real optimizer step, with everything predicted before it and measured after it, token by token.
+"""One real optimizer step, with everything predicted before it and measured after it, token by
+token.
 
-How deep training goes is varied without training again: every optimizer here updates each parameter from its own gradient,
-so a step that moves only the upper layers is the full step with the lower layers put back.
+How deep training goes is varied without training again: every optimizer here updates each parameter
+from its own gradient, so a step that moves only the upper layers is the full step with the lower
+layers put back.
 """
 
 from __future__ import annotations
@@ -25,15 +27,21 @@ class StepMeasurement:
     """Of the N response tokens of one step."""
 
     tokens: dict[str, np.ndarray]
-    """``[N]`` float64. Known before: ``sequence, action, advantage, log_prob, entropy, hidden`` (squared norm), ``in_support,
-    policy_shift, policy_shift_exact, policy_shift_sgd, objective_shift``; with the LM head's real step: ``head_step``."""
+    """``[N]`` float64. Known before: ``sequence, action, advantage, log_prob, entropy, hidden``
+    (squared norm), ``in_support, policy_shift, policy_shift_exact, policy_shift_sgd,
+    objective_shift``; with the LM head's real step: ``head_step``.
+    """
     kl: dict[str, np.ndarray]
     """Depth -> ``[N]``, the true KL(old || new), nats."""
     objective: dict[str, np.ndarray]
-    """Depth -> ``[N]``, ``A (pi_new / pi_old - 1)``: the change of the token's surrogate objective, which m_H predicts."""
+    """Depth -> ``[N]``, ``A (pi_new / pi_old - 1)``: the change of the token's surrogate objective,
+    which m_H predicts.
+    """
     batch: dict[str, float]
-    """Means over tokens per sequence, then over sequences: predicted ``policy_shift, policy_shift_exact, objective_shift,
-    head_step``; true ``kl/DEPTH, objective/DEPTH``; also ``kl_token_mean/DEPTH``, ``gradient_norm``, ``learning_rate``."""
+    """Means over tokens per sequence, then over sequences: predicted ``policy_shift,
+    policy_shift_exact, objective_shift, head_step``; true ``kl/DEPTH, objective/DEPTH``; also
+    ``kl_token_mean/DEPTH``, ``gradient_norm``, ``learning_rate``.
+    """
 
 
 def measure_step(
@@ -47,10 +55,12 @@ def measure_step(
     max_gradient_norm: float | None = 1.0,
     rows_per_pass: int | None = None,
 ) -> StepMeasurement:
-    """Train one step on ``rollouts`` with the policy-gradient loss ``-A log pi`` and measure it. The step stays.
+    """Train one step on ``rollouts`` with the policy-gradient loss ``-A log pi`` and measure it.
+    The step stays.
 
     Args:
-        optimizer: elementwise (SGD, Adam, AdamW), over ``policy.parameters``, with one learning rate.
+        optimizer: elementwise (SGD, Adam, AdamW), over ``policy.parameters``, with one learning
+            rate.
         predictions: whose moments move with the step.
         depths: which of :data:`DEPTHS` to measure.
         aggregation: of the loss, see :meth:`Rollouts.token_weights`.
@@ -87,7 +97,9 @@ def measure_step(
     }
     kl = {d: o.kl for d, o in found.items()}
     objective = {d: advantage * o.log_ratio.expm1() for d, o in found.items()}
-    means = {f"kl/{d}": x for d, x in kl.items()} | {f"objective/{d}": x for d, x in objective.items()}
+    means = {f"kl/{d}": x for d, x in kl.items()} | {
+        f"objective/{d}": x for d, x in objective.items()
+    }
     batch = {
         **shifts,
         "head_step": sequence_mean(tokens["head_step"], sequence),
@@ -114,7 +126,10 @@ def train_step(
     max_gradient_norm: float | None = 1.0,
     rows_per_pass: int | None = None,
 ) -> None:
-    """The same step without measuring it, for what lies between two measurements. Arguments as for :func:`measure_step`."""
+    """The same step without measuring it, for what lies between two measurements.
+
+    Arguments as for :func:`measure_step`.
+    """
     parts = _parts(rollouts, rows_per_pass)
     _, hidden = _gradient(policy, rollouts, parts, optimizer, aggregation, max_gradient_norm)
     predictions.learn(rollouts, hidden, float(optimizer.param_groups[0]["lr"]))
@@ -126,22 +141,28 @@ def train_step(
 def sequence_mean(values: Tensor, sequence: Tensor) -> float:
     """Mean over tokens per sequence, then over the sequences that have tokens; both ``[N]``."""
     counts = torch.bincount(sequence)
-    sums = torch.zeros(len(counts), dtype=values.dtype, device=values.device).index_add_(0, sequence, values)
+    sums = torch.zeros(len(counts), dtype=values.dtype, device=values.device).index_add_(
+        0, sequence, values
+    )
     return float((sums[counts > 0] / counts[counts > 0]).mean())
 
 
 def _parts(rollouts: Rollouts, rows: int | None) -> list[Rollouts]:
-    """Parts with a response each; in the order of the batch, so that their tokens join to its tokens."""
+    """Parts with a response each; in the order of the batch, so that their tokens join to its
+    tokens.
+    """
     n = len(rollouts.input_ids)
     parts = [slice(i, i + (rows or n)) for i in range(0, n, rows or n)]
     return [rollouts.part(part) for part in parts if rollouts.response_mask[part].any()]
 
 
 def _gradient(
-    policy: Policy, rollouts: Rollouts, parts: Sequence[Rollouts], optimizer: torch.optim.Optimizer, aggregation: str,
-    max_norm: float | None,
+    policy: Policy, rollouts: Rollouts, parts: Sequence[Rollouts], optimizer: torch.optim.Optimizer,
+    aggregation: str, max_norm: float | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Put the clipped gradient of the loss in place; its norm before clipping, and the LM head's inputs ``[N, H]``."""
+    """Put the clipped gradient of the loss in place; its norm before clipping, and the LM head's
+    inputs ``[N, H]``.
+    """
     kept = []
     weights = rollouts.token_weights(aggregation).split([len(part.actions) for part in parts])
     optimizer.zero_grad(set_to_none=False)
@@ -153,7 +174,9 @@ def _gradient(
         list(policy.parameters.values()), float("inf") if max_norm is None else max_norm
     )
     if not torch.isfinite(norm):
-        raise FloatingPointError("the gradient is not finite; lower the learning rate, or check the model")
+        raise FloatingPointError(
+            "the gradient is not finite; lower the learning rate, or check the model"
+        )
     return norm, torch.cat(kept)
 
 
@@ -176,9 +199,15 @@ def _head(policy: Policy) -> measured.Head:
 
 @torch.no_grad()
 def _hidden_at_depths(
-    policy: Policy, parts: Sequence[Rollouts], depths: Sequence[str], hidden: Tensor, old: Mapping[str, Tensor]
+    policy: Policy,
+    parts: Sequence[Rollouts],
+    depths: Sequence[str],
+    hidden: Tensor,
+    old: Mapping[str, Tensor],
 ) -> dict[str, Tensor]:
-    """The LM head's inputs after a step that goes so deep; a tied embedding moves with ``all`` only."""
+    """The LM head's inputs after a step that goes so deep; a tied embedding moves with ``all``
+    only.
+    """
     found = {"all": _hidden(policy, parts)} if "all" in depths else {}
     partial = [d for d in depths if d not in ("head", "all")]
     if partial:
@@ -196,7 +225,8 @@ def _choose(
     policy: Policy, depth: str, old: Mapping[str, Tensor], new: Mapping[str, Tensor]
 ) -> Iterator[tuple[str, Tensor]]:
     for name in policy.parameters:
-        # The body reads a shared weight as its embedding; the LM head's own is taken apart from the body.
+        # The body reads a shared weight as its embedding; the LM head's own is taken apart from the
+        # body.
         moves = policy.moves(name, depth) and not (policy.tied and policy.is_head(name))
         yield name, (new if moves else old)[name]
 

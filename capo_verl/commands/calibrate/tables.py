@@ -15,21 +15,31 @@ from capo_verl.commands.calibrate.step import StepMeasurement
 
 
 def step_rows(measurement: StepMeasurement, **about: Any) -> list[dict[str, Any]]:
-    """One row per depth and predictor, with :func:`capo_verl.commands.calibrate.statistics.summary` of it.
+    """One row per depth and predictor, with :func:`capo_verl.commands.calibrate.statistics.summary`
+    of it.
 
-    ``target`` is ``kl``, or ``objective`` for m_H against ``A (pi_new / pi_old - 1)``, whose ``auroc, slope, ratio`` are of the
-    absolute values, with ``same_sign``, the share of the tokens whose sign it gets right.
+    ``target`` is ``kl``, or ``objective`` for m_H against ``A (pi_new / pi_old - 1)``, whose
+    ``auroc, slope, ratio`` are of the absolute values, with ``same_sign``, the share of the tokens
+    whose sign it gets right.
     """
     rows: list[dict[str, Any]] = []
     known = predictors(measurement.tokens)
     for depth, kl in measurement.kl.items():
         for name, x in known.items():
-            rows.append({**about, "depth": depth, "target": "kl", "predictor": name, **summary(x, kl)})
+            rows.append(
+                {**about, "depth": depth, "target": "kl", "predictor": name, **summary(x, kl)}
+            )
         predicted, true = measurement.tokens["objective_shift"], measurement.objective[depth]
         moved = true != 0
         row = {**summary(np.abs(predicted), np.abs(true)), "spearman": spearman(predicted, true)}
-        row["same_sign"] = float(np.mean(np.sign(predicted[moved]) == np.sign(true[moved]))) if moved.any() else np.nan
-        rows.append({**about, "depth": depth, "target": "objective", "predictor": "objective_shift", **row})
+        row["same_sign"] = (
+            float(np.mean(np.sign(predicted[moved]) == np.sign(true[moved])))
+            if moved.any()
+            else np.nan
+        )
+        rows.append(
+            {**about, "depth": depth, "target": "objective", "predictor": "objective_shift", **row}
+        )
     return [{"tokens": len(measurement.tokens["advantage"]), **row} for row in rows]
 
 
@@ -38,23 +48,32 @@ def batch_row(measurement: StepMeasurement, **about: Any) -> dict[str, Any]:
     return {**about, **measurement.batch}
 
 
-def token_rows(measurement: StepMeasurement, keep: int, draw: int, depth: str = "all", **about: Any) -> pd.DataFrame:
-    """At most ``keep`` tokens of a step, drawn without replacement (by the seed ``draw``), in float32: for pictures."""
+def token_rows(
+    measurement: StepMeasurement, keep: int, draw: int, depth: str = "all", **about: Any
+) -> pd.DataFrame:
+    """At most ``keep`` tokens of a step, drawn without replacement (by the seed ``draw``), in
+    float32: for pictures.
+    """
     columns = {n: x for n, x in measurement.tokens.items() if n not in ("sequence", "action")}
-    frame = pd.DataFrame({**columns, "kl": measurement.kl[depth], "objective": measurement.objective[depth]})
+    frame = pd.DataFrame(
+        {**columns, "kl": measurement.kl[depth], "objective": measurement.objective[depth]}
+    )
     chosen = np.random.default_rng(draw).permutation(len(frame))[:keep]
     return frame.iloc[np.sort(chosen)].astype(np.float32).assign(**about)
 
 
 def aggregate(rows: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
-    """Mean over steps with the bootstrap interval: columns ``X, X_low, X_high`` for each statistic X; ratios geometrically.
+    """Mean over steps with the bootstrap interval: columns ``X, X_low, X_high`` for each statistic
+    X; ratios geometrically.
 
     Args:
         rows: of :func:`step_rows`.
         by: columns to group by.
     """
     statistics = [
-        c for c in ("spearman", "auroc", "slope", "ratio_10", "ratio_50", "ratio_90", "same_sign") if c in rows
+        c
+        for c in ("spearman", "auroc", "slope", "ratio_10", "ratio_50", "ratio_90", "same_sign")
+        if c in rows
     ]
     found = []
     for keys, group in rows.groupby(list(by), sort=False):
@@ -62,19 +81,29 @@ def aggregate(rows: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
         record["steps"] = len(group)
         for name in statistics:
             estimate = interval(group[name].to_numpy(), geometric=name.startswith("ratio"))
-            record |= {name: estimate.mean, f"{name}_low": estimate.low, f"{name}_high": estimate.high}
+            record |= {
+                name: estimate.mean,
+                f"{name}_low": estimate.low,
+                f"{name}_high": estimate.high,
+            }
         found.append(record)
     return pd.DataFrame(found)
 
 
 def spread(batches: pd.DataFrame, predictor: str, true: str = "kl/all") -> float:
-    """By what factor a step's KL differs from a running calibration of a predictor: ``exp(sd(log(true / predictor)))`` over steps.
+    """By what factor a step's KL differs from a running calibration of a predictor:
+    ``exp(sd(log(true / predictor)))`` over steps.
 
-    1: the predictor knows the KL up to a constant. ``predictor="constant"`` predicts the same in every step: what curvature has
+    1: the predictor knows the KL up to a constant. ``predictor="constant"`` predicts the same in
+       every step: what curvature has
     to beat. NaN for fewer than two usable steps.
     """
     kl = batches[true].to_numpy(dtype=np.float64)
-    x = np.ones_like(kl) if predictor == "constant" else batches[predictor].to_numpy(dtype=np.float64)
+    x = (
+        np.ones_like(kl)
+        if predictor == "constant"
+        else batches[predictor].to_numpy(dtype=np.float64)
+    )
     both = (kl > 0) & (x > 0)
     if both.sum() < 2:
         return float("nan")
@@ -93,7 +122,11 @@ def cell(row: Mapping[str, Any], name: str, digits: int = 2) -> str:
         return "–"
     low, high = row[f"{name}_low"], row[f"{name}_high"]
     text = f"{row[name]:.{digits}f}"
-    return text if low is None or not np.isfinite(low) else f"{text} [{low:.{digits}f}, {high:.{digits}f}]"
+    return (
+        text
+        if low is None or not np.isfinite(low)
+        else f"{text} [{low:.{digits}f}, {high:.{digits}f}]"
+    )
 
 
 def magnitude(x: float) -> str:

@@ -55,7 +55,8 @@ class Result:
 def stdout_to_stderr() -> Iterator[None]:
     """Send standard output, which belongs to the report, to standard error.
 
-    Both Python's ``sys.stdout`` and the file descriptor, which C libraries and child processes write to.
+    Both Python's ``sys.stdout`` and the file descriptor, which C libraries and child processes
+    write to.
     """
     sys.stdout.flush()
     kept = os.dup(1)

@@ -31,7 +31,9 @@ class Options:
     overrides: Sequence[str] = ()
 
 
-def examine(options: Options, reports: Sequence[Report], tell: Callable[[Result], None]) -> list[Result]:
+def examine(
+    options: Options, reports: Sequence[Report], tell: Callable[[Result], None]
+) -> list[Result]:
     """Make all checks.
 
     Args:
@@ -47,7 +49,8 @@ def examine(options: Options, reports: Sequence[Report], tell: Callable[[Result]
 
 
 def _checks(options: Options, reports: Sequence[Report], running: ExitStack) -> list[Check]:
-    # The slowest works beside the others; with more of them Ray might not start in the time that it gives itself.
+    # The slowest works beside the others; with more of them Ray might not start in the time that it
+    # gives itself.
     asking = running.enter_context(workers.start(options.ray_address)) if options.ray else None
     return [
         Check("software stack", lambda: software.compare(reports), INSTALL),
@@ -59,14 +62,19 @@ def _checks(options: Options, reports: Sequence[Report], running: ExitStack) -> 
         Check("kernels", lambda: kernels.judge(running.enter_context(kernels.start())), INSTALL),
         Check(
             "Ray worker",
-            lambda: workers.judge(asking, options.ray_address, driver.seen()["versions"]) if asking else _not_asked(),
+            lambda: (
+                workers.judge(asking, options.ray_address, driver.seen()["versions"])
+                if asking
+                else _not_asked()
+            ),
             "leave it out with --no-ray",
         ),
         *_of_example(options),
     ]
 
 
-# What follows imports the plugin, so only after ``driver.seen()``: the question is whether verl does.
+# What follows imports the plugin, so only after ``driver.seen()``: the question is whether verl
+# does.
 
 
 def _switch() -> Outcome:
@@ -81,7 +89,10 @@ def _not_asked() -> Outcome:
 
 def _of_example(options: Options) -> list[Check]:
     if options.example is None:
-        advice = Outcome(SKIPPED, "--example examples/run_....sh looks at a launcher's configuration, memory and disk")
+        advice = Outcome(
+            SKIPPED,
+            "--example examples/run_....sh looks at a launcher's configuration, memory and disk",
+        )
         return [Check("example", lambda: advice, "")]
 
     @functools.cache
@@ -98,6 +109,8 @@ def _of_example(options: Options) -> list[Check]:
 
     return [
         Check("example", lambda: example().look(), "try it with DRY_RUN=1"),
-        Check("memory", if_resolved(lambda: example().memory()), "docs/plan.md says what is estimated"),
+        Check(
+            "memory", if_resolved(lambda: example().memory()), "docs/plan.md says what is estimated"
+        ),
         Check("disk", if_resolved(lambda: example().disk()), "set OUTPUT_DIR to a folder of yours"),
     ]

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A module run in a process of its own: it may crash, hang or take its time without the other checks noticing."""
+"""A module run in a process of its own: it may crash, hang or take its time without the other
+checks noticing.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,8 @@ def last_line(text: str) -> str:
 
 
 class Child:
-    """``python -m MODULE ARGUMENT...``, started at once; its answer is the JSON on the last line that it prints.
+    """``python -m MODULE ARGUMENT...``, started at once; its answer is the JSON on the last line
+    that it prints.
 
     A context manager: at its end the process is stopped.
 
@@ -35,11 +38,14 @@ class Child:
     def __init__(self, module: str, *arguments: str, environment: Mapping[str, str]):
         # Files: nobody reads a pipe before the answer is asked for.
         with ExitStack() as files:
-            self._stdout, self._stderr = (files.enter_context(tempfile.TemporaryFile()) for _ in range(2))
+            self._stdout, self._stderr = (
+                files.enter_context(tempfile.TemporaryFile()) for _ in range(2)
+            )
             self._files = files.pop_all()
         self._process = subprocess.Popen(
             [sys.executable, "-W", "ignore", "-m", module, *arguments],
-            env=dict(environment), stdin=subprocess.DEVNULL, stdout=self._stdout, stderr=self._stderr,
+            env=dict(environment), stdin=subprocess.DEVNULL, stdout=self._stdout,
+            stderr=self._stderr,
         )  # fmt: skip
 
     def answer(self, timeout: float) -> Any:
@@ -55,7 +61,9 @@ class Child:
             code = self._process.wait(timeout)
         except subprocess.TimeoutExpired:
             self.stop()
-            raise Broken(f"no answer within {timeout:g} s (it said last: {self._said() or 'nothing'})") from None
+            raise Broken(
+                f"no answer within {timeout:g} s (it said last: {self._said() or 'nothing'})"
+            ) from None
         if code != 0:
             raise Broken(f"{self._said() or 'nothing said'} (exit code {code})")
         self._stdout.seek(0)
@@ -80,7 +88,10 @@ class Child:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        where: TracebackType | None,
     ) -> None:
         self.stop()
         self._files.close()

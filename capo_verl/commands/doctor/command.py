@@ -26,22 +26,33 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     """Add the sub-command."""
     parser = subparsers.add_parser(
         "doctor",
-        help="check the installation, and whether an example would run here; exit code 1 if something is broken",
-        description="Check software, plugin, engines, switch, kernels and Ray workers, in less than a minute. Every check is made, "
+        help="check the installation, and whether an example would run here; exit code 1 if "
+        "something is broken",
+        description="Check software, plugin, engines, switch, kernels and Ray workers, in less "
+        "than a minute. Every check is made, "
         "whatever the others find; docs/doctor.md describes them.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object and nothing else"
+    )
     ray = parser.add_mutually_exclusive_group()
     ray.add_argument(
-        "--ray-address", metavar="ADDRESS", help="look at the workers of this Ray (default: $RAY_ADDRESS, else its own)"
+        "--ray-address",
+        metavar="ADDRESS",
+        help="look at the workers of this Ray (default: $RAY_ADDRESS, else its own)",
     )
     ray.add_argument("--no-ray", action="store_true", help="do not look at Ray workers")
     parser.add_argument(
-        "--example", type=Path, metavar="SCRIPT", help="launcher whose configuration, memory and disk to look at"
+        "--example",
+        type=Path,
+        metavar="SCRIPT",
+        help="launcher whose configuration, memory and disk to look at",
     )
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="Hydra overrides for the example")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="Hydra overrides for the example"
+    )
     parser.set_defaults(run=run)
 
 
@@ -57,7 +68,12 @@ def run(args: argparse.Namespace) -> int:
     from capo_verl.commands.doctor.checks import Options, examine
     from capo_verl.plugin import stack
 
-    options = Options(not args.no_ray, args.ray_address or os.environ.get("RAY_ADDRESS"), args.example, args.overrides)
+    options = Options(
+        not args.no_ray,
+        args.ray_address or os.environ.get("RAY_ADDRESS"),
+        args.example,
+        args.overrides,
+    )
     reports = stack.check_all()
 
     def tell(result: Result) -> None:
@@ -65,7 +81,10 @@ def run(args: argparse.Namespace) -> int:
             print(report.row(result), flush=True)
 
     if not args.json:
-        print(f"Platform: {report.platform() or 'detected by verl (VERL_PLATFORM=cpu for the CPU)'}", flush=True)
+        print(
+            f"Platform: {report.platform() or 'detected by verl (VERL_PLATFORM=cpu for the CPU)'}",
+            flush=True,
+        )
     results = examine(options, reports, tell)
     if args.json:
         print(json.dumps(report.as_dict(results, reports), indent=2))
@@ -80,8 +99,14 @@ def run(args: argparse.Namespace) -> int:
 def _problem(args: argparse.Namespace) -> str | None:
     """What is wrong with the command line, in one sentence; None if nothing is."""
     if args.overrides and args.example is None:
-        return f"{args.overrides[0]!r} is an override for an example: name its launcher with --example"
+        return (
+            f"{args.overrides[0]!r} is an override for an example: name its launcher with --example"
+        )
     if args.example is not None and not args.example.is_file():
         return f"--example {args.example} does not exist: name a launcher such as examples/run_quickstart_cpu.sh"
-    wrong = [override for override in args.overrides if "=" not in override and not override.startswith("~")]
+    wrong = [
+        override
+        for override in args.overrides
+        if "=" not in override and not override.startswith("~")
+    ]
     return f"{wrong[0]!r} is not a Hydra override: write key=value" if wrong else None

@@ -20,10 +20,11 @@ TOLERANCE = 1e-4
 
 
 def deviations(device: torch.device) -> dict[str, float]:
-    """What a kernel makes -> largest deviation from its twin's, as a share of the largest number of that; inf if ids or shapes
-    differ.
+    """What a kernel makes -> largest deviation from its twin's, as a share of the largest number of
+    that; inf if ids or shapes differ.
 
-    Moments are float32: with bfloat16 ones a sum that is added up in another order may be rounded to the other side.
+    Moments are float32: with bfloat16 ones a sum that is added up in another order may be rounded
+    to the other side.
     """
     found, expected = (_results(choose(device, name), device) for name in ("triton", "torch"))
     return {what: _deviation(found[what], expected[what]) for what in expected}
@@ -38,24 +39,37 @@ def _deviation(found: Tensor, expected: Tensor) -> float:
 def _results(kernels: Kernels, device: torch.device) -> dict[str, Tensor]:
     """Inputs are drawn anew, from the same seed: kernels write to the moments."""
     draw = _Draw(device)
-    shard, logits, hidden = VocabShard(ROWS, ROWS, 0), 3 * draw(TOKENS, ROWS), draw(TOKENS, HIDDEN).bfloat16()
+    shard, logits, hidden = (
+        VocabShard(ROWS, ROWS, 0),
+        3 * draw(TOKENS, ROWS),
+        draw(TOKENS, HIDDEN).bfloat16(),
+    )
     ids = ids_of(kernels.best_keys(LogitRows(logits), K, shard).sort(descending=True).values)
     support = TopKSupport(
-        ids, logits.gather(1, ids).softmax(-1), torch.ones(TOKENS, dtype=torch.bool, device=device), ids[:, 0], shard
+        ids,
+        logits.gather(1, ids).softmax(-1),
+        torch.ones(TOKENS, dtype=torch.bool, device=device),
+        ids[:, 0],
+        shard,
     )
     advantages = draw(TOKENS)
     directions = torch.empty(TOKENS, K, device=device)
     sums = kernels.partial_sums(hidden, advantages, support, draw.moments(), directions)
     entries = sort_by_row(ids, advantages[:, None] * support.v, support.finite, ROWS)
     touched = entries.counts.nonzero()[:, 0]
-    row_sums, added = kernels.row_sums(entries, touched, hidden), torch.ones(ROWS, HIDDEN, device=device)
+    row_sums, added = (
+        kernels.row_sums(entries, touched, hidden),
+        torch.ones(ROWS, HIDDEN, device=device),
+    )
     kernels.add_row_sums(entries, hidden, added)
     moved, updated = draw.moments(), draw.moments()
     kernels.move(moved, slice(0, HIDDEN), touched, row_sums, entries.counts[touched])
     kernels.update(updated, slice(0, HIDDEN), entries, hidden)
     return {
-        "best_keys": ids, "partial_sums of the taken token": sums[:, 0], "partial_sums mean": sums[:, 1],
-        "partial_sums mean square": sums[:, 2], "partial_sums directions": directions, "row_sums": row_sums,
+        "best_keys": ids, "partial_sums of the taken token": sums[:, 0],
+        "partial_sums mean": sums[:, 1],
+        "partial_sums mean square": sums[:, 2], "partial_sums directions": directions,
+        "row_sums": row_sums,
         "add_row_sums": added, "move exp_avg": moved.exp_avg, "move exp_avg_sq": moved.exp_avg_sq,
         "update exp_avg": updated.exp_avg, "update exp_avg_sq": updated.exp_avg_sq,
     }  # fmt: skip
@@ -72,4 +86,11 @@ class _Draw:
 
     def moments(self) -> Moments:
         steps = torch.tensor(3, device=self._device)
-        return Moments(0.01 * self(ROWS, HIDDEN), 1e-4 * self(ROWS, HIDDEN).square(), steps, (0.9, 0.999), 1e-8, 0)
+        return Moments(
+            0.01 * self(ROWS, HIDDEN),
+            1e-4 * self(ROWS, HIDDEN).square(),
+            steps,
+            (0.9, 0.999),
+            1e-8,
+            0,
+        )

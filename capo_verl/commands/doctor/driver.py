@@ -31,12 +31,15 @@ def registration() -> Outcome:
     """Losses, estimators, and every other hook."""
     loss = f"policy loss '{registered.LOSS}', advantage estimator '{registered.ESTIMATOR}'"
     return _ok_unless(
-        registered.registration_problem(seen()), f"{loss}, hooks in {len(registered.MODULES)} modules of verl"
+        registered.registration_problem(seen()),
+        f"{loss}, hooks in {len(registered.MODULES)} modules of verl",
     )
 
 
 def engine(*backends: str) -> Outcome:
     """The classes that verl would train with."""
-    problem = next(filter(None, (registered.engine_problem(seen(), backend) for backend in backends)), None)
+    problem = next(
+        filter(None, (registered.engine_problem(seen(), backend) for backend in backends)), None
+    )
     names = dict.fromkeys(seen()["engines"].get(backend, {}).get("name") for backend in backends)
     return _ok_unless(problem, f"verl uses {' and '.join(map(str, names))}")

@@ -40,15 +40,19 @@ class Example:
 
     @functools.cached_property
     def _done(self) -> subprocess.CompletedProcess[str]:
-        # The launchers for CPUs set VERL_PLATFORM; whoever looks at one for GPUs from a machine without will run it elsewhere.
+        # The launchers for CPUs set VERL_PLATFORM; whoever looks at one for GPUs from a machine
+        # without will run it elsewhere.
         inherited = {name: value for name, value in os.environ.items() if name != "VERL_PLATFORM"}
         environment = {**inherited, "DRY_RUN": "1", "CAPO_PLAN": "note", "PYTHON": sys.executable}
         environment[VARIABLE] = str(self._here.gpu_memory)
-        if Path(sys.prefix, "bin/python").exists():  # a launcher that makes an environment takes this one
+        if Path(
+            sys.prefix, "bin/python"
+        ).exists():  # a launcher that makes an environment takes this one
             environment |= {"CAPO_VENV": sys.prefix, "CAPO_SKIP_INSTALL": "1"}
         return subprocess.run(
             ["bash", str(self._script), *self._overrides],
-            env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=SECONDS,
+            env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True,
+            timeout=SECONDS,
         )  # fmt: skip
 
     @property
@@ -64,28 +68,42 @@ class Example:
 
     @functools.cached_property
     def run(self) -> RunSpec:
-        return from_config(self.config, cpu=OmegaConf.select(self.config, "actor_rollout_ref.rollout.name") == "hf")
+        return from_config(
+            self.config, cpu=OmegaConf.select(self.config, "actor_rollout_ref.rollout.name") == "hf"
+        )
 
     @functools.cached_property
     def plan(self) -> Plan | None:
-        """Its memory on GPUs like this machine's; None if there is none for this engine or the sizes of this model."""
+        """Its memory on GPUs like this machine's; None if there is none for this engine or the
+        sizes of this model.
+        """
         try:
             shape = find_shape(self.run.model)
         except ValueError:  # of a kind that is not planned
             shape = None
         if shape is None or self.run.engine not in PLANNED:
             return None
-        return make_plan(self.run, shape, self._here.memory if self.run.cpu else self._here.gpu_memory, must_fit=False)
+        return make_plan(
+            self.run,
+            shape,
+            self._here.memory if self.run.cpu else self._here.gpu_memory,
+            must_fit=False,
+        )
 
     def look(self) -> Outcome:
-        """Whether the dry run resolves; what a run here would be refused for, such as missing data, is a warning."""
+        """Whether the dry run resolves; what a run here would be refused for, such as missing data,
+        is a warning.
+        """
         if not self.resolves:
             raise Broken(
-                f"the dry run is refused: {last_line(self._done.stderr) or f'exit code {self._done.returncode}'}"
+                "the dry run is refused: "
+                f"{last_line(self._done.stderr) or f'exit code {self._done.returncode}'}"
             )
         lines = self._done.stderr.splitlines()
         notes = [line.removeprefix(NOTE) for line in lines if line.startswith(NOTE)]
-        notes = [note for note in notes if self.plan is None or note != self.plan.misfit()]  # another check's
+        notes = [
+            note for note in notes if self.plan is None or note != self.plan.misfit()
+        ]  # another check's
         capo = OmegaConf.select(self.config, "actor_rollout_ref.actor.policy_loss.capo.preset")
         what = f"{self._script.name} resolves{f' with +capo={capo}' if capo else ', without +capo'}"
         if notes:

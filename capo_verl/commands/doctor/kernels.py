@@ -3,7 +3,8 @@
 
 ``python -m capo_verl.commands.doctor.kernels`` prints the outcome as JSON.
 
-A process of its own: a faulty kernel may end the process that runs it, and in Triton's interpreter nothing can be compiled.
+A process of its own: a faulty kernel may end the process that runs it, and in Triton's interpreter
+nothing can be compiled.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ def judge(child: Child) -> Outcome:
         return Outcome(**child.answer(SECONDS))
     except Broken as e:
         raise Broken(
-            f"the kernels fail: {e}; install the triton that belongs to this torch (scripts/check_stack.py)"
+            f"the kernels fail: {e}; install the triton that belongs to this torch "
+            "(scripts/check_stack.py)"
         ) from None
 
 
@@ -47,10 +49,15 @@ def examine() -> Outcome:
     """What this machine allows."""
     triton, gpu = importlib.util.find_spec("triton"), torch.cuda.is_available()
     if not triton and gpu:
-        return Outcome(WARN, "triton is missing, so the GPU runs the kernels' plain torch twins: pip install triton")
+        return Outcome(
+            WARN,
+            "triton is missing, so the GPU runs the kernels' plain torch twins: pip install triton",
+        )
     if not triton:
         return Outcome(
-            SKIPPED, "no GPU and no triton here: on a CPU the plain torch kernels run; pip install triton to compile"
+            SKIPPED,
+            "no GPU and no triton here: on a CPU the plain torch kernels run; pip install triton "
+            "to compile",
         )
     if gpu:
         return _run()
@@ -70,11 +77,14 @@ def _run() -> Outcome:
     if wrong:
         listed = ", ".join(f"{what} by {deviation:.2g}" for what, deviation in wrong.items())
         return Outcome(
-            FAIL, f"on {name} kernels differ from plain torch ({listed}): install the triton that belongs to this torch"
+            FAIL,
+            f"on {name} kernels differ from plain torch ({listed}): install the triton that "
+            "belongs to this torch",
         )
     return Outcome(
         OK,
-        f"the kernels ran on {name} and equal plain torch (largest of {len(found)} deviations: {max(found.values()):.1g})",
+        f"the kernels ran on {name} and equal plain torch (largest of {len(found)} deviations: "
+        f"{max(found.values()):.1g})",
     )
 
 

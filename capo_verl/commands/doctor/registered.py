@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What verl has of this project in the process that asks: the driver, or a Ray worker.
 
-:func:`look` is sent to workers by value, because there this project may be missing. So it imports nothing at module level but
-the standard library, and refers to nothing outside this file. :func:`problems` judges what it found.
+:func:`look` is sent to workers by value, because there this project may be missing. So it imports
+nothing at module level but the standard library, and refers to nothing outside this file.
+:func:`problems` judges what it found.
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ MODULES = (
     "verl.trainer.ppo.v1.trainer_base",
     "verl.trainer.ppo.v1.trainer_sync",
 )
-"""The modules of verl whose import lets the plugin register something (``capo_verl/plugin/register.py``)."""
+"""The modules of verl whose import lets the plugin register something
+(``capo_verl/plugin/register.py``).
+"""
 ENGINES = {"megatron": "Megatron-Core", "fsdp": "torch", "fsdp2": "torch"}
 """verl's name of a backend -> what it needs."""
 LOSS, ESTIMATOR = "capo", "reinforce"
@@ -40,10 +43,13 @@ def look() -> dict[str, Any]:
     """Import verl as a run would, and report. Raises nothing; the result is plain data (JSON).
 
     Returns:
-        ``entry_points``: names under which this project is a plugin of verl; ``policy``: ``VERL_USE_EXTERNAL_PLUGINS``;
-        ``loaded``: whether verl has loaded it; ``errors``: module -> why it could not be imported; ``failures``: what the plugin
-        could not register -> why; ``missing``: registered names that are not there; ``engines``: backend -> ``name`` and
-        whether it is ``ours``, or ``error``; ``versions``: package -> version, None if it is not installed.
+        ``entry_points``: names under which this project is a plugin of verl; ``policy``:
+            ``VERL_USE_EXTERNAL_PLUGINS``;
+        ``loaded``: whether verl has loaded it; ``errors``: module -> why it could not be imported;
+            ``failures``: what the plugin
+        could not register -> why; ``missing``: registered names that are not there; ``engines``:
+        backend -> ``name`` and whether it is ``ours``, or ``error``; ``versions``: package ->
+        version, None if it is not installed.
     """
 
     def text(error: BaseException) -> str:
@@ -81,9 +87,16 @@ def look() -> dict[str, Any]:
         else:
             ours = any(base.__module__ == "capo_verl.engines.mixin" for base in engine.__mro__)
             engines[backend] = {"name": f"{engine.__module__}.{engine.__name__}", "ours": ours}
-    entry_points = [e for e in importlib.metadata.entry_points(group=GROUP) if e.value.startswith("capo_verl.")]
+    entry_points = [
+        e for e in importlib.metadata.entry_points(group=GROUP) if e.value.startswith("capo_verl.")
+    ]
     policy = os.environ.get(POLICY, "auto")
-    if plugin is None and entry_points and "verl" not in errors and policy.strip().lower() != "none":
+    if (
+        plugin is None
+        and entry_points
+        and "verl" not in errors
+        and policy.strip().lower() != "none"
+    ):
         try:  # again: verl does not say why it failed
             importlib.import_module("capo_verl.plugin.register")
         except Exception as e:
@@ -96,7 +109,10 @@ def look() -> dict[str, Any]:
         "failures": {what: text(e) for what, e in plugin.FAILURES.items()} if plugin else {},
         "missing": missing,
         "engines": engines,
-        "versions": {"Python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+        "versions": {
+            "Python": platform.python_version(),
+            **{name: version(name) for name in PACKAGES},
+        },
     }
 
 
@@ -126,7 +142,9 @@ def registration_problem(seen: dict[str, Any]) -> str | None:
         reasons = "; ".join(f"{what}: {error}" for what, error in seen["failures"].items())
         return f"capo_verl could not register with verl ({reasons}): install a supported stack (scripts/check_stack.py)"
     if seen["missing"]:
-        return f"verl lacks {' and '.join(seen['missing'])}: install capo_verl again (pip install .)"
+        return (
+            f"verl lacks {' and '.join(seen['missing'])}: install capo_verl again (pip install .)"
+        )
     return None
 
 
@@ -136,12 +154,11 @@ def engine_problem(seen: dict[str, Any], backend: str) -> str | None:
     if found is None:
         return f"verl has no engines here: {registration_problem(seen)}"
     if "error" in found:
-        return (
-            f"verl has no {backend} engine here ({found['error']}): install {ENGINES[backend]} (scripts/check_stack.py)"
-        )
+        return f"verl has no {backend} engine here ({found['error']}): install {ENGINES[backend]} (scripts/check_stack.py)"
     if not found["ours"]:
         why = plugin_problem(seen) or (
-            f"something registered it over this project's: name only capo_verl in {POLICY} and unset VERL_USE_EXTERNAL_MODULES"
+            f"something registered it over this project's: name only capo_verl in {POLICY} and "
+            "unset VERL_USE_EXTERNAL_MODULES"
         )
         return f"verl would use {found['name']}, not CAPO's engine: {why}"
     return None
@@ -152,5 +169,8 @@ def problems(seen: dict[str, Any]) -> list[str]:
     not_loaded = plugin_problem(seen)
     if not_loaded:
         return [not_loaded]
-    found = [registration_problem(seen), *(engine_problem(seen, backend) for backend in seen["engines"])]
+    found = [
+        registration_problem(seen),
+        *(engine_problem(seen, backend) for backend in seen["engines"]),
+    ]
     return [problem for problem in found if problem]

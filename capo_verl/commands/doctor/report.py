@@ -41,7 +41,9 @@ def row(result: Result) -> str:
     if not sys.stdout.isatty():
         return head + result.message
     width = max(shutil.get_terminal_size().columns, len(head) + 40)
-    lines = textwrap.wrap(result.message, width - len(head), break_long_words=False, break_on_hyphens=False)
+    lines = textwrap.wrap(
+        result.message, width - len(head), break_long_words=False, break_on_hyphens=False
+    )
     return head + ("\n" + " " * len(head)).join(lines)
 
 
@@ -49,7 +51,11 @@ def summary(results: Sequence[Result]) -> str:
     """How many failed, and what else is not plainly ok."""
     counts = {status: sum(result.status == status for result in results) for status in STATUSES}
     others = ", ".join(f"{counts[status]} {status}" for status in (WARN, SKIPPED) if counts[status])
-    verdict = f"{counts[FAIL]} of {len(results)} checks failed" if counts[FAIL] else f"all {len(results)} checks passed"
+    verdict = (
+        f"{counts[FAIL]} of {len(results)} checks failed"
+        if counts[FAIL]
+        else f"all {len(results)} checks passed"
+    )
     return f"{verdict} ({others})" if others else verdict
 
 

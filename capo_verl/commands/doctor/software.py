@@ -15,7 +15,9 @@ TOLD = ("verl", "torch", "megatron-core", "ray")
 
 
 def versions(reports: Sequence[Report]) -> dict[str, str | None]:
-    """Installed version of Python, of this project and of every package of a stack; None if missing."""
+    """Installed version of Python, of this project and of every package of a stack; None if
+    missing.
+    """
     found = {"python": reports[0].python.found, "capo-verl": __version__}
     return {**found, **{f.name: f.found for report in reports for f in report.packages}}
 
@@ -26,7 +28,9 @@ def compare(reports: Sequence[Report]) -> Outcome:
     if complete:
         installed = versions(reports)
         told = ", ".join(f"{name} {installed[name]}" for name in TOLD if installed.get(name))
-        return Outcome(OK, f"the {' and '.join(report.stack for report in complete)} stack is complete: {told}")
+        return Outcome(
+            OK, f"the {' and '.join(report.stack for report in complete)} stack is complete: {told}"
+        )
     nearest = min(reports, key=lambda report: len(report.problems))
     wrong = ", ".join(f"{f.name}{f.wanted} ({f.found or 'missing'})" for f in nearest.problems)
     return Outcome(

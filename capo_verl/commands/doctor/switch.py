@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Do ``+capo=NAME`` and ``+rival=NAME`` compose with the installed verl, and do their knobs arrive, checked?"""
+"""Do ``+capo=NAME`` and ``+rival=NAME`` compose with the installed verl, and do their knobs arrive,
+checked?
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ UNKNOWN = f"{ACTOR}.policy_loss.capo.no_such_knob=1"
 
 
 def _arrived(switch: str) -> tuple[object, str]:
-    """verl's dataclass of the policy loss, as its engines get it, and the folder that knobs may name."""
+    """verl's dataclass of the policy loss, as its engines get it, and the folder that knobs may
+    name.
+    """
     from hydra.utils import instantiate
 
     from capo_verl.plugin.checks.before_start import check_config
@@ -42,7 +46,10 @@ def _check_rival(name: str) -> None:
     from verl.trainer.ppo.core_algos import get_policy_loss_fn
 
     policy_loss, _ = _arrived(f"+rival={name}")
-    found, expected = getattr(policy_loss, "rival", None), RivalConfig(name, RIVAL_SPECS[name].knobs())
+    found, expected = (
+        getattr(policy_loss, "rival", None),
+        RivalConfig(name, RIVAL_SPECS[name].knobs()),
+    )
     if found != expected:
         raise Broken(f"the engines would get {found}, not {expected}")
     get_policy_loss_fn(name)
@@ -75,8 +82,11 @@ def switch() -> Outcome:
         name, reason = next(iter(wrong.items()))
         more = f" (and {', '.join(list(wrong)[1:])})" if len(wrong) > 1 else ""
         raise Broken(
-            f"{name}: {reason}{more}; install a supported verl and this package again (scripts/check_stack.py)"
+            f"{name}: {reason}{more}; install a supported verl and this package again "
+            "(scripts/check_stack.py)"
         )
     return Outcome(
-        OK, f"{len(PRESETS)} presets of +capo and {len(RIVAL_SPECS)} of +rival compose, their knobs arrive checked"
+        OK,
+        f"{len(PRESETS)} presets of +capo and {len(RIVAL_SPECS)} of +rival compose, their knobs "
+        "arrive checked",
     )

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The four inner loops of the filter, twice: in Triton for GPUs, in plain torch for everything else.
+"""The four inner loops of the filter, twice: in Triton for GPUs, in plain torch for everything
+else.
 
     best_keys       the k best rows of every token                                            -> support
     partial_sums    u = P(A v h) h and its three sums per token, no row of it materialised     -> m_H, m_F
     row_sums, add_row_sums    sums of the accepted gradients per vocabulary row, deterministic -> moments
     move, update    moments moved by the mean gradients of the touched rows                    -> moments
 
-Both modules offer the same functions on the same tensors; ``plain`` documents them. Triton's wait for nothing.
+Both modules offer the same functions on the same tensors; ``plain`` documents them. Triton's wait
+for nothing.
 """
 
 from __future__ import annotations
@@ -30,12 +32,21 @@ class Kernels(Protocol):
 
     def best_keys(self, logits: LogitRows, k: int, shard: VocabShard) -> Tensor: ...
     def partial_sums(
-        self, hidden: Tensor, advantages: Tensor, support: Support, moments: Moments, directions: Tensor | None = None
+        self,
+        hidden: Tensor,
+        advantages: Tensor,
+        support: Support,
+        moments: Moments,
+        directions: Tensor | None = None,
     ) -> Tensor: ...
     def row_sums(self, entries: RowEntries, rows: Tensor, hidden: Tensor) -> Tensor: ...
     def add_row_sums(self, entries: RowEntries, hidden: Tensor, sums: Tensor) -> None: ...
-    def move(self, moments: Moments, columns: slice, rows: Tensor | None, sums: Tensor, counts: Tensor) -> None: ...
-    def update(self, moments: Moments, columns: slice, entries: RowEntries, hidden: Tensor) -> None: ...
+    def move(
+        self, moments: Moments, columns: slice, rows: Tensor | None, sums: Tensor, counts: Tensor
+    ) -> None: ...
+    def update(
+        self, moments: Moments, columns: slice, entries: RowEntries, hidden: Tensor
+    ) -> None: ...
 
 
 def choose(device: torch.device, name: str | None = None) -> Kernels:
@@ -49,7 +60,9 @@ def choose(device: torch.device, name: str | None = None) -> Kernels:
         ImportError: for ``triton`` where it is not installed.
     """
     if name not in (None, *NAMES):
-        raise ValueError(f"kernels={name!r}: expected one of {', '.join(NAMES)}, or None to choose by device")
+        raise ValueError(
+            f"kernels={name!r}: expected one of {', '.join(NAMES)}, or None to choose by device"
+        )
     if name is None:
         name = "triton" if device.type == "cuda" and importlib.util.find_spec("triton") else "torch"
     if name == "triton":

@@ -23,10 +23,16 @@ class Moments(NamedTuple):
     """Global id of the first row."""
 
     def corrected(self, n: Any) -> tuple[Any, Any, Any, Any]:
-        """Factors of M, g, Q and g^2 in the bias-corrected moments after update number ``n`` (from 1; int or float64 scalar).
+        """Factors of M, g, Q and g^2 in the bias-corrected moments after update number ``n`` (from
+        1; int or float64 scalar).
 
         ``P(g) = (c0 M + c1 g) / (sqrt(c2 Q + c3 g^2) + eps)``
         """
         beta1, beta2 = self.betas
         correction1, correction2 = 1 - beta1**n, 1 - beta2**n
-        return beta1 / correction1, (1 - beta1) / correction1, beta2 / correction2, (1 - beta2) / correction2
+        return (
+            beta1 / correction1,
+            (1 - beta1) / correction1,
+            beta2 / correction2,
+            (1 - beta2) / correction2,
+        )

@@ -20,22 +20,26 @@ from capo_verl.core.support import Block, Support, TopKSupport
 BLOCK_ENTRIES = 1 << 18
 """Entries of supports worked on at a time: what is kept per entry stays small."""
 TILE_ELEMENTS = 1 << 16
-"""Elements of the moments worked on at a time: they and what is made of them stay in a core's cache."""
+"""Elements of the moments worked on at a time: they and what is made of them stay in a core's
+cache.
+"""
 
 
 def best_keys(logits: LogitRows, k: int, shard: VocabShard) -> Tensor:
     """The ``k`` best rows of every token, best first.
 
-    Rows are cut into runs of S. The k largest of all lie in the k runs with the largest maxima, of equal maxima the lower
-    run: were an element outside of them, each of the k runs would hold one that comes before it. So a pass over the logits
+    Rows are cut into runs of S. The k largest of all lie in the k runs with the largest maxima, of
+    equal maxima the lower
+    run: were an element outside of them, each of the k runs would hold one that comes before it. So
+        a pass over the logits
     that only takes maxima leaves ``rows / S`` and then ``k S`` candidates to choose from.
 
     Args:
         logits: of N tokens, no wider than float32.
 
     Returns:
-        ``[N, k]`` int64 keys (``keys.py``); ``LOWEST`` where the shard has fewer rows, ``NON_FINITE`` in the first column
-        if a logit of the token is not finite.
+        ``[N, k]`` int64 keys (``keys.py``); ``LOWEST`` where the shard has fewer rows,
+        ``NON_FINITE`` in the first column if a logit of the token is not finite.
     """
     rows = shard.real_rows
     width = 1 << round(math.log2(rows / k) / 2) if rows > 8 * k else 1
@@ -59,12 +63,20 @@ def _best_of(source: LogitRows, tokens: slice, k: int, width: int, shard: VocabS
     else:
         runs = _largest(maxima, run, k)
         # Index arithmetic on rows of S: gather would look up every element.
-        among = logits[:, :cut].unflatten(1, (-1, width))[torch.arange(len(runs), device=runs.device)[:, None], runs]
+        among = logits[:, :cut].unflatten(1, (-1, width))[
+            torch.arange(len(runs), device=runs.device)[:, None], runs
+        ]
         among = torch.cat((source.cool(among, tokens).float().flatten(1), rest), dim=1)
         ids = (runs[..., None] * width + torch.arange(width, device=runs.device)).flatten(1)
-        ids = torch.cat((ids, torch.arange(cut, rows, device=ids.device).expand(len(ids), -1)), dim=1)
+        ids = torch.cat(
+            (ids, torch.arange(cut, rows, device=ids.device).expand(len(ids), -1)), dim=1
+        )
         at = _largest(among, ids, k)
-        keys = keys_of(among.gather(1, at), ids.gather(1, at) + shard.start).sort(descending=True).values
+        keys = (
+            keys_of(among.gather(1, at), ids.gather(1, at) + shard.start)
+            .sort(descending=True)
+            .values
+        )
     # NaN passes through extrema.
     high, low = torch.cat((maxima, rest), dim=1).amax(-1), source.cool(logits.amin(-1), tokens)
     keys[:, 0].masked_fill_(~(high.isfinite() & low.isfinite()), NON_FINITE)
@@ -72,7 +84,8 @@ def _best_of(source: LogitRows, tokens: slice, k: int, width: int, shard: VocabS
 
 
 def _largest(values: Tensor, ids: Tensor, k: int) -> Tensor:
-    """``[n, k]`` int64, where the k largest ``values [n, m]`` are; of equal ones those of lower ``ids [..., m]``.
+    """``[n, k]`` int64, where the k largest ``values [n, m]`` are; of equal ones those of lower
+    ``ids [..., m]``.
 
     Comparing floats is several times as fast as comparing keys, and says when it was not enough.
     """
@@ -86,13 +99,19 @@ def _largest(values: Tensor, ids: Tensor, k: int) -> Tensor:
 
 
 def partial_sums(
-    hidden: Tensor, advantages: Tensor, support: Support, moments: Moments, directions: Tensor | None = None
+    hidden: Tensor,
+    advantages: Tensor,
+    support: Support,
+    moments: Moments,
+    directions: Tensor | None = None,
 ) -> Tensor:
-    """``u_a``, ``sum_j pi_j u_j`` and ``sum_j pi_j u_j^2`` of every token, over this rank's rows j, with ``u = P(A v h) h``.
+    """``u_a``, ``sum_j pi_j u_j`` and ``sum_j pi_j u_j^2`` of every token, over this rank's rows j,
+    with ``u = P(A v h) h``.
 
     Args:
         hidden: ``[N, H]``, any float dtype; advantages: ``[N]`` in the compute dtype.
-        directions: if given, ``[N, k]`` (``[N, real rows]`` of a whole vocabulary), filled with u; 0 for other ranks' rows.
+        directions: if given, ``[N, k]`` (``[N, real rows]`` of a whole vocabulary), filled with u;
+            0 for other ranks' rows.
 
     Returns:
         ``[N, 3]`` in the compute dtype.
@@ -108,9 +127,16 @@ def partial_sums(
     sums = torch.zeros(len(advantages), 3, device=hidden.device, dtype=advantages.dtype)
     tile = _Tile(hidden.shape[1], hidden.device, advantages.dtype)
     # Of a whole vocabulary a tile's worth at a time: its rows of the moments are gathered at once.
-    entries = BLOCK_ENTRIES if isinstance(support, TopKSupport) else max(1, TILE_ELEMENTS // hidden.shape[1])
+    entries = (
+        BLOCK_ENTRIES
+        if isinstance(support, TopKSupport)
+        else max(1, TILE_ELEMENTS // hidden.shape[1])
+    )
     for block in support.blocks(entries, dense=directions is None):
-        weight, h = _weights(advantages, block)[..., None], hidden[block.tokens].to(advantages.dtype)
+        weight, h = (
+            _weights(advantages, block)[..., None],
+            hidden[block.tokens].to(advantages.dtype),
+        )
         gradient = weight * ratios[0], h[:, None]
         squared = weight.square() * ratios[1], h.square()[:, None]
         u = torch.empty_like(weight)
@@ -127,12 +153,20 @@ def partial_sums(
     return sums
 
 
-def identity_sums(hidden: Tensor, advantages: Tensor, support: Support, directions: Tensor | None = None) -> Tensor:
+def identity_sums(
+    hidden: Tensor, advantages: Tensor, support: Support, directions: Tensor | None = None
+) -> Tensor:
     """As :func:`partial_sums` for ``P(g) = g``, where ``u = A |h|^2 v``: no work per entry on H."""
     sums = torch.zeros(len(advantages), 3, device=hidden.device, dtype=advantages.dtype)
     norms = _squared_norms(hidden, advantages.dtype)
     for block in support.blocks(BLOCK_ENTRIES):
-        _add_sums(sums, block, norms[block.tokens, None] * _weights(advantages, block), support, directions)
+        _add_sums(
+            sums,
+            block,
+            norms[block.tokens, None] * _weights(advantages, block),
+            support,
+            directions,
+        )
     return sums
 
 
@@ -141,7 +175,9 @@ def _weights(advantages: Tensor, block: Block) -> Tensor:
     return advantages[block.tokens, None] * (block.taken.to(block.probs.dtype) - block.probs)
 
 
-def _add_sums(sums: Tensor, block: Block, u: Tensor, support: Support, directions: Tensor | None) -> None:
+def _add_sums(
+    sums: Tensor, block: Block, u: Tensor, support: Support, directions: Tensor | None
+) -> None:
     u = torch.where(block.held, u, 0)
     if isinstance(support, TopKSupport) and directions is not None:
         directions[block.tokens] = u
@@ -149,11 +185,15 @@ def _add_sums(sums: Tensor, block: Block, u: Tensor, support: Support, direction
         directions[block.tokens].scatter_(1, block.row, u)
     weighted = block.probs * u
     of_taken = torch.where(block.taken, u, 0)
-    sums[block.tokens] += torch.stack((of_taken.sum(-1), weighted.sum(-1), (weighted * u).sum(-1)), dim=-1)
+    sums[block.tokens] += torch.stack(
+        (of_taken.sum(-1), weighted.sum(-1), (weighted * u).sum(-1)), dim=-1
+    )
 
 
 class _Tile:
-    """Memory for gathered moments, taken once: what the allocator returns to the system costs more than the arithmetic."""
+    """Memory for gathered moments, taken once: what the allocator returns to the system costs more
+    than the arithmetic.
+    """
 
     def __init__(self, hidden_size: int, device: torch.device, dtype: torch.dtype):
         self._hidden_size = hidden_size
@@ -164,7 +204,9 @@ class _Tile:
         return max(1, TILE_ELEMENTS // (entries * self._hidden_size))
 
     def gather(self, moments: Moments, row: Tensor) -> tuple[Tensor, Tensor]:
-        """Both moments of the rows ``row [n, c]``: ``[n, c, H]`` in the compute dtype, valid until the next call."""
+        """Both moments of the rows ``row [n, c]``: ``[n, c, H]`` in the compute dtype, valid until
+        the next call.
+        """
         flat = row.flatten()
         if self._memory.shape[1] < len(flat):
             self._memory = self._memory.new_empty(2, len(flat), self._hidden_size)
@@ -181,7 +223,8 @@ def row_sums(entries: RowEntries, rows: Tensor, hidden: Tensor) -> Tensor:
     """Sums of the given rows.
 
     Args:
-        rows: ``[R]`` int64, ascending; every row between the first and the last that has entries is among them.
+        rows: ``[R]`` int64, ascending; every row between the first and the last that has entries is
+            among them.
         hidden: ``[N, c]``, the columns wanted, any float dtype.
 
     Returns:
@@ -193,7 +236,9 @@ def row_sums(entries: RowEntries, rows: Tensor, hidden: Tensor) -> Tensor:
     # So the entries of the given rows follow each other.
     starts, end = entries.offsets[rows], entries.offsets[rows[-1] + 1]
     token, weight = entries.token[starts[0] : end], entries.weight[starts[0] : end]
-    return torch.nn.functional.embedding_bag(token, hidden, starts - starts[0], mode="sum", per_sample_weights=weight)
+    return torch.nn.functional.embedding_bag(
+        token, hidden, starts - starts[0], mode="sum", per_sample_weights=weight
+    )
 
 
 def add_row_sums(entries: RowEntries, hidden: Tensor, sums: Tensor) -> None:
@@ -202,8 +247,11 @@ def add_row_sums(entries: RowEntries, hidden: Tensor, sums: Tensor) -> None:
         sums[rows] += row_sums(entries, rows, hidden)
 
 
-def move(moments: Moments, columns: slice, rows: Tensor | None, sums: Tensor, counts: Tensor) -> None:
-    """Move the moments' ``columns`` by the mean gradients ``sums / counts``; rows with a count of 0 keep theirs.
+def move(
+    moments: Moments, columns: slice, rows: Tensor | None, sums: Tensor, counts: Tensor
+) -> None:
+    """Move the moments' ``columns`` by the mean gradients ``sums / counts``; rows with a count of 0
+    keep theirs.
 
     Args:
         rows: ``[R]`` int64, distinct; None = all.
@@ -223,11 +271,16 @@ def update(moments: Moments, columns: slice, entries: RowEntries, hidden: Tensor
 
 def _move_rows(moments: Moments, columns: slice, rows: Tensor, mean: Tensor) -> None:
     (beta1, beta2), squared = moments.betas, mean.square()
-    for tensor, beta, new, salt in ((moments.exp_avg, beta1, mean, 0), (moments.exp_avg_sq, beta2, squared, 1)):
+    for tensor, beta, new, salt in (
+        (moments.exp_avg, beta1, mean, 0),
+        (moments.exp_avg_sq, beta2, squared, 1),
+    ):
         part = tensor[:, columns]
         moved = part.index_select(0, rows).to(new.dtype).mul_(beta).add_(new, alpha=1 - beta)
         if tensor.dtype == torch.bfloat16:
-            moved = round_to_bfloat16(moved, rows + moments.first_row, columns.start, moments.steps, salt)
+            moved = round_to_bfloat16(
+                moved, rows + moments.first_row, columns.start, moments.steps, salt
+            )
         part.index_copy_(0, rows, moved)
 
 

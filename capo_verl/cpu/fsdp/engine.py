@@ -1,13 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""verl's FSDP engine on a CPU. Importing this module registers it for the device "cpu", for ``fsdp`` and ``fsdp2``.
+"""verl's FSDP engine on a CPU. Importing this module registers it for the device "cpu", for
+``fsdp`` and ``fsdp2``.
 
-Sharded data parallelism over gloo in float32, with Ulysses sequence parallelism and LoRA. torch and verl need little help
-here; what a launcher for GPUs asks for and a CPU cannot do is switched off where nothing is lost by it (bfloat16, offloading,
-compilation), and refused by name where it would change the method.
+Sharded data parallelism over gloo in float32, with Ulysses sequence parallelism and LoRA. torch and
+verl need little help here; what a launcher for GPUs asks for and a CPU cannot do is switched off
+where nothing is lost by it (bfloat16, offloading, compilation), and refused by name where it would
+change the method.
 
-Packed batches need no flash attention: without an attention mask, transformers finds the borders of the sequences in the
-position ids (``transformers/masking_utils.py``, ``find_packed_sequence_indices``) and gives SDPA a block-diagonal causal
-mask. It is dense, ``[tokens, tokens]``, which a GPU run could not afford and a CPU run does. With Ulysses see ``ulysses.py``.
+Packed batches need no flash attention: without an attention mask, transformers finds the borders of
+the sequences in the position ids (``transformers/masking_utils.py``,
+``find_packed_sequence_indices``) and gives SDPA a block-diagonal causal mask. It is dense,
+``[tokens, tokens]``, which a GPU run could not afford and a CPU run does. With Ulysses see
+``ulysses.py``.
 """
 
 from __future__ import annotations
@@ -52,17 +56,28 @@ def check_cpu_settings(model_config: Any, engine_config: Any) -> None:
     """
     model = "actor_rollout_ref.model"
     hf_config = model_config.hf_config
-    other_layers = set(getattr(hf_config.get_text_config(), "layer_types", None) or ()) - BLOCK_MASKED
+    other_layers = (
+        set(getattr(hf_config.get_text_config(), "layer_types", None) or ()) - BLOCK_MASKED
+    )
     refused = [
         (
             bool(other_layers) and model_config.use_remove_padding,
             f"a model with layers of type {', '.join(sorted(other_layers))} in packed batches",
             f"set {model}.use_remove_padding=False",
         ),
-        (hasattr(hf_config, "vision_config"), f"the multi-modal model_type={hf_config.model_type}", "use a text model"),
-        (engine_config.qat.enable, "actor_rollout_ref.actor.fsdp_config.qat.enable=True", "set it to False"),
         (
-            model_config.use_fused_kernels and model_config.fused_kernel_options.get("impl_backend") == "liger",
+            hasattr(hf_config, "vision_config"),
+            f"the multi-modal model_type={hf_config.model_type}",
+            "use a text model",
+        ),
+        (
+            engine_config.qat.enable,
+            "actor_rollout_ref.actor.fsdp_config.qat.enable=True",
+            "set it to False",
+        ),
+        (
+            model_config.use_fused_kernels
+            and model_config.fused_kernel_options.get("impl_backend") == "liger",
             f"{model}.fused_kernel_options.impl_backend=liger",
             "set it to torch",
         ),
@@ -74,14 +89,18 @@ def check_cpu_settings(model_config: Any, engine_config: Any) -> None:
 
 
 def cpu_engine_config(engine_config: Any) -> Any:
-    """A copy of verl's ``FSDPEngineConfig`` with what a CPU needs. To ``__dict__``, because the dataclass is frozen."""
+    """A copy of verl's ``FSDPEngineConfig`` with what a CPU needs.
+
+    To ``__dict__``, because the dataclass is frozen.
+    """
     config = copy.copy(engine_config)
     config.__dict__.update(ENGINE_CONFIG)
     return config
 
 
 def cpu_model_config(model_config: Any, ulysses_size: int) -> Any:
-    """A copy of verl's ``HFModelConfig``: attention without flash attention, LoRA merged on its way to the rollout.
+    """A copy of verl's ``HFModelConfig``: attention without flash attention, LoRA merged on its way
+    to the rollout.
 
     The rollout server on a CPU takes full weights; merging into float32 loses nothing.
     """
@@ -93,20 +112,26 @@ def cpu_model_config(model_config: Any, ulysses_size: int) -> Any:
     elif "flash" in (hf_config._attn_implementation or "flash"):
         hf_config._attn_implementation = "sdpa"
     config.__dict__.update(
-        hf_config=hf_config, enable_activation_offload=False, lora={**(model_config.lora or {}), "merge": True}
+        hf_config=hf_config,
+        enable_activation_offload=False,
+        lora={**(model_config.lora or {}), "merge": True},
     )
     return config
 
 
 def patch_torch() -> None:
-    """FSDP1 spreads rank 0's weights with a broadcast that it allows for accelerators only; gloo broadcasts CPU tensors."""
+    """FSDP1 spreads rank 0's weights with a broadcast that it allows for accelerators only; gloo
+    broadcasts CPU tensors.
+    """
     _init_utils._check_module_states_for_sync_module_states = lambda module_states: None
 
 
 class CpuFsdpMixin:
     """Put before an engine class of verl's FSDP backend, runs it on a CPU."""
 
-    def __init__(self, model_config: Any, engine_config: Any, optimizer_config: Any, checkpoint_config: Any) -> None:
+    def __init__(
+        self, model_config: Any, engine_config: Any, optimizer_config: Any, checkpoint_config: Any
+    ) -> None:
         check_cpu_settings(model_config, engine_config)
         patch_torch()
         linear_cross_entropy.install()
@@ -118,7 +143,8 @@ class CpuFsdpMixin:
         )
 
     def _build_fsdp_module(self, module: torch.nn.Module) -> torch.nn.Module:
-        # verl offloads every forward-only model (the reference policy) through pinned memory, which a CPU does not have.
+        # verl offloads every forward-only model (the reference policy) through pinned memory, which
+        # a CPU does not have.
         forward_only = self.engine_config.forward_only
         self.engine_config.__dict__["forward_only"] = False
         try:
@@ -127,13 +153,21 @@ class CpuFsdpMixin:
             self.engine_config.__dict__["forward_only"] = forward_only
 
     def _merged_lora_per_tensor_param(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """verl's, in float32: it rounds merged weights to bfloat16 (``transformer_impl.py``), which the actor does not."""
+        """verl's, in float32: it rounds merged weights to bfloat16 (``transformer_impl.py``), which
+        the actor does not.
+        """
         with merged_lora_context(self.module, backup_adapters=True):
             unwrapped = getattr(self.module, "_fsdp_wrapped_module", self.module)
-            params = convert_weight_keys(normalize_peft_param_name(self.module.state_dict()), unwrapped)
+            params = convert_weight_keys(
+                normalize_peft_param_name(self.module.state_dict()), unwrapped
+            )
             for name, param in params.items():
-                # Cloned, because a plain tensor aliases the weight that is restored when the context ends.
-                yield name, param.full_tensor() if isinstance(param, DTensor) else param.detach().clone()
+                # Cloned, because a plain tensor aliases the weight that is restored when the
+                # context ends.
+                yield (
+                    name,
+                    param.full_tensor() if isinstance(param, DTensor) else param.detach().clone(),
+                )
 
     def initialize(self) -> None:
         super().initialize()

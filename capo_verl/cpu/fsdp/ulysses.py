@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """verl's Ulysses sequence parallelism without flash attention.
 
-verl builds Ulysses into transformers' flash attention: all-to-all, attention over whole sequences with a share of the heads,
-all-to-all back (``_ulysses_flash_attention_forward`` in ``verl/models/transformers/monkey_patch.py``). Here the same code
-runs with SDPA in the middle, one packed sequence at a time.
+verl builds Ulysses into transformers' flash attention: all-to-all, attention over whole sequences
+with a share of the heads, all-to-all back (``_ulysses_flash_attention_forward`` in
+``verl/models/transformers/monkey_patch.py``). Here the same code runs with SDPA in the middle, one
+packed sequence at a time.
 """
 
 from __future__ import annotations
@@ -20,7 +21,10 @@ from verl.models.transformers import monkey_patch
 from verl.utils import ulysses
 
 ATTENTION = "capo_verl_packed"
-"""``attn_implementation`` that takes the way of flash attention. Another name, because transformers looks for the package."""
+"""``attn_implementation`` that takes the way of flash attention.
+
+Another name, because transformers looks for the package.
+"""
 
 
 def install() -> None:
@@ -53,14 +57,18 @@ def packed_attention(
     """
     if sliding_window is not None or softcap is not None or dropout:
         raise ValueError(
-            "sliding windows, soft capping and dropout of attention are not supported with Ulysses on the CPU: set "
-            "actor_rollout_ref.actor.ulysses_sequence_parallel_size=1"
+            "sliding windows, soft capping and dropout of attention are not supported with Ulysses "
+            "on the CPU: set actor_rollout_ref.actor.ulysses_sequence_parallel_size=1"
         )
     bounds = (position_ids[0] == 0).nonzero().flatten().tolist()
     lengths = torch.tensor([*bounds, position_ids.shape[1]]).diff().tolist()
-    q, k, v = (x.transpose(1, 2).split(lengths, dim=2) for x in (query, key, value))  # each [1, n, length, d]
+    q, k, v = (
+        x.transpose(1, 2).split(lengths, dim=2) for x in (query, key, value)
+    )  # each [1, n, length, d]
     outs = [
-        scaled_dot_product_attention(*sequence, is_causal=True, scale=softmax_scale, enable_gqa=True)
+        scaled_dot_product_attention(
+            *sequence, is_causal=True, scale=softmax_scale, enable_gqa=True
+        )
         for sequence in zip(q, k, v, strict=True)
     ]
     return torch.cat(outs, dim=2).transpose(1, 2)

@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Exact causal attention for verl's two batch layouts, in place of Megatron-Core's local core attention.
+"""Exact causal attention for verl's two batch layouts, in place of Megatron-Core's local core
+attention.
 
-Megatron-Core's ``DotProductAttention`` without Transformer Engine cannot be used under verl: it refuses packed batches
-(``megatron/core/transformer/dot_product_attention.py:153``), and it reads the padding mask the wrong way round. verl
-passes ``[batch, sequence]``, True where there is a token (``verl/models/mcore/util.py``, ``preprocess_bshd_engine``);
-Megatron-Core means ``[batch, heads, query, key]``, True where attention is forbidden, and then drops the causal mask
-(``megatron/core/fusions/fused_softmax.py:323``). verl pads on the right, so a causal mask alone is exact.
+Megatron-Core's ``DotProductAttention`` without Transformer Engine cannot be used under verl: it
+refuses packed batches (``megatron/core/transformer/dot_product_attention.py:153``), and it reads
+the padding mask the wrong way round. verl passes ``[batch, sequence]``, True where there is a token
+(``verl/models/mcore/util.py``, ``preprocess_bshd_engine``); Megatron-Core means ``[batch, heads,
+query, key]``, True where attention is forbidden, and then drops the causal mask
+(``megatron/core/fusions/fused_softmax.py:323``). verl pads on the right, so a causal mask alone is
+exact.
 """
 
 from __future__ import annotations
@@ -19,7 +22,9 @@ from torch.nn.functional import scaled_dot_product_attention
 
 
 class _GatherRows(torch.autograd.Function):
-    """``[rows, ...]`` of every rank of a group, stacked to ``[ranks, rows, ...]``; the gradient is summed back."""
+    """``[rows, ...]`` of every rank of a group, stacked to ``[ranks, rows, ...]``; the gradient is
+    summed back.
+    """
 
     @staticmethod
     def forward(ctx: Any, rows: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
@@ -42,11 +47,15 @@ def _zigzag_positions(length: int, ranks: int) -> torch.Tensor:
     (``verl/models/mcore/util.py``, ``preprocess_thd_engine``), so that all ranks do the same work.
     """
     chunks = torch.arange(length).view(2 * ranks, -1)
-    return torch.stack([torch.cat([chunks[rank], chunks[2 * ranks - 1 - rank]]) for rank in range(ranks)])
+    return torch.stack(
+        [torch.cat([chunks[rank], chunks[2 * ranks - 1 - rank]]) for rank in range(ranks)]
+    )
 
 
 class CausalSdpaAttention(torch.nn.Module):
-    """Core attention of a decoder layer, with the constructor and the call of Megatron-Core's ``DotProductAttention``."""
+    """Core attention of a decoder layer, with the constructor and the call of Megatron-Core's
+    ``DotProductAttention``.
+    """
 
     def __init__(
         self,
@@ -64,7 +73,8 @@ class CausalSdpaAttention(torch.nn.Module):
         dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         if dropout:
             raise ValueError(
-                f"attention_dropout={dropout} of the model's config is not supported on the CPU; set it to 0"
+                f"attention_dropout={dropout} of the model's config is not supported on the CPU; "
+                "set it to 0"
             )
         self.softmax_scale = softmax_scale
         self.cp_group = pg_collection.cp if config.context_parallel_size > 1 else None
@@ -108,12 +118,22 @@ class CausalSdpaAttention(torch.nn.Module):
         """``[s, ..., n, d]``; causal unless a mask (True: may attend) says more."""
         q, k, v = (x.movedim(0, -2) for x in (q, k, v))
         out = scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.softmax_scale, enable_gqa=True
+            q,
+            k,
+            v,
+            attn_mask=mask,
+            is_causal=mask is None,
+            scale=self.softmax_scale,
+            enable_gqa=True,
         )
         return out.movedim(-2, 0)
 
-    def _attend_across_ranks(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """The same for a context-parallel rank's part of a sequence: keys and values are gathered, queries stay."""
+    def _attend_across_ranks(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+    ) -> torch.Tensor:
+        """The same for a context-parallel rank's part of a sequence: keys and values are gathered,
+        queries stay.
+        """
         ranks, rank = self.cp_group.size(), self.cp_group.rank()
         positions = _zigzag_positions(len(q) * ranks, ranks)
         order = positions.flatten().argsort()

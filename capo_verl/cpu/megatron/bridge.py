@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """mbridge's architectures on a CPU: the same Hugging Face weights, in Megatron-Core's own layers.
 
-mbridge builds its layers from Transformer Engine (``mbridge/core/llm_bridge.py:149``), which needs CUDA. Here they are
-built from Megatron-Core's local modules; the two layer norms that Transformer Engine fuses into the linear layers
-behind them are then modules of their own, which is all that changes in the names of the weights.
+mbridge builds its layers from Transformer Engine (``mbridge/core/llm_bridge.py:149``), which needs
+CUDA. Here they are built from Megatron-Core's local modules; the two layer norms that Transformer
+Engine fuses into the linear layers behind them are then modules of their own, which is all that
+changes in the names of the weights.
 """
 
 from __future__ import annotations
@@ -20,12 +21,15 @@ from capo_verl.cpu.megatron.torch_view import cuda_method_stays
 from capo_verl.plugin import compat
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
-"""``model_type`` of Hugging Face configs that run on a CPU. Another dense decoder of mbridge: add it and test it."""
+"""``model_type`` of Hugging Face configs that run on a CPU.
+
+Another dense decoder of mbridge: add it and test it.
+"""
 
 TRANSFORMER_CONFIG: dict[str, Any] = {
     "use_cpu_initialization": True,
-    # Without initialization the tensor-parallel attributes of the weights stay unset, and the gradient norm of TP2 is
-    # silently wrong (megatron/core/tensor_parallel/layers.py:245).
+    # Without initialization the tensor-parallel attributes of the weights stay unset, and the
+    # gradient norm of TP2 is silently wrong (megatron/core/tensor_parallel/layers.py:245).
     "perform_initialization": True,
     # The kernels behind these exist for CUDA only.
     "apply_rope_fusion": False,
@@ -39,7 +43,9 @@ TRANSFORMER_CONFIG: dict[str, Any] = {
 
 
 class RMSNorm(torch.nn.RMSNorm):
-    """Torch's RMSNorm; Megatron-Core's wrapper refuses sequence parallelism (``transformer/torch_norm.py:32``)."""
+    """Torch's RMSNorm; Megatron-Core's wrapper refuses sequence parallelism
+    (``transformer/torch_norm.py:32``).
+    """
 
     def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5, **kwargs: Any) -> None:
         super().__init__(hidden_size, eps=eps)
@@ -49,7 +55,9 @@ class RMSNorm(torch.nn.RMSNorm):
 
 def _local_layer_spec(config: Any, vp_stage: int | None) -> Any:
     """Megatron-Core's decoder block without Transformer Engine, with our core attention and norms."""
-    block = get_gpt_decoder_block_spec(config, use_transformer_engine=False, normalization="RMSNorm", vp_stage=vp_stage)
+    block = get_gpt_decoder_block_spec(
+        config, use_transformer_engine=False, normalization="RMSNorm", vp_stage=vp_stage
+    )
     block.layer_norm = RMSNorm
     for layer in block.layer_specs:
         attention = layer.submodules.self_attention.submodules
@@ -71,12 +79,17 @@ def make_cpu_bridge(bridge_cls: type) -> type:
     class CpuBridge(bridge_cls):
         _MLP_MAPPING = {
             **bridge_cls._MLP_MAPPING,
-            "pre_mlp_layernorm.weight": ["model.layers.{layer_number}.post_attention_layernorm.weight"],
+            "pre_mlp_layernorm.weight": [
+                "model.layers.{layer_number}.post_attention_layernorm.weight"
+            ],
         }
-        _OTHER_MAPPING = {"input_layernorm.weight": ["model.layers.{layer_number}.input_layernorm.weight"]}
+        _OTHER_MAPPING = {
+            "input_layernorm.weight": ["model.layers.{layer_number}.input_layernorm.weight"]
+        }
 
         def _adjust_mapping_for_shared_weights(self) -> None:
-            # mbridge writes into the class for tied embeddings, and the next untied model would look for no weights.
+            # mbridge writes into the class for tied embeddings, and the next untied model would
+            # look for no weights.
             self._DIRECT_MAPPING = dict(self._DIRECT_MAPPING)
             super()._adjust_mapping_for_shared_weights()
 
@@ -100,7 +113,10 @@ def make_cpu_bridge(bridge_cls: type) -> type:
 
 
 def install_cpu_bridges() -> None:
-    """Replace the architectures in mbridge's registry. Importing mbridge through verl applies verl's patches to it."""
+    """Replace the architectures in mbridge's registry.
+
+    Importing mbridge through verl applies verl's patches to it.
+    """
     import verl.models.mcore.mbridge  # noqa: F401
     from mbridge.core.bridge import _MODEL_REGISTRY
 

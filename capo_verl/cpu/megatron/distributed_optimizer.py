@@ -1,13 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Megatron-Core's distributed optimizer on a CPU: parameters sorted by CUDA type names, and torch's AdamW inside.
+"""Megatron-Core's distributed optimizer on a CPU: parameters sorted by CUDA type names, and torch's
+AdamW inside.
 
-Its arithmetic runs on any device. What does not (line numbers of ``megatron/core/optimizer/distrib_optimizer.py``):
+Its arithmetic runs on any device. What does not (line numbers of
+``megatron/core/optimizer/distrib_optimizer.py``):
 
 * Parameters are sorted by the string ``'torch.cuda.FloatTensor'`` (420).
-* Without Transformer Engine and Apex, saving and loading before the first step find no count of steps (641).
-* Float32 shards are views of the parameters, and a checkpoint is read into them without ``no_grad`` (940).
-* Loading gives all parameters one and the same tensor ``step`` (825), which then counts every parameter, and keeps its value
-  from before the loading or finds none to take (940). What the checkpoint holds is in the parameter group.
+* Without Transformer Engine and Apex, saving and loading before the first step find no count of
+  steps (641).
+* Float32 shards are views of the parameters, and a checkpoint is read into them without ``no_grad``
+  (940).
+* Loading gives all parameters one and the same tensor ``step`` (825), which then counts every
+  parameter, and keeps its value from before the loading or finds none to take (940). What the
+  checkpoint holds is in the parameter group.
 """
 
 from __future__ import annotations
@@ -43,16 +48,22 @@ def start_adam(optimizer: Any) -> None:
         for group in part.optimizer.param_groups:
             for shard in group["params"]:
                 part.optimizer.state[shard].update(
-                    step=torch.tensor(0.0), exp_avg=torch.zeros_like(shard), exp_avg_sq=torch.zeros_like(shard)
+                    step=torch.tensor(0.0),
+                    exp_avg=torch.zeros_like(shard),
+                    exp_avg_sq=torch.zeros_like(shard),
                 )
 
 
 @contextmanager
 def loading(optimizer: Any) -> Iterator[None]:
-    """Around the loading of a checkpoint into Megatron-Core's ``optimizer``; None = the engine has none."""
+    """Around the loading of a checkpoint into Megatron-Core's ``optimizer``; None = the engine has
+    none.
+    """
     original = DistributedOptimizer._set_main_param_and_optimizer_states
 
-    def without_step(self: DistributedOptimizer, model_param: torch.Tensor, tensors: dict[str, torch.Tensor]) -> None:
+    def without_step(
+        self: DistributedOptimizer, model_param: torch.Tensor, tensors: dict[str, torch.Tensor]
+    ) -> None:
         group, order = self.model_param_group_index_map[model_param]
         self.optimizer.state[self.optimizer.param_groups[group]["params"][order]].pop("step", None)
         original(self, model_param, tensors)

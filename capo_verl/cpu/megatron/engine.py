@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """verl's Megatron engine on a CPU. Importing this module registers it for the device "cpu".
 
-Tensor (with or without sequence), pipeline, data and context parallelism over gloo, in float32. A command line written
-for GPUs keeps its meaning: what only a GPU can do is switched off where nothing is lost by it (fusions inside
-Megatron-Core, bfloat16, offloading), and refused by name where it would change the method.
+Tensor (with or without sequence), pipeline, data and context parallelism over gloo, in float32. A
+command line written for GPUs keeps its meaning: what only a GPU can do is switched off where
+nothing is lost by it (fusions inside Megatron-Core, bfloat16, offloading), and refused by name
+where it would change the method.
 """
 
 from __future__ import annotations
@@ -45,24 +46,46 @@ def check_cpu_settings(model_config: Any, engine_config: Any) -> None:
     model_type = hf_config.model_type
     rope_type = compat.rope_type(hf_config)
     refused = [
-        (model_type not in ARCHITECTURES, f"model_type={model_type}", f"use one of {', '.join(ARCHITECTURES)}"),
+        (
+            model_type not in ARCHITECTURES,
+            f"model_type={model_type}",
+            f"use one of {', '.join(ARCHITECTURES)}",
+        ),
         # mbridge would ignore both, and the log-probs would be wrong.
-        (rope_type != "default", f"rope_type={rope_type} of the model", "use a model without rope scaling"),
-        (getattr(hf_config, "use_sliding_window", False), "use_sliding_window=True of the model", "set it to False"),
-        (engine_config.dynamic_context_parallel, f"{megatron}.dynamic_context_parallel=True", "set it to False"),
+        (
+            rope_type != "default",
+            f"rope_type={rope_type} of the model",
+            "use a model without rope scaling",
+        ),
+        (
+            getattr(hf_config, "use_sliding_window", False),
+            "use_sliding_window=True of the model",
+            "set it to False",
+        ),
+        (
+            engine_config.dynamic_context_parallel,
+            f"{megatron}.dynamic_context_parallel=True",
+            "set it to False",
+        ),
         (engine_config.use_megatron_fsdp, f"{megatron}.use_megatron_fsdp=True", "set it to False"),
         (engine_config.qat.enable, f"{megatron}.qat.enable=True", "set it to False"),
         (
-            # verl's own kernels compute each rank's part of the gradient of the hidden states, too; see linear_cross_entropy.py.
+            # verl's own kernels compute each rank's part of the gradient of the hidden states, too;
+            # see linear_cross_entropy.py.
             engine_config.use_fused_kernels
             and engine_config.use_remove_padding
             and engine_config.tensor_model_parallel_size > 1
             and not engine_config.sequence_parallel,
-            f"actor_rollout_ref.model.use_fused_kernels=True with {megatron}.sequence_parallel=False",
+            "actor_rollout_ref.model.use_fused_kernels=True with "
+            f"{megatron}.sequence_parallel=False",
             "set sequence_parallel=True",
         ),
         (model_config.mtp.enable, "actor_rollout_ref.model.mtp.enable=True", "set it to False"),
-        (model_config.get("lora", {}).get("rank", 0) > 0, "actor_rollout_ref.model.lora.rank > 0", "set it to 0"),
+        (
+            model_config.get("lora", {}).get("rank", 0) > 0,
+            "actor_rollout_ref.model.lora.rank > 0",
+            "set it to 0",
+        ),
     ]
     for condition, what, instead in refused:
         if condition:
@@ -80,7 +103,8 @@ def cpu_engine_config(engine_config: Any) -> Any:
     config.__dict__["override_transformer_config"] = {
         **engine_config.override_transformer_config,
         **TRANSFORMER_CONFIG,
-        "sequence_parallel": engine_config.sequence_parallel and engine_config.tensor_model_parallel_size > 1,
+        "sequence_parallel": engine_config.sequence_parallel
+        and engine_config.tensor_model_parallel_size > 1,
     }
     return config
 
@@ -107,7 +131,9 @@ def patch_verl() -> None:
 class CpuMegatronMixin:
     """Put before an engine class of verl's Megatron backend, runs it on a CPU."""
 
-    def __init__(self, model_config: Any, engine_config: Any, optimizer_config: Any, checkpoint_config: Any) -> None:
+    def __init__(
+        self, model_config: Any, engine_config: Any, optimizer_config: Any, checkpoint_config: Any
+    ) -> None:
         check_cpu_settings(model_config, engine_config)
         install_cpu_bridges()
         compat.shim_mbridge()
@@ -115,7 +141,9 @@ class CpuMegatronMixin:
         install_grad_clip()
         redirect_cuda_to_cpu()
         self._given_engine_config = engine_config
-        super().__init__(model_config, cpu_engine_config(engine_config), optimizer_config, checkpoint_config)
+        super().__init__(
+            model_config, cpu_engine_config(engine_config), optimizer_config, checkpoint_config
+        )
 
     def _init_device_mesh(self) -> None:
         super()._init_device_mesh()
@@ -123,7 +151,8 @@ class CpuMegatronMixin:
 
     def _maybe_enable_fused_kernels(self) -> None:
         super()._maybe_enable_fused_kernels()
-        # verl switches them off for padded batches, in the config that its worker reads as well; ours is a copy.
+        # verl switches them off for padded batches, in the config that its worker reads as well;
+        # ours is a copy.
         self._given_engine_config.use_fused_kernels = self.engine_config.use_fused_kernels
 
     def _build_optimizer(self) -> Any:

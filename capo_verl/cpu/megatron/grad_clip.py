@@ -2,8 +2,8 @@
 """Megatron-Core's gradient clipping, without its test for CUDA tensors.
 
 ``clip_grad_by_total_norm_fp32`` asserts ``grad.type() == 'torch.cuda.FloatTensor'``
-(``megatron/core/optimizer/clip_grads.py:167``), a string that no view of torch can change. The norm itself is computed
-by Megatron-Core.
+(``megatron/core/optimizer/clip_grads.py:167``), a string that no view of torch can change. The norm
+itself is computed by Megatron-Core.
 """
 
 from __future__ import annotations

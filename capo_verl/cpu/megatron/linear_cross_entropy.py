@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""verl's fused LM head and cross-entropy (``verl/utils/kernel/linear_cross_entropy.py``), in plain torch.
+"""verl's fused LM head and cross-entropy (``verl/utils/kernel/linear_cross_entropy.py``), in plain
+torch.
 
-verl's are Triton kernels for CUDA. Here the logits of a run of tokens exist at a time, in the forward pass and again in the
-backward pass. Like verl's, under tensor parallelism the gradient of the hidden states is this rank's part of it: with sequence
-parallelism Megatron's gather adds the parts up in its own backward pass, and without nobody does (see ``startup_checks``).
+verl's are Triton kernels for CUDA. Here the logits of a run of tokens exist at a time, in the
+forward pass and again in the backward pass. Like verl's, under tensor parallelism the gradient of
+the hidden states is this rank's part of it: with sequence parallelism Megatron's gather adds the
+parts up in its own backward pass, and without nobody does (see ``startup_checks``).
 """
 
 from __future__ import annotations
@@ -33,7 +35,8 @@ class LinearCrossEntropy(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         """
         Args:
-            hidden: ``[..., H]``, N tokens in all; weight: ``[rows, H]``, this rank's rows of the vocabulary.
+            hidden: ``[..., H]``, N tokens in all; weight: ``[rows, H]``, this rank's rows of the
+                vocabulary.
             labels: N integers, in any shape; ids over the whole vocabulary.
             dist_process_group: over which the rows are spread.
 
@@ -44,11 +47,16 @@ class LinearCrossEntropy(torch.autograd.Function):
             ValueError: for a reduction other than ``none``, which is all that verl uses.
         """
         if reduction != "none":
-            raise ValueError(f"linear_cross_entropy on the CPU: reduction={reduction!r} is not supported; use 'none'")
+            raise ValueError(
+                f"linear_cross_entropy on the CPU: reduction={reduction!r} is not supported; use "
+                "'none'"
+            )
         flat, labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
         start = collectives.rank(dist_process_group) * weight.shape[0]
         maximum = flat.new_empty(len(flat))
-        sums = flat.new_zeros(3, len(flat))  # of exp(z - maximum), of z exp(z - maximum), and the label's z
+        sums = flat.new_zeros(
+            3, len(flat)
+        )  # of exp(z - maximum), of z exp(z - maximum), and the label's z
         for tokens, logits in _logits(flat, weight, temperature):
             maximum[tokens] = logits.amax(-1)
             exp = (logits - maximum[tokens, None]).exp_()
@@ -73,10 +81,16 @@ class LinearCrossEntropy(torch.autograd.Function):
         for tokens, logits in _logits(flat, weight, ctx.temperature):
             probs = (logits - log_normaliser[tokens, None]).exp_()
             # d entropy / d z = -p (z - E z); d log_prob / d z = onehot - p
-            d_logits = (mean_logit[tokens, None] - logits).mul_(d_entropy[tokens, None]).sub_(d_log_probs[tokens, None])
+            d_logits = (
+                (mean_logit[tokens, None] - logits)
+                .mul_(d_entropy[tokens, None])
+                .sub_(d_log_probs[tokens, None])
+            )
             d_logits.mul_(probs)
             row, here = _local_rows(labels[tokens], ctx.start, weight.shape[0])
-            d_logits.scatter_add_(-1, row[:, None], torch.where(here, d_log_probs[tokens], 0.0)[:, None])
+            d_logits.scatter_add_(
+                -1, row[:, None], torch.where(here, d_log_probs[tokens], 0.0)[:, None]
+            )
             d_logits /= ctx.temperature
             d_hidden[tokens] = d_logits @ weight
             d_weight.addmm_(d_logits.T, flat[tokens])
@@ -87,7 +101,9 @@ linear_cross_entropy = LinearCrossEntropy.apply
 
 
 def _logits(hidden: Tensor, weight: Tensor, temperature: float) -> Iterator[tuple[slice, Tensor]]:
-    for tokens in chunk_slices(len(hidden), max(1, scratch_elements(hidden.device) // weight.shape[0])):
+    for tokens in chunk_slices(
+        len(hidden), max(1, scratch_elements(hidden.device) // weight.shape[0])
+    ):
         yield tokens, (hidden[tokens] @ weight.T) / temperature
 
 
@@ -99,7 +115,9 @@ def _local_rows(labels: Tensor, start: int, rows: int) -> tuple[Tensor, Tensor]:
 
 
 def install() -> None:
-    """In place of verl's, where its Megatron engine and its patched Hugging Face models look the name up."""
+    """In place of verl's, where its Megatron engine and its patched Hugging Face models look the
+    name up.
+    """
     from verl.utils.kernel import linear_cross_entropy as in_kernels
 
     in_kernels.linear_cross_entropy = linear_cross_entropy

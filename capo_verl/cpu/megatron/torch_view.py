@@ -3,8 +3,9 @@
 
 Megatron-Core and mbridge name the device in dozens of places (``torch.zeros(1, device="cuda")`` in
 ``megatron/core/optimizer/clip_grads.py:103``, ``torch.cuda.current_device()`` in
-``megatron/core/tensor_parallel/mappings.py:141``). Inside their modules, and nowhere else, the *name* ``torch`` is
-bound to a view of torch for which "cuda" means the CPU. ``torch`` itself stays as it is for everyone.
+``megatron/core/tensor_parallel/mappings.py:141``). Inside their modules, and nowhere else, the
+*name* ``torch`` is bound to a view of torch for which "cuda" means the CPU. ``torch`` itself stays
+as it is for everyone.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ def _is_cuda(device: Any) -> bool:
 
 
 def _on_cpu(factory: Any) -> Any:
-    """``factory`` with ``device="cuda"`` read as ``device="cpu"``; pinned memory is a CUDA notion too."""
+    """``factory`` with ``device="cuda"`` read as ``device="cpu"``; pinned memory is a CUDA notion
+    too.
+    """
 
     @functools.wraps(factory)
     def create(*args: Any, **kwargs: Any) -> torch.Tensor:
@@ -93,14 +96,18 @@ _VIEW = _TorchView()
 
 
 def redirect_cuda_to_cpu() -> list[str]:
-    """Bind the view in every module of Megatron-Core and mbridge that is loaded. Call again after more were imported.
+    """Bind the view in every module of Megatron-Core and mbridge that is loaded. Call again after
+    more were imported.
 
     Returns:
         The names of the modules that were rebound by this call.
     """
     rebound = []
     for name, module in list(sys.modules.items()):
-        if name.partition(".")[0] in PACKAGES and getattr(module, "__dict__", {}).get("torch") is torch:
+        if (
+            name.partition(".")[0] in PACKAGES
+            and getattr(module, "__dict__", {}).get("torch") is torch
+        ):
             module.__dict__["torch"] = _VIEW
             rebound.append(name)
     return rebound
@@ -110,9 +117,10 @@ def redirect_cuda_to_cpu() -> list[str]:
 def cuda_method_stays() -> Iterator[None]:
     """Within, ``tensor.cuda()`` and ``module.cuda()`` return what they were called on.
 
-    Models are moved to CUDA while they are built: by mbridge (``mbridge/core/util.py:151``), and by Megatron-Core where
-    tied embeddings meet pipeline stages (``megatron/core/models/common/language_module/language_module.py:244``); indices
-    in the forward pass, where context parallelism cuts rotary embeddings of padded batches
+    Models are moved to CUDA while they are built: by mbridge (``mbridge/core/util.py:151``), and by
+    Megatron-Core where tied embeddings meet pipeline stages
+    (``megatron/core/models/common/language_module/language_module.py:244``); indices in the forward
+    pass, where context parallelism cuts rotary embeddings of padded batches
     (``megatron/core/models/common/embeddings/rope_utils.py:64``).
     """
     torch.Tensor.cuda = lambda tensor, *args, **kwargs: tensor

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The quickstart: a real task, a small warm-started model and the display around a verl run on a CPU.
+"""The quickstart: a real task, a small warm-started model and the display around a verl run on a
+CPU.
 
 ``cache``   build a folder once, keep it under a hash of its recipe
 ``task``    reasoning-gym problems as verl parquet, and the reward

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A child process with everything it starts: its own session, its output in a log file, stopped as a whole."""
+"""A child process with everything it starts: its own session, its output in a log file, stopped as
+a whole.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,9 @@ from pathlib import Path
 from typing import final
 
 PATIENCE = 15.0
-"""Seconds to wait for the command to end by itself, then for its session to do so, before killing what is left."""
+"""Seconds to wait for the command to end by itself, then for its session to do so, before killing
+what is left.
+"""
 
 
 @final
@@ -38,7 +42,8 @@ class Child:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                start_new_session=True,  # Ctrl-C reaches us alone; and Ray's processes are known by their session
+                # Ctrl-C reaches us alone; and Ray's processes are known by their session
+                start_new_session=True,
             )
         return self
 
@@ -55,7 +60,8 @@ class Child:
         return code if code >= 0 else 128 - code
 
     def stop(self) -> None:
-        """Terminate the command, which lets Ray's driver shut its cluster down; then whatever is left of its session.
+        """Terminate the command, which lets Ray's driver shut its cluster down; then whatever is
+        left of its session.
 
         SIGTERM, not SIGINT: a process started in the background by a shell ignores the latter.
         """

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Progress on the terminal: phases with a bar, and one line per RL step. Plain lines if stdout is not a terminal."""
+"""Progress on the terminal: phases with a bar, and one line per RL step.
+
+Plain lines if stdout is not a terminal.
+"""
 
 from __future__ import annotations
 

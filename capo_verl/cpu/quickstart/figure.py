@@ -33,7 +33,14 @@ def draw(records: Sequence[Record], completions_per_step: int, title: str) -> Fi
     figure.suptitle(title, fontsize=12, fontweight="bold", x=0.01, ha="left")
 
     _plot(
-        accuracy, records, "train_accuracy", completions_per_step, color=GREY, lw=1.0, alpha=0.8, label="training batch"
+        accuracy,
+        records,
+        "train_accuracy",
+        completions_per_step,
+        color=GREY,
+        lw=1.0,
+        alpha=0.8,
+        label="training batch",
     )
     _plot(
         accuracy, records, "held_out_accuracy", completions_per_step,
@@ -43,12 +50,16 @@ def draw(records: Sequence[Record], completions_per_step: int, title: str) -> Fi
     if accuracy.lines:
         accuracy.legend(loc="lower right", frameon=False)
 
-    if _plot(rejection, records, "rejection_rate", completions_per_step, scale=100, color=ORANGE, lw=1.6):
+    if _plot(
+        rejection, records, "rejection_rate", completions_per_step, scale=100, color=ORANGE, lw=1.6
+    ):
         rejection.set_ylim(bottom=0, top=max(1.0, rejection.get_ylim()[1]))
     rejection.set(ylabel="rejected tokens (%)")
 
     if _plot(shift, records, "policy_shift", completions_per_step, color=GREEN, lw=1.6):
-        shift.set_yscale("log", nonpositive="mask")  # the first step of a warm-up has learning rate 0
+        shift.set_yscale(
+            "log", nonpositive="mask"
+        )  # the first step of a warm-up has learning rate 0
         _whole_decades(shift)
     shift.set(ylabel="policy shift $m_F$\n(mean, nats)", xlabel="completions")
 
@@ -75,11 +86,24 @@ def _whole_decades(panel: Axes) -> None:
         panel.yaxis.set_minor_formatter(lambda *_: "")
 
 
-def _plot(panel: Axes, records: Sequence[Record], name: str, per_step: int, scale: float = 1, **style: object) -> bool:
-    points = [(r.step * per_step, getattr(r, name) * scale) for r in records if getattr(r, name) is not None]
+def _plot(
+    panel: Axes,
+    records: Sequence[Record],
+    name: str,
+    per_step: int,
+    scale: float = 1,
+    **style: object,
+) -> bool:
+    points = [
+        (r.step * per_step, getattr(r, name) * scale)
+        for r in records
+        if getattr(r, name) is not None
+    ]
     if points:
         panel.plot(*zip(*points, strict=True), **style)
     elif not panel.lines:
-        panel.text(0.5, 0.5, NOT_MEASURED, transform=panel.transAxes, ha="center", va="center", color=GREY)
+        panel.text(
+            0.5, 0.5, NOT_MEASURED, transform=panel.transAxes, ha="center", va="center", color=GREY
+        )
         panel.set_yticks([])
     return bool(points)

@@ -12,7 +12,8 @@ _RAY_PREFIX = re.compile(r"^\([^()]*pid=\d+[^()]*\) ?")
 _RAY_WRAPPER = "ray.exceptions.RayTaskError"
 _TRACEBACK = "Traceback (most recent call last):"
 
-# Lines verl and Ray print on the way to the first rollout, with the share of the start-up time that has passed by then.
+# Lines verl and Ray print on the way to the first rollout, with the share of the start-up time that
+# has passed by then.
 MILESTONES = (
     ("All configuration checks passed", 0.10, "starting Ray"),
     ("Started a local Ray instance", 0.20, "importing verl"),
@@ -36,7 +37,8 @@ def startup_fraction(log: str) -> tuple[float, str]:
 def failure_report(log: str) -> list[str]:
     """The first traceback of the log, or its last lines if there is none.
 
-    The first, because verl answers a failure in one process with a chain of unrelated errors in the others.
+    The first, because verl answers a failure in one process with a chain of unrelated errors in the
+    others.
     """
     lines = [_ANSI.sub("", line).rstrip() for line in log.splitlines()]
     lines = [line if len(line) <= MAX_WIDTH else line[: MAX_WIDTH - 4] + " ..." for line in lines]
@@ -48,22 +50,28 @@ def failure_report(log: str) -> list[str]:
 
 
 def _tracebacks(lines: list[str]) -> list[list[str]]:
-    """Each traceback with the line before it (which names what failed) and its exception; lines of other processes
-    that Ray interleaved are skipped."""
+    """Each traceback with the line before it (which names what failed) and its exception; lines of
+    other processes that Ray interleaved are skipped.
+    """
     found = []
     for start, line in enumerate(lines):
         if _TRACEBACK not in line:
             continue
         prefix = _prefix(line)
         same = [_strip_prefix(other) for other in lines[start:] if _prefix(other) == prefix]
-        end = next((i for i, other in enumerate(same) if i > 0 and _is_exception(other)), len(same) - 1)
+        end = next(
+            (i for i, other in enumerate(same) if i > 0 and _is_exception(other)), len(same) - 1
+        )
         before = [_strip_prefix(other) for other in lines[:start] if _prefix(other) == prefix][-1:]
         found.append(before + same[: end + 1])
     return found
 
 
 def _is_exception(line: str) -> bool:
-    """Whether a traceback ends here: the exception's own line, at the margin. Ray's wrapper goes on with its cause."""
+    """Whether a traceback ends here: the exception's own line, at the margin.
+
+    Ray's wrapper goes on with its cause.
+    """
     return bool(line) and not line[0].isspace() and not line.startswith(_RAY_WRAPPER)
 
 

@@ -14,14 +14,18 @@ SPECIAL_TOKENS = ("<|pad|>", "<|im_start|>", "<|im_end|>", "<|unk|>")
 VOCAB_SIZE = 128
 # One character names the role: every character is a token, and the model has to read it.
 CHAT_TEMPLATE = (
-    "{% for m in messages %}{{ '<|im_start|>' + m['role'][0] + '\n' + m['content'] + '<|im_end|>' }}{% endfor %}"
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'][0] + '\n' + m['content'] + '<|im_end|>' "
+    "}}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>a\n' }}{% endif %}"
 )
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Sizes of the model. Heads and key-value heads divide by two, for tensor parallelism over two ranks."""
+    """Sizes of the model.
+
+    Heads and key-value heads divide by two, for tensor parallelism over two ranks.
+    """
 
     hidden_size: int = 128
     intermediate_size: int = 256
@@ -33,14 +37,19 @@ class ModelConfig:
 
     def recipe(self) -> dict[str, Any]:
         """Everything the initial weights and the tokenizer depend on."""
-        return {"architecture": "qwen2", "chat_template": CHAT_TEMPLATE, "vocab_size": VOCAB_SIZE, **asdict(self)}
+        return {
+            "architecture": "qwen2",
+            "chat_template": CHAT_TEMPLATE,
+            "vocab_size": VOCAB_SIZE,
+            **asdict(self),
+        }
 
 
 def build_tokenizer(vocab_size: int = VOCAB_SIZE) -> Qwen2Tokenizer:
     """Byte-level BPE without merges: one token per printable ASCII character or newline.
 
-    transformers 5 loads ``Qwen2Tokenizer`` for every model of type qwen2, whatever class was saved, so the character
-    tokenizer has to be one. It writes a space as U+0120 and a newline as U+010A.
+    transformers 5 loads ``Qwen2Tokenizer`` for every model of type qwen2, whatever class was saved,
+    so the character tokenizer has to be one. It writes a space as U+0120 and a newline as U+010A.
 
     Raises:
         ValueError: if the characters do not fit into ``vocab_size``.
@@ -67,7 +76,9 @@ def build_tokenizer(vocab_size: int = VOCAB_SIZE) -> Qwen2Tokenizer:
 
 
 def build_model(config: ModelConfig) -> Qwen2ForCausalLM:
-    """The untrained model in float32; the same seed gives the same weights, and the global generator is left alone."""
+    """The untrained model in float32; the same seed gives the same weights, and the global
+    generator is left alone.
+    """
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
 

@@ -14,12 +14,17 @@ HELD_OUT_ACCURACY = re.compile(r"val-core/.+/acc/mean@\d+")
 
 @dataclass(frozen=True)
 class Record:
-    """One line of the metrics file. None: not logged at this step (or never, as CAPO's metrics in a GRPO run)."""
+    """One line of the metrics file.
+
+    None: not logged at this step (or never, as CAPO's metrics in a GRPO run).
+    """
 
     step: int
     """0 is the validation before training."""
     train_accuracy: float | None = None
-    """Mean reward of the step's completions; the accuracy, as the quickstart's reward is all or nothing."""
+    """Mean reward of the step's completions; the accuracy, as the quickstart's reward is all or
+    nothing.
+    """
     held_out_accuracy: float | None = None
     rejection_rate: float | None = None
     """Share of response tokens the filter dropped."""
@@ -39,7 +44,10 @@ class Record:
         try:
             entry = json.loads(line)
             step, data = int(entry["step"]), entry["data"]
-            in_filter, update = _number(data, "capo/filter_seconds"), _number(data, "timing_s/update_actor")
+            in_filter, update = (
+                _number(data, "capo/filter_seconds"),
+                _number(data, "timing_s/update_actor"),
+            )
             return cls(
                 step=step,
                 train_accuracy=_number(data, "critic/score/mean"),
@@ -50,7 +58,9 @@ class Record:
                 filter_share=in_filter / update if in_filter is not None and update else None,
             )
         except (ValueError, KeyError, TypeError, AttributeError) as e:
-            raise ValueError(f"not a line of verl's file logger ({type(e).__name__}: {e}): {line[:80]!r}") from e
+            raise ValueError(
+                f"not a line of verl's file logger ({type(e).__name__}: {e}): {line[:80]!r}"
+            ) from e
 
 
 def read_records(path: Path) -> list[Record]:

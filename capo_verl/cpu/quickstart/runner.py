@@ -21,11 +21,16 @@ from capo_verl.cpu.quickstart.summary import summarise
 LAUNCHER = Path(__file__).resolve().parents[3] / "examples" / "run_quickstart_cpu.sh"
 POLL_SECONDS = 0.5
 CAPO_KNOBS = "actor_rollout_ref.actor.policy_loss.capo"
-# m_F grows with the square of the learning rate, and this run's (2e-4) is 13 to 67 times the paper's. In trials of this
-# task the paper's thresholds (1e-4, 1e-2) rejected some 15 % of the tokens and accuracy fell to 0; these reject 1 %.
+# m_F grows with the square of the learning rate, and this run's (2e-4) is 13 to 67 times the
+# paper's. In trials of this task the paper's thresholds (1e-4, 1e-2) rejected some 15 % of the
+# tokens and accuracy fell to 0; these reject 1 %.
 ALGORITHMS: dict[str, tuple[str, ...]] = {
     "GRPO": (),
-    "CAPO": ("+capo=grpo", f"{CAPO_KNOBS}.policy_shift_max=5e-4", f"{CAPO_KNOBS}.objective_shift_max=6e-2"),
+    "CAPO": (
+        "+capo=grpo",
+        f"{CAPO_KNOBS}.policy_shift_max=5e-4",
+        f"{CAPO_KNOBS}.objective_shift_max=6e-2",
+    ),
 }
 
 
@@ -67,7 +72,9 @@ def prepare(display: Display) -> Prepared:
             problems,
             model.ModelConfig(),
             sft.SftConfig(),
-            lambda step, steps, loss: phase.update(step / steps, f"step {step}/{steps}, loss {loss:.2f}"),
+            lambda step, steps, loss: phase.update(
+                step / steps, f"step {step}/{steps}, loss {loss:.2f}"
+            ),
         )
         phase.summary = _where(model_path, cached)
     return Prepared(data_dir, model_path)
@@ -79,7 +86,8 @@ def run(algorithm: str, overrides: list[str], output_dir: Path, display: Display
     Args:
         algorithm: a key of :data:`ALGORITHMS`.
         overrides: Hydra overrides, after (and so above) the quickstart's own.
-        output_dir: receives ``train.log``, ``metrics.jsonl``, ``curves.png`` and Hydra's copy of the configuration.
+        output_dir: receives ``train.log``, ``metrics.jsonl``, ``curves.png`` and Hydra's copy of
+            the configuration.
 
     Returns:
         The launcher's exit code; 130 after Ctrl-C.
@@ -130,7 +138,9 @@ def _unused(file: Path) -> Path:
     return next(path for path in itertools.chain([file], numbered) if not path.exists())
 
 
-def _wait_for_first_record(child: Child, tail: RecordTail, records: list[Record], phase: Phase) -> None:
+def _wait_for_first_record(
+    child: Child, tail: RecordTail, records: list[Record], phase: Phase
+) -> None:
     while not records and child.running():
         time.sleep(POLL_SECONDS)
         fraction, note = startup_fraction(child.log.read_text(encoding="utf-8", errors="replace"))
@@ -139,11 +149,18 @@ def _wait_for_first_record(child: Child, tail: RecordTail, records: list[Record]
 
 
 def _follow(
-    child: Child, tail: RecordTail, records: list[Record], output_dir: Path, display: Display, algorithm: str
+    child: Child,
+    tail: RecordTail,
+    records: list[Record],
+    output_dir: Path,
+    display: Display,
+    algorithm: str,
 ) -> None:
     shape = RunShape.read(output_dir)
     shown = 0
-    with display.phase(f"RL: {algorithm}, {shape.completions_per_step} completions per step") as phase:
+    with display.phase(
+        f"RL: {algorithm}, {shape.completions_per_step} completions per step"
+    ) as phase:
         while True:
             running = child.running()  # asked before reading, so that the last lines are not missed
             records += tail.new_records()
@@ -158,7 +175,12 @@ def _follow(
 
 
 def _finish(
-    algorithm: str, records: list[Record], output_dir: Path, metrics: Path, display: Display, seconds: float
+    algorithm: str,
+    records: list[Record],
+    output_dir: Path,
+    metrics: Path,
+    display: Display,
+    seconds: float,
 ) -> None:
     shape = RunShape.read(output_dir)
     picture = output_dir / "curves.png"

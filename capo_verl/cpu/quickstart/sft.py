@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The warm start: a short, seeded supervised run that brings the model to where RL has something to improve.
+"""The warm start: a short, seeded supervised run that brings the model to where RL has something to
+improve.
 
-The model first imitates right answers until it can do the task, then answers of which a share carries a typo. It ends
-up knowing how to answer and answering right only some of the time, which is the state RL starts from in practice, and
-one whose accuracy hardly depends on the machine. (Stopping half-way through learning instead lands anywhere between
-4 % and 54 % depending on the seed.)
+The model first imitates right answers until it can do the task, then answers of which a share
+carries a typo. It ends up knowing how to answer and answering right only some of the time, which is
+the state RL starts from in practice, and one whose accuracy hardly depends on the machine.
+(Stopping half-way through learning instead lands anywhere between 4 % and 54 % depending on the
+seed.)
 """
 
 from __future__ import annotations
@@ -44,12 +46,21 @@ class SftConfig:
 
 
 def warm_start(
-    task: TaskConfig, model: ModelConfig, sft: SftConfig, progress: Progress | None = None, root: Path | None = None
+    task: TaskConfig,
+    model: ModelConfig,
+    sft: SftConfig,
+    progress: Progress | None = None,
+    root: Path | None = None,
 ) -> tuple[Path, bool]:
     """Folder with the warm-started model in Hugging Face format, and whether it was cached."""
     import torch
 
-    recipe = {"task": task.recipe(), "model": model.recipe(), "sft": asdict(sft), "torch": torch.__version__}
+    recipe = {
+        "task": task.recipe(),
+        "model": model.recipe(),
+        "sft": asdict(sft),
+        "torch": torch.__version__,
+    }
 
     def build(folder: Path) -> None:
         _train(task, model, sft, progress or (lambda *_: None), folder)
@@ -66,14 +77,18 @@ def with_typo(answer: str, rng: random.Random) -> str:
     return answer[:i] + answer[i + 1 :] if kind == "drop" else answer[: i + 1] + answer[i:]
 
 
-def demonstrations(entries: list[dict[str, Any]], sft: SftConfig) -> Iterator[list[tuple[list[dict[str, str]], str]]]:
+def demonstrations(
+    entries: list[dict[str, Any]], sft: SftConfig
+) -> Iterator[list[tuple[list[dict[str, str]], str]]]:
     """One batch of (chat prompt, answer) per step."""
     rng = random.Random(sft.seed)
     for step in range(sft.steps):
         typo_rate = sft.typo_rate if step >= sft.typo_start * sft.steps else 0.0
         batch = []
         for entry in rng.choices(entries, k=sft.batch_size):
-            answer = with_typo(entry["answer"], rng) if rng.random() < typo_rate else entry["answer"]
+            answer = (
+                with_typo(entry["answer"], rng) if rng.random() < typo_rate else entry["answer"]
+            )
             batch.append((chat_prompt(entry), answer))
         yield batch
 
@@ -81,12 +96,19 @@ def demonstrations(entries: list[dict[str, Any]], sft: SftConfig) -> Iterator[li
 def collate(
     batch: list[tuple[list[dict[str, str]], str]], tokenizer: Qwen2Tokenizer
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids ``[B, L]`` (right-padded) and labels ``[B, L]`` (-100 outside the answer and its end token)."""
+    """Token ids ``[B, L]`` (right-padded) and labels ``[B, L]`` (-100 outside the answer and its
+    end token).
+    """
     import torch
 
-    prompts = [tokenizer.apply_chat_template(p, add_generation_prompt=True, tokenize=False) for p, _ in batch]
+    prompts = [
+        tokenizer.apply_chat_template(p, add_generation_prompt=True, tokenize=False)
+        for p, _ in batch
+    ]
     prompt_ids = tokenizer(prompts, add_special_tokens=False)["input_ids"]
-    answer_ids = tokenizer([answer + tokenizer.eos_token for _, answer in batch], add_special_tokens=False)["input_ids"]
+    answer_ids = tokenizer(
+        [answer + tokenizer.eos_token for _, answer in batch], add_special_tokens=False
+    )["input_ids"]
     length = max(len(p) + len(a) for p, a in zip(prompt_ids, answer_ids, strict=True))
     ids = torch.full((len(batch), length), tokenizer.pad_token_id)
     labels = torch.full((len(batch), length), -100)
@@ -102,7 +124,9 @@ def learning_rate(step: int, sft: SftConfig) -> float:
     return sft.learning_rate * decay * min(1.0, (step + 1) / sft.warmup_steps)
 
 
-def _train(task: TaskConfig, model_config: ModelConfig, sft: SftConfig, progress: Progress, folder: Path) -> None:
+def _train(
+    task: TaskConfig, model_config: ModelConfig, sft: SftConfig, progress: Progress, folder: Path
+) -> None:
     import torch
     import torch.nn.functional as F
 

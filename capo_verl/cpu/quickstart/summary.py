@@ -24,7 +24,9 @@ def summarise(records: Sequence[Record], completions_per_step: int) -> list[tupl
     if held_out:
         rows.append(("held-out accuracy", f"{held_out[0]:.3f} -> {held_out[-1]:.3f}"))
     if training:
-        rows.append((f"training accuracy, last {LAST_STEPS} steps", f"{fmean(training[-LAST_STEPS:]):.3f}"))
+        rows.append(
+            (f"training accuracy, last {LAST_STEPS} steps", f"{fmean(training[-LAST_STEPS:]):.3f}")
+        )
     if rejected:
         rows.append(("rejected tokens", f"mean {fmean(rejected):.2%}, most {max(rejected):.2%}"))
     if shift:

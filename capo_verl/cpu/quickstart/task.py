@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The task: reasoning-gym's ``spell_backward`` as verl parquet files, rewarded by reasoning-gym's own scorer."""
+"""The task: reasoning-gym's ``spell_backward`` as verl parquet files, rewarded by reasoning-gym's
+own scorer.
+"""
 
 from __future__ import annotations
 
@@ -33,14 +35,20 @@ class TaskConfig:
 
     def recipe(self) -> dict[str, Any]:
         """Everything the data depend on."""
-        return {"generator": GENERATOR, "reasoning_gym": version("reasoning-gym"), "format": 1, **asdict(self)}
+        return {
+            "generator": GENERATOR,
+            "reasoning_gym": version("reasoning-gym"),
+            "format": 1,
+            **asdict(self),
+        }
 
 
 def chat_prompt(entry: Entry) -> Messages:
     """Chat messages for one reasoning-gym entry.
 
-    reasoning-gym's instruction ("Spell this word backward (example: sun -> nus): ...") is shortened, because every
-    character is a token here; the problem itself and its scorer are untouched.
+    reasoning-gym's instruction ("Spell this word backward (example: sun -> nus): ...") is
+    shortened, because every character is a token here; the problem itself and its scorer are
+    untouched.
     """
     return [{"role": "user", "content": f"Backward: {entry['metadata']['word']}"}]
 
@@ -63,7 +71,10 @@ def generate(config: TaskConfig) -> dict[str, list[Entry]]:
     )
     # The scorer ignores case, so must the split.
     return distinct_splits(
-        dataset, sizes, lambda entry: entry["metadata"]["word"].lower(), "min_word_len..max_word_len"
+        dataset,
+        sizes,
+        lambda entry: entry["metadata"]["word"].lower(),
+        "min_word_len..max_word_len",
     )
 
 
@@ -87,7 +98,10 @@ def cached_data(
 
         splits = problems()
         for split in ("train", "test"):
-            rows = [to_row(entry, i, split, prompt, ability) for i, (entry, prompt) in enumerate(splits[split])]
+            rows = [
+                to_row(entry, i, split, prompt, ability)
+                for i, (entry, prompt) in enumerate(splits[split])
+            ]
             pd.DataFrame(rows).to_parquet(folder / f"{split}.parquet")
 
     return cached_folder("data", recipe, build, root)
@@ -98,7 +112,8 @@ def prepare_data(config: TaskConfig, root: Path | None = None) -> tuple[Path, bo
 
     def problems() -> dict[str, list[tuple[Entry, Messages]]]:
         return {
-            split: [(entry, chat_prompt(entry)) for entry in entries] for split, entries in generate(config).items()
+            split: [(entry, chat_prompt(entry)) for entry in entries]
+            for split, entries in generate(config).items()
         }
 
     return cached_data(config.recipe(), problems, root=root)

@@ -1,10 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The rollout backend ``actor_rollout_ref.rollout.name=hf``: a Hugging Face model in one Ray actor per replica.
+"""The rollout backend ``actor_rollout_ref.rollout.name=hf``: a Hugging Face model in one Ray actor
+per replica.
 
-verl's servers (vLLM, SGLang, TensorRT-LLM) need accelerators. What verl's V1 trainer expects of a backend instead:
+verl's servers (vLLM, SGLang, TensorRT-LLM) need accelerators. What verl's V1 trainer expects of a
+backend instead:
 
-* ``HFReplica`` starts the server (``replica.py``; verl's side is ``verl/workers/rollout/replica.py``);
-* ``HFServerAdapter`` lives in every trainer rank and hands the weights over (``replica.py``; ``verl/workers/rollout/base.py``);
+* ``HFReplica`` starts the server (``replica.py``; verl's side is
+  ``verl/workers/rollout/replica.py``);
+* ``HFServerAdapter`` lives in every trainer rank and hands the weights over (``replica.py``;
+  ``verl/workers/rollout/base.py``);
 * ``HFServer`` answers ``generate``, many requests at a time (``server.py``;
   ``verl/workers/rollout/llm_server.py:150``).
 """

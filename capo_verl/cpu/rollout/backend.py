@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How verl finds the backend. Imports none of its parts: it runs in a hook while verl's rollout package is being imported."""
+"""How verl finds the backend.
+
+Imports none of its parts: it runs in a hook while verl's rollout package is being imported.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,10 @@ def _load_replica() -> type:
 
 
 def register() -> None:
-    """Add the backend to verl's two registries. Both load the classes when they are first asked for."""
+    """Add the backend to verl's two registries.
+
+    Both load the classes when they are first asked for.
+    """
     from verl.workers.rollout.base import _ROLLOUT_REGISTRY
     from verl.workers.rollout.replica import RolloutReplicaRegistry
 

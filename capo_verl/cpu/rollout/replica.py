@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""verl's two handles on a server of the rollout backend "hf": one starts it, the other sends it the weights."""
+"""verl's two handles on a server of the rollout backend "hf": one starts it, the other sends it the
+weights.
+"""
 
 from __future__ import annotations
 
@@ -25,8 +27,12 @@ class HFReplica(RolloutReplica):
 
     async def launch_servers(self) -> None:
         check_rollout_config(self.config)
-        node_id = await self.workers[0].__ray_call__.remote(lambda worker: ray.get_runtime_context().get_node_id())
-        affinity = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(node_id=node_id, soft=False)
+        node_id = await self.workers[0].__ray_call__.remote(
+            lambda worker: ray.get_runtime_context().get_node_id()
+        )
+        affinity = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(
+            node_id=node_id, soft=False
+        )
         server = (
             ray.remote(HFServer)
             .options(
@@ -40,17 +46,23 @@ class HFReplica(RolloutReplica):
         host, port = await server.get_server_address.remote()
         self.servers = [server]
         self._server_handle = server
-        self._server_address = f"{host}:{port}"  # nothing listens there; verl's load balancer takes it as a name
+        self._server_address = (
+            f"{host}:{port}"  # nothing listens there; verl's load balancer takes it as a name
+        )
 
 
 def server_name(replica_rank: int) -> str:
     return f"{NAME}_server_{replica_rank}"
 
 
-def buckets(weights: Iterable[tuple[str, torch.Tensor]], limit_bytes: int) -> Iterator[dict[str, torch.Tensor]]:
-    """Group weights into dictionaries of about `limit_bytes`. Float32: a server on a CPU has no other type.
+def buckets(
+    weights: Iterable[tuple[str, torch.Tensor]], limit_bytes: int
+) -> Iterator[dict[str, torch.Tensor]]:
+    """Group weights into dictionaries of about `limit_bytes`. Float32: a server on a CPU has no
+    other type.
 
-    They are copies: a view of a buffer, as the distributed optimizer makes them, would be pickled with all of its buffer.
+    They are copies: a view of a buffer, as the distributed optimizer makes them, would be pickled
+    with all of its buffer.
     """
     bucket: dict[str, torch.Tensor] = {}
     size = 0
@@ -67,7 +79,9 @@ def buckets(weights: Iterable[tuple[str, torch.Tensor]], limit_bytes: int) -> It
 class HFServerAdapter(BaseRollout):
     """In every trainer rank; the first rank of a replica sends the weights to the replica's server."""
 
-    def __init__(self, config: Any, model_config: Any, device_mesh: Any, replica_rank: int = -1) -> None:
+    def __init__(
+        self, config: Any, model_config: Any, device_mesh: Any, replica_rank: int = -1
+    ) -> None:
         super().__init__(config, model_config, device_mesh)
         ranks = (
             self.config.tensor_model_parallel_size
@@ -92,13 +106,16 @@ class HFServerAdapter(BaseRollout):
         wire_format: str = "named_tensors",
         **kwargs: Any,
     ) -> None:
-        """Send all weights. Every rank drains the generator, because exporting is collective; the leader raises last.
+        """Send all weights. Every rank drains the generator, because exporting is collective; the
+        leader raises last.
 
         Raises:
             ValueError: for weights that are missing, unknown, or of another shape.
         """
         if wire_format != "named_tensors":
-            raise ValueError(f"the rollout backend '{NAME}' takes full weights, not {wire_format!r}")
+            raise ValueError(
+                f"the rollout backend '{NAME}' takes full weights, not {wire_format!r}"
+            )
         limit = self.config.checkpoint_engine.update_weights_bucket_megabytes << 20
         if not self.is_leader:
             for _ in weights:

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Batched sampling from a Hugging Face causal language model, in plain torch.
 
-``model.generate`` takes one set of sampling parameters per batch and returns no log-probs of the distribution it
-sampled from. Here every row has its own parameters, its own length and its own random numbers, so that a row's tokens
-do not depend on the rows beside it, and finished rows leave the computation.
+``model.generate`` takes one set of sampling parameters per batch and returns no log-probs of the
+distribution it sampled from. Here every row has its own parameters, its own length and its own
+random numbers, so that a row's tokens do not depend on the rows beside it, and finished rows leave
+the computation.
 """
 
 from __future__ import annotations
@@ -26,8 +27,10 @@ class SamplingRequest:
         prompt_ids: at least one token id.
         max_new_tokens: at least 1; the stop token counts.
         temperature: 0 takes the most likely token, and `top_k` and `top_p` are then ignored.
-        top_k: keep the `top_k` most likely tokens (and those tied with the last of them); 0 or less keeps all.
-        top_p: keep the smallest set of most likely tokens whose probability reaches `top_p`; 1 keeps all.
+        top_k: keep the `top_k` most likely tokens (and those tied with the last of them); 0 or less
+            keeps all.
+        top_p: keep the smallest set of most likely tokens whose probability reaches `top_p`; 1
+            keeps all.
         stop_token_ids: sampling ends with the first of these, which is part of the completion.
         generator: random numbers of this request; None takes those of the batch.
     """
@@ -53,7 +56,8 @@ class SamplingRequest:
 
 @dataclass
 class Completion:
-    """Sampled tokens and their log-probs under the distribution they were sampled from (`process_logits`).
+    """Sampled tokens and their log-probs under the distribution they were sampled from
+    (`process_logits`).
 
     finish_reason: "stop" (ends with a stop token), "length", or "aborted".
     """
@@ -66,14 +70,17 @@ class Completion:
 def process_logits(
     logits: torch.Tensor, temperature: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor
 ) -> torch.Tensor:
-    """Log-probs of the distribution that tokens are sampled from: temperature, then top-k, then top-p.
+    """Log-probs of the distribution that tokens are sampled from: temperature, then top-k, then
+    top-p.
 
     Args:
         logits: ``[rows, vocab]``.
-        temperature, top_k, top_p: ``[rows]``, with the meaning they have in :class:`SamplingRequest`.
+        temperature, top_k, top_p: ``[rows]``, with the meaning they have in
+            :class:`SamplingRequest`.
 
     Returns:
-        ``[rows, vocab]``, ``-inf`` outside the support. For temperature 0, the log-probs of the model.
+        ``[rows, vocab]``, ``-inf`` outside the support. For temperature 0, the log-probs of the
+        model.
     """
     greedy = temperature == 0
     logits = logits.float() / torch.where(greedy, 1.0, temperature)[:, None]
@@ -92,16 +99,21 @@ def process_logits(
 
 
 def _sample(log_probs: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
-    """Invert the cumulative distribution at `uniform` ``[rows]``: one number in, one token out, row by row."""
+    """Invert the cumulative distribution at `uniform` ``[rows]``: one number in, one token out, row
+    by row.
+    """
     cdf = log_probs.double().exp().cumsum(-1)
-    # Scaled to the last value, so that rounding can neither leave the range nor reach a token of probability zero.
+    # Scaled to the last value, so that rounding can neither leave the range nor reach a token of
+    # probability zero.
     tokens = torch.searchsorted(cdf, (uniform.double() * cdf[:, -1])[:, None], right=True)[:, 0]
     last = cdf.shape[-1] - 1 - (log_probs > -torch.inf).flip(-1).int().argmax(-1)
     return torch.minimum(tokens, last)
 
 
 def _left_pad(prompts: Sequence[Sequence[int]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and mask ``[rows, longest prompt]``, padded on the left so that all rows end in the same column."""
+    """Token ids and mask ``[rows, longest prompt]``, padded on the left so that all rows end in the
+    same column.
+    """
     width = max(map(len, prompts))
     ids = torch.tensor([[pad_id] * (width - len(prompt)) + list(prompt) for prompt in prompts])
     lengths = torch.tensor([len(prompt) for prompt in prompts])
@@ -118,13 +130,15 @@ def generate_batch(
 ) -> list[Completion]:
     """Sample one completion per request.
 
-    Requests with the same prompt share its prefill. Nothing is converted to Python before the last token is sampled.
+    Requests with the same prompt share its prefill. Nothing is converted to Python before the last
+    token is sampled.
 
     Args:
         model: a Hugging Face causal language model with a dynamic key-value cache, in eval mode.
         requests: the rows of the batch.
         pad_id: any token id; padding is masked.
-        generator: random numbers for requests that bring none. Same generator state, same requests, same completions.
+        generator: random numbers for requests that bring none. Same generator state, same requests,
+            same completions.
         should_stop: asked before every token; True ends all rows that still run, as "aborted".
     """
     rows = len(requests)
@@ -134,7 +148,9 @@ def generate_batch(
     top_k = torch.tensor([request.top_k for request in requests])
     top_p = torch.tensor([float(request.top_p) for request in requests])
     most = max(1, max(len(request.stop_token_ids) for request in requests))
-    stops = torch.tensor([[*r.stop_token_ids, *[-1] * (most - len(r.stop_token_ids))] for r in requests])
+    stops = torch.tensor(
+        [[*r.stop_token_ids, *[-1] * (most - len(r.stop_token_ids))] for r in requests]
+    )
     uniform = torch.zeros(rows, longest)
     for row, request in zip(uniform, requests, strict=True):
         row[: request.max_new_tokens].uniform_(generator=request.generator or generator)
@@ -146,22 +162,30 @@ def generate_batch(
     ids, mask = _left_pad(list(distinct), pad_id)
     width = ids.shape[1]
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    output = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True, logits_to_keep=1)
+    output = model(
+        input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True, logits_to_keep=1
+    )
     cache, logits = output.past_key_values, output.logits[:, -1].index_select(0, copies)
     cache.batch_select_indices(copies)
-    mask = torch.cat([mask.index_select(0, copies), torch.ones(rows, longest, dtype=mask.dtype)], dim=1)
+    mask = torch.cat(
+        [mask.index_select(0, copies), torch.ones(rows, longest, dtype=mask.dtype)], dim=1
+    )
     prompt_lengths = mask[:, :width].sum(-1)
 
     tokens = torch.full((rows, longest), pad_id)
     log_probs = torch.zeros(rows, longest)
     lengths = torch.zeros(rows, dtype=torch.long)
     stopped = torch.zeros(rows, dtype=torch.bool)
-    running = torch.arange(rows)  # request of each row still in the computation; some may have finished
+    running = torch.arange(
+        rows
+    )  # request of each row still in the computation; some may have finished
     done = torch.zeros(rows, dtype=torch.bool)  # by row of the computation
     for step in range(longest):
         if should_stop():
             break
-        step_log_probs = process_logits(logits, temperature[running], top_k[running], top_p[running])
+        step_log_probs = process_logits(
+            logits, temperature[running], top_k[running], top_p[running]
+        )
         sampled = _sample(step_log_probs, uniform[running, step])
         token = torch.where(temperature[running] == 0, step_log_probs.argmax(-1), sampled)
         live = running[~done]
@@ -188,7 +212,12 @@ def generate_batch(
 
     completions = []
     for row_tokens, row_log_probs, length, limit, stop in zip(
-        tokens.tolist(), log_probs.tolist(), lengths.tolist(), limits.tolist(), stopped.tolist(), strict=True
+        tokens.tolist(),
+        log_probs.tolist(),
+        lengths.tolist(),
+        limits.tolist(),
+        stopped.tolist(),
+        strict=True,
     ):
         reason = "stop" if stop else "length" if length == limit else "aborted"
         completions.append(Completion(row_tokens[:length], row_log_probs[:length], reason))

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The server of the rollout backend "hf": a Ray actor that owns a Hugging Face model and answers ``generate``."""
+"""The server of the rollout backend "hf": a Ray actor that owns a Hugging Face model and answers
+``generate``.
+"""
 
 from __future__ import annotations
 
@@ -25,8 +27,9 @@ logger = logging.getLogger(__name__)
 GATHER_SECONDS = 0.02
 """A batch starts once no further request has arrived for this long."""
 
-# Sampling parameters, as verl and vLLM name them, that would change the result and are not implemented: the value with
-# which they change nothing, and the key of the config that sets them, where there is one.
+# Sampling parameters, as verl and vLLM name them, that would change the result and are not
+# implemented: the value with which they change nothing, and the key of the config that sets them,
+# where there is one.
 NEUTRAL = {
     "repetition_penalty": (1.0, "actor_rollout_ref.rollout.repetition_penalty"),
     "presence_penalty": (0.0, None),
@@ -38,7 +41,16 @@ NEUTRAL = {
     "min_tokens": (0, None),
     "prompt_logprobs": (None, None),
 }
-KNOWN = {"temperature", "top_p", "top_k", "max_tokens", "max_new_tokens", "logprobs", "ignore_eos", "stop_token_ids"}
+KNOWN = {
+    "temperature",
+    "top_p",
+    "top_k",
+    "max_tokens",
+    "max_new_tokens",
+    "logprobs",
+    "ignore_eos",
+    "stop_token_ids",
+}
 
 
 def check_sampling_params(params: dict[str, Any]) -> None:
@@ -53,39 +65,53 @@ def check_sampling_params(params: dict[str, Any]) -> None:
         if value != neutral and value not in (None, [], ""):
             where = f" (set {key}={neutral})" if key else ""
             raise ValueError(
-                f"sampling parameter {name}={value!r} is not supported by the rollout backend '{NAME}'{where}"
+                f"sampling parameter {name}={value!r} is not supported by the rollout backend "
+                f"'{NAME}'{where}"
             )
 
 
 def check_rollout_config(config: Any) -> None:
     """
     Raises:
-        ValueError: naming a key of ``actor_rollout_ref.rollout`` that this backend would have to ignore.
+        ValueError: naming a key of ``actor_rollout_ref.rollout`` that this backend would have to
+            ignore.
     """
     prefix = "actor_rollout_ref.rollout"
     refused = [
-        (config.repetition_penalty != 1.0, f"{prefix}.repetition_penalty={config.repetition_penalty}", "1.0"),
-        (config.enable_rollout_routing_replay, f"{prefix}.enable_rollout_routing_replay=True", "False"),
+        (
+            config.repetition_penalty != 1.0,
+            f"{prefix}.repetition_penalty={config.repetition_penalty}",
+            "1.0",
+        ),
+        (
+            config.enable_rollout_routing_replay,
+            f"{prefix}.enable_rollout_routing_replay=True",
+            "False",
+        ),
         (config.disaggregation.enabled, f"{prefix}.disaggregation.enabled=True", "False"),
         (config.quantization is not None, f"{prefix}.quantization={config.quantization}", "null"),
     ]
     for condition, what, value in refused:
         if condition:
-            raise ValueError(f"{what} is not supported by the rollout backend '{NAME}'; set it to {value}")
+            raise ValueError(
+                f"{what} is not supported by the rollout backend '{NAME}'; set it to {value}"
+            )
 
 
 @dataclass
 class _Pending:
     request: SamplingRequest
-    future: asyncio.Future = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+    future: asyncio.Future = field(
+        default_factory=lambda: asyncio.get_running_loop().create_future()
+    )
 
 
 class HFServer:
     """One model, one queue: requests that arrive while a batch runs make up the next batch.
 
-    The random numbers of a request follow from the server's seed, the step of the weights, the prompt, the sampling
-    parameters, and how often just this has been asked for with these weights: neither the order of arrival nor other
-    requests, such as those of validation, change them.
+    The random numbers of a request follow from the server's seed, the step of the weights, the
+    prompt, the sampling parameters, and how often just this has been asked for with these weights:
+    neither the order of arrival nor other requests, such as those of validation, change them.
     """
 
     def __init__(self, config: Any, model_config: Any, replica_rank: int) -> None:
@@ -97,9 +123,13 @@ class HFServer:
         path, trust = model_config.local_path, model_config.trust_remote_code
         if self.config.load_format == "dummy":  # verl's default: the trainer sends the weights
             hf_config = AutoConfig.from_pretrained(path, trust_remote_code=trust)
-            self.model = AutoModelForCausalLM.from_config(hf_config, dtype=torch.float32, trust_remote_code=trust)
+            self.model = AutoModelForCausalLM.from_config(
+                hf_config, dtype=torch.float32, trust_remote_code=trust
+            )
         else:
-            self.model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, trust_remote_code=trust)
+            self.model = AutoModelForCausalLM.from_pretrained(
+                path, dtype=torch.float32, trust_remote_code=trust
+            )
         self.model.eval().requires_grad_(False)
         self.stop_token_ids = self._stop_token_ids(model_config)
         self.pad_id = model_config.tokenizer.pad_token_id or 0
@@ -140,7 +170,10 @@ class HFServer:
         mm_processor_kwargs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> TokenOutput:
-        """Sample one completion. The arguments are those of verl's client. A failure is logged, then raised."""
+        """Sample one completion.
+
+        The arguments are those of verl's client. A failure is logged, then raised.
+        """
         try:
             if image_data or video_data or audio_data:
                 raise ValueError(f"the rollout backend '{NAME}' takes text only")
@@ -150,7 +183,9 @@ class HFServer:
                     return self._output(Completion([], [], "aborted"), sampling_params)
                 await self._open.wait()
             if not self._ready:
-                raise RuntimeError("the rollout server was asked to generate before it received weights")
+                raise RuntimeError(
+                    "the rollout server was asked to generate before it received weights"
+                )
             request.generator = self._generator(request)
             pending = _Pending(request)
             self._queue.append(pending)
@@ -166,8 +201,13 @@ class HFServer:
         check_sampling_params(params)
         config = self.config
         limit = params.get("max_tokens") or params.get("max_new_tokens")
-        if limit is None:  # as verl's vLLM server: verl/workers/rollout/vllm_rollout/vllm_async_server.py:611
-            limit = min(config.response_length, config.prompt_length + config.response_length - len(prompt_ids))
+        if (
+            limit is None
+        ):  # as verl's vLLM server: verl/workers/rollout/vllm_rollout/vllm_async_server.py:611
+            limit = min(
+                config.response_length,
+                config.prompt_length + config.response_length - len(prompt_ids),
+            )
         if config.max_model_len is not None:
             if len(prompt_ids) >= config.max_model_len:
                 raise ValueError(
@@ -186,15 +226,21 @@ class HFServer:
         )
 
     def _generator(self, request: SamplingRequest) -> torch.Generator:
-        asked = (tuple(request.prompt_ids), float(request.temperature), int(request.top_k), float(request.top_p))
+        asked = (
+            tuple(request.prompt_ids),
+            float(request.temperature),
+            int(request.top_k),
+            float(request.top_p),
+        )
         key = repr((self.seed, self.global_steps, asked, self._asked[asked])).encode()
         self._asked[asked] += 1
         digest = hashlib.blake2b(key, digest_size=8).digest()
         return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
 
     def _output(self, completion: Completion, params: dict[str, Any]) -> TokenOutput:
-        """verl documents "completed" and "aborted", and writes "length" itself where the budget ran out
-        (``verl/workers/rollout/llm_server.py:333``)."""
+        """verl documents "completed" and "aborted", and writes "length" itself where the budget ran
+        out (``verl/workers/rollout/llm_server.py:333``).
+        """
         reason = {"stop": "completed"}.get(completion.finish_reason, completion.finish_reason)
         return TokenOutput(
             token_ids=completion.token_ids,
@@ -205,14 +251,20 @@ class HFServer:
         )
 
     async def _serve(self) -> None:
-        """Run batches for as long as the actor lives. The model runs in a thread, so that requests keep arriving."""
+        """Run batches for as long as the actor lives.
+
+        The model runs in a thread, so that requests keep arriving.
+        """
         while True:
             await self._work.wait()
             waiting = -1
             while waiting < len(self._queue) < self.config.max_num_seqs:
                 waiting = len(self._queue)
                 await asyncio.sleep(GATHER_SECONDS)
-            batch, self._queue = (self._queue[: self.config.max_num_seqs], self._queue[self.config.max_num_seqs :])
+            batch, self._queue = (
+                self._queue[: self.config.max_num_seqs],
+                self._queue[self.config.max_num_seqs :],
+            )
             if not self._queue:
                 self._work.clear()
             if not batch:
@@ -237,7 +289,8 @@ class HFServer:
     # Weights.
 
     async def load_weights(self, weights: dict[str, torch.Tensor]) -> None:
-        """Copy some of the weights, under their Hugging Face names. `finish_weights` must follow the last of them.
+        """Copy some of the weights, under their Hugging Face names. `finish_weights` must follow
+        the last of them.
 
         Raises:
             ValueError: naming weights that the model does not have, or whose shape differs.
@@ -247,9 +300,16 @@ class HFServer:
                 self._missing = {name for name, _ in self.model.named_parameters()}
                 self._ready = False
             own = self.model.state_dict()
-            wrong = [name for name, tensor in weights.items() if name not in own or own[name].shape != tensor.shape]
+            wrong = [
+                name
+                for name, tensor in weights.items()
+                if name not in own or own[name].shape != tensor.shape
+            ]
             if wrong:
-                raise ValueError(f"weights unknown to the rollout model, or of another shape: {sorted(wrong)[:5]}")
+                raise ValueError(
+                    "weights unknown to the rollout model, or of another shape: "
+                    f"{sorted(wrong)[:5]}"
+                )
             for name, tensor in weights.items():
                 own[name].copy_(tensor)
                 self._missing.discard(name)
@@ -261,7 +321,10 @@ class HFServer:
         """
         missing, self._missing = self._missing, set()
         if missing:
-            raise ValueError(f"{len(missing)} weights are missing from the update, for example {sorted(missing)[:5]}")
+            raise ValueError(
+                f"{len(missing)} weights are missing from the update, for example "
+                f"{sorted(missing)[:5]}"
+            )
         self._ready = True
         self._asked.clear()
         if global_steps is not None:
@@ -272,8 +335,12 @@ class HFServer:
 
     # Control, in verl's words (verl/workers/rollout/replica.py:265).
 
-    async def abort_all_requests(self, reject_request: bool = False, **kwargs: Any) -> dict[str, Any]:
-        """End what runs and waits, as "aborted" with the tokens sampled so far; hold or reject what comes later."""
+    async def abort_all_requests(
+        self, reject_request: bool = False, **kwargs: Any
+    ) -> dict[str, Any]:
+        """End what runs and waits, as "aborted" with the tokens sampled so far; hold or reject what
+        comes later.
+        """
         self._rejecting = reject_request
         self._open.clear()
         waiting, self._queue = self._queue, []
@@ -294,4 +361,6 @@ class HFServer:
     async def _nothing(self, *args: Any, **kwargs: Any) -> None:
         """The weights stay where they are, and there is no cache between batches."""
 
-    wake_up = sleep = clear_kv_cache = release_kv_cache = resume_kv_cache = start_profile = stop_profile = _nothing
+    wake_up = sleep = clear_kv_cache = release_kv_cache = resume_kv_cache = start_profile = (
+        stop_profile
+    ) = _nothing

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m capo_verl.cpu.smollm2``: data and model, from the cache where possible. Prints their two folders, one a line."""
+"""``python -m capo_verl.cpu.smollm2``: data and model, from the cache where possible.
+
+Prints their two folders, one a line.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,10 @@ from capo_verl.plugin.missing_packages import missing
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m capo_verl.cpu.smollm2", description=__doc__)
     parser.add_argument(
-        "--tensor-parallel-size", type=int, default=2, help="the model's attention heads will divide by it (default: 2)"
+        "--tensor-parallel-size",
+        type=int,
+        default=2,
+        help="the model's attention heads will divide by it (default: 2)",
     )
     args = parser.parse_args()
     try:

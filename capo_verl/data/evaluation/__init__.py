@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Scores of a checkpoint: completions by verl's generation server, rewards by ``capo_verl.data.rewards``.
+"""Scores of a checkpoint: completions by verl's generation server, rewards by
+``capo_verl.data.rewards``.
 
 ``checkpoint``   where the Hugging Face weights of a checkpoint are
 ``problems``     what is asked

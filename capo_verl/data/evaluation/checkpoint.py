@@ -14,7 +14,8 @@ INSIDE = ("actor/huggingface", "actor/model/huggingface", "huggingface", "model/
 
 
 def find_model(path: str) -> str:
-    """The folder with the weights, for a Hugging Face folder, ``global_step_N`` or a run's folder (its latest step).
+    """The folder with the weights, for a Hugging Face folder, ``global_step_N`` or a run's folder
+    (its latest step).
 
     A name like ``Qwen/Qwen2.5-Math-7B`` that is no folder here is taken as one of the hub's.
 
@@ -31,16 +32,24 @@ def find_model(path: str) -> str:
     if (folder / TRACKER).exists():
         folder = folder / f"global_step_{(folder / TRACKER).read_text().strip()}"
     for candidate in (folder, *(folder / inside for inside in INSIDE)):
-        if (candidate / "config.json").exists() and any(next(candidate.glob(pattern), None) for pattern in WEIGHTS):
+        if (candidate / "config.json").exists() and any(
+            next(candidate.glob(pattern), None) for pattern in WEIGHTS
+        ):
             return str(candidate)
-    actor = next((p for p in (folder / "actor", folder) if p.is_dir() and _is_verl_checkpoint(p)), None)
+    actor = next(
+        (p for p in (folder / "actor", folder) if p.is_dir() and _is_verl_checkpoint(p)), None
+    )
     if actor is None:
-        raise ValueError(f"--model {path}: neither config.json with *.safetensors nor a checkpoint of verl is there")
+        raise ValueError(
+            f"--model {path}: neither config.json with *.safetensors nor a checkpoint of verl is "
+            "there"
+        )
     backend = "fsdp" if next(actor.glob("model_world_size_*"), None) else "megatron"
     raise ValueError(
-        f"--model {path}: this checkpoint has no Hugging Face weights. Save them while training, by "
-        "actor_rollout_ref.actor.checkpoint.save_contents=[model,optimizer,extra,hf_model], or merge them now: "
-        f"python -m verl.model_merger merge --backend {backend} --local_dir {actor} --target_dir {actor / 'huggingface'}"
+        f"--model {path}: this checkpoint has no Hugging Face weights. Save them while training, "
+        "by actor_rollout_ref.actor.checkpoint.save_contents=[model,optimizer,extra,hf_model], or "
+        f"merge them now: python -m verl.model_merger merge --backend {backend} --local_dir "
+        f"{actor} --target_dir {actor / 'huggingface'}"
     )
 
 

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Completions on disk: one JSON line each, written as they arrive, so that a run that was stopped goes on where it was."""
+"""Completions on disk: one JSON line each, written as they arrive, so that a run that was stopped
+goes on where it was.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,8 @@ class Store:
         settings: what the completions depend on. None takes those that are there, for scoring only.
 
     Raises:
-        ValueError: if the folder holds completions made with other settings, or none, for scoring only.
+        ValueError: if the folder holds completions made with other settings, or none, for scoring
+            only.
     """
 
     def __init__(self, folder: Path, settings: Mapping[str, Any] | None) -> None:
@@ -45,13 +48,18 @@ class Store:
         found = json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
         if settings is None:
             if found is None:
-                raise ValueError(f"--score-only: {self.path} is not there; run once without --score-only")
+                raise ValueError(
+                    f"--score-only: {self.path} is not there; run once without --score-only"
+                )
         elif found is None:
             folder.mkdir(parents=True, exist_ok=True)
             file.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
         elif different := [k for k in settings if found.get(k) != settings[k]]:
             listed = ", ".join(f"{k}={found.get(k)!r} (now {settings[k]!r})" for k in different)
-            raise ValueError(f"{folder} holds completions made with {listed}: choose another --output, or --overwrite")
+            raise ValueError(
+                f"{folder} holds completions made with {listed}: choose another --output, or "
+                "--overwrite"
+            )
         self.settings = dict(found if found is not None else settings or {})
         self._file: TextIO | None = None
 

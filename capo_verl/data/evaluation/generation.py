@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Completions by verl's rollout servers, the same that training uses: vLLM or SGLang on GPUs, "hf" on a CPU.
+"""Completions by verl's rollout servers, the same that training uses: vLLM or SGLang on GPUs, "hf"
+on a CPU.
 
-verl's own ``main_generation_server`` posts to the servers' OpenAI endpoint, which the CPU's server does not have, and keeps
-everything until the end. This takes its servers (``LLMServerManager``, standalone) and the token interface of training.
+verl's own ``main_generation_server`` posts to the servers' OpenAI endpoint, which the CPU's server
+does not have, and keeps everything until the end. This takes its servers (``LLMServerManager``,
+standalone) and the token interface of training.
 """
 
 from __future__ import annotations
@@ -38,10 +40,14 @@ class ServerConfig:
 
     def __post_init__(self) -> None:
         if self.gpus_per_node < 1:
-            raise ValueError("no GPU was found: say how many by --gpus, or set VERL_PLATFORM=cpu for --backend hf")
+            raise ValueError(
+                "no GPU was found: say how many by --gpus, or set VERL_PLATFORM=cpu for --backend "
+                "hf"
+            )
         if self.gpus_per_node * self.nodes % self.tensor_parallel:
             raise ValueError(
-                f"--gpus {self.gpus_per_node} x --nodes {self.nodes} does not divide into servers of --tp {self.tensor_parallel}"
+                f"--gpus {self.gpus_per_node} x --nodes {self.nodes} does not divide into servers "
+                f"of --tp {self.tensor_parallel}"
             )
 
 
@@ -71,16 +77,25 @@ def compose_config(server: ServerConfig) -> Any:
     folder = os.path.join(os.path.dirname(verl.trainer.__file__), "config")
     try:
         with initialize_config_dir(folder, version_base=None):
-            overrides = [*(f"{key}={_quoted(value)}" for key, value in settings.items()), *server.overrides]
+            overrides = [
+                *(f"{key}={_quoted(value)}" for key, value in settings.items()),
+                *server.overrides,
+            ]
             config = compose("ppo_trainer", overrides=overrides)
         OmegaConf.resolve(config)
     except HydraException as error:
-        raise ValueError(f"verl's config refuses {' '.join(server.overrides)}: {str(error).splitlines()[0]}") from error
+        raise ValueError(
+            f"verl's config refuses {' '.join(server.overrides)}: {str(error).splitlines()[0]}"
+        ) from error
     return config
 
 
 def _quoted(value: str | int) -> str:
-    return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'" if isinstance(value, str) else str(value)
+    return (
+        "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
+        if isinstance(value, str)
+        else str(value)
+    )
 
 
 def load_tokenizer(model: str) -> Any:
@@ -103,7 +118,9 @@ def tokenize(problems: Sequence[Problem], tokenizer: Any, limit: int) -> dict[st
 
     prompts = {
         p.key: list(
-            normalize_token_ids(tokenizer.apply_chat_template(p.prompt, add_generation_prompt=True, tokenize=True))
+            normalize_token_ids(
+                tokenizer.apply_chat_template(p.prompt, add_generation_prompt=True, tokenize=True)
+            )
         )
         for p in problems
     }
@@ -111,7 +128,8 @@ def tokenize(problems: Sequence[Problem], tokenizer: Any, limit: int) -> dict[st
     if longest > limit:
         count = sum(len(prompt) > limit for prompt in prompts.values())
         raise ValueError(
-            f"{count} prompts are longer than --max-prompt-length {limit}; the longest has {longest} tokens"
+            f"{count} prompts are longer than --max-prompt-length {limit}; the longest has "
+            f"{longest} tokens"
         )
     return prompts
 
@@ -124,7 +142,8 @@ def generate(
     concurrency: int,
     receive: Callable[[Completion], None],
 ) -> None:
-    """Start the servers, answer every task, stop them. ``receive`` gets completions as they come, in this thread.
+    """Start the servers, answer every task, stop them. ``receive`` gets completions as they come,
+    in this thread.
 
     Raises:
         Exception: whatever a server raises; completions received before are kept.
@@ -136,7 +155,10 @@ def generate(
     if started:
         from verl.trainer.constants_ppo import get_ppo_ray_runtime_env
 
-        ray.init(runtime_env=dict(get_ppo_ray_runtime_env(config)), **({} if address else _local_cluster(config)))
+        ray.init(
+            runtime_env=dict(get_ppo_ray_runtime_env(config)),
+            **({} if address else _local_cluster(config)),
+        )
     try:
         asyncio.run(_generate(config, tasks, sampling, tokenizer, concurrency, receive))
     finally:
@@ -148,7 +170,8 @@ def _local_cluster(config: Any) -> dict[str, Any]:
     rollout = config.actor_rollout_ref.rollout
     arguments: dict[str, Any] = {"include_dashboard": False}
     if os.environ.get("VERL_PLATFORM") == "cpu":
-        # Ray's counts, not the machine's: one made-up GPU per rank (capo_verl/cpu/platform.py), CPUs for verl's helpers.
+        # Ray's counts, not the machine's: one made-up GPU per rank (capo_verl/cpu/platform.py),
+        # CPUs for verl's helpers.
         arguments |= {"num_gpus": rollout.n_gpus_per_node, "num_cpus": max(8, os.cpu_count() or 1)}
     return arguments
 
@@ -170,9 +193,12 @@ async def _generate(
     async def worker() -> None:
         for problem, sample, prompt in waiting:
             parameters = {**sampling, "max_tokens": limit}
-            output = await client.generate(f"{problem.key}-{sample}", prompt_ids=prompt, sampling_params=parameters)
+            output = await client.generate(
+                f"{problem.key}-{sample}", prompt_ids=prompt, sampling_params=parameters
+            )
             tokens = list(output.token_ids)
-            # The servers disagree about the word for it; a full budget without an end token is what it means.
+            # The servers disagree about the word for it; a full budget without an end token is what
+            # it means.
             truncated = len(tokens) >= limit and tokens[-1] != tokenizer.eos_token_id
             text = tokenizer.decode(tokens, skip_special_tokens=True)
             receive(Completion(problem.key, sample, text, len(tokens), truncated))

@@ -25,7 +25,8 @@ class Problem:
 
 
 def read_problems(files: Sequence[str], limit: int | None = None) -> list[Problem]:
-    """Problems of all files, at most ``limit`` of each. A problem that was there before is left out.
+    """Problems of all files, at most ``limit`` of each. A problem that was there before is left
+    out.
 
     Raises:
         ValueError: naming the file, and the row that lacks something.
@@ -39,14 +40,19 @@ def read_problems(files: Sequence[str], limit: int | None = None) -> list[Proble
             raise ValueError(f"--data {file}: no rows")
         for number, row in enumerate(rows[:limit]):
             try:
-                prompt = [{"role": str(m["role"]), "content": str(m["content"])} for m in row["prompt"]]
+                prompt = [
+                    {"role": str(m["role"]), "content": str(m["content"])} for m in row["prompt"]
+                ]
                 source, truth = str(row["data_source"]), str(row["reward_model"]["ground_truth"])
             except (KeyError, TypeError) as error:
                 raise ValueError(
-                    f"--data {file}, row {number}: not a row of verl's schema ({type(error).__name__}: {error}); "
+                    f"--data {file}, row {number}: not a row of verl's schema "
+                    f"({type(error).__name__}: {error}); "
                     "write the file with scripts/prepare_data.py"
                 ) from error
             text = json.dumps([source, prompt, truth], ensure_ascii=True)
             key = hashlib.sha256(text.encode()).hexdigest()[:16]
-            problems.setdefault(key, Problem(key, source, prompt, truth, dict(row.get("extra_info") or {})))
+            problems.setdefault(
+                key, Problem(key, source, prompt, truth, dict(row.get("extra_info") or {}))
+            )
     return list(problems.values())

@@ -13,7 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from capo_verl.data.evaluation import generation, scoring, statistics
 from capo_verl.data.evaluation.checkpoint import find_model
@@ -38,7 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(args: argparse.Namespace, console: Console) -> None:
     """
     Raises:
-        ValueError, OSError: whatever is wrong with the input, in one sentence, before a server is started.
+        ValueError, OSError: whatever is wrong with the input, in one sentence, before a server is
+            started.
     """
     output = Path(args.output)
     _check(args)
@@ -52,17 +60,22 @@ def run(args: argparse.Namespace, console: Console) -> None:
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        store = Store(output, None) if args.score_only else _generate(args, output, problems, progress)
+        store = (
+            Store(output, None) if args.score_only else _generate(args, output, problems, progress)
+        )
         completions = store.read()
         store.close()
         n = args.n if not args.score_only else int(store.settings["n"])
         missing = [p for p in problems if (p.key, n - 1) not in completions]
         if missing:
             raise ValueError(
-                f"{store.path} lacks completions of {len(missing)} of {len(problems)} problems; run without --score-only"
+                f"{store.path} lacks completions of {len(missing)} of {len(problems)} problems; "
+                "run without --score-only"
             )
         bar = progress.add_task("scoring", total=n * len(problems))
-        scored = scoring.score_all(problems, completions, reward, args.score_threads, lambda: progress.advance(bar))
+        scored = scoring.score_all(
+            problems, completions, reward, args.score_threads, lambda: progress.advance(bar)
+        )
     groups = scoring.per_problem(scored, args.k)
     results = statistics.estimates(groups, args.seed)
     _write(output, store.settings, args, groups, results, scored)
@@ -74,7 +87,10 @@ def _check(args: argparse.Namespace) -> None:
     if args.n < 1:
         raise ValueError(f"-n {args.n}: at least one completion per problem is needed")
     if args.temperature == 0 and args.n > 1:
-        raise ValueError(f"--temperature 0 with -n {args.n}: all completions of a problem would be the same; -n 1")
+        raise ValueError(
+            f"--temperature 0 with -n {args.n}: all completions of a problem would be the same; -n "
+            "1"
+        )
     if args.k and max(args.k) > args.n and not args.score_only:
         raise ValueError(f"--k {max(args.k)}: pass@k needs at least k completions, -n is {args.n}")
     if args.score_only and args.overwrite:
@@ -83,18 +99,22 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError("--model is missing")
 
 
-def _generate(args: argparse.Namespace, output: Path, problems: list[Problem], progress: Progress) -> Store:
+def _generate(
+    args: argparse.Namespace, output: Path, problems: list[Problem], progress: Progress
+) -> Store:
     model = find_model(args.model)
     cpu = os.environ.get("VERL_PLATFORM") == "cpu"
     backend = args.backend or ("hf" if cpu else "vllm")
     if (backend == "hf") != cpu:
         raise ValueError(
-            f"--backend {backend}: hf is the server for VERL_PLATFORM=cpu, vllm and sglang are those for GPUs"
+            f"--backend {backend}: hf is the server for VERL_PLATFORM=cpu, vllm and sglang are "
+            "those for GPUs"
         )
     server = generation.ServerConfig(
-        model=model, backend=backend, gpus_per_node=_gpus(args.gpus, cpu, args.tp), nodes=args.nodes, tensor_parallel=args.tp,
-        max_prompt_length=args.max_prompt_length, max_response_length=args.max_response_length, seed=args.seed,
-        overrides=tuple(args.overrides),
+        model=model, backend=backend, gpus_per_node=_gpus(args.gpus, cpu, args.tp),
+        nodes=args.nodes, tensor_parallel=args.tp,
+        max_prompt_length=args.max_prompt_length, max_response_length=args.max_response_length,
+        seed=args.seed, overrides=tuple(args.overrides),
     )  # fmt: skip
     generation.compose_config(server)  # refuses wrong overrides now
     tokenizer = generation.load_tokenizer(model)
@@ -103,16 +123,22 @@ def _generate(args: argparse.Namespace, output: Path, problems: list[Problem], p
         _remove(output)
     sampling = {"temperature": args.temperature, "top_p": args.top_p, "top_k": args.top_k}
     settings = {
-        "model": str(Path(model).resolve()) if Path(model).exists() else model, "backend": backend, "n": args.n, **sampling,
-        "max_response_length": args.max_response_length, "seed": args.seed, "overrides": list(args.overrides),
+        "model": str(Path(model).resolve()) if Path(model).exists() else model, "backend": backend,
+        "n": args.n, **sampling, "max_response_length": args.max_response_length, "seed": args.seed,
+        "overrides": list(args.overrides),
     }  # fmt: skip
     store = Store(output, settings)
     there = store.read()
     # One sample of every problem after the other, so that the first estimate is there early.
-    tasks = [(p, i, prompts[p.key]) for i in range(args.n) for p in problems if (p.key, i) not in there]
-    bar = progress.add_task("generating", total=args.n * len(problems), completed=args.n * len(problems) - len(tasks))
+    tasks = [
+        (p, i, prompts[p.key]) for i in range(args.n) for p in problems if (p.key, i) not in there
+    ]
+    bar = progress.add_task(
+        "generating", total=args.n * len(problems), completed=args.n * len(problems) - len(tasks)
+    )
     if tasks:
-        # A server counts from its start how often a prompt was asked: with its first seed it would repeat what is there.
+        # A server counts from its start how often a prompt was asked: with its first seed it would
+        # repeat what is there.
         config = generation.compose_config(_with_seed(server, args.seed + len(there)))
 
         def receive(completion: Completion) -> None:
@@ -142,7 +168,10 @@ def _remove(output: Path) -> None:
     known = {"settings.json", "completions.jsonl", RESULTS, SCORED}
     foreign = sorted(path.name for path in output.iterdir() if path.name not in known)
     if foreign:
-        raise ValueError(f"--overwrite: {output} holds more than an evaluation ({foreign[0]}); choose another --output")
+        raise ValueError(
+            f"--overwrite: {output} holds more than an evaluation ({foreign[0]}); choose another "
+            "--output"
+        )
     shutil.rmtree(output)
 
 
@@ -167,22 +196,33 @@ def load_reward(path: str | None, name: str) -> scoring.Reward:
     return function
 
 
-def table(groups: dict[str, dict[str, list[float]]], results: dict[str, dict[str, statistics.Estimate]]) -> str:
+def table(
+    groups: dict[str, dict[str, list[float]]], results: dict[str, dict[str, statistics.Estimate]]
+) -> str:
     """One line per data source: problems, accuracies and passes with their intervals, in per cent."""
-    shown = [m for m in next(iter(results.values())) if m.startswith(("avg@", "pass@", "maj@")) and m != "pass@1"]
+    shown = [
+        m
+        for m in next(iter(results.values()))
+        if m.startswith(("avg@", "pass@", "maj@")) and m != "pass@1"
+    ]
     rows = [["data source", "problems", *shown]]
     for group, metrics in results.items():
         count = str(len(next(iter(groups[group].values())))) if group in groups else ""
         rows.append([group, count, *(_cell(metrics[m]) if m in metrics else "-" for m in shown)])
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
     )
 
 
 def _cell(estimate: statistics.Estimate) -> str:
     mean = f"{100 * estimate.mean:.1f}"
-    return mean if estimate.low is None else f"{mean} [{100 * estimate.low:.1f}, {100 * estimate.high:.1f}]"  # type: ignore[operator]
+    return (
+        mean
+        if estimate.low is None
+        else f"{mean} [{100 * estimate.low:.1f}, {100 * estimate.high:.1f}]"
+    )  # type: ignore[operator]
 
 
 def _write(output: Path, settings, args, groups, results, scored) -> None:  # type: ignore[no-untyped-def]
@@ -190,10 +230,17 @@ def _write(output: Path, settings, args, groups, results, scored) -> None:  # ty
 
     write_parquet(scored, output / SCORED)
     report = {
-        "settings": {**settings, "data": args.data, "reward": args.reward or "capo_verl.data.rewards.math_answers"},
+        "settings": {
+            **settings,
+            "data": args.data,
+            "reward": args.reward or "capo_verl.data.rewards.math_answers",
+        },
         "problems": {group: len(next(iter(metrics.values()))) for group, metrics in groups.items()},
-        "interval": f"{statistics.LEVEL:.0%} bootstrap over problems, {statistics.RESAMPLES} resamples",
-        "results": {group: {m: asdict(e) for m, e in metrics.items()} for group, metrics in results.items()},
+        "interval": f"{statistics.LEVEL:.0%} bootstrap over problems, {statistics.RESAMPLES} "
+        "resamples",
+        "results": {
+            group: {m: asdict(e) for m, e in metrics.items()} for group, metrics in results.items()
+        },
     }
     write_json(report, output / RESULTS)
 
@@ -211,10 +258,22 @@ def _parser() -> argparse.ArgumentParser:
     )
     add(
         "--model",
-        help="Hugging Face folder or name, verl's global_step_N, or a run's checkpoint folder (its latest step)",
+        help="Hugging Face folder or name, verl's global_step_N, or a run's checkpoint folder (its "
+        "latest step)",
     )
-    add("--data", nargs="+", required=True, metavar="FILE", help="as scripts/prepare_data.py writes them")
-    add("--output", required=True, metavar="DIR", help="completions and results; the same folder again goes on")
+    add(
+        "--data",
+        nargs="+",
+        required=True,
+        metavar="FILE",
+        help="as scripts/prepare_data.py writes them",
+    )
+    add(
+        "--output",
+        required=True,
+        metavar="DIR",
+        help="completions and results; the same folder again goes on",
+    )
     add("-n", type=int, default=1, help="completions per problem; default: 1")
     add("--k", type=int, nargs="+", help="for pass@k; default: powers of two up to n, and n")
     add("--temperature", type=float, default=1.0, help="default: 1.0")
@@ -222,14 +281,22 @@ def _parser() -> argparse.ArgumentParser:
     add("--top-k", type=int, default=-1, help="default: -1, all")
     add("--max-prompt-length", type=int, default=1024, help="tokens; default: 1024")
     add("--max-response-length", type=int, default=3072, help="tokens; default: 3072")
-    add("--backend", choices=("vllm", "sglang", "hf"), help="default: vllm; hf with VERL_PLATFORM=cpu")
+    add(
+        "--backend",
+        choices=("vllm", "sglang", "hf"),
+        help="default: vllm; hf with VERL_PLATFORM=cpu",
+    )
     add("--gpus", type=int, help="per node; default: those there are")
     add("--nodes", type=int, default=1, help="of the Ray cluster at $RAY_ADDRESS; default: 1")
     add("--tp", type=int, default=1, help="GPUs per server; default: 1")
     add("--concurrency", type=int, default=256, help="requests under way; default: 256")
     add("--seed", type=int, default=42, help="of sampling and of the intervals; default: 42")
     add("--limit", type=int, help="only the first problems of each file")
-    add("--reward", metavar="PATH", help="file or pkg://module with another reward function; default: this package's")
+    add(
+        "--reward",
+        metavar="PATH",
+        help="file or pkg://module with another reward function; default: this package's",
+    )
     add("--reward-name", default="compute_score", help="default: compute_score")
     add("--score-threads", type=int, default=8, help="default: 8")
     add("--score-only", action="store_true", help="score the completions that are there")

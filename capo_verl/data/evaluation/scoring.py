@@ -23,17 +23,20 @@ def score_all(
     threads: int,
     advance: Callable[[], None] = lambda: None,
 ) -> list[Scored]:
-    """One record per completion, in the order of problems and samples. The reward is called in threads, as verl does.
+    """One record per completion, in the order of problems and samples. The reward is called in
+    threads, as verl does.
 
     Args:
-        reward: in the signature of verl's ``custom_reward_function``; a number or a dictionary with ``score``.
+        reward: in the signature of verl's ``custom_reward_function``; a number or a dictionary with
+            ``score``.
         advance: called after each.
     """
     chosen = [(p, c) for p in problems for (key, _), c in _of(completions, p.key)]
     records: list[Scored | None] = [None] * len(chosen)
     with ThreadPoolExecutor(threads) as pool:
         futures = {
-            pool.submit(_score, reward, problem, completion): i for i, (problem, completion) in enumerate(chosen)
+            pool.submit(_score, reward, problem, completion): i
+            for i, (problem, completion) in enumerate(chosen)
         }
         for future in as_completed(futures):
             records[futures[future]] = future.result()
@@ -41,7 +44,9 @@ def score_all(
     return [record for record in records if record is not None]
 
 
-def _of(completions: Mapping[tuple[str, int], Completion], key: str) -> list[tuple[tuple[str, int], Completion]]:
+def _of(
+    completions: Mapping[tuple[str, int], Completion], key: str
+) -> list[tuple[tuple[str, int], Completion]]:
     samples = []
     while (key, len(samples)) in completions:
         samples.append(((key, len(samples)), completions[key, len(samples)]))
@@ -70,14 +75,18 @@ def _score(reward: Reward, problem: Problem, completion: Completion) -> Scored:
     }
 
 
-def per_problem(scored: Sequence[Scored], ks: Sequence[int] | None = None) -> dict[str, dict[str, list[float]]]:
+def per_problem(
+    scored: Sequence[Scored], ks: Sequence[int] | None = None
+) -> dict[str, dict[str, list[float]]]:
     """Data source to metric to one value per problem.
 
-    Metrics: ``avg@n`` (accuracy), ``score`` (mean reward), ``pass@k``, ``maj@n`` where the reward reports ``pred``, and the
+    Metrics: ``avg@n`` (accuracy), ``score`` (mean reward), ``pass@k``, ``maj@n`` where the reward
+        reports ``pred``, and the
     shares ``answered``, ``judge_failed`` and ``truncated``, and ``tokens``.
 
     Raises:
-        ValueError: if the problems of a source have different numbers of samples, or fewer than some k.
+        ValueError: if the problems of a source have different numbers of samples, or fewer than
+            some k.
     """
     problems: dict[tuple[str, str], list[Scored]] = defaultdict(list)
     for record in scored:
@@ -86,7 +95,8 @@ def per_problem(scored: Sequence[Scored], ks: Sequence[int] | None = None) -> di
     counts = {len(records) for records in problems.values()}
     if len(counts) > 1:
         raise ValueError(
-            f"problems have {min(counts)} to {max(counts)} completions; complete the run without --score-only first"
+            f"problems have {min(counts)} to {max(counts)} completions; complete the run without "
+            "--score-only first"
         )
     for (source, _), records in problems.items():
         n = len(records)

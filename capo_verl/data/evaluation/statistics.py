@@ -15,7 +15,9 @@ LEVEL = 0.95
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over problems with its 95 % interval; the interval is None for fewer than two problems."""
+    """A mean over problems with its 95 % interval; the interval is None for fewer than two
+    problems.
+    """
 
     mean: float
     low: float | None
@@ -23,9 +25,11 @@ class Estimate:
 
 
 def pass_at_k(samples: int, correct: int, k: int) -> float:
-    """Probability that at least one of k samples, drawn without replacement from those there are, is correct.
+    """Probability that at least one of k samples, drawn without replacement from those there are,
+    is correct.
 
-    The unbiased estimator of Chen et al. (2021, arXiv 2107.03374, eq. 1): ``1 - C(n-c, k) / C(n, k)``.
+    The unbiased estimator of Chen et al. (2021, arXiv 2107.03374, eq. 1): ``1 - C(n-c, k) / C(n,
+    k)``.
 
     Raises:
         ValueError: if there are fewer than k samples.
@@ -38,7 +42,10 @@ def pass_at_k(samples: int, correct: int, k: int) -> float:
 
 
 def majority(predictions: Sequence[str], correct: Sequence[float]) -> float:
-    """Share of correctness of the most frequent prediction; ties share. Empty predictions do not vote."""
+    """Share of correctness of the most frequent prediction; ties share.
+
+    Empty predictions do not vote.
+    """
     votes = Counter(p for p in predictions if p)
     if not votes:
         return 0.0
@@ -56,15 +63,18 @@ def powers_of_two(n: int) -> list[int]:
 def estimates(
     groups: Mapping[str, Mapping[str, Sequence[float]]], seed: int = 0, resamples: int = RESAMPLES
 ) -> dict[str, dict[str, Estimate]]:
-    """Means with intervals, for each group and, if there are several, for the unweighted average of the groups.
+    """Means with intervals, for each group and, if there are several, for the unweighted average of
+    the groups.
 
     Args:
-        groups: data source to metric to one value per problem. Samples of one problem are not independent, therefore whole
-            problems are resampled, those of a group together for all its metrics.
+        groups: data source to metric to one value per problem. Samples of one problem are not
+            independent, therefore whole problems are resampled, those of a group together for all
+            its metrics.
         seed: of the resampling.
 
     Returns:
-        Group to metric to estimate; the average is called ``average`` and has the metrics that all groups have.
+        Group to metric to estimate; the average is called ``average`` and has the metrics that all
+        groups have.
     """
     means: dict[str, dict[str, float]] = {}
     draws: dict[str, dict[str, np.ndarray]] = {}
@@ -73,12 +83,21 @@ def estimates(
         generator = np.random.default_rng([seed, number])
         resampled = np.empty((resamples, len(values)))
         for i in range(resamples):
-            resampled[i] = values[:, generator.integers(values.shape[1], size=values.shape[1])].mean(axis=1)
+            resampled[i] = values[
+                :, generator.integers(values.shape[1], size=values.shape[1])
+            ].mean(axis=1)
         means[group] = dict(zip(metrics, values.mean(axis=1).tolist(), strict=True))
         single = values.shape[1] < 2
-        draws[group] = {m: np.full(resamples, np.nan) if single else resampled[:, j] for j, m in enumerate(metrics)}
+        draws[group] = {
+            m: np.full(resamples, np.nan) if single else resampled[:, j]
+            for j, m in enumerate(metrics)
+        }
     if len(groups) > 1:
-        common = [m for m in next(iter(groups.values())) if all(m in metrics for metrics in groups.values())]
+        common = [
+            m
+            for m in next(iter(groups.values()))
+            if all(m in metrics for metrics in groups.values())
+        ]
         means["average"] = {m: float(np.mean([means[g][m] for g in groups])) for m in common}
         draws["average"] = {m: np.mean([draws[g][m] for g in groups], axis=0) for m in common}
     return {g: {m: _estimate(means[g][m], draws[g][m]) for m in means[g]} for g in means}

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 r"""Whether an answer equals the reference, by math-verify. Runs in the workers (``worker.py``).
 
-Only math-verify's LaTeX extraction is used: its parser is a grammar (ANTLR) that builds sympy objects and evaluates no string.
-The extraction of plain expressions, ``ExprExtractionConfig``, hands text to sympy's ``parse_expr``, which is ``eval``.
+Only math-verify's LaTeX extraction is used: its parser is a grammar (ANTLR) that builds sympy
+objects and evaluates no string. The extraction of plain expressions, ``ExprExtractionConfig``,
+hands text to sympy's ``parse_expr``, which is ``eval``.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ PERCENT = re.compile(r"\s*\\?%\s*$|\s*(?:\\text\{\s*)?percent\s*\}?\s*$", re.IGN
 def equal(reference: str, answer: str) -> bool:
     """Symbolic equality of two answers in LaTeX or plain notation.
 
-    Percent signs: "50%" equals "50", and "0.5", and "50%" only on the other side. What only restates the question equals
-    nothing (``final_form.py``).
+    Percent signs: "50%" equals "50", and "0.5", and "50%" only on the other side. What only
+    restates the question equals nothing (``final_form.py``).
     """
     return is_final(reference, answer, _same_value) and _same_value(reference, answer)
 
@@ -49,13 +50,20 @@ def parse(text: str) -> list[Any]:
     import math_verify
 
     return math_verify.parse(
-        f"\\boxed{{{text}}}", extraction_config=[_extraction()], parsing_timeout=None, fallback_mode="first_match"
+        f"\\boxed{{{text}}}",
+        extraction_config=[_extraction()],
+        parsing_timeout=None,
+        fallback_mode="first_match",
     )
 
 
 def is_parsable(text: str) -> bool:
-    """Whether the text may be given to the parser: printable, brackets closed and not nested too deeply, no endless number."""
-    if any(ord(c) < 32 and c not in "\t\n\r" for c in text) or re.search(rf"\d{{{MAX_DIGITS + 1}}}", text):
+    """Whether the text may be given to the parser: printable, brackets closed and not nested too
+    deeply, no endless number.
+    """
+    if any(ord(c) < 32 and c not in "\t\n\r" for c in text) or re.search(
+        rf"\d{{{MAX_DIGITS + 1}}}", text
+    ):
         return False
     depth = braces = 0
     for i, character in enumerate(text):
@@ -76,7 +84,8 @@ def _verify(reference: str, answer: str) -> bool:
 
     wanted = _parse_reference(reference)
     given = parse(answer)
-    # The workers have their own limit of time: math-verify's needs the main thread and does not stop what C code does.
+    # The workers have their own limit of time: math-verify's needs the main thread and does not
+    # stop what C code does.
     return bool(wanted and given) and math_verify.verify(
         wanted, given, allow_set_relation_comp=True, timeout_seconds=None
     )  # fmt: skip

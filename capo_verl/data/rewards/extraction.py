@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The final answer in a response: what stands in the last box or between the last pair of answer tags."""
+"""The final answer in a response: what stands in the last box or between the last pair of answer
+tags.
+"""
 
 from __future__ import annotations
 
@@ -17,14 +19,17 @@ def final_answer(response: str, answer_format: str = "boxed") -> str | None:
     """The answer that counts, or None if the response has none.
 
     Args:
-        answer_format: ``boxed`` takes boxes and answer tags, whichever comes last; ``tags`` takes answer tags only; ``plain``
-            takes the whole response. A box between tags is opened.
+        answer_format: ``boxed`` takes boxes and answer tags, whichever comes last; ``tags`` takes
+            answer tags only; ``plain`` takes the whole response. A box between tags is opened.
 
     Raises:
         ValueError: for another format.
     """
     if answer_format not in ANSWER_FORMATS:
-        raise ValueError(f"extra_info.answer_format={answer_format!r}: expected one of {', '.join(ANSWER_FORMATS)}")
+        raise ValueError(
+            f"extra_info.answer_format={answer_format!r}: expected one of "
+            f"{', '.join(ANSWER_FORMATS)}"
+        )
     if answer_format == "plain":
         return response.strip() or None
     tagged = _last_tags(response)
@@ -50,7 +55,10 @@ def _last_tags(text: str) -> tuple[str, int] | None:
 
 
 def _last_box(text: str) -> tuple[str, int] | None:
-    """Content and end of the last complete box; of a box inside a box, the inner content. Linear in the text."""
+    """Content and end of the last complete box; of a box inside a box, the inner content.
+
+    Linear in the text.
+    """
     opened: list[int | None] = []
     starts = {match.end(): match for match in BOX.finditer(text)}
     last: tuple[str, int] | None = None
@@ -69,7 +77,8 @@ def _last_box(text: str) -> tuple[str, int] | None:
                 inside = last is not None and last[1] > start
                 last = (last[0] if last and inside else text[start:i], i)
         elif i in starts and starts[i].group().endswith((" ", "\n", "\t")):
-            # TeX's box without braces, as some of MATH's solutions have it: up to the end of the formula.
+            # TeX's box without braces, as some of MATH's solutions have it: up to the end of the
+            # formula.
             content = BARE.match(text, i)
             if content:
                 last = (content[0], content.end())

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-r"""Whether an answer is one, or the question again: ``\sum_{k=1}^{100}k`` is worth 5050 to a computer algebra system.
+r"""Whether an answer is one, or the question again: ``\sum_{k=1}^{100}k`` is worth 5050 to a
+computer algebra system.
 
-math-verify evaluates what it compares, and of a chain of equations it looks at the last member only. So an answer may have no
-operator that the reference does not have, and what it states on the way must be true.
+math-verify evaluates what it compares, and of a chain of equations it looks at the last member
+only. So an answer may have no operator that the reference does not have, and what it states on the
+way must be true.
 """
 
 from __future__ import annotations
@@ -23,7 +25,8 @@ OPERATORS = {
         "divisor": r"(?<![a-zA-Z])(?:gcd|lcm|hcf)(?![a-zA-Z])",
         # A factorial, but neither LaTeX's space, nor "not equal", nor the end of a sentence.
         "binomial": rf"\\[dt]?binom{_END}|\\choose{_END}|(?:[\d)}}\]]|(?<![a-zA-Z])[a-zA-Z])\s*!(?!=)",
-        "extremum": r"\\(?:max|min|sup|inf)\s*(?:\\left\s*)?(?:[({\[_]|\\\{)",  # "30 \min" is a time
+        # "30 \min" is a time
+        "extremum": r"\\(?:max|min|sup|inf)\s*(?:\\left\s*)?(?:[({\[_]|\\\{)",
         "determinant": rf"\\det{_END}|\\begin\s*\{{[vV]matrix\}}",
         "remainder": rf"\\b?mod{_END}",
         "rounding": rf"\\[lr](?:floor|ceil){_END}",
@@ -31,13 +34,15 @@ OPERATORS = {
 }
 SUBSCRIPT = re.compile(r"_\s*\{[^{}]*\}")
 SEPARATOR = re.compile(
-    r",(?!\d{3}(?!\d))|;|\\\\|&|\\q?quad(?![a-zA-Z])|\\text\s*\{\s*(?:or|and)\s*\}|\b(?:or|and)\b", re.IGNORECASE
+    r",(?!\d{3}(?!\d))|;|\\\\|&|\\q?quad(?![a-zA-Z])|\\text\s*\{\s*(?:or|and)\s*\}|\b(?:or|and)\b",
+    re.IGNORECASE,
 )
 EQUALS = re.compile(rf"(?<![<>!:])=|\\equiv{_END}")
 WORDS = re.compile(r"\\(?:text|textbf|mathrm|operatorname)\s*\{[^{}]*\}")
 UNKNOWN = re.compile(
     r"(?<![a-zA-Z\\])[a-zA-Z]|\\(?:alpha|beta|gamma|delta|epsilon|varepsilon|zeta|eta|theta|vartheta|iota|kappa|lambda|mu|nu|xi"
-    r"|rho|sigma|tau|phi|varphi|chi|psi|omega|Gamma|Delta|Theta|Lambda|Xi|Sigma|Phi|Psi|Omega|angle|ell)" + _END
+    r"|rho|sigma|tau|phi|varphi|chi|psi|omega|Gamma|Delta|Theta|Lambda|Xi|Sigma|Phi|Psi|Omega|angle|ell)"
+    + _END
 )
 
 
@@ -52,7 +57,13 @@ def is_final(reference: str, answer: str, equal: Callable[[str, str], bool]) -> 
         return False
     expected = max(len(chain) for chain in _chains(reference))
     # As many members as the reference has are compared as what they are, an equation.
-    stated = [member for chain in chains if len(chain) > expected for member in chain[:-1] if _is_value(member)]
+    stated = [
+        member
+        for chain in chains
+        if len(chain) > expected
+        for member in chain[:-1]
+        if _is_value(member)
+    ]
     return all(equal(reference, member) for member in stated)
 
 
@@ -66,6 +77,8 @@ def _chains(text: str) -> list[list[str]]:
 
 
 def _is_value(member: str) -> bool:
-    """Whether it has a number in it and nothing unknown: ``2+3``, but not ``x``, ``f(2)``, or the name of something."""
+    """Whether it has a number in it and nothing unknown: ``2+3``, but not ``x``, ``f(2)``, or the
+    name of something.
+    """
     bare = WORDS.sub("", member)
     return bool(re.search(r"\d|\\pi" + _END, bare)) and not UNKNOWN.search(bare)

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a process that judges answers may not do, whatever the answers contain. Installed in the workers only.
+"""What a process that judges answers may not do, whatever the answers contain. Installed in the
+workers only.
 
-Answers come from a model that is rewarded for whatever the judge accepts. math-verify's parser of plain expressions and some
-of reasoning-gym's scorers hand them to Python's ``eval``, directly or by sympy's ``parse_expr``. Here ``eval`` becomes
-``ast.literal_eval``, ``parse_expr`` takes nothing but arithmetic, and an audit hook refuses processes, sockets and writing.
+Answers come from a model that is rewarded for whatever the judge accepts. math-verify's parser of
+plain expressions and some of reasoning-gym's scorers hand them to Python's ``eval``, directly or by
+sympy's ``parse_expr``. Here ``eval`` becomes ``ast.literal_eval``, ``parse_expr`` takes nothing but
+arithmetic, and an audit hook refuses processes, sockets and writing.
 """
 
 from __future__ import annotations
@@ -40,14 +42,18 @@ NAMES = frozenset(
     )
     + ("exp", "log", "ln", "sqrt", "cbrt", "abs", "Abs", "pi", "oo", "Integral")
 )
-# Digits, single spaces between tokens, operators, brackets of arithmetic, commas between arguments; no quotes, no colons.
+# Digits, single spaces between tokens, operators, brackets of arithmetic, commas between arguments;
+# no quotes, no colons.
 EXPRESSION = re.compile(r"[\w\s.+\-*/^(),!=]*")
 ATTRIBUTE = re.compile(r"\.\s*[^\W\d]|_|[^\x00-\x7f]")
 
 REFUSED_EVENTS = (
-    "os.system", "os.exec", "os.fork", "os.forkpty", "os.posix_spawn", "os.spawn", "os.startfile", "os.kill", "os.killpg",
-    "subprocess.Popen", "pty.spawn", "socket.", "os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.link", "os.symlink",
-    "os.truncate", "os.chmod", "os.chown", "os.putenv", "shutil.", "ctypes.", "urllib.", "ftplib.", "smtplib.", "tempfile.",
+    "os.system", "os.exec", "os.fork", "os.forkpty", "os.posix_spawn", "os.spawn", "os.startfile",
+    "os.kill", "os.killpg",
+    "subprocess.Popen", "pty.spawn", "socket.", "os.remove", "os.rename", "os.rmdir", "os.mkdir",
+    "os.link", "os.symlink",
+    "os.truncate", "os.chmod", "os.chown", "os.putenv", "shutil.", "ctypes.", "urllib.", "ftplib.",
+    "smtplib.", "tempfile.",
 )  # fmt: skip
 
 EVALUATING_SCORERS = (
@@ -73,8 +79,9 @@ class RefusedError(ValueError):
 def check_expression(text: str) -> None:
     """
     Raises:
-        RefusedError: unless ``text`` is arithmetic: numbers, operators, variables of one letter, and known functions; or a
-            single name, which calls nothing (sympy's own modules make symbols that way).
+        RefusedError: unless ``text`` is arithmetic: numbers, operators, variables of one letter,
+            and known functions; or a single name, which calls nothing (sympy's own modules make
+            symbols that way).
     """
     if text.isascii() and text.isalnum() and text[0].isalpha():
         return
@@ -82,11 +89,16 @@ def check_expression(text: str) -> None:
         raise RefusedError("the answer has characters that no arithmetic expression has")
     unknown = [name for name in NAME.findall(text) if len(name) > 1 and name not in NAMES]
     if unknown:
-        raise RefusedError(f"the answer has names that are no functions of arithmetic: {unknown[0][:20]}")
+        raise RefusedError(
+            f"the answer has names that are no functions of arithmetic: {unknown[0][:20]}"
+        )
 
 
 def guard_sympy() -> None:
-    """Replace sympy's ``parse_expr`` wherever it is reached by name. To be called before anything else imports it."""
+    """Replace sympy's ``parse_expr`` wherever it is reached by name.
+
+    To be called before anything else imports it.
+    """
     import sympy
     import sympy.parsing
     import sympy.parsing.sympy_parser as parser
@@ -121,7 +133,9 @@ def _audit(event: str, args: tuple[Any, ...]) -> None:
         _refuse(event)
     if event == "open":
         _, mode, flags = args
-        writes = isinstance(flags, int) and flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC)
+        writes = isinstance(flags, int) and flags & (
+            os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
+        )
         if writes or (isinstance(mode, str) and set(mode) & set("wax+")):
             _refuse("open for writing")
 

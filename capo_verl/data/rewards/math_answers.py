@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The reward function for every file that ``scripts/prepare_data.py`` writes: mathematics by math-verify, reasoning-gym's
-problems by reasoning-gym.
+"""The reward function for every file that ``scripts/prepare_data.py`` writes: mathematics by
+math-verify, reasoning-gym's problems by reasoning-gym.
 
     reward.custom_reward_function.path=pkg://capo_verl.rewards.math_answers
     reward.custom_reward_function.name=compute_score
@@ -43,21 +43,23 @@ def compute_score(
     workers: int | None = None,
     **_: Any,
 ) -> dict[str, Any]:
-    """Reward of one response. verl calls it in threads; the answer is judged in a process of its own (``pool.py``).
+    """Reward of one response. verl calls it in threads; the answer is judged in a process of its
+    own (``pool.py``).
 
     Args:
         data_source: the row's column; ``reasoning_gym/<generator>`` goes to reasoning-gym's scorer.
         solution_str: the decoded response.
         ground_truth: the reference answer.
-        extra_info: the row's; ``answer_format`` says where the answer is (``extraction.py``), ``entry`` is reasoning-gym's.
+        extra_info: the row's; ``answer_format`` says where the answer is (``extraction.py``),
+            ``entry`` is reasoning-gym's.
         timeout_seconds: for judging one answer. An answer that takes longer is wrong.
         partial_credit: False gives 0 to everything that has not reasoning-gym's full mark.
         workers: processes; by default ``$CAPO_REWARD_WORKERS``, or 2.
 
     Returns:
-        ``score`` in [0, 1]; ``acc``: 1.0 for the full mark; ``pred``: the answer found, for majority votes; ``answered``: 1.0
-        if there was one; ``judge_failed``: 1.0 if it took too long, too much memory, or could not be read. The same keys for
-        every row, as verl requires.
+        ``score`` in [0, 1]; ``acc``: 1.0 for the full mark; ``pred``: the answer found, for
+        majority votes; ``answered``: 1.0 if there was one; ``judge_failed``: 1.0 if it took too
+        long, too much memory, or could not be read. The same keys for every row, as verl requires.
 
     Raises:
         ValueError: for a row that this function cannot score.
@@ -66,9 +68,14 @@ def compute_score(
     extra = extra_info or {}
     gym = data_source.startswith(SOURCE_PREFIX)
     if gym and not extra.get("entry"):
-        raise ValueError(f"{data_source}: extra_info.entry is missing: write the data with scripts/prepare_data.py")
+        raise ValueError(
+            f"{data_source}: extra_info.entry is missing: write the data with "
+            "scripts/prepare_data.py"
+        )
     if not isinstance(ground_truth, str) or not ground_truth.strip():
-        raise ValueError(f"{data_source}: reward_model.ground_truth={ground_truth!r} is not a non-empty string")
+        raise ValueError(
+            f"{data_source}: reward_model.ground_truth={ground_truth!r} is not a non-empty string"
+        )
     answer = final_answer(solution_str, extra.get("answer_format") or ("plain" if gym else "boxed"))
     limit = MAX_PLAIN_CHARS if extra.get("answer_format") == "plain" or gym else MAX_ANSWER_CHARS
     if answer is None:
@@ -80,9 +87,13 @@ def compute_score(
     request = {"answer": answer, "reference": ground_truth}
     if gym:
         request |= {"data_source": data_source, "entry": extra["entry"]}
-    verdict = _judge("reasoning_gym" if gym else "math", request, timeout_seconds, workers or _default_workers())
+    verdict = _judge(
+        "reasoning_gym" if gym else "math", request, timeout_seconds, workers or _default_workers()
+    )
     score = verdict.score if partial_credit else float(verdict.score >= 1.0)
-    return _result(score, answer, answered=True, failed=bool(verdict.trouble), acc=float(verdict.score >= 1.0))
+    return _result(
+        score, answer, answered=True, failed=bool(verdict.trouble), acc=float(verdict.score >= 1.0)
+    )
 
 
 def _judge(kind: str, request: dict[str, Any], seconds: float, workers: int) -> Verdict:
@@ -92,7 +103,8 @@ def _judge(kind: str, request: dict[str, Any], seconds: float, workers: int) -> 
             _verdicts.move_to_end(key)
             return _verdicts[key]
     verdict = pool(kind, workers).judge(request, seconds)
-    # What ended a worker may have been something else on the machine; what took too long is not tried again and again.
+    # What ended a worker may have been something else on the machine; what took too long is not
+    # tried again and again.
     if verdict.trouble != "died":
         with _lock:
             _verdicts[key] = verdict
@@ -101,7 +113,9 @@ def _judge(kind: str, request: dict[str, Any], seconds: float, workers: int) -> 
     return verdict
 
 
-def _result(score: float, answer: str, *, answered: bool, failed: bool, acc: float | None = None) -> dict[str, Any]:
+def _result(
+    score: float, answer: str, *, answered: bool, failed: bool, acc: float | None = None
+) -> dict[str, Any]:
     return {
         "score": score,
         "acc": score if acc is None else acc,
@@ -121,5 +135,7 @@ def _spelling(text: str) -> str:
 def _default_workers() -> int:
     text = os.environ.get("CAPO_REWARD_WORKERS", str(WORKERS))
     if not text.isdigit() or int(text) < 1:
-        raise ValueError(f"CAPO_REWARD_WORKERS={text!r}: a positive number of processes is expected")
+        raise ValueError(
+            f"CAPO_REWARD_WORKERS={text!r}: a positive number of processes is expected"
+        )
     return int(text)

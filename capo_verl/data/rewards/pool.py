@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Worker processes that judge answers: a limit of time per answer that holds, a limit of memory, a fresh process after either.
+"""Worker processes that judge answers: a limit of time per answer that holds, a limit of memory, a
+fresh process after either.
 
-verl calls a reward function in threads of a Ray actor. Neither can a thread be stopped, nor does math-verify's own time limit
-(``signal.alarm``) work in one. Workers are plain child processes that speak JSON over pipes, so that nothing they send is ever
-unpickled.
+verl calls a reward function in threads of a Ray actor. Neither can a thread be stopped, nor does
+math-verify's own time limit (``signal.alarm``) work in one. Workers are plain child processes that
+speak JSON over pipes, so that nothing they send is ever unpickled.
 """
 
 from __future__ import annotations
@@ -31,13 +32,20 @@ class Verdict:
 
     score: float
     trouble: str = ""
-    """Empty, or why the score is 0: ``timeout``, ``died``, ``memory``, or the class of the error that the answer caused."""
+    """Empty, or why the score is 0: ``timeout``, ``died``, ``memory``, or the class of the error
+    that the answer caused.
+    """
 
 
 class _Worker:
     def __init__(self, kind: str) -> None:
-        # The same module search path as here: Ray adds to it in ways that a child process would not inherit.
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
+        # The same module search path as here: Ray adds to it in ways that a child process would not
+        # inherit.
+        environment = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+            "OMP_NUM_THREADS": "1",
+        }
         self._process = subprocess.Popen(
             [sys.executable, "-m", "capo_verl.data.rewards.worker", kind],
             stdin=subprocess.PIPE,
@@ -48,9 +56,12 @@ class _Worker:
         hello = self._receive(START_SECONDS)
         if hello is None or not hello.get("ready"):
             self.kill()
-            reason = (hello or {}).get("failed", f"it ended, or was not ready within {START_SECONDS:.0f} s")
+            reason = (hello or {}).get(
+                "failed", f"it ended, or was not ready within {START_SECONDS:.0f} s"
+            )
             raise RuntimeError(
-                f"the process that judges answers ({kind}) did not start: {reason}; pip install 'capo-verl[data]', "
+                f"the process that judges answers ({kind}) did not start: {reason}; pip install "
+                "'capo-verl[data]', "
                 f"or run: {sys.executable} -m capo_verl.data.rewards.worker {kind}"
             )
 
@@ -85,7 +96,10 @@ class _Worker:
         return json.loads(received)
 
     def has_ended(self) -> bool:
-        """Whether it did not only fail to answer. Its pipe closes a little before the process can be waited for."""
+        """Whether it did not only fail to answer.
+
+        Its pipe closes a little before the process can be waited for.
+        """
         assert self._process.stdout is not None
         poll = select.poll()
         poll.register(self._process.stdout, select.POLLIN)
@@ -117,13 +131,15 @@ class Pool:
         atexit.register(self.close)
 
     def judge(self, request: dict[str, Any], seconds: float) -> Verdict:
-        """Score of one request. ``seconds`` is the time of judging alone, without that of waiting for a worker.
+        """Score of one request. ``seconds`` is the time of judging alone, without that of waiting
+        for a worker.
 
         Raises:
             RuntimeError: if a worker cannot be started at all.
         """
         verdict = self._judge_once(request, seconds)
-        # An idle worker may have been ended by something else, for example for want of memory on the machine.
+        # An idle worker may have been ended by something else, for example for want of memory on
+        # the machine.
         return self._judge_once(request, seconds) if verdict.trouble == "died" else verdict
 
     def _judge_once(self, request: dict[str, Any], seconds: float) -> Verdict:

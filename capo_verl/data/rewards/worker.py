@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The process that judges answers: one JSON request per line on stdin, one JSON reply per line on stdout.
+"""The process that judges answers: one JSON request per line on stdin, one JSON reply per line on
+stdout.
 
-``python -m capo_verl.data.rewards.worker math`` or ``... reasoning_gym``. It is killed when it takes too long (``pool.py``).
+``python -m capo_verl.data.rewards.worker math`` or ``... reasoning_gym``. It is killed when it
+takes too long (``pool.py``).
 """
 
 from __future__ import annotations
@@ -32,16 +34,21 @@ def reasoning_gym(request: Request) -> float:
     from capo_verl.data.gym import compute_score
 
     extra = {"entry": request["entry"]}
-    return compute_score(request["data_source"], request["answer"], request["reference"], extra)["score"]
+    return compute_score(request["data_source"], request["answer"], request["reference"], extra)[
+        "score"
+    ]
 
 
 def _start_math() -> Callable[[Request], float]:
     from capo_verl.data.rewards.guard import guard_sympy
 
     guard_sympy()
-    # The first answer of a kind imports parts of sympy and builds the parser's tables: not at the cost of a real answer.
-    for pair in (("\\frac{1}{2}", "0.5"), ("\\sqrt{8}", "2\\sqrt2"), ("[0,1)", "0\\le x<1"), ("\\{1,2\\}", "2,1"),
-                 ("x^2+2x+1", "(x+1)^2"), ("\\begin{pmatrix}1\\\\2\\end{pmatrix}", "1")):  # fmt: skip
+    # The first answer of a kind imports parts of sympy and builds the parser's tables: not at the
+    # cost of a real answer.
+    for pair in (("\\frac{1}{2}", "0.5"), ("\\sqrt{8}", "2\\sqrt2"), ("[0,1)", "0\\le x<1"),
+        ("\\{1,2\\}", "2,1"),
+                 ("x^2+2x+1", "(x+1)^2"),
+                 ("\\begin{pmatrix}1\\\\2\\end{pmatrix}", "1")):  # fmt: skip
         math({"reference": pair[0], "answer": pair[1]})
     return math
 
@@ -90,9 +97,8 @@ def main(kind: str) -> None:
             reply(score=score, refused="" if score or RefusedError.count == refused else "refused")
         except MemoryError:
             reply(score=0.0, refused="memory")
-        except (
-            Exception
-        ) as error:  # an answer that cannot be read is a wrong answer; the reason is counted and reported
+        # an answer that cannot be read is a wrong answer; the reason is counted and reported
+        except Exception as error:
             reply(score=0.0, refused=type(error).__name__)
         signal.setitimer(signal.ITIMER_REAL, 0)
 

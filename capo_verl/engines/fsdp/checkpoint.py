@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""CAPO's moments in a checkpoint of the FSDP engine: ``<checkpoint>/capo/moments.safetensors``, tensors and a few strings.
+"""CAPO's moments in a checkpoint of the FSDP engine: ``<checkpoint>/capo/moments.safetensors``,
+tensors and a few strings.
 
-Every rank holds the same moments, so the first one writes and reads them, for runs of any number of ranks.
+Every rank holds the same moments, so the first one writes and reads them, for runs of any number of
+ranks.
 """
 
 from __future__ import annotations
@@ -45,14 +47,21 @@ def load(checkpoint: str, shape: tuple[int, int], device: torch.device) -> State
         The state, on the CPU, or None if the checkpoint holds none: it was written without CAPO.
 
     Raises:
-        RuntimeError: on every rank, if it holds one that cannot be read, belongs to another model or is corrupt.
+        RuntimeError: on every rank, if it holds one that cannot be read, belongs to another model
+            or is corrupt.
     """
     path = path_of(checkpoint)
     state, problem = None, ""
-    if dist.get_rank() == 0 and path.parent.is_dir() and not checkpoint_files.has_no_moments(checkpoint):
+    if (
+        dist.get_rank() == 0
+        and path.parent.is_dir()
+        and not checkpoint_files.has_no_moments(checkpoint)
+    ):
         try:
             state = _read(path, shape)
-        except Exception as e:  # whatever the reason: all ranks have to learn of it before any of them stops
+        except (
+            Exception
+        ) as e:  # whatever the reason: all ranks have to learn of it before any of them stops
             problem = f"{type(e).__name__}: {e}"
     header = [problem, None if state is None else (state["step"], state["exp_avg"].dtype)]
     dist.broadcast_object_list(header, src=0)

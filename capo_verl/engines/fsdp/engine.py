@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""verl's FSDP engine with CAPO. Importing this module registers it for NVIDIA GPUs, where it wins over verl's own.
+"""verl's FSDP engine with CAPO. Importing this module registers it for NVIDIA GPUs, where it wins
+over verl's own.
 
 The parameters are sharded, but not the vocabulary: every rank sees whole logits (or, with a fused
-cross-entropy, the whole LM head during the forward pass) and holds the moments of the whole LM head.
+cross-entropy, the whole LM head during the forward pass) and holds the moments of the whole LM
+head.
 """
 
 from __future__ import annotations
@@ -55,21 +57,29 @@ def check_fused_settings(model_config: Any, engine_config: Any) -> None:
     model = "actor_rollout_ref.model"
     if not model_config.use_fused_kernels:
         return
-    # It shards an untied LM head on its own, and reads the weight without calling the module: a DTensor.
-    if engine_config.strategy == "fsdp2" and not getattr(model_config.hf_config, "tie_word_embeddings", False):
+    # It shards an untied LM head on its own, and reads the weight without calling the module: a
+    # DTensor.
+    if engine_config.strategy == "fsdp2" and not getattr(
+        model_config.hf_config, "tie_word_embeddings", False
+    ):
         raise ValueError(
-            f"{model}.use_fused_kernels=True needs a model with tied embeddings under FSDP2; set actor_rollout_ref.actor.strategy="
-            "fsdp, or use_fused_kernels=False"
+            f"{model}.use_fused_kernels=True needs a model with tied embeddings under FSDP2; set "
+            "actor_rollout_ref.actor.strategy=fsdp, or use_fused_kernels=False"
         )
     # Its kernel returns [tokens], and [batch, length] is expected for padded batches.
-    if model_config.fused_kernel_options.get("impl_backend") == "triton" and not model_config.use_remove_padding:
+    if (
+        model_config.fused_kernel_options.get("impl_backend") == "triton"
+        and not model_config.use_remove_padding
+    ):
         raise ValueError(
-            f"{model}.fused_kernel_options.impl_backend=triton needs packed batches; set {model}.use_remove_padding=True, or "
-            "impl_backend=torch"
+            f"{model}.fused_kernel_options.impl_backend=triton needs packed batches; set "
+            f"{model}.use_remove_padding=True, or impl_backend=torch"
         )
 
 
-@EngineRegistry.register(model_type="language_model", backend=["fsdp", "fsdp2"], device="cuda", vendor="nvidia")
+@EngineRegistry.register(
+    model_type="language_model", backend=["fsdp", "fsdp2"], device="cuda", vendor="nvidia"
+)
 class CapoFSDPEngineWithLMHead(CapoEngineMixin, FSDPEngineWithLMHead):
     """``FSDPEngineWithLMHead`` that filters tokens while it trains."""
 
@@ -78,7 +88,9 @@ class CapoFSDPEngineWithLMHead(CapoEngineMixin, FSDPEngineWithLMHead):
         super().__init__(model_config, engine_config, *args, **kwargs)
 
     _fused_accepted: Tensor | None = None
-    """What the fused forward pass of the micro-batch in flight has come to; the gathered LM head exists only within it."""
+    """What the fused forward pass of the micro-batch in flight has come to; the gathered LM head
+    exists only within it.
+    """
     _probed: TensorDict | None = None
     """The micro-batch in flight that the KL probe looks at."""
 
@@ -88,21 +100,33 @@ class CapoFSDPEngineWithLMHead(CapoEngineMixin, FSDPEngineWithLMHead):
         if not (self._filtering or self._probing) or not _is_fused(micro_batch):
             return super().forward_step(micro_batch, loss_function, forward_only)
         micro_batch = micro_batch.to(get_device_id())
-        look = partial(self._probe_fused if self._probing else self._evaluate_fused, batch=micro_batch)
+        look = partial(
+            self._probe_fused if self._probing else self._evaluate_fused, batch=micro_batch
+        )
         with (
             before_each_call(FusedLinearForPPO, "forward", of_fused_linear, look),
-            before_each_call(linear_cross_entropy, "linear_cross_entropy", of_linear_cross_entropy, look),
+            before_each_call(
+                linear_cross_entropy, "linear_cross_entropy", of_linear_cross_entropy, look
+            ),
         ):
             return super().forward_step(micro_batch, loss_function, forward_only)
 
     def prepare_model_outputs(
-        self, output: Any, output_args: dict[str, Any], micro_batch: TensorDict, logits_processor_func: Any
+        self,
+        output: Any,
+        output_args: dict[str, Any],
+        micro_batch: TensorDict,
+        logits_processor_func: Any,
     ) -> dict[str, Tensor]:
         if self._probing and not _is_fused(micro_batch):
             labels, temperature = self._labels(output.logits, output_args, micro_batch)
-            self._kl.probe.see(output.logits, None, temperature, self._response(labels.shape[1], micro_batch))
+            self._kl.probe.see(
+                output.logits, None, temperature, self._response(labels.shape[1], micro_batch)
+            )
         if not self._filtering:
-            return super().prepare_model_outputs(output, output_args, micro_batch, logits_processor_func)
+            return super().prepare_model_outputs(
+                output, output_args, micro_batch, logits_processor_func
+            )
         if _is_fused(micro_batch):
             accepted, self._fused_accepted = self._fused_accepted, None
             if accepted is None:
@@ -120,18 +144,24 @@ class CapoFSDPEngineWithLMHead(CapoEngineMixin, FSDPEngineWithLMHead):
         terms = self._step.take_penalty_terms()
         # Now: verl divides the logits by the temperature in place.
         penalty = None if terms is None else to_sequences(curvature_penalty(output.logits, terms))
-        model_output = super().prepare_model_outputs(output, output_args, micro_batch, logits_processor_func)
+        model_output = super().prepare_model_outputs(
+            output, output_args, micro_batch, logits_processor_func
+        )
         offsets = micro_batch["input_ids"].offsets()
         model_output[ACCEPTED] = torch.nested.nested_tensor_from_jagged(accepted, offsets)
         if penalty is not None:
             model_output[PENALTY] = torch.nested.nested_tensor_from_jagged(penalty, offsets)
         return model_output
 
-    def _evaluate_logits(self, logits: Tensor, output_args: dict[str, Any], batch: TensorDict) -> Tensor:
+    def _evaluate_logits(
+        self, logits: Tensor, output_args: dict[str, Any], batch: TensorDict
+    ) -> Tensor:
         labels, temperature = self._labels(logits, output_args, batch)
         return self._evaluate(self._tap.take(), logits, labels, temperature, batch)
 
-    def _labels(self, logits: Tensor, output_args: dict[str, Any], batch: TensorDict) -> tuple[Tensor, Tensor]:
+    def _labels(
+        self, logits: Tensor, output_args: dict[str, Any], batch: TensorDict
+    ) -> tuple[Tensor, Tensor]:
         """Labels and temperatures ``[b, s]`` in the layout of the logits ``[b, s, V]``."""
         labels = output_args["input_ids_rmpad_rolled"]
         if _is_packed(batch):
@@ -159,14 +189,21 @@ class CapoFSDPEngineWithLMHead(CapoEngineMixin, FSDPEngineWithLMHead):
         return packed_response(self, batch) if _is_packed(batch) else padded_response(batch, length)
 
     def _evaluate(
-        self, hidden_states: Tensor, logits: Tensor | ProjectedLogits, labels: Tensor, temperature: Tensor, batch: TensorDict
+        self, hidden_states: Tensor, logits: Tensor | ProjectedLogits, labels: Tensor,
+        temperature: Tensor, batch: TensorDict
     ) -> Tensor:  # fmt: skip
-        """1 where a token stays in the loss, at the position that predicts it; float32 in the layout of the model."""
+        """1 where a token stays in the loss, at the position that predicts it; float32 in the
+        layout of the model.
+        """
         response = self._response(labels.shape[1], batch)
-        return self._step.evaluate(hidden_states, logits, labels, temperature, response, self._scaled_learning_rate())
+        return self._step.evaluate(
+            hidden_states, logits, labels, temperature, response, self._scaled_learning_rate()
+        )
 
     def _lm_head(self) -> nn.Module:
-        """Also through the wrappers of FSDP and PEFT, which forward what they do not have themselves."""
+        """Also through the wrappers of FSDP and PEFT, which forward what they do not have
+        themselves.
+        """
         return self.module.get_output_embeddings()
 
     def _lm_head_shape(self) -> tuple[int, int]:
@@ -174,7 +211,9 @@ class CapoFSDPEngineWithLMHead(CapoEngineMixin, FSDPEngineWithLMHead):
         lm_head: Any = self._lm_head()
         return int(lm_head.out_features), int(lm_head.in_features)
 
-    def _make_filter(self, config: CapoConfig, device: torch.device) -> tuple[CapoFilter, HiddenStatesTap]:
+    def _make_filter(
+        self, config: CapoConfig, device: torch.device
+    ) -> tuple[CapoFilter, HiddenStatesTap]:
         self._refuse_loss_scaler()
         rows, hidden_size = self._lm_head_shape()
         capo = CapoFilter(
@@ -191,7 +230,8 @@ class CapoFSDPEngineWithLMHead(CapoEngineMixin, FSDPEngineWithLMHead):
     def _refuse_loss_scaler(self) -> None:
         if self.scaler is not None:
             raise ValueError(
-                "CAPO does not support float16 with FSDP: the loss scaler skips optimizer steps that CAPO would count; set "
+                "CAPO does not support float16 with FSDP: the loss scaler skips optimizer steps "
+                "that CAPO would count; set "
                 "actor_rollout_ref.actor.fsdp_config.mixed_precision.param_dtype=bf16"
             )
 
@@ -215,7 +255,9 @@ class CapoFSDPEngineWithLMHead(CapoEngineMixin, FSDPEngineWithLMHead):
 
     def _optimised(self) -> list[Tensor]:
         # verl gives it all parameters; those without gradients, as around LoRA's, stay as they are.
-        parameters = (p for group in self.optimizer.param_groups for p in group["params"] if p.requires_grad)
+        parameters = (
+            p for group in self.optimizer.param_groups for p in group["params"] if p.requires_grad
+        )
         return [p.detach().to_local() if isinstance(p, DTensor) else p.data for p in parameters]
 
     def _spread_parameters(self) -> None:
@@ -238,11 +280,14 @@ class CapoFSDPEngineWithLMHead(CapoEngineMixin, FSDPEngineWithLMHead):
         checkpoint.save(checkpoint_path, state)
 
     def _load_state(self, checkpoint_path: str) -> State | None:
-        return checkpoint.load(checkpoint_path, self._lm_head_shape(), torch.device(get_device_id()))
+        return checkpoint.load(
+            checkpoint_path, self._lm_head_shape(), torch.device(get_device_id())
+        )
 
 
 def reshard(module: nn.Module) -> None:
-    """Free gathered weights: both generations of FSDP keep the root's after a forward pass without a backward pass.
+    """Free gathered weights: both generations of FSDP keep the root's after a forward pass without
+    a backward pass.
 
     The next forward pass would use them whatever has become of the shards.
     """

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """CAPO's moments in Megatron's distributed checkpoint, under ``<checkpoint>/capo/dist_ckpt``.
 
-Every row is stored once, by the last pipeline stage, with its global position, so a run can be resumed under another
-layout. A checksum that does not depend on the layout tells whether the moments arrived as they were written.
+Every row is stored once, by the last pipeline stage, with its global position, so a run can be
+resumed under another layout. A checksum that does not depend on the layout tells whether the
+moments arrived as they were written.
 """
 
 from __future__ import annotations
@@ -30,13 +31,18 @@ def directory(checkpoint: str) -> str:
 
 
 def layout_of_random_states(checkpoint: str) -> tuple[int, int] | None:
-    """``(pipeline, tensor)`` sizes under which verl saved Megatron's random states; None if it saved none.
+    """``(pipeline, tensor)`` sizes under which verl saved Megatron's random states; None if it
+    saved none.
 
-    Read from their names in the index, ``rng_state/shard_<pp>.<tp>_<sizes>`` (``megatron_checkpoint_manager.py``,
-    ``get_rng_state``), without unpickling it.
+    Read from their names in the index, ``rng_state/shard_<pp>.<tp>_<sizes>``
+    (``megatron_checkpoint_manager.py``, ``get_rng_state``), without unpickling it.
     """
     index = Path(checkpoint, "extra", "dist_ckpt", ".metadata")
-    found = re.search(rb"rng_state/shard_\d+\.\d+_(\d+)\.(\d+)", index.read_bytes()) if index.exists() else None
+    found = (
+        re.search(rb"rng_state/shard_\d+\.\d+_(\d+)\.(\d+)", index.read_bytes())
+        if index.exists()
+        else None
+    )
     return (int(found[1]), int(found[2])) if found else None
 
 
@@ -50,10 +56,16 @@ def save(checkpoint: str, state: State, vocab_size: int) -> None:
     os.makedirs(path, exist_ok=True)
     torch.distributed.barrier()
     if state:
-        device = torch.device(get_device_id())  # of the collectives; offloaded moments are elsewhere
+        device = torch.device(
+            get_device_id()
+        )  # of the collectives; offloaded moments are elsewhere
         state = {**state, **{name: state[name].to(device) for name in MOMENTS}}
         header = [state["step"], vocab_size, state["exp_avg"].shape[1]]
-        state = {**state, "header": torch.tensor(header, device=device), "checksum": _checksum(state)}
+        state = {
+            **state,
+            "header": torch.tensor(header, device=device),
+            "checksum": _checksum(state),
+        }
     save_dist_checkpointing(_sharded(state), path)
     torch.distributed.barrier()
 
@@ -66,10 +78,12 @@ def load(checkpoint: str, rows: int, hidden_size: int, vocab_size: int) -> State
         vocab_size: V.
 
     Returns:
-        The state (empty with ``rows = 0``), or None if the checkpoint holds none: it was written without CAPO.
+        The state (empty with ``rows = 0``), or None if the checkpoint holds none: it was written
+        without CAPO.
 
     Raises:
-        RuntimeError: on every rank, if it holds one that cannot be read, belongs to another model or is corrupt.
+        RuntimeError: on every rank, if it holds one that cannot be read, belongs to another model
+            or is corrupt.
     """
     path = directory(checkpoint)
     if not os.path.isdir(path):
@@ -78,7 +92,10 @@ def load(checkpoint: str, rows: int, hidden_size: int, vocab_size: int) -> State
     try:
         check_metadata(Path(path, ".metadata"))
         state = _load(path, rows, hidden_size, vocab_size)
-    except (Exception, CheckpointException) as e:  # whatever the reason: all ranks have to learn of it before one stops
+    except (
+        Exception,
+        CheckpointException,
+    ) as e:  # whatever the reason: all ranks have to learn of it before one stops
         problem = _reason(e)
     problems: list[str] = [""] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(problems, problem)
@@ -88,7 +105,9 @@ def load(checkpoint: str, rows: int, hidden_size: int, vocab_size: int) -> State
 
 
 def _reason(e: BaseException) -> str:
-    """One line. torch wraps what happened on each rank, with its traceback, into an exception of its own."""
+    """One line. torch wraps what happened on each rank, with its traceback, into an exception of
+    its own.
+    """
     if isinstance(e, CheckpointException) and e.failures:
         e = next(iter(e.failures.values()))[0]
     return f"{type(e).__name__}: {' '.join(str(e).split())}"
@@ -120,17 +139,33 @@ def _checksum(state: State) -> torch.Tensor:
 def _sharded(state: State) -> dict[str, Any]:
     if not state:
         return {}
-    tp, replica = mpu.get_tensor_model_parallel_rank(), mpu.get_data_parallel_rank(with_context_parallel=True)
+    tp, replica = (
+        mpu.get_tensor_model_parallel_rank(),
+        mpu.get_data_parallel_rank(with_context_parallel=True),
+    )
     tp_size = mpu.get_tensor_model_parallel_world_size()
 
     def rows(name: str) -> ShardedTensor:
-        # The padding of the vocabulary depends on the tensor-parallel size, hence the mismatch is allowed.
+        # The padding of the vocabulary depends on the tensor-parallel size, hence the mismatch is
+        # allowed.
         return ShardedTensor.from_rank_offsets(
-            f"capo.{name}", state[name], (0, tp, tp_size), replica_id=replica, allow_shape_mismatch=True
+            f"capo.{name}",
+            state[name],
+            (0, tp, tp_size),
+            replica_id=replica,
+            allow_shape_mismatch=True,
         )
 
     def same_everywhere(name: str) -> ShardedTensor:
-        return ShardedTensor.from_rank_offsets(f"capo.{name}", state[name], replica_id=(tp, replica))
+        return ShardedTensor.from_rank_offsets(
+            f"capo.{name}", state[name], replica_id=(tp, replica)
+        )
 
     moments = {name: rows(name) for name in MOMENTS}
-    return {"capo": {**moments, "header": same_everywhere("header"), "checksum": same_everywhere("checksum")}}
+    return {
+        "capo": {
+            **moments,
+            "header": same_everywhere("header"),
+            "checksum": same_everywhere("checksum"),
+        }
+    }

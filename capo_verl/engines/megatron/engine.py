@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""verl's Megatron engine with CAPO. Importing this module registers it for NVIDIA GPUs, where it wins over verl's own."""
+"""verl's Megatron engine with CAPO.
+
+Importing this module registers it for NVIDIA GPUs, where it wins over verl's own.
+"""
 
 from __future__ import annotations
 
@@ -36,17 +39,23 @@ logger = logging.getLogger(__name__)
 
 
 def output_layer_of(model: nn.Module) -> nn.Module:
-    """The LM head of an unwrapped Megatron model, text-only or multi-modal, without adapters around it."""
+    """The LM head of an unwrapped Megatron model, text-only or multi-modal, without adapters around
+    it.
+    """
     output_layer = getattr(model, "language_model", model).output_layer
     return getattr(output_layer, "to_wrap", output_layer)
 
 
-@EngineRegistry.register(model_type="language_model", backend="megatron", device="cuda", vendor="nvidia")
+@EngineRegistry.register(
+    model_type="language_model", backend="megatron", device="cuda", vendor="nvidia"
+)
 class CapoMegatronEngineWithLMHead(CapoEngineMixin, MegatronEngineWithLMHead):
     """``MegatronEngineWithLMHead`` that filters tokens on the last pipeline stage while it trains."""
 
     _accepted: Tensor | None = None
-    """1 where a token stays in the loss, at the position that predicts it, of the micro-batch in flight; nested ``[b, j]``."""
+    """1 where a token stays in the loss, at the position that predicts it, of the micro-batch in
+    flight; nested ``[b, j]``.
+    """
     _penalty: Tensor | None = None
     """Likewise each token's penalty, part of the graph, if there is one."""
     _head_call: HeadCall | None = None
@@ -60,13 +69,16 @@ class CapoMegatronEngineWithLMHead(CapoEngineMixin, MegatronEngineWithLMHead):
         postprocess_micro_batch_func: Any,
     ) -> Any:
         if not (self._filtering or self._probing):
-            return super().forward_step(batch_iter, model, logits_processor_func, postprocess_micro_batch_func)
+            return super().forward_step(
+                batch_iter, model, logits_processor_func, postprocess_micro_batch_func
+            )
         batch = next(batch_iter).to(get_device_id())
         self._accepted, look = None, self._probe if self._probing else self._evaluate
         with lm_head.before_each_call(
             model_forward_fused, "linear_cross_entropy", lm_head.of_linear_cross_entropy,
             lambda call: look(
-                call.hidden_states.transpose(0, 1), call.logits(), call.labels, call.temperatures(), batch, "thd"
+                call.hidden_states.transpose(0, 1), call.logits(), call.labels, call.temperatures(),
+                batch, "thd"
             ),
         ):  # fmt: skip
             output, postprocess = super().forward_step(
@@ -83,11 +95,14 @@ class CapoMegatronEngineWithLMHead(CapoEngineMixin, MegatronEngineWithLMHead):
                 output[PENALTY], self._penalty = self._penalty, None
         return output, postprocess
 
-    def _lm_head_logits_processor(self, logits: Tensor, label: Tensor, temperature: Tensor, **kwargs: Any) -> Any:
+    def _lm_head_logits_processor(
+        self, logits: Tensor, label: Tensor, temperature: Tensor, **kwargs: Any
+    ) -> Any:
         if self._probing:
             self._probe(None, logits, label, temperature, kwargs["batch"], kwargs["data_format"])
         if self._filtering:
-            # Before verl's own processing, which divides the logits by the temperature and overwrites them.
+            # Before verl's own processing, which divides the logits by the temperature and
+            # overwrites them.
             batch, data_format = kwargs["batch"], kwargs["data_format"]
             self._evaluate(self._hidden_states(), logits, label, temperature, batch, data_format)
             self._penalise(logits, label, batch, data_format)
@@ -105,7 +120,12 @@ class CapoMegatronEngineWithLMHead(CapoEngineMixin, MegatronEngineWithLMHead):
     ) -> None:
         at = self._token_positions(labels, batch, data_format)
         accepted = self._step.evaluate(
-            hidden_states, logits, labels, temperature, pack_response(batch, at), self._scaled_learning_rate()
+            hidden_states,
+            logits,
+            labels,
+            temperature,
+            pack_response(batch, at),
+            self._scaled_learning_rate(),
         )
         self._accepted = unpack(accepted, batch, at)
         self._step.samples.lay_out(lambda values: unpack(values, batch, at).values())
@@ -124,13 +144,19 @@ class CapoMegatronEngineWithLMHead(CapoEngineMixin, MegatronEngineWithLMHead):
         call, self._head_call = self._head_call, None
         if call is not None:
             hidden = self._gathered(call.hidden_states)
-            self._kl.probe.see_head(HeadCall(hidden, call.head, call.output.transpose(0, 1)), response)
+            self._kl.probe.see_head(
+                HeadCall(hidden, call.head, call.output.transpose(0, 1)), response
+            )
         self._kl.probe.see(logits, hidden_states, temperature, response)
 
     def _token_positions(self, labels: Tensor, batch: TensorDict, data_format: str) -> Tensor:
-        return token_positions(batch, labels.shape, **label_layout(self, data_format, unwrap_model(self.module[-1])))
+        return token_positions(
+            batch, labels.shape, **label_layout(self, data_format, unwrap_model(self.module[-1]))
+        )
 
-    def _penalise(self, logits: Tensor, labels: Tensor, batch: TensorDict, data_format: str) -> None:
+    def _penalise(
+        self, logits: Tensor, labels: Tensor, batch: TensorDict, data_format: str
+    ) -> None:
         """The penalty of every token just evaluated, if there is one, as a function of the logits."""
         terms = self._step.take_penalty_terms()
         if terms is not None:
@@ -146,17 +172,23 @@ class CapoMegatronEngineWithLMHead(CapoEngineMixin, MegatronEngineWithLMHead):
     def _gathered(self, hidden_states: Tensor) -> Tensor:
         """``[b, s, H]`` of what the LM head was given."""
         if self.tf_config.sequence_parallel:
-            hidden_states = gather_from_sequence_parallel_region(hidden_states, tensor_parallel_output_grad=False)
+            hidden_states = gather_from_sequence_parallel_region(
+                hidden_states, tensor_parallel_output_grad=False
+            )
         return hidden_states.transpose(0, 1)
 
     def _lm_head_shape(self) -> tuple[int, int]:
-        """Rows and hidden size of this rank's shard of the LM head; 0 rows before the last pipeline stage."""
+        """Rows and hidden size of this rank's shard of the LM head; 0 rows before the last pipeline
+        stage.
+        """
         model = unwrap_model(self.module[-1])
         if not model.post_process:
             return 0, self.tf_config.hidden_size
         return output_layer_of(model).output_size_per_partition, self.tf_config.hidden_size
 
-    def _make_filter(self, config: CapoConfig, device: torch.device) -> tuple[CapoFilter, HiddenStatesTap] | None:
+    def _make_filter(
+        self, config: CapoConfig, device: torch.device
+    ) -> tuple[CapoFilter, HiddenStatesTap] | None:
         rows, hidden_size = self._lm_head_shape()
         if not rows:
             return None
@@ -234,14 +266,20 @@ class CapoMegatronEngineWithLMHead(CapoEngineMixin, MegatronEngineWithLMHead):
     def load_checkpoint(self, local_path: str, *args: Any, **kwargs: Any) -> None:
         contents = self.checkpoint_mananager.checkpoint_load_contents
         saved = checkpoint.layout_of_random_states(local_path)
-        current = mpu.get_pipeline_model_parallel_world_size(), mpu.get_tensor_model_parallel_world_size()
+        current = (
+            mpu.get_pipeline_model_parallel_world_size(),
+            mpu.get_tensor_model_parallel_world_size(),
+        )
         if saved not in (None, current) and "extra" in contents:
-            # verl would fail with a missing key: these states exist once per pipeline and tensor rank of the saved layout.
+            # verl would fail with a missing key: these states exist once per pipeline and tensor
+            # rank of the saved layout.
             logger.warning(
-                "%s was saved with (pipeline, tensor) parallel sizes %s and is loaded with %s: Megatron's random states "
-                "(dropout) are not restored", local_path, saved, current,
+                "%s was saved with (pipeline, tensor) parallel sizes %s and is loaded with %s: "
+                "Megatron's random states (dropout) are not restored", local_path, saved, current,
             )  # fmt: skip
-            self.checkpoint_mananager.checkpoint_load_contents = [name for name in contents if name != "extra"]
+            self.checkpoint_mananager.checkpoint_load_contents = [
+                name for name in contents if name != "extra"
+            ]
         try:
             super().load_checkpoint(local_path, *args, **kwargs)
         finally:

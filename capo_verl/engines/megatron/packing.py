@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """From verl's response-only fields to the layout in which Megatron computes the logits, and back.
 
-verl's batches hold prompts and responses of different lengths without padding. The model sees either one packed row
-(``thd``) or padded rows (``bshd``), of which a context-parallel rank holds a slice. verl lays out its own tensors one sequence
-at a time, with lengths that the host knows; here one index says which token sits where (``verl/models/mcore/util.py``,
-``preprocess_thd_engine`` and ``preprocess_bshd_engine``), and nothing waits for the device.
+verl's batches hold prompts and responses of different lengths without padding. The model sees
+either one packed row (``thd``) or padded rows (``bshd``), of which a context-parallel rank holds a
+slice. verl lays out its own tensors one sequence at a time, with lengths that the host knows; here
+one index says which token sits where (``verl/models/mcore/util.py``, ``preprocess_thd_engine`` and
+``preprocess_bshd_engine``), and nothing waits for the device.
 """
 
 from __future__ import annotations
@@ -22,23 +23,37 @@ from capo_verl.engines.response import PackedResponse, next_token_fields
 
 
 def token_positions(
-    batch: TensorDict, shape: torch.Size, data_format: str, use_fp8_padding: bool = False, cp_layout: str = "zigzag"
+    batch: TensorDict,
+    shape: torch.Size,
+    data_format: str,
+    use_fp8_padding: bool = False,
+    cp_layout: str = "zigzag",
 ) -> Tensor:
-    """Which of the flat tokens of ``input_ids`` sits at each place of this rank: int64 of ``shape``; their number where none.
+    """Which of the flat tokens of ``input_ids`` sits at each place of this rank: int64 of
+    ``shape``; their number where none.
 
     Args:
         batch: micro-batch with nested ``input_ids``.
         shape: of the labels, ``[1, total]`` (``thd``) or ``[b, s]`` (``bshd``).
-        data_format, use_fp8_padding, cp_layout: as verl's engine lays out the labels, see :func:`label_layout`.
+        data_format, use_fp8_padding, cp_layout: as verl's engine lays out the labels, see
+            :func:`label_layout`.
     """
     offsets, total = batch["input_ids"].offsets(), batch["input_ids"].values().shape[0]
-    lengths, cp, rank = offsets.diff(), mpu.get_context_parallel_world_size(), mpu.get_context_parallel_rank()
+    lengths, cp, rank = (
+        offsets.diff(),
+        mpu.get_context_parallel_world_size(),
+        mpu.get_context_parallel_rank(),
+    )
     place = torch.arange(shape[1], device=offsets.device)
     if data_format == "bshd":
         sequence = torch.arange(shape[0], device=offsets.device)[:, None]
         position = _zigzag(place, shape[1] * cp, cp, rank)[None].expand(shape)
     else:
-        align = mpu.get_tensor_model_parallel_world_size() * cp * (2 if cp_layout == "zigzag" and cp > 1 else 1)
+        align = (
+            mpu.get_tensor_model_parallel_world_size()
+            * cp
+            * (2 if cp_layout == "zigzag" and cp > 1 else 1)
+        )
         if use_fp8_padding:
             align = _compute_fp8_thd_align_size(align)[0]
         ends = ((lengths + align - 1) // align * align).cumsum(0)
@@ -58,7 +73,9 @@ def token_positions(
 
 
 def _zigzag(place: Tensor, padded: Any, cp: int, rank: int) -> Tensor:
-    """Position in a sequence of ``padded`` tokens of a place in this rank's slice: a chunk from its front, one from its back."""
+    """Position in a sequence of ``padded`` tokens of a place in this rank's slice: a chunk from its
+    front, one from its back.
+    """
     if cp == 1:
         return place
     chunk = padded // (2 * cp)
@@ -66,7 +83,8 @@ def _zigzag(place: Tensor, padded: Any, cp: int, rank: int) -> Tensor:
 
 
 def pack_response(batch: TensorDict, at: Tensor) -> PackedResponse:
-    """Advantages and response mask where the labels of their tokens are: at the position before the token's own.
+    """Advantages and response mask where the labels of their tokens are: at the position before the
+    token's own.
 
     Args:
         batch: micro-batch, see :func:`capo_verl.engines.response.response_fields`.
@@ -77,20 +95,26 @@ def pack_response(batch: TensorDict, at: Tensor) -> PackedResponse:
 
 
 def unpack(values: Tensor, batch: TensorDict, at: Tensor) -> Tensor:
-    """Per-token results of this context-parallel rank to those of all ranks, nested ``[b, j]`` like ``input_ids``.
+    """Per-token results of this context-parallel rank to those of all ranks, nested ``[b, j]`` like
+    ``input_ids``.
 
     Args:
         values, at: of the same shape, ``at`` from :func:`token_positions`.
     """
     input_ids = batch["input_ids"]
-    flat = values.new_zeros(input_ids.values().shape[0] + 1).index_copy_(0, at.flatten(), values.flatten())
+    flat = values.new_zeros(input_ids.values().shape[0] + 1).index_copy_(
+        0, at.flatten(), values.flatten()
+    )
     collectives.sum_(flat, (mpu.get_context_parallel_group(),))
     return torch.nested.nested_tensor_from_jagged(flat[:-1], offsets=input_ids.offsets())
 
 
 def label_layout(engine: Any, data_format: str, unwrapped_model: Any) -> dict[str, Any]:
     """How verl's engine lays out the labels (``MegatronEngine.forward_step``)."""
-    layout = {"data_format": data_format, "use_fp8_padding": unwrapped_model.config.fp8 in ("e4m3", "hybrid")}
+    layout = {
+        "data_format": data_format,
+        "use_fp8_padding": unwrapped_model.config.fp8 in ("e4m3", "hybrid"),
+    }
     if data_format == "thd":
         layout["cp_layout"] = engine._get_context_parallel_layout(unwrapped_model)
     return layout

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The parameters that this rank's part of Megatron's optimizer writes to, and how the model learns of a change to them.
+"""The parameters that this rank's part of Megatron's optimizer writes to, and how the model learns
+of a change to them.
 
-In bfloat16 training these are the float32 copies, with the distributed optimizer this rank's shards of them; what
-``MegatronOptimizer.step_with_ready_grads`` does after the inner step has to be done after a change by hand as well
-(``megatron/core/optimizer/optimizer.py``, ``distrib_optimizer.py``).
+In bfloat16 training these are the float32 copies, with the distributed optimizer this rank's shards
+of them; what ``MegatronOptimizer.step_with_ready_grads`` does after the inner step has to be done
+after a change by hand as well (``megatron/core/optimizer/optimizer.py``, ``distrib_optimizer.py``).
 """
 
 from __future__ import annotations
@@ -18,12 +19,20 @@ from torch import Tensor, nn
 
 def optimised(optimizer: Any) -> list[Tensor]:
     """What the inner optimizers write to."""
-    return [p.data for part in _parts(optimizer) for group in part.optimizer.param_groups for p in group["params"]]
+    return [
+        p.data
+        for part in _parts(optimizer)
+        for group in part.optimizer.param_groups
+        for p in group["params"]
+    ]
 
 
 @torch.no_grad()
 def spread(optimizer: Any, module: Sequence[nn.Module]) -> None:
-    """After :func:`optimised` was written to: copy to the model's parameters, gather the shards. Collective."""
+    """After :func:`optimised` was written to: copy to the model's parameters, gather the shards.
+
+    Collective.
+    """
     for part in _parts(optimizer):
         if hasattr(part, "_copy_main_params_to_model_params"):
             part._copy_main_params_to_model_params()
@@ -42,11 +51,15 @@ def check_reachable(optimizer: Any) -> None:
         for found, key in (
             (isinstance(part.optimizer, HybridDeviceOptimizer), "optimizer_cpu_offload"),
             (part.config.use_precision_aware_optimizer, "use_precision_aware_optimizer"),
-            (getattr(part.config, "reuse_grad_buf_for_mxfp8_param_ag", False), "reuse_grad_buf_for_mxfp8_param_ag"),
+            (
+                getattr(part.config, "reuse_grad_buf_for_mxfp8_param_ag", False),
+                "reuse_grad_buf_for_mxfp8_param_ag",
+            ),
         ):
             if found:
                 raise ValueError(
-                    f"capo.kl_budget.line_search cannot step back with {key}: set {override}.{key}=False, or line_search=null"
+                    f"capo.kl_budget.line_search cannot step back with {key}: set "
+                    f"{override}.{key}=False, or line_search=null"
                 )
 
 

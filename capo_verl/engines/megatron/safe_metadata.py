@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The index of a distributed checkpoint, looked at before it is unpickled.
 
-torch stores tensors of a distributed checkpoint raw, but their index (``.metadata``) as a pickle, which it loads without
-restriction (``torch/distributed/checkpoint/filesystem.py``, ``read_metadata``). A pickle can name any function; here only
-those names are let through that an index of tensors needs.
+torch stores tensors of a distributed checkpoint raw, but their index (``.metadata``) as a pickle,
+which it loads without restriction (``torch/distributed/checkpoint/filesystem.py``,
+``read_metadata``). A pickle can name any function; here only those names are let through that an
+index of tensors needs.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ _ALLOWED = {
     "torch": {"Size", "bfloat16", "float16", "float32", "float64", "int64"},
     "torch.serialization": {"_get_layout"},
     f"{_CHECKPOINT}.metadata": {
-        "BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta", "TensorProperties",
-        "TensorStorageMetadata", "_MEM_FORMAT_ENCODING",
+        "BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta",
+        "TensorProperties", "TensorStorageMetadata", "_MEM_FORMAT_ENCODING",
     },
     f"{_CHECKPOINT}.planner": {"SavePlan", "TensorWriteData", "WriteItem", "WriteItemType"},
     f"{_CHECKPOINT}.filesystem": {"_StorageInfo", "_StoragePrefix"},
@@ -32,7 +33,8 @@ _ALLOWED = {
 
 
 def check_metadata(path: Path) -> None:
-    """Refuse a pickle that names anything but the classes of a checkpoint's index. Executes nothing of it.
+    """Refuse a pickle that names anything but the classes of a checkpoint's index. Executes nothing
+    of it.
 
     Raises:
         ValueError: naming what it found.
@@ -40,7 +42,10 @@ def check_metadata(path: Path) -> None:
     """
     for module, name in _globals(path.read_bytes()):
         if name not in _ALLOWED.get(module, ()):
-            raise ValueError(f"{path} names {module}.{name}, which an index of tensors does not need: not unpickled")
+            raise ValueError(
+                f"{path} names {module}.{name}, which an index of tensors does not need: not "
+                "unpickled"
+            )
 
 
 def _globals(pickled: bytes) -> list[tuple[str, str]]:
@@ -59,7 +64,9 @@ def _globals(pickled: bytes) -> list[tuple[str, str]]:
             stack.append(None)
         elif opcode.name == "STACK_GLOBAL":
             if len(stack) < 2 or stack[-1] is None or stack[-2] is None:
-                raise ValueError("the pickle imports a name that is not spelled out in it: not unpickled")
+                raise ValueError(
+                    "the pickle imports a name that is not spelled out in it: not unpickled"
+                )
             found.append((stack[-2], stack[-1]))
             stack.append(None)
         elif opcode.name.startswith("EXT"):

@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
-"""Time, memory and bandwidth of the filter against the formulation as published: table, JSON, Markdown and PNG.
+"""Time, memory and bandwidth of the filter against the formulation as published: table, JSON,
+Markdown and PNG.
 
 python -m capo_verl.experiments.benchmark [--preset NAME] [--tp N] [--tokens N ...] [--write-docs]     what it means: docs/performance.md
 """
@@ -26,7 +27,12 @@ try:
     from capo_verl.experiments.benchmark.agreement import DisagreementError
     from capo_verl.experiments.benchmark.report import Report
     from capo_verl.experiments.benchmark.targets import judge_targets
-    from capo_verl.experiments.benchmark.workload import DEFAULT_PRESETS, DEFAULT_TOKENS, PRESETS, Workload
+    from capo_verl.experiments.benchmark.workload import (
+        DEFAULT_PRESETS,
+        DEFAULT_TOKENS,
+        PRESETS,
+        Workload,
+    )
 except ImportError as e:
     from capo_verl.plugin.missing_packages import missing
 
@@ -50,18 +56,30 @@ def positive(text: str) -> int:
 def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Workload]:
     parser = Parser(prog="benchmark_filter.py", description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--preset", choices=PRESETS, help="sizes of a model (default: cpu-small; on a GPU qwen2.5-math-7b)"
+        "--preset",
+        choices=PRESETS,
+        help="sizes of a model (default: cpu-small; on a GPU qwen2.5-math-7b)",
     )
     parser.add_argument("--vocab-size", type=positive, metavar="V", help="instead of the preset's")
     parser.add_argument("--hidden-size", type=positive, metavar="H", help="instead of the preset's")
     parser.add_argument(
-        "--tp", type=positive, default=1, metavar="N", help="measure one of N tensor-parallel ranks (1)"
+        "--tp",
+        type=positive,
+        default=1,
+        metavar="N",
+        help="measure one of N tensor-parallel ranks (1)",
     )
-    parser.add_argument("--tokens", type=positive, nargs="+", metavar="N", help="numbers of tokens (1k to 64k)")
+    parser.add_argument(
+        "--tokens", type=positive, nargs="+", metavar="N", help="numbers of tokens (1k to 64k)"
+    )
     parser.add_argument("--top-k", type=positive, default=50, metavar="K", help="support size (50)")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
-    parser.add_argument("--threads", type=positive, default=1, metavar="N", help="of torch on a CPU (1)")
-    parser.add_argument("--repeats", type=positive, default=5, metavar="N", help="of every cell, at most (5)")
+    parser.add_argument(
+        "--threads", type=positive, default=1, metavar="N", help="of torch on a CPU (1)"
+    )
+    parser.add_argument(
+        "--repeats", type=positive, default=5, metavar="N", help="of every cell, at most (5)"
+    )
     parser.add_argument(
         "--output",
         type=Path,
@@ -69,7 +87,9 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Workload]:
         metavar="DIR",
         help="for JSON, Markdown, PNG (%(default)s)",
     )
-    parser.add_argument("--write-docs", action="store_true", help="put the tables into docs/performance.md")
+    parser.add_argument(
+        "--write-docs", action="store_true", help="put the tables into docs/performance.md"
+    )
     parser.add_argument("--profile", action="store_true", help="also write where the time goes")
     args = parser.parse_args(argv)
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -98,10 +118,15 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Workload]:
 
 
 def show(report: Report, console: Console) -> None:
-    table, rows = Table(title=markdown.heading(report), title_justify="left"), markdown.cells(report)
+    table, rows = (
+        Table(title=markdown.heading(report), title_justify="left"),
+        markdown.cells(report),
+    )
     for i, column in enumerate(markdown.COLUMNS):
         words = column.replace(" ", "\n")
-        table.add_column(words, justify="left" if i == 1 else "right", no_wrap=i != 1, vertical="bottom")
+        table.add_column(
+            words, justify="left" if i == 1 else "right", no_wrap=i != 1, vertical="bottom"
+        )
     for row, following in zip(rows, [*rows[1:], rows[-1]], strict=True):
         table.add_row(*row, end_section=row[0] != following[0])
     console.print(table)
@@ -109,7 +134,8 @@ def show(report: Report, console: Console) -> None:
         console.print(line, highlight=False)
     for verdict in judge_targets(report):
         console.print(
-            f"{'met' if verdict.met else 'MISSED'}: {verdict.target}, measured {verdict.measured}", highlight=False
+            f"{'met' if verdict.met else 'MISSED'}: {verdict.target}, measured {verdict.measured}",
+            highlight=False,
         )
 
 
@@ -123,7 +149,9 @@ def main(argv: list[str] | None = None) -> int:
         if args.write_docs:
             markdown.read_docs(DOCS)
         args.output.mkdir(parents=True, exist_ok=True)
-        report = runner.run(workload, args.repeats, say=lambda text: console.print(f"... {text}", highlight=False))
+        report = runner.run(
+            workload, args.repeats, say=lambda text: console.print(f"... {text}", highlight=False)
+        )
         stem = f"{workload.name}-tp{workload.tp}-{workload.device}"
         report.save(args.output / f"{stem}.json")
         (args.output / f"{stem}.md").write_text(markdown.markdown(report))

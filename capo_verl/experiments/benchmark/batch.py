@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Random batches whose supports overlap as those of a language model do.
 
-Logits are ``-1.5 log(rank + 2.7) + 3 noise``: a fixed unigram distribution (Zipf-Mandelbrot; ranks are dealt to the vocabulary
-at random) and independent Gaussian noise per token and row. The 50 largest then hold about 0.9 of the probability and the
-largest 0.4; frequent rows are in the supports of many tokens.
+Logits are ``-1.5 log(rank + 2.7) + 3 noise``: a fixed unigram distribution (Zipf-Mandelbrot; ranks
+are dealt to the vocabulary at random) and independent Gaussian noise per token and row. The 50
+largest then hold about 0.9 of the probability and the largest 0.4; frequent rows are in the
+supports of many tokens.
 """
 
 from __future__ import annotations
@@ -31,7 +32,9 @@ class Batch:
     logits: Tensor
     """``[N, rows]``"""
     actions: Tensor
-    """``[N]`` int64, drawn from the renormalised policy on the support; one in fifty from the whole vocabulary."""
+    """``[N]`` int64, drawn from the renormalised policy on the support; one in fifty from the whole
+    vocabulary.
+    """
     advantages: Tensor
     """``[N]`` float32, standard normal."""
     response_mask: Tensor
@@ -49,7 +52,9 @@ class Batch:
         return len(self.support.unique())
 
 
-def make_batch(workload: Workload, tokens: int, seed: int, dtype: torch.dtype | None = None) -> Batch:
+def make_batch(
+    workload: Workload, tokens: int, seed: int, dtype: torch.dtype | None = None
+) -> Batch:
     """Drawn on the device, a run of tokens at a time: needs little memory beside the result.
 
     Args:
@@ -69,7 +74,9 @@ def make_batch(workload: Workload, tokens: int, seed: int, dtype: torch.dtype | 
     for part in chunk_slices(tokens, max(1, _CHUNK_ELEMENTS // max(rows, workload.hidden_size))):
         n = part.stop - part.start
         hidden_states[part] = torch.randn(n, workload.hidden_size, device=device, generator=draw)
-        logits[part] = torch.randn(n, rows, device=device, generator=draw).mul_(_NOISE).add_(unigram)
+        logits[part] = (
+            torch.randn(n, rows, device=device, generator=draw).mul_(_NOISE).add_(unigram)
+        )
         values, ids = logits[part].topk(k)
         chosen = torch.multinomial(values.float().softmax(-1), 1, generator=draw)
         anywhere = torch.randint(rows, (n,), device=device, generator=draw)

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who is measured: the formulation as published in two forms, and CapoFilter with either set of kernels."""
+"""Who is measured: the formulation as published in two forms, and CapoFilter with either set of
+kernels.
+"""
 
 from __future__ import annotations
 
@@ -17,13 +19,20 @@ from capo_verl.experiments.benchmark.naive import BATCH_TOKENS, NaiveFilter
 from capo_verl.experiments.benchmark.workload import Workload
 
 Stages = dict[str, Callable[[], Any]]
-"""Name of a stage -> what it runs, in order. ``evaluate`` comes first and returns m_H, m_F and the accepted tokens. Names that
-begin with it belong to it: ``evaluate 2`` is the second batch of tokens, of a contender that cannot take them all at once."""
+"""Name of a stage -> what it runs, in order. ``evaluate`` comes first and returns m_H, m_F and the
+accepted tokens. Names that begin with it belong to it: ``evaluate 2`` is the second batch of
+tokens, of a contender that cannot take them all at once.
+"""
 
 
 def accept_all(workload: Workload) -> CapoConfig:
     """The most work for the moments: no token is rejected."""
-    return CapoConfig(top_k=workload.top_k, policy_shift_max=None, objective_shift_max=None, objective_shift_min=None)
+    return CapoConfig(
+        top_k=workload.top_k,
+        policy_shift_max=None,
+        objective_shift_max=None,
+        objective_shift_min=None,
+    )
 
 
 class Contender(Protocol):
@@ -67,7 +76,8 @@ class Kind(NamedTuple):
 
 def _arguments(batch: Batch) -> tuple[Any, ...]:
     return (
-        batch.hidden_states, batch.logits, batch.actions, batch.advantages, batch.response_mask, LEARNING_RATE,
+        batch.hidden_states, batch.logits, batch.actions, batch.advantages, batch.response_mask,
+        LEARNING_RATE,
     )  # fmt: skip
 
 
@@ -79,14 +89,18 @@ def _naive(key: str, label: str, reuse_temporaries: bool) -> Kind:
         )  # fmt: skip
 
     def tensor_bytes(workload: Workload, tokens: int) -> int:
-        return NaiveFilter.nbytes(tokens, workload.top_k, workload.hidden_size, workload.model_dtype, reuse_temporaries)
+        return NaiveFilter.nbytes(
+            tokens, workload.top_k, workload.hidden_size, workload.model_dtype, reuse_temporaries
+        )
 
     return Kind(key, label, build, tensor_bytes=tensor_bytes)
 
 
 def _filter(kernels: str) -> Callable[[Workload, CapoConfig, torch.dtype], Contender]:
     def build(workload: Workload, config: CapoConfig, dtype: torch.dtype) -> Contender:
-        return _Filter(config, workload.rows, workload.hidden_size, device=workload.device, kernels=kernels)
+        return _Filter(
+            config, workload.rows, workload.hidden_size, device=workload.device, kernels=kernels
+        )
 
     return build
 

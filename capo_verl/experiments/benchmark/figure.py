@@ -17,8 +17,13 @@ _MIB = 1 << 20
 
 
 def draw(report: Report) -> Figure:
-    """Left: seconds of evaluate (solid) and of accumulate + update. Right: extra memory (solid) and scratch of evaluate."""
-    figure = Figure(figsize=(10.0, 4.4), layout="constrained")  # no pyplot: no global state, no display
+    """Left: seconds of evaluate (solid) and of accumulate + update.
+
+    Right: extra memory (solid) and scratch of evaluate.
+    """
+    figure = Figure(
+        figsize=(10.0, 4.4), layout="constrained"
+    )  # no pyplot: no global state, no display
     time, memory = figure.subplots(1, 2)
     figure.suptitle(heading(report), fontsize=11, fontweight="bold", x=0.01, ha="left")
     for contender, label in LABELS.items():
@@ -39,7 +44,9 @@ def draw(report: Report) -> Figure:
     figure.legend(loc="outside lower center", ncols=len(LABELS), frameon=False, fontsize=9)
     for panel in (time, memory):
         panel.set(xscale="log", yscale="log", xlabel="tokens")
-        panel.set_xticks([t.tokens for t in report.traffic], [_short(t.tokens) for t in report.traffic])
+        panel.set_xticks(
+            [t.tokens for t in report.traffic], [_short(t.tokens) for t in report.traffic]
+        )
         panel.minorticks_off()
         panel.grid(alpha=0.25)
         panel.spines[["top", "right"]].set_visible(False)

@@ -43,7 +43,9 @@ def copy_bandwidth(device: str) -> float:
     source = torch.ones(n, device=device, dtype=torch.uint8)
     target = torch.empty_like(source)
     target.copy_(source)
-    seconds = measure_seconds(device, {"copy": lambda: target.copy_(source)}, repeats=10, limit=10.0)
+    seconds = measure_seconds(
+        device, {"copy": lambda: target.copy_(source)}, repeats=10, limit=10.0
+    )
     return 2 * n / statistics.median(seconds["copy"])
 
 
@@ -59,6 +61,10 @@ def free_bytes(device: str) -> int:
 
 
 def _allocator_settings() -> str:
-    """Of the C library: they decide how often large tensors are new to the system, which costs time on a CPU."""
-    names = sorted(name for name in os.environ if name.startswith("MALLOC_") or name == "GLIBC_TUNABLES")
+    """Of the C library: they decide how often large tensors are new to the system, which costs time
+    on a CPU.
+    """
+    names = sorted(
+        name for name in os.environ if name.startswith("MALLOC_") or name == "GLIBC_TUNABLES"
+    )
     return " ".join(f"{name}={os.environ[name]}" for name in names)

@@ -12,19 +12,26 @@ from capo_verl.experiments.benchmark.targets import judge_targets
 
 BEGIN, END = "<!-- benchmark: begin -->", "<!-- benchmark: end -->"
 COLUMNS = (
-    "tokens", "contender", "evaluate ms", "update ms", "times (a)'s speed", "times (a')'s speed", "extra MiB", "of (a)'s",
-    "held MiB", "scratch MiB", "update scratch MiB", "evaluate GB/s", "rows once GB/s", "update GB/s",
+    "tokens", "contender", "evaluate ms", "update ms", "times (a)'s speed", "times (a')'s speed",
+    "extra MiB", "of (a)'s",
+    "held MiB", "scratch MiB", "update scratch MiB", "evaluate GB/s", "rows once GB/s",
+    "update GB/s",
 )  # fmt: skip
 _MIB, _GB = 1 << 20, 1e9
 
 
 def cells(report: Report) -> list[list[str]]:
-    """The rows of the table, as text. A contender that did not run says why; only once if it never did for that reason."""
+    """The rows of the table, as text.
+
+    A contender that did not run says why; only once if it never did for that reason.
+    """
     rows: dict[tuple[str, ...], list[str]] = {}
     never: dict[tuple[str, ...], list[str]] = {}
     for r in sorted(report.results, key=lambda r: (r.tokens, list(LABELS).index(r.contender))):
         if r.skipped:
-            everywhere = all(x.skipped == r.skipped for x in report.results if x.contender == r.contender)
+            everywhere = all(
+                x.skipped == r.skipped for x in report.results if x.contender == r.contender
+            )
             row = ["all" if everywhere else f"{r.tokens:,}", f"{LABELS[r.contender]}: {r.skipped}"]
             (never if everywhere else rows)[tuple(row)] = row + ["—"] * (len(COLUMNS) - 2)
             continue
@@ -34,10 +41,16 @@ def cells(report: Report) -> list[list[str]]:
             LABELS[r.contender],
             _number(r.evaluate_seconds * 1e3),
             _number(r.update_seconds * 1e3),
-            *("—" if x is None else f"{x:.2f}" for x in (report.speedup(r), report.speedup(r, over="naive_reused"))),
+            *(
+                "—" if x is None else f"{x:.2f}"
+                for x in (report.speedup(r), report.speedup(r, over="naive_reused"))
+            ),
             _number(r.extra_bytes / _MIB),
             "—" if memory_ratio is None else f"{memory_ratio:.3f}",
-            *(_number(x / _MIB) for x in (r.held_bytes, r.evaluate_scratch_bytes, r.update_scratch_bytes)),
+            *(
+                _number(x / _MIB)
+                for x in (r.held_bytes, r.evaluate_scratch_bytes, r.update_scratch_bytes)
+            ),
             *(_number(bandwidth[x] / _GB) for x in ("evaluate", "evaluate_rows_once", "update")),
         ]
         rows[tuple(row)] = row
@@ -51,8 +64,9 @@ def growth_lines(report: Report) -> list[str]:
         evaluate, update = report.growth(key, "evaluate"), report.growth(key, "update")
         if evaluate and update:
             lines.append(
-                f"{label}: time ~ tokens^x with x = {evaluate.largest:.2f} (evaluate) and {update.largest:.2f} "
-                f"(accumulate + update) between the two largest sizes, {evaluate.overall:.2f} and {update.overall:.2f} overall."
+                f"{label}: time ~ tokens^x with x = {evaluate.largest:.2f} (evaluate) and "
+                f"{update.largest:.2f} (accumulate + update) between the two largest sizes, "
+                f"{evaluate.overall:.2f} and {update.overall:.2f} overall."
             )
     return lines
 
@@ -64,14 +78,19 @@ def heading(report: Report) -> str:
 def markdown(report: Report) -> str:
     """One run: where, table, growth, targets."""
     e = report.environment
-    gpu = f", CUDA {e['cuda']}, Triton {e['triton']}" if "cuda" in e else f", {e['threads']} of {e['cores']} cores"
+    gpu = (
+        f", CUDA {e['cuda']}, Triton {e['triton']}"
+        if "cuda" in e
+        else f", {e['threads']} of {e['cores']} cores"
+    )
     if e["allocator"] != "default":
         gpu += f", {e['allocator']}"
     copy = report.copy_bytes_per_second / _GB
     lines = [
         f"### {heading(report)}",
         "",
-        f"{e['processor']}{gpu}, torch {e['torch']}, commit {e['commit']}. Time: {e['clock']}. Copy bandwidth {copy:,.1f} GB/s.",
+        f"{e['processor']}{gpu}, torch {e['torch']}, commit {e['commit']}. Time: {e['clock']}. "
+        f"Copy bandwidth {copy:,.1f} GB/s.",
         "",
         *_table(COLUMNS, cells(report)),
         "",
@@ -85,14 +104,19 @@ def markdown(report: Report) -> str:
 
 
 def update_docs(report: Report, page: Path) -> None:
-    """Replace this machine's and workload's run between the markers of ``page``, or append it; others stay.
+    """Replace this machine's and workload's run between the markers of ``page``, or append it;
+    others stay.
 
     Raises:
         ValueError: if the page lacks the markers.
     """
     before, runs, after = read_docs(page)
     runs[f"### {heading(report)}"] = markdown(report)
-    page.write_text(f"{before}{BEGIN}\n\n" + "\n".join(run.strip() + "\n" for run in runs.values()) + f"\n{END}{after}")
+    page.write_text(
+        f"{before}{BEGIN}\n\n"
+        + "\n".join(run.strip() + "\n" for run in runs.values())
+        + f"\n{END}{after}"
+    )
 
 
 def read_docs(page: Path) -> tuple[str, dict[str, str], str]:

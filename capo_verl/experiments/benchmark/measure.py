@@ -15,7 +15,10 @@ Name = TypeVar("Name", bound=Hashable)
 
 
 def clock(device: str) -> str:
-    """What is read. With one thread the processor time of the process: other processes of the machine do not count."""
+    """What is read.
+
+    With one thread the processor time of the process: other processes of the machine do not count.
+    """
     if device == "cuda":
         return "CUDA events"
     return "processor time" if torch.get_num_threads() == 1 else "wall clock"
@@ -24,7 +27,8 @@ def clock(device: str) -> str:
 def measure_seconds(
     device: str, calls: Mapping[Name, Callable[[], Any]], repeats: int, limit: float
 ) -> dict[Name, list[float]]:
-    """Run all calls in order, ``repeats`` times; fewer (at least once) when ``limit`` seconds have passed.
+    """Run all calls in order, ``repeats`` times; fewer (at least once) when ``limit`` seconds have
+    passed.
 
     Returns:
         Name of the call -> seconds of each repetition, by :func:`clock`.

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Memory of a sequence of calls, exact to the byte: every allocation of torch, also those inside its operators."""
+"""Memory of a sequence of calls, exact to the byte: every allocation of torch, also those inside
+its operators.
+"""
 
 from __future__ import annotations
 
@@ -25,8 +27,9 @@ class Usage:
 def measure_memory(device: str, calls: Mapping[str, Callable[[], Any]]) -> dict[str, Usage]:
     """Run the calls in order, keeping their results alive until the last has returned.
 
-    On a GPU these are the numbers of the caching allocator. On a CPU they are the profiler's record of the allocator; buffers
-    which operators take from the C library directly, such as a sort's, do not pass through it.
+    On a GPU these are the numbers of the caching allocator. On a CPU they are the profiler's record
+    of the allocator; buffers which operators take from the C library directly, such as a sort's, do
+    not pass through it.
     """
     return _on_gpu(calls) if device == "cuda" else _on_cpu(calls)
 
@@ -44,7 +47,9 @@ def _on_gpu(calls: Mapping[str, Callable[[], Any]]) -> dict[str, Usage]:
         torch.cuda.reset_peak_memory_stats()
         results.append(call())
         torch.cuda.synchronize()
-        usage[name] = Usage(torch.cuda.max_memory_allocated() - start, torch.cuda.memory_allocated() - start)
+        usage[name] = Usage(
+            torch.cuda.max_memory_allocated() - start, torch.cuda.memory_allocated() - start
+        )
     return usage
 
 
@@ -58,7 +63,8 @@ def _on_cpu(calls: Mapping[str, Callable[[], Any]]) -> dict[str, Usage]:
     events = profile.kineto_results.events()
     ends = {e.name().removeprefix(_MARK): e.end_ns() for e in events if e.name().startswith(_MARK)}
     changes = sorted(
-        ((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"), key=lambda change: change[0]
+        ((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"),
+        key=lambda change: change[0],
     )
     usage, now, at = {}, 0, 0
     for name in calls:

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""CAPO as published: for all tokens of a batch at once, tensors ``[N, k, H]`` in the model's dtype: gradient, both moments of
-its rows, preconditioned gradient (arXiv 2510.00819, sections 3 and 4; symbols as in docs/algorithm.md).
+"""CAPO as published: for all tokens of a batch at once, tensors ``[N, k, H]`` in the model's dtype:
+gradient, both moments of its rows, preconditioned gradient (arXiv 2510.00819, sections 3 and 4;
+symbols as in docs/algorithm.md).
 
-It is kinder than the published code, which holds the moments in a Python dict keyed by token id and updates them row by row:
-here they are two dense tensors, and the sums over tokens are one ``index_add_``.
+It is kinder than the published code, which holds the moments in a Python dict keyed by token id and
+updates them row by row: here they are two dense tensors, and the sums over tokens are one
+``index_add_``.
 
 Twice: every formula one expression, as it is written; and the same with its temporaries reused.
 """
@@ -24,8 +26,10 @@ BATCH_TOKENS = 24 * 1024
 """What the authors evaluate at once: 24 sequences of 1,024 tokens."""
 _SUMMED_TOKENS = 1024
 _TENSORS_ALIVE = {False: 7, True: 4}
-"""With ``reuse_temporaries`` or not -> the most tensors ``[N, k, H]`` at any time. Without: g, M, Q, the new first moment, and
-of the second both terms and their sum. With: g, both moments, P(g). tests/experiments/benchmark/test_memory.py counts them."""
+"""With ``reuse_temporaries`` or not -> the most tensors ``[N, k, H]`` at any time. Without: g, M,
+Q, the new first moment, and of the second both terms and their sum. With: g, both moments, P(g).
+tests/experiments/benchmark/test_memory.py counts them.
+"""
 
 
 class Decision(NamedTuple):
@@ -45,7 +49,8 @@ class _Evaluated(NamedTuple):
 class NaiveFilter:
     """Token granularity, ``optimizer_model="adam"``, one process.
 
-    Call :meth:`evaluate` and :meth:`accumulate` for every batch of at most ``BATCH_TOKENS`` tokens, then :meth:`update` once.
+    Call :meth:`evaluate` and :meth:`accumulate` for every batch of at most ``BATCH_TOKENS`` tokens,
+    then :meth:`update` once.
 
     Args:
         config: of its knobs ``top_k``, the thresholds, ``betas`` and ``eps`` are used.
@@ -53,7 +58,8 @@ class NaiveFilter:
         hidden_size: H.
         device: where the moments live.
         dtype: of the moments and of the tensors ``[N, k, H]``; sums per token are at least float32.
-        reuse_temporaries: write over tensors that are no longer needed, and form no product that is only summed.
+        reuse_temporaries: write over tensors that are no longer needed, and form no product that is
+            only summed.
 
     Raises:
         ValueError: for a threshold that sets itself, which the paper does not have.
@@ -71,7 +77,8 @@ class NaiveFilter:
     ):
         if isinstance(config.policy_shift_max, TargetRejection):
             raise ValueError(
-                f"policy_shift_max={config.policy_shift_max}: the published CAPO has a fixed tau_F; set a number"
+                f"policy_shift_max={config.policy_shift_max}: the published CAPO has a fixed "
+                "tau_F; set a number"
             )
         self.config, self.dtype, self.reuse_temporaries = config, dtype, reuse_temporaries
         self._policy_shift_max = config.policy_shift_max
@@ -83,9 +90,19 @@ class NaiveFilter:
         self._sums: tuple[Tensor, Tensor] | None = None
 
     @staticmethod
-    def nbytes(tokens: int, top_k: int, hidden_size: int, dtype: torch.dtype, reuse_temporaries: bool) -> int:
-        """The most bytes of tensors ``[N, k, H]`` at any time, of all ``tokens`` or a batch if they are several."""
-        return _TENSORS_ALIVE[reuse_temporaries] * min(tokens, BATCH_TOKENS) * top_k * hidden_size * dtype.itemsize
+    def nbytes(
+        tokens: int, top_k: int, hidden_size: int, dtype: torch.dtype, reuse_temporaries: bool
+    ) -> int:
+        """The most bytes of tensors ``[N, k, H]`` at any time, of all ``tokens`` or a batch if they
+        are several.
+        """
+        return (
+            _TENSORS_ALIVE[reuse_temporaries]
+            * min(tokens, BATCH_TOKENS)
+            * top_k
+            * hidden_size
+            * dtype.itemsize
+        )
 
     @torch.no_grad()
     def evaluate(
@@ -130,7 +147,9 @@ class NaiveFilter:
             sums = torch.zeros(self.exp_avg.shape, device=gradient.device, dtype=self.wide)
             self._sums = sums, sums.new_zeros(len(sums))
         sums, counts = self._sums
-        for part in chunk_slices(len(ids), _SUMMED_TOKENS if self.reuse_temporaries else BATCH_TOKENS):
+        for part in chunk_slices(
+            len(ids), _SUMMED_TOKENS if self.reuse_temporaries else BATCH_TOKENS
+        ):
             weight = accepted[part].to(self.wide)
             rows = ids[part].flatten()
             sums.index_add_(0, rows, (gradient[part] * weight[:, None, None]).flatten(0, 1))
@@ -146,8 +165,14 @@ class NaiveFilter:
         rows = counts.nonzero()[:, 0]
         if not len(rows):
             return
-        mean = sums[rows].div_(counts[rows, None]) if self.reuse_temporaries else sums[rows] / counts[rows, None]
-        m, v = self._move(self.exp_avg[rows].to(self.wide), self.exp_avg_sq[rows].to(self.wide), mean)
+        mean = (
+            sums[rows].div_(counts[rows, None])
+            if self.reuse_temporaries
+            else sums[rows] / counts[rows, None]
+        )
+        m, v = self._move(
+            self.exp_avg[rows].to(self.wide), self.exp_avg_sq[rows].to(self.wide), mean
+        )
         self.exp_avg[rows], self.exp_avg_sq[rows] = m.to(self.dtype), v.to(self.dtype)
         self.step_count += 1
 
@@ -177,7 +202,9 @@ class NaiveFilter:
         """The moments of some rows, copied out of the tables, after a gradient."""
         beta1, beta2 = self.config.betas
         if self.reuse_temporaries:
-            return M.mul_(beta1).add_(g, alpha=1 - beta1), Q.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+            return M.mul_(beta1).add_(g, alpha=1 - beta1), Q.mul_(beta2).addcmul_(
+                g, g, value=1 - beta2
+            )
         m = beta1 * M + (1 - beta1) * g
         v = beta2 * Q + (1 - beta2) * g**2
         return m, v

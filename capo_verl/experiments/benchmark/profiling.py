@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the time of a call goes: torch's operators on any device, and on a CPU the functions of the core as well."""
+"""Where the time of a call goes: torch's operators on any device, and on a CPU the functions of the
+core as well.
+"""
 
 from __future__ import annotations
 
@@ -30,10 +32,15 @@ def profile(device: str, calls: Mapping[str, Callable[[], Any]]) -> str:
             if device == "cuda":
                 torch.cuda.synchronize()
         order = "self_cpu_time_total" if device == "cpu" else "self_device_time_total"
-        parts.append(f"{name}: operators\n" + operators.key_averages().table(sort_by=order, row_limit=_SHOWN))
+        parts.append(
+            f"{name}: operators\n" + operators.key_averages().table(sort_by=order, row_limit=_SHOWN)
+        )
     if device == "cpu":  # on a GPU, functions return before their work is done
         for name, call in calls.items():
-            parts.append(f"{name}: functions of capo_verl.core, seconds of processor time\n" + _functions(call))
+            parts.append(
+                f"{name}: functions of capo_verl.core, seconds of processor time\n"
+                + _functions(call)
+            )
     return "\n".join(parts)
 
 
@@ -46,7 +53,12 @@ def _functions(call: Callable[[], Any]) -> str:
         path = PurePath(file)
         if path.is_relative_to(_CORE):
             found.append(
-                (cumulative, own, calls, f"{'.'.join(path.relative_to(_CORE).with_suffix('').parts)}.{function}")
+                (
+                    cumulative,
+                    own,
+                    calls,
+                    f"{'.'.join(path.relative_to(_CORE).with_suffix('').parts)}.{function}",
+                )
             )
     for cumulative, own, calls, function in sorted(found, reverse=True):
         lines.append(f"{cumulative:10.4f} {own:8.4f} {calls:7}  {function}")

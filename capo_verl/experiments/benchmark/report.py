@@ -28,13 +28,23 @@ class Traffic:
     evaluate_rows_once: int
     """The same with both moments of each distinct row read once, as a perfect cache would."""
     update: int
-    """The hidden state of every support entry, and both moments of each distinct row read and written."""
+    """The hidden state of every support entry, and both moments of each distinct row read and
+    written.
+    """
 
 
 def traffic(
-    tokens: int, distinct_rows: int, rows: int, top_k: int, hidden_size: int, model_bytes: int, moment_bytes: int
+    tokens: int,
+    distinct_rows: int,
+    rows: int,
+    top_k: int,
+    hidden_size: int,
+    model_bytes: int,
+    moment_bytes: int,
 ) -> Traffic:
-    """``model_bytes``, ``moment_bytes``: of one element of the logits and hidden states, of the moments."""
+    """``model_bytes``, ``moment_bytes``: of one element of the logits and hidden states, of the
+    moments.
+    """
     streams = tokens * (rows + hidden_size) * model_bytes
     both_moments = 2 * hidden_size * moment_bytes
     return Traffic(
@@ -53,7 +63,10 @@ class Result:
     contender: str
     tokens: int
     seconds: dict[str, list[float]] = field(default_factory=dict)
-    """Stage -> every repetition. The first stage is ``evaluate``; those that begin with this name are its other batches."""
+    """Stage -> every repetition.
+
+    The first stage is ``evaluate``; those that begin with this name are its other batches.
+    """
     memory: dict[str, Usage] = field(default_factory=dict)
     """Stage -> bytes beside moments and inputs."""
     skipped: str = ""
@@ -90,7 +103,9 @@ class Result:
 
     def _median(self, evaluate: bool) -> float:
         """Of the sums of a repetition."""
-        stages = (samples for stage, samples in self.seconds.items() if _is_evaluate(stage) == evaluate)
+        stages = (
+            samples for stage, samples in self.seconds.items() if _is_evaluate(stage) == evaluate
+        )
         return statistics.median(math.fsum(one) for one in zip(*stages, strict=True))
 
     def _scratch(self, evaluate: bool) -> int:
@@ -128,7 +143,11 @@ class Report:
 
     def result(self, contender: str, tokens: int) -> Result | None:
         """None if it was not measured."""
-        found = (r for r in self.results if (r.contender, r.tokens) == (contender, tokens) and not r.skipped)
+        found = (
+            r
+            for r in self.results
+            if (r.contender, r.tokens) == (contender, tokens) and not r.skipped
+        )
         return next(found, None)
 
     def traffic_of(self, tokens: int) -> Traffic:
@@ -136,7 +155,10 @@ class Report:
 
     def measured(self, contender: str) -> list[Result]:
         """In ascending number of tokens."""
-        return sorted((r for r in self.results if r.contender == contender and not r.skipped), key=lambda r: r.tokens)
+        return sorted(
+            (r for r in self.results if r.contender == contender and not r.skipped),
+            key=lambda r: r.tokens,
+        )
 
     def bandwidth(self, result: Result) -> dict[str, float]:
         """Effective bytes per second: the bytes that must move over the time taken."""
@@ -148,7 +170,9 @@ class Report:
         }
 
     def speedup(self, result: Result, over: str = "naive") -> float | None:
-        """Time of another contender's evaluate over this one's; None if that was not measured at this size."""
+        """Time of another contender's evaluate over this one's; None if that was not measured at
+        this size.
+        """
         other = self.result(over, result.tokens)
         return None if other is None else other.evaluate_seconds / result.evaluate_seconds
 
@@ -204,7 +228,9 @@ class Report:
         del content["derived"]
         content["traffic"] = [Traffic(**t) for t in content["traffic"]]
         content["results"] = [
-            Result(**{**r, "memory": {stage: Usage(**usage) for stage, usage in r["memory"].items()}})
+            Result(
+                **{**r, "memory": {stage: Usage(**usage) for stage, usage in r["memory"].items()}}
+            )
             for r in content["results"]
         ]
         return cls(**content)
@@ -215,4 +241,6 @@ def _is_evaluate(stage: str) -> bool:
 
 
 def _slope(points: Sequence[tuple[int, float]]) -> float:
-    return statistics.linear_regression(*zip(*((math.log(x), math.log(y)) for x, y in points), strict=True)).slope
+    return statistics.linear_regression(
+        *zip(*((math.log(x), math.log(y)) for x, y in points), strict=True)
+    ).slope

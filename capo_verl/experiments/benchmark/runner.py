@@ -7,7 +7,15 @@ from collections.abc import Callable
 
 from capo_verl.experiments.benchmark.agreement import check_agreement
 from capo_verl.experiments.benchmark.batch import make_batch
-from capo_verl.experiments.benchmark.contenders import KINDS, NAIVE, NAIVE_REUSED, Contender, Kind, Stages, accept_all
+from capo_verl.experiments.benchmark.contenders import (
+    KINDS,
+    NAIVE,
+    NAIVE_REUSED,
+    Contender,
+    Kind,
+    Stages,
+    accept_all,
+)
 from capo_verl.experiments.benchmark.machine import copy_bandwidth, environment, free_bytes
 from capo_verl.experiments.benchmark.measure import measure_seconds
 from capo_verl.experiments.benchmark.memory import measure_memory
@@ -19,15 +27,20 @@ WARM_UP_TOKENS = 1024
 WARM_UP_STEPS = 2
 SECONDS_PER_CELL = 6.0
 NAIVE_SECONDS = 20.0
-"""The formulation as published is left out where it would take longer. Its time is linear in tokens."""
+"""The formulation as published is left out where it would take longer.
+
+Its time is linear in tokens.
+"""
 _GB = 1e9
 _MARGIN = 1.2
-"""Memory asked for over the tensors known beforehand: the rest of the work, and what other processes may take."""
+"""Memory asked for over the tensors known beforehand: the rest of the work, and what other
+processes may take.
+"""
 
 
 def run(workload: Workload, repeats: int, say: Callable[[str], None]) -> Report:
-    """Measure. The median needs few repetitions of what is slow: a size is left after ``SECONDS_PER_CELL``
-    for each contender.
+    """Measure. The median needs few repetitions of what is slow: a size is left after
+    ``SECONDS_PER_CELL`` for each contender.
 
     Args:
         repeats: repetitions of every cell, at most.
@@ -50,15 +63,17 @@ def run(workload: Workload, repeats: int, say: Callable[[str], None]) -> Report:
         title=workload.title,
         environment=environment(workload.device),
         sizes={
-            "preset": workload.name, "vocab_size": workload.vocab_size, "hidden_size": workload.hidden_size,
-            "tp": workload.tp, "rows": workload.rows, "top_k": workload.top_k, "model_dtype": str(workload.model_dtype),
+            "preset": workload.name, "vocab_size": workload.vocab_size,
+            "hidden_size": workload.hidden_size,
+            "tp": workload.tp, "rows": workload.rows, "top_k": workload.top_k,
+            "model_dtype": str(workload.model_dtype),
         },
         copy_bytes_per_second=bandwidth,
         agreement=agreement,
         traffic=[
             traffic(
-                n, batch.part(slice(n)).distinct_rows, workload.rows, workload.top_k, workload.hidden_size,
-                workload.model_dtype.itemsize, MOMENT_BYTES,
+                n, batch.part(slice(n)).distinct_rows, workload.rows, workload.top_k,
+                workload.hidden_size, workload.model_dtype.itemsize, MOMENT_BYTES,
             )
             for n in sizes
         ],
@@ -88,7 +103,10 @@ def profiles(workload: Workload, tokens: int) -> dict[str, str]:
     """Key of every contender that runs here -> where its time goes."""
     batch, texts = make_batch(workload, tokens, seed=3), {}
     for kind in KINDS:
-        if not (kind.missing(workload) or _too_large(kind.tensor_bytes(workload, tokens), workload.device)):
+        if not (
+            kind.missing(workload)
+            or _too_large(kind.tensor_bytes(workload, tokens), workload.device)
+        ):
             texts[kind.key] = profile(workload.device, _warm(kind, workload).stages(batch))
     return texts
 
@@ -103,7 +121,9 @@ def _too_large_inputs(workload: Workload) -> dict[int, str]:
 
 
 def _warm(kind: Kind, workload: Workload) -> Contender:
-    """With moments and a step count, as in training: before the first update P(g) = g, which is less work."""
+    """With moments and a step count, as in training: before the first update P(g) = g, which is
+    less work.
+    """
     contender = kind.build(workload, accept_all(workload), workload.model_dtype)
     for seed in range(1, 1 + WARM_UP_STEPS):
         batch = make_batch(workload, min(WARM_UP_TOKENS, workload.tokens[-1]), seed)
@@ -113,8 +133,12 @@ def _warm(kind: Kind, workload: Workload) -> Contender:
 
 
 def _measure(stages: dict[str, Stages], tokens: int, device: str, repeats: int) -> list[Result]:
-    """The contenders take turns in every repetition: what disturbs the machine for a while disturbs all of them."""
-    memory = {key: measure_memory(device, calls) for key, calls in stages.items()}  # also what compiles and warms up
+    """The contenders take turns in every repetition: what disturbs the machine for a while disturbs
+    all of them.
+    """
+    memory = {
+        key: measure_memory(device, calls) for key, calls in stages.items()
+    }  # also what compiles and warms up
     turns = {(key, stage): call for key, calls in stages.items() for stage, call in calls.items()}
     seconds = measure_seconds(device, turns, repeats, SECONDS_PER_CELL * len(stages))
     return [

@@ -26,7 +26,9 @@ def judge_targets(report: Report) -> list[Verdict]:
         return []
     if report.sizes["preset"] == "cpu-small" and report.environment["threads"] == 1:
         return _cpu(report)
-    if report.sizes["preset"] == "qwen2.5-math-7b" and "H200" in str(report.environment["processor"]):
+    if report.sizes["preset"] == "qwen2.5-math-7b" and "H200" in str(
+        report.environment["processor"]
+    ):
         return _gpu(report)
     return []
 
@@ -36,13 +38,22 @@ def _cpu(report: Report) -> list[Verdict]:
     result = report.result("torch", 2048)
     if result and report.result("naive", 2048):
         verdicts += [
-            _at_least("evaluate, 2,048 tokens: times as fast as (a)", report.speedup(result), 4, "{:.2f}"),
-            _at_most("extra memory, 2,048 tokens: share of (a)'s", report.memory_ratio(result), 0.1, "{:.3f}"),
+            _at_least(
+                "evaluate, 2,048 tokens: times as fast as (a)", report.speedup(result), 4, "{:.2f}"
+            ),
+            _at_most(
+                "extra memory, 2,048 tokens: share of (a)'s",
+                report.memory_ratio(result),
+                0.1,
+                "{:.3f}",
+            ),
         ]
     low, high = report.result("torch", 1024), report.result("torch", 65536)
     if low and high:
         growth = high.evaluate_scratch_bytes / max(low.evaluate_scratch_bytes, 1)
-        verdicts.append(_at_most("evaluate's scratch memory: 65,536 over 1,024 tokens", growth, 1.1, "{:.2f}"))
+        verdicts.append(
+            _at_most("evaluate's scratch memory: 65,536 over 1,024 tokens", growth, 1.1, "{:.2f}")
+        )
     return verdicts
 
 
@@ -53,13 +64,17 @@ def _gpu(report: Report) -> list[Verdict]:
     share = report.bandwidth(result)["evaluate"] / report.copy_bytes_per_second
     verdicts = [
         _at_most("evaluate, 24,576 tokens: ms", result.evaluate_seconds * 1e3, 30, "{:.1f}"),
-        _at_most("accumulate + update, 24,576 tokens: ms", result.update_seconds * 1e3, 20, "{:.1f}"),
+        _at_most(
+            "accumulate + update, 24,576 tokens: ms", result.update_seconds * 1e3, 20, "{:.1f}"
+        ),
         _at_most("extra memory, 24,576 tokens: MiB", result.extra_bytes / _MIB, 256, "{:.0f}"),
         _at_least("evaluate, 24,576 tokens: share of copy bandwidth", share, 0.4, "{:.2f}"),
     ]
     speedup = report.speedup(result)
     if speedup is not None:
-        verdicts.append(_at_least("evaluate, 24,576 tokens: times as fast as (a)", speedup, 50, "{:.1f}"))
+        verdicts.append(
+            _at_least("evaluate, 24,576 tokens: times as fast as (a)", speedup, 50, "{:.1f}")
+        )
     return verdicts
 
 

@@ -45,8 +45,9 @@ class Workload:
     vocab_size: int
     hidden_size: int
     tp: int
-    """Tensor-parallel size. One rank is measured, with the k entries of every support on its ``rows``: an upper bound,
-    for a real rank holds k / tp of them on average."""
+    """Tensor-parallel size. One rank is measured, with the k entries of every support on its
+    ``rows``: an upper bound, for a real rank holds k / tp of them on average.
+    """
     top_k: int
     tokens: tuple[int, ...]
     """Ascending."""
@@ -56,7 +57,8 @@ class Workload:
     def __post_init__(self) -> None:
         if self.top_k > self.rows:
             raise ValueError(
-                f"--top-k {self.top_k} exceeds the {self.rows} vocabulary rows of one of {self.tp} tensor-parallel ranks"
+                f"--top-k {self.top_k} exceeds the {self.rows} vocabulary rows of one of {self.tp} "
+                "tensor-parallel ranks"
             )
 
     @property
@@ -72,8 +74,8 @@ class Workload:
     def title(self) -> str:
         """Short, unique among the workloads of a machine."""
         return (
-            f"{self.name}, TP {self.tp} (V={self.vocab_size:,}, H={self.hidden_size:,}, k={self.top_k}, "
-            f"{str(self.model_dtype).removeprefix('torch.')})"
+            f"{self.name}, TP {self.tp} (V={self.vocab_size:,}, H={self.hidden_size:,}, "
+            f"k={self.top_k}, {str(self.model_dtype).removeprefix('torch.')})"
         )
 
     def input_bytes(self, tokens: int) -> int:

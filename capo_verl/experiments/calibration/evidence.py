@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The calibration study's results on disk, as tables in Markdown and as figures: all made from the same parquet files."""
+"""The calibration study's results on disk, as tables in Markdown and as figures: all made from the
+same parquet files.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,8 @@ Frames = Mapping[str, pd.DataFrame]
 
 
 def save(results: object, folder: Path, replace: Sequence[str]) -> None:
-    """Write the tables; rows of the tiers ``replace`` that are there already go, those of other tiers stay.
+    """Write the tables; rows of the tiers ``replace`` that are there already go, those of other
+    tiers stay.
 
     Args:
         results: :class:`capo_verl.experiments.calibration.study.Results`.
@@ -53,7 +56,9 @@ def load(folder: Path) -> dict[str, pd.DataFrame]:
     """
     missing = [name for name in FILES if not (folder / f"{name}.parquet").exists()]
     if missing:
-        raise ValueError(f"{folder / missing[0]}.parquet is not there; make it with `calibration_study run`")
+        raise ValueError(
+            f"{folder / missing[0]}.parquet is not there; make it with `calibration_study run`"
+        )
     frames = {name: pd.read_parquet(folder / f"{name}.parquet") for name in FILES}
     # The first step of a run has no moments: its m_F is that of plain gradient ascent.
     return {name: frame[frame["step"] > 0].reset_index(drop=True) for name, frame in frames.items()}
@@ -66,27 +71,35 @@ def markdown(frames: Frames) -> str:
     sources = dict(runs_by_source(at_all))
     parts = [
         "### What predicts a token's KL divergence?\n",
-        "Spearman correlation with the true KL(old‖new) of a response token within a step, all parameters trained. Means over "
+        "Spearman correlation with the true KL(old‖new) of a response token within a step, all "
+        "parameters trained. Means over "
         "steps with 95 % bootstrap intervals.\n",
         _predictor_table(sources, "spearman"),
         "AUROC of finding the 1 % of the tokens with the largest true KL.\n",
         _predictor_table(sources, "auroc"),
         "### How far off is m_F, and how does that depend on what is trained?\n",
-        "True KL / m_F: median over tokens, with the 10 % and 90 % quantiles, geometric means over steps; and the Spearman "
-        "correlation. The step is the same in every column, but for the parameters below that are put back.\n",
+        "True KL / m_F: median over tokens, with the 10 % and 90 % quantiles, geometric means over "
+        "steps; and the Spearman "
+        "correlation. The step is the same in every column, but for the parameters below that are "
+        "put back.\n",
         _depth_table(steps),
-        "Along a run, and over learning rates (all parameters trained; slope: of log KL over log m_F):\n",
+        "Along a run, and over learning rates (all parameters trained; slope: of log KL over log "
+        "m_F):\n",
         _course_table(at_all),
         "### Does m_H predict the change of the objective?\n",
         "Against A(π_new/π_old − 1) of the token, all parameters trained.\n",
         _objective_table(steps),
         "### Does the prediction for the batch say how large a step will be?\n",
-        "By what factor a step's mean KL typically differs from a prediction that was calibrated on the same run (the exponential "
-        "of the standard deviation of log(true/predicted) over its steps, geometric mean over runs); ×1 would be perfect, a "
-        "constant knows nothing of the step. Then the Spearman correlation over the steps of a run, and the range of "
+        "By what factor a step's mean KL typically differs from a prediction that was calibrated "
+        "on the same run (the exponential "
+        "of the standard deviation of log(true/predicted) over its steps, geometric mean over "
+        "runs); ×1 would be perfect, a "
+        "constant knows nothing of the step. Then the Spearman correlation over the steps of a "
+        "run, and the range of "
         "true/predicted over all runs.\n",
         _batch_table(batches),
-        "Pooled over steps, runs and learning rates (token sample), the Spearman correlation of m_F with the true KL is "
+        "Pooled over steps, runs and learning rates (token sample), the Spearman correlation of "
+        "m_F with the true KL is "
         + "; ".join(
             f"{spearman(rows['policy_shift'].to_numpy(), rows['kl'].to_numpy()):.2f} ({name})"
             for name, rows in runs_by_source(tokens)
@@ -103,7 +116,11 @@ def insert(text: str, file: Path) -> None:
         ValueError: if they are not there, once each and in this order.
     """
     content = file.read_text(encoding="utf-8")
-    if content.count(BEGIN) != 1 or content.count(END) != 1 or content.index(BEGIN) > content.index(END):
+    if (
+        content.count(BEGIN) != 1
+        or content.count(END) != 1
+        or content.index(BEGIN) > content.index(END)
+    ):
         raise ValueError(f"{file}: expected the lines {BEGIN} and {END}, once each")
     before, rest = content.split(BEGIN)
     _, after = rest.split(END)
@@ -117,16 +134,24 @@ def draw(frames: Frames, folder: Path) -> list[Path]:
         "calibration_predictors": _predictors_figure(frames["calibration"]),
         "calibration_depth": _depth_figure(frames["calibration"]),
     }
-    batches = {name: rows for name, rows in runs_by_source(frames["calibration_batches"]) if len(rows) >= 8}
+    batches = {
+        name: rows for name, rows in runs_by_source(frames["calibration_batches"]) if len(rows) >= 8
+    }
     if batches:
         made["calibration_batch"] = _batch_figure(batches)
     return [path for name, picture in made.items() for path in figure.save(picture, folder / name)]
 
 
 def _predictor_table(sources: Mapping[str, pd.DataFrame], statistic: str) -> str:
-    found = {name: tables.aggregate(rows, ("predictor",)).set_index("predictor") for name, rows in sources.items()}
+    found = {
+        name: tables.aggregate(rows, ("predictor",)).set_index("predictor")
+        for name, rows in sources.items()
+    }
     rows = [
-        [_plain(predictor), *(tables.cell(found[name].loc[predictor], statistic) for name in sources)]
+        [
+            _plain(predictor),
+            *(tables.cell(found[name].loc[predictor], statistic) for name in sources),
+        ]
         for predictor in LABELS
     ]
     return tables.markdown(["predictor", *sources], rows)
@@ -147,12 +172,23 @@ def _course_table(at_all: pd.DataFrame) -> str:
     own = at_all[at_all["predictor"] == "policy_shift"]
     rows = []
     for name, source in runs_by_source(own):
-        found = tables.aggregate(source.sort_values(["lr", "phase"], kind="stable"), ("lr", "phase"))
+        found = tables.aggregate(
+            source.sort_values(["lr", "phase"], kind="stable"), ("lr", "phase")
+        )
         rows += [
-            [name, f"{r['lr']:g}", str(r["phase"]), tables.cell(r, "spearman"), tables.cell(r, "slope"), _ratio(r)]
+            [
+                name,
+                f"{r['lr']:g}",
+                str(r["phase"]),
+                tables.cell(r, "spearman"),
+                tables.cell(r, "slope"),
+                _ratio(r),
+            ]
             for _, r in found.iterrows()
         ]
-    return tables.markdown(["", "learning rate", "phase", "Spearman", "slope", "true KL / m_F"], rows)
+    return tables.markdown(
+        ["", "learning rate", "phase", "Spearman", "slope", "true KL / m_F"], rows
+    )
 
 
 def _objective_table(steps: pd.DataFrame) -> str:
@@ -160,8 +196,18 @@ def _objective_table(steps: pd.DataFrame) -> str:
     rows = []
     for name, source in runs_by_source(own):
         r = tables.aggregate(source, ("predictor",)).iloc[0]
-        rows.append([name, tables.cell(r, "spearman"), tables.cell(r, "same_sign"), tables.cell(r, "auroc"), _ratio(r)])
-    return tables.markdown(["", "Spearman", "same sign", "AUROC of the largest 1 %", "abs true / abs m_H"], rows)
+        rows.append(
+            [
+                name,
+                tables.cell(r, "spearman"),
+                tables.cell(r, "same_sign"),
+                tables.cell(r, "auroc"),
+                _ratio(r),
+            ]
+        )
+    return tables.markdown(
+        ["", "Spearman", "same sign", "AUROC of the largest 1 %", "abs true / abs m_H"], rows
+    )
 
 
 def _batch_table(batches: pd.DataFrame) -> str:
@@ -176,22 +222,30 @@ def _batch_table(batches: pd.DataFrame) -> str:
             if predictor == "constant":
                 rows.append([name, label, "×" + tables.cell(row, "spread"), "", ""])
                 continue
-            rank = interval([spearman(run[predictor].to_numpy(), run["kl/all"].to_numpy()) for run in runs])
+            rank = interval(
+                [spearman(run[predictor].to_numpy(), run["kl/all"].to_numpy()) for run in runs]
+            )
             row |= {"rank": rank.mean, "rank_low": rank.low, "rank_high": rank.high}
             ratio = (source["kl/all"] / source[predictor]).to_numpy()
             ratio = ratio[np.isfinite(ratio) & (ratio > 0)]
             limits = f"{tables.magnitude(ratio.min())} – {tables.magnitude(ratio.max())}"
-            rows.append(["", label, "×" + tables.cell(row, "spread"), tables.cell(row, "rank"), limits])
+            rows.append(
+                ["", label, "×" + tables.cell(row, "spread"), tables.cell(row, "rank"), limits]
+            )
     if not rows:
         return "No run with four measured steps.\n"
-    return tables.markdown(["", "prediction", "typical error", "Spearman", "true / predicted"], rows)
+    return tables.markdown(
+        ["", "prediction", "typical error", "Spearman", "true / predicted"], rows
+    )
 
 
 def _tokens_figure(tokens: pd.DataFrame) -> Figure:
     sources = dict(runs_by_source(tokens))
     picture, panels = _grid("Predicted policy shift and true KL of response tokens", len(sources))
     for panel, (name, rows) in zip(panels, sources.items(), strict=True):
-        figure.calibration_panel(panel, rows["policy_shift"].to_numpy(float), rows["kl"].to_numpy(float))
+        figure.calibration_panel(
+            panel, rows["policy_shift"].to_numpy(float), rows["kl"].to_numpy(float)
+        )
         panel.set_title(f"{name}\n{panel.get_title(loc='left')}", fontsize=9, loc="left")
     return picture
 
@@ -200,7 +254,8 @@ def _predictors_figure(steps: pd.DataFrame) -> Figure:
     sources = dict(runs_by_source(steps[(steps["depth"] == "all") & (steps["target"] == "kl")]))
     names = list(sources)
     picture = figure.new_figure(
-        "What predicts the true KL of a token? Blue: CAPO's predictions", (2.6 * len(names) + 1, 6.2)
+        "What predicts the true KL of a token? Blue: CAPO's predictions",
+        (2.6 * len(names) + 1, 6.2),
     )
     panels = picture.subplots(2, len(names), squeeze=False, sharey=True)
     for column, name in enumerate(names):
@@ -214,7 +269,9 @@ def _predictors_figure(steps: pd.DataFrame) -> Figure:
 
 def _depth_figure(steps: pd.DataFrame) -> Figure:
     kl = steps[steps["target"] == "kl"]
-    found = {name: tables.aggregate(rows, ("depth", "predictor")) for name, rows in runs_by_source(kl)}
+    found = {
+        name: tables.aggregate(rows, ("depth", "predictor")) for name, rows in runs_by_source(kl)
+    }
     picture = figure.new_figure("Calibration over the depth trained", (12, 4.8))
     ratio, step, rank = picture.subplots(1, 3)
     figure.depth_panel(ratio, found, legend=True)
@@ -224,7 +281,9 @@ def _depth_figure(steps: pd.DataFrame) -> Figure:
 
 
 def _batch_figure(sources: Mapping[str, pd.DataFrame]) -> Figure:
-    picture, panels = _grid("Predicted policy shift of the batch and mean true KL of each measured step", len(sources))
+    picture, panels = _grid(
+        "Predicted policy shift of the batch and mean true KL of each measured step", len(sources)
+    )
     for panel, (name, rows) in zip(panels, sources.items(), strict=True):
         figure.batch_panel(panel, rows)
         panel.set_title(name, fontsize=9, loc="left")
@@ -243,9 +302,10 @@ def _grid(title: str, n: int) -> tuple[Figure, list]:  # type: ignore[type-arg]
 
 def _plain(predictor: str) -> str:
     names = {
-        "policy_shift": "m_F", "policy_shift_exact": "m_F, exact Fisher", "policy_shift_sgd": "m_F, SGD model",
-        "head_step": "LM head's real step (known only afterwards)", "entropy": "entropy", "surprisal": "−log p",
-        "advantage": "abs A", "advantage_miss": "A²(1−p)²", "hidden": "‖h‖²",
+        "policy_shift": "m_F", "policy_shift_exact": "m_F, exact Fisher",
+        "policy_shift_sgd": "m_F, SGD model",
+        "head_step": "LM head's real step (known only afterwards)", "entropy": "entropy",
+        "surprisal": "−log p", "advantage": "abs A", "advantage_miss": "A²(1−p)²", "hidden": "‖h‖²",
     }  # fmt: skip
     return names[predictor]
 

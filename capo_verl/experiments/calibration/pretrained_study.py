@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The calibration study on a pretrained model: SmolLM2-135M, free answers to reasoning-gym's letter counting."""
+"""The calibration study on a pretrained model: SmolLM2-135M, free answers to reasoning-gym's letter
+counting.
+"""
 
 from __future__ import annotations
 
@@ -37,9 +39,15 @@ class PretrainedStudy:
 
 
 def compute_score(
-    data_source: str, solution_str: str, ground_truth: str, extra_info: Mapping[str, Any] | None = None, **_: Any
+    data_source: str,
+    solution_str: str,
+    ground_truth: str,
+    extra_info: Mapping[str, Any] | None = None,
+    **_: Any,
 ) -> float:
-    """1 if the last number in the answer, in digits or as a word, is the right one: the model writes sentences."""
+    """1 if the last number in the answer, in digits or as a word, is the right one: the model
+    writes sentences.
+    """
     found = _NUMBER.findall(solution_str)
     if not found:
         return 0.0
@@ -63,15 +71,19 @@ def run_smollm2(study: PretrainedStudy, say: Callable[[str], None] = lambda line
     for lr in study.lrs:
         say(f"smollm2 at {lr:g}")
         settings = Settings(
-            model=str(model), data=(str(data / "train.parquet"),), output=Path(tempfile.gettempdir()), steps=study.steps,
-            batch=study.batch, n=study.n, lr=lr, weight_decay=0.0, top_k=study.top_k, depths=study.depths, seed=study.seed,
-            max_response_length=study.max_response_length, reward="capo_verl.experiments.calibration.pretrained_study:compute_score",
+            model=str(model), data=(str(data / "train.parquet"),),
+            output=Path(tempfile.gettempdir()), steps=study.steps,
+            batch=study.batch, n=study.n, lr=lr, weight_decay=0.0, top_k=study.top_k,
+            depths=study.depths, seed=study.seed, max_response_length=study.max_response_length,
+            reward="capo_verl.experiments.calibration.pretrained_study:compute_score",
         )  # fmt: skip
         found = calibrate(settings, say)
-        for step, (measured, reward) in enumerate(zip(found.measurements, found.rewards, strict=True)):
+        for step, (measured, reward) in enumerate(
+            zip(found.measurements, found.rewards, strict=True)
+        ):
             about = {
-                "tier": "SmolLM2-135M", "task": "letter_counting", "optimizer": "adam", "lr": lr, "seed": study.seed,
-                "step": step, "phase": "first" if step == 0 else "early",
+                "tier": "SmolLM2-135M", "task": "letter_counting", "optimizer": "adam", "lr": lr,
+                "seed": study.seed, "step": step, "phase": "first" if step == 0 else "early",
             }  # fmt: skip
             record(results, measured, study.tokens_kept, reward, about)
     return results

@@ -18,17 +18,23 @@ PARTS = {"tiny": TinyStudy, "smollm2": PretrainedStudy}
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit code."""
-    parser = argparse.ArgumentParser(prog="calibration_study", description="Do m_F and m_H predict what happens?")
+    parser = argparse.ArgumentParser(
+        prog="calibration_study", description="Do m_F and m_H predict what happens?"
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="measure, then write tables and figures")
     run.add_argument("study", type=Path, help="YAML")
-    run.add_argument("--only", choices=tuple(PARTS), help="one part; what is there of the other part stays")
+    run.add_argument(
+        "--only", choices=tuple(PARTS), help="one part; what is there of the other part stays"
+    )
     run.add_argument("--output", type=Path, required=True)
     draw = commands.add_parser("draw", help="tables and figures from the parquet files of a folder")
     draw.add_argument("output", type=Path)
     for command in (run, draw):
         command.add_argument(
-            "--insert", type=Path, help="put the tables between the markers of this Markdown file, too"
+            "--insert",
+            type=Path,
+            help="put the tables between the markers of this Markdown file, too",
         )
     args = parser.parse_args(argv)
     try:
@@ -65,16 +71,29 @@ def read(path: Path) -> dict[str, Any]:
     unknown = sorted(set(content) - set(PARTS))
     if unknown:
         raise ValueError(f"{path}: unknown part {unknown[0]!r}; expected {', '.join(PARTS)}")
-    return {name: build(PARTS[name], content[name] or {}, name) for name in PARTS if name in content}
+    return {
+        name: build(PARTS[name], content[name] or {}, name) for name in PARTS if name in content
+    }
 
 
 def _run(parts: Mapping[str, Any], output: Path) -> None:
     """Each part is on disk once it is complete."""
     from rich.console import Console
-    from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import (
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
     console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         if "tiny" in parts:
             bar = progress.add_task("tiny tier", total=len(parts["tiny"].runs()))

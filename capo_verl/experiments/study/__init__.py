@@ -1,2 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The study harness: methods x learning rates x tasks x seeds, in one table. Started by ``capo_verl.experiments.study``."""
+"""The study harness: methods x learning rates x tasks x seeds, in one table.
+
+Started by ``capo_verl.experiments.study``.
+"""

@@ -1,9 +1,11 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
-"""Does the trust region help, when, and which one? Runs the studies of examples/studies and makes their tables.
+"""Does the trust region help, when, and which one? Runs the studies of examples/studies and makes
+their tables.
 
-python -m capo_verl.experiments.study run capo_verl/experiments/study/studies/main.yaml --jobs 2 --results results
-python -m capo_verl.experiments.study tables capo_verl/experiments/study/studies/main.yaml --results results
+python -m capo_verl.experiments.study run capo_verl/experiments/study/studies/main.yaml --jobs 2
+--results results python -m capo_verl.experiments.study tables
+capo_verl/experiments/study/studies/main.yaml --results results
 """
 
 from __future__ import annotations

@@ -22,7 +22,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     run.add_argument("study", type=Path, nargs="+", help="a study's YAML")
     run.add_argument("--jobs", type=int, default=1, help="worker processes, one thread each")
     run.add_argument("--cache", type=Path, help="folder of the warm starts")
-    run.add_argument("--only", action="append", default=[], metavar="METHOD", help="of these methods (repeatable)")
+    run.add_argument(
+        "--only",
+        action="append",
+        default=[],
+        metavar="METHOD",
+        help="of these methods (repeatable)",
+    )
     run.add_argument("--limit", type=int, help="at most this many runs")
     run.add_argument("--keep-failed", action="store_true", help="do not try failed runs again")
     status = commands.add_parser("status", help="how far a study is")
@@ -36,7 +42,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command.add_argument("--results", type=Path, default=RESULTS, help=f"default: {RESULTS}")
     options = parser.parse_args(arguments)
     try:
-        return {"run": _run, "status": _status, "tables": _tables, "pack": _pack}[options.command](options)
+        return {"run": _run, "status": _status, "tables": _tables, "pack": _pack}[options.command](
+            options
+        )
     except (ValueError, FileNotFoundError) as e:
         print(f"study.py: {e}", file=sys.stderr)
         return 2
@@ -52,9 +60,16 @@ def _run(options: argparse.Namespace) -> int:
     if options.only:
         runs = [run for run in runs if run.method in options.only]
     outcome = run_study(
-        runs[: options.limit], options.results, options.jobs, options.cache, retry_failed=not options.keep_failed
+        runs[: options.limit],
+        options.results,
+        options.jobs,
+        options.cache,
+        retry_failed=not options.keep_failed,
     )
-    print(f"{outcome.finished} finished, {outcome.failed} failed, {outcome.skipped} were there already")
+    print(
+        f"{outcome.finished} finished, {outcome.failed} failed, {outcome.skipped} were there "
+        "already"
+    )
     if outcome.interrupted:
         print("interrupted; the same command goes on")
         return 130
@@ -77,8 +92,8 @@ def _status(options: argparse.Namespace) -> int:
         found = [status.get(i) for i in ids]
         spent = sum(float(seconds[i] or 0) for i in ids if i in seconds) / 60
         table.add_row(
-            study.name, str(len(ids)), str(found.count("finished")), str(found.count("failed")), str(found.count(None)),
-            f"{spent:.1f}",
+            study.name, str(len(ids)), str(found.count("finished")), str(found.count("failed")),
+            str(found.count(None)), f"{spent:.1f}",
         )  # fmt: skip
     Console().print(table)
     return 0

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Methods against a named control: paired by seed, cell by cell, with intervals; and robustness over the learning rate."""
+"""Methods against a named control: paired by seed, cell by cell, with intervals; and robustness
+over the learning rate.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +18,12 @@ from capo_verl.experiments.study.measures import first_reached
 
 RESAMPLES = 2_000
 SHARE = 0.95
-"""A method has reached the tuned control where its accuracy is this share of that one's final accuracy."""
+"""A method has reached the tuned control where its accuracy is this share of that one's final
+accuracy.
+"""
 T_975 = (
-    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110,
-    2.101, 2.093, 2.086,
+    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160,
+    2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086,
 )  # fmt: skip
 """0.975 quantiles of Student's t for 1, 2, ... degrees of freedom."""
 
@@ -38,9 +42,11 @@ class Difference:
 
 
 def verdict(differences: Sequence[float]) -> str:
-    """``better`` or ``worse`` if both the bootstrap and Student's 95 % interval of the mean exclude 0; otherwise ``same``.
+    """``better`` or ``worse`` if both the bootstrap and Student's 95 % interval of the mean exclude
+    0; otherwise ``same``.
 
-    The bootstrap of five seeds alone is too narrow; Student's alone assumes much. Fewer than three seeds decide nothing.
+    The bootstrap of five seeds alone is too narrow; Student's alone assumes much. Fewer than three
+    seeds decide nothing.
     """
     n = len(differences)
     if n < 3:
@@ -70,13 +76,19 @@ def differences(frame: pd.DataFrame, measure: str = "final") -> list[Difference]
     """Every method in every cell against the frame's control in the same cell, paired by seed.
 
     Args:
-        frame: of one study, :func:`capo_verl.experiments.study.frame.study_frame`; failed runs count as accuracy 0 in ``final``.
+        frame: of one study, :func:`capo_verl.experiments.study.frame.study_frame`; failed runs
+            count as accuracy 0 in ``final``.
     """
     scored = scores(frame, measure)
     control = scored[scored["method"] == scored["control"]]
-    against = {(base_cell(c), s): v for c, s, v in zip(control["cell"], control["seed"], control[measure], strict=True)}
+    against = {
+        (base_cell(c), s): v
+        for c, s, v in zip(control["cell"], control["seed"], control[measure], strict=True)
+    }
     result = []
-    for (method, cell), rows in scored[scored["method"] != scored["control"]].groupby(["method", "cell"], sort=False):
+    for (method, cell), rows in scored[scored["method"] != scored["control"]].groupby(
+        ["method", "cell"], sort=False
+    ):
         pairs = [
             value - against[base_cell(cell), seed]
             for seed, value in zip(rows["seed"], rows[measure], strict=True)
@@ -84,12 +96,16 @@ def differences(frame: pd.DataFrame, measure: str = "final") -> list[Difference]
         ]
         if pairs:
             mean, low, high = interval(pairs)
-            result.append(Difference(method, cell, Estimate(mean, low, high), len(pairs), verdict(pairs)))
+            result.append(
+                Difference(method, cell, Estimate(mean, low, high), len(pairs), verdict(pairs))
+            )
     return result
 
 
 def scores(frame: pd.DataFrame, measure: str) -> pd.DataFrame:
-    """The rows with a value; a failed run has accuracy 0, not none: dropping it would flatter its method."""
+    """The rows with a value; a failed run has accuracy 0, not none: dropping it would flatter its
+    method.
+    """
     if measure != "final":
         return frame[frame[measure].notna()]
     frame = frame.copy()
@@ -98,17 +114,25 @@ def scores(frame: pd.DataFrame, measure: str) -> pd.DataFrame:
 
 
 def over_rates(frame: pd.DataFrame) -> pd.DataFrame:
-    """Area between method and control over the learning-rate axis: the mean difference of ``final`` along log(lr), by the trapezoid
-    rule. One row per method and cell without lr, with interval over seeds."""
+    """Area between method and control over the learning-rate axis: the mean difference of ``final``
+    along log(lr), by the trapezoid rule. One row per method and cell without lr, with interval over
+    seeds.
+    """
     scored = scores(frame, "final").copy()
-    scored["rest"] = [json.dumps({k: v for k, v in json.loads(c).items() if k != "lr"}) for c in scored["cell"]]
+    scored["rest"] = [
+        json.dumps({k: v for k, v in json.loads(c).items() if k != "lr"}) for c in scored["cell"]
+    ]
     control = scored[scored["method"] == scored["control"]]
     against = {
         (base_cell(r), s, lr): v
-        for r, s, lr, v in zip(control["rest"], control["seed"], control["lr"], control["final"], strict=True)
+        for r, s, lr, v in zip(
+            control["rest"], control["seed"], control["lr"], control["final"], strict=True
+        )
     }
     result = []
-    for (method, rest), rows in scored[scored["method"] != scored["control"]].groupby(["method", "rest"], sort=False):
+    for (method, rest), rows in scored[scored["method"] != scored["control"]].groupby(
+        ["method", "rest"], sort=False
+    ):
         areas = []
         for seed, of_seed in rows.groupby("seed"):
             curve = sorted(
@@ -122,13 +146,22 @@ def over_rates(frame: pd.DataFrame) -> pd.DataFrame:
         if areas:
             mean, low, high = interval(areas)
             result.append(
-                {"method": method, "cell": rest, "mean": mean, "low": low, "high": high, "verdict": verdict(areas)}
+                {
+                    "method": method,
+                    "cell": rest,
+                    "mean": mean,
+                    "low": low,
+                    "high": high,
+                    "verdict": verdict(areas),
+                }
             )
     return pd.DataFrame(result, columns=["method", "cell", "mean", "low", "high", "verdict"])
 
 
 def tuned_control(frame: pd.DataFrame) -> dict[str, tuple[float, float]]:
-    """For each cell without lr and dotted axes: the control's best learning rate and its mean final accuracy there."""
+    """For each cell without lr and dotted axes: the control's best learning rate and its mean final
+    accuracy there.
+    """
     control = scores(frame, "final")
     control = control[control["method"] == control["control"]]
     best: dict[str, tuple[float, float]] = {}
@@ -140,13 +173,17 @@ def tuned_control(frame: pd.DataFrame) -> dict[str, tuple[float, float]]:
 
 
 def efficiency(frame: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
-    """Completions and accepted tokens until a run reaches :data:`SHARE` of the tuned control's final accuracy.
+    """Completions and accepted tokens until a run reaches :data:`SHARE` of the tuned control's
+    final accuracy.
 
     Returns:
-        ``run_id``, ``method``, ``cell``, ``lr``, ``seed``, ``target``, ``completions``, ``accepted_tokens`` (NaN: never).
+        ``run_id``, ``method``, ``cell``, ``lr``, ``seed``, ``target``, ``completions``,
+        ``accepted_tokens`` (NaN: never).
     """
     targets = tuned_control(frame)
-    by_run = {run: rows.sort_values("step").to_dict("records") for run, rows in curves.groupby("run_id")}
+    by_run = {
+        run: rows.sort_values("step").to_dict("records") for run, rows in curves.groupby("run_id")
+    }
     result = []
     for run in frame.itertuples():
         key = _without_rate(run.cell)

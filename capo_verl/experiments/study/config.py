@@ -34,8 +34,10 @@ class RunConfig:
     base: float = 0.4
     """Sampled accuracy of the warm start, in (0, 1)."""
     base_kind: str = "noisy"
-    """How the warm start gets to ``base``: ``noisy``, a competent model that learnt to make mistakes, which is what reinforcement
-    learning on verifiable rewards mostly repairs; or ``early``, supervised training stopped early, which has more to learn."""
+    """How the warm start gets to ``base``: ``noisy``, a competent model that learnt to make
+    mistakes, which is what reinforcement learning on verifiable rewards mostly repairs; or
+    ``early``, supervised training stopped early, which has more to learn.
+    """
     base_seed: int | None = None
     """Seed of the warm start. None: ``seed``."""
     seed: int = 1
@@ -57,12 +59,17 @@ class RunConfig:
     aggregation: str = "seq-mean-token-mean"
     """verl's ``loss_agg_mode``; ``seq-mean-token-sum-norm`` divides by the longest response."""
     loss: str = "pg"
-    """``pg``: -A pi/pi_old without clipping; else a rival of :mod:`capo_verl.rivals`, or ``verl:NAME``."""
+    """``pg``: -A pi/pi_old without clipping; else a rival of :mod:`capo_verl.rivals`, or
+    ``verl:NAME``.
+    """
     loss_knobs: dict[str, Any] = field(default_factory=dict)
-    """Knobs of the loss: a rival's, or fields of verl's actor config (``policy_loss`` as a mapping)."""
+    """Knobs of the loss: a rival's, or fields of verl's actor config (``policy_loss`` as a
+    mapping).
+    """
     capo: dict[str, Any] | None = None
-    """Knobs of :class:`capo_verl.CapoConfig`; ``preset`` starts from one of its presets. ``top_k`` is the whole vocabulary
-    unless given. None: no filter, no control."""
+    """Knobs of :class:`capo_verl.CapoConfig`; ``preset`` starts from one of its presets. ``top_k``
+    is the whole vocabulary unless given. None: no filter, no control.
+    """
     grad_clip: float = 1.0
     """Largest gradient norm; 0 = off."""
     betas: tuple[float, float] = (0.9, 0.999)
@@ -75,15 +82,19 @@ class RunConfig:
     lr_scale: float = 1.0
     """Control: a constant factor of the learning rate."""
     lr_scales_of: dict[str, Any] | None = None
-    """Control: other values of these fields make a second run, which is run first, and whose sequence of learning-rate scales
-    this run uses, as ``lr_scales`` says."""
+    """Control: other values of these fields make a second run, which is run first, and whose
+    sequence of learning-rate scales this run uses, as ``lr_scales`` says.
+    """
     lr_scales: str = "mean"
-    """``mean``: constantly the mean of that sequence; ``shuffled``: the sequence in random order."""
+    """``mean``: constantly the mean of that sequence; ``shuffled``: the sequence in random order.
+    """
     evaluations: int = 16
     """How often accuracy is measured after the start, evenly spaced."""
     eval_prompts: int = 512
     kl_every: int = 4
-    """The reported KL of a step is measured in every n-th optimizer step (a budget measures by its own rule)."""
+    """The reported KL of a step is measured in every n-th optimizer step (a budget measures by its
+    own rule).
+    """
     layers: int = 2
     hidden: int = 64
 
@@ -95,7 +106,16 @@ class RunConfig:
         _one_of("aggregation", self.aggregation, AGGREGATIONS)
         _one_of("lr_scales", self.lr_scales, SCALES)
         _one_of("base_kind", self.base_kind, BASES)
-        for name in ("steps", "prompts", "group", "mini_batches", "epochs", "evaluations", "eval_prompts", "kl_every"):
+        for name in (
+            "steps",
+            "prompts",
+            "group",
+            "mini_batches",
+            "epochs",
+            "evaluations",
+            "eval_prompts",
+            "kl_every",
+        ):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}={value!r}: expected an integer >= 1")
@@ -110,10 +130,17 @@ class RunConfig:
         if not 0 <= self.random_drop < 1:
             raise ValueError(f"random_drop={self.random_drop!r}: expected a share in [0, 1)")
         if self.prompts % self.mini_batches:
-            raise ValueError(f"mini_batches={self.mini_batches}: must divide prompts={self.prompts}")
-        if self.loss == "lopti" and self.loss_knobs.get("part", "alternate") == "alternate" and self.epochs % 2:
             raise ValueError(
-                f"epochs={self.epochs}: loss=lopti trains on half of the tokens in each; expected an even number"
+                f"mini_batches={self.mini_batches}: must divide prompts={self.prompts}"
+            )
+        if (
+            self.loss == "lopti"
+            and self.loss_knobs.get("part", "alternate") == "alternate"
+            and self.epochs % 2
+        ):
+            raise ValueError(
+                f"epochs={self.epochs}: loss=lopti trains on half of the tokens in each; expected "
+                "an even number"
             )
         object.__setattr__(self, "betas", tuple(self.betas))
         if self.capo is not None:
@@ -135,7 +162,9 @@ class RunConfig:
         return cls(**knobs)
 
     def capo_knobs(self) -> dict[str, Any] | None:
-        """Arguments of :class:`capo_verl.CapoConfig`, with the preset's and the optimizer's filled in."""
+        """Arguments of :class:`capo_verl.CapoConfig`, with the preset's and the optimizer's filled
+        in.
+        """
         if self.capo is None:
             return None
         knobs = dict(self.capo)
@@ -144,7 +173,9 @@ class RunConfig:
         return {"top_k": None, "betas": self.betas, **start, **knobs}
 
     def to_dict(self) -> dict[str, Any]:
-        """What differs from the defaults, as plain JSON data: a later knob with a default does not change old runs' hashes."""
+        """What differs from the defaults, as plain JSON data: a later knob with a default does not
+        change old runs' hashes.
+        """
         found = {}
         for f in fields(self):
             value = getattr(self, f.name)
@@ -164,8 +195,8 @@ class RunConfig:
         """What the warm-started model depends on."""
         seed = self.seed if self.base_seed is None else self.base_seed
         return {
-            "task": self.task, "task_knobs": self.task_knobs, "base": self.base, "kind": self.base_kind, "seed": seed,
-            "layers": self.layers, "hidden": self.hidden,
+            "task": self.task, "task_knobs": self.task_knobs, "base": self.base,
+            "kind": self.base_kind, "seed": seed, "layers": self.layers, "hidden": self.hidden,
         }  # fmt: skip
 
 

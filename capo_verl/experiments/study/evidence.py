@@ -3,8 +3,9 @@
 
     python -m capo_verl.experiments.study.evidence [docs/evidence.md]      # default: the page of the checkout
 
-Between ``<!-- study NAME -->`` and ``<!-- end NAME -->`` the page's text is replaced by that study's tables; what is written
-outside stays. A marker without results gets one sentence which says so.
+Between ``<!-- study NAME -->`` and ``<!-- end NAME -->`` the page's text is replaced by that
+study's tables; what is written outside stays. A marker without results gets one sentence which says
+so.
 """
 
 from __future__ import annotations
@@ -46,7 +47,10 @@ def render(page: str, runs: pd.DataFrame, curves: pd.DataFrame) -> str:
 
 
 def draw(runs: pd.DataFrame, curves: pd.DataFrame, folder: Path) -> list[Path]:
-    """All figures of the studies that have results: ``STUDY-KIND.png`` and ``.svg``. Returns the PNGs."""
+    """All figures of the studies that have results: ``STUDY-KIND.png`` and ``.svg``.
+
+    Returns the PNGs.
+    """
     from capo_verl.experiments.study import figures
     from capo_verl.experiments.study.frame import ordered
 
@@ -69,7 +73,11 @@ def draw(runs: pd.DataFrame, curves: pd.DataFrame, folder: Path) -> list[Path]:
         # A rate that suits the control, and one that is too fast.
         shown = [rates[len(rates) // 3], rates[-2]] if len(rates) > 3 else rates
         if frame["method"].nunique() <= 12:
-            add(name, "curves", lambda p, f=frame, c=mine, r=shown: figures.learning_curves(f, c, r, p))
+            add(
+                name,
+                "curves",
+                lambda p, f=frame, c=mine, r=shown: figures.learning_curves(f, c, r, p),
+            )
         if len(rates) > 2 and "mean_scale" in frame and frame["mean_scale"].min() < 0.99:
             add(name, "scale", lambda p, f=frame, c=mine: figures.scale_found(f, c, p))
     return made
@@ -78,9 +86,12 @@ def draw(runs: pd.DataFrame, curves: pd.DataFrame, folder: Path) -> list[Path]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Write tables and figures; the exit code."""
     parser = argparse.ArgumentParser(
-        prog="capo_verl.experiments.study.evidence", description="Rewrite the page's tables and figures."
+        prog="capo_verl.experiments.study.evidence",
+        description="Rewrite the page's tables and figures.",
     )
-    parser.add_argument("page", nargs="?", type=Path, default=PAGE, help="default: docs/evidence.md of the checkout")
+    parser.add_argument(
+        "page", nargs="?", type=Path, default=PAGE, help="default: docs/evidence.md of the checkout"
+    )
     page = parser.parse_args(argv).page
     if not page.exists():
         print(f"{page} is missing: run in a checkout, or name the page", file=sys.stderr)
@@ -98,7 +109,10 @@ def _write(page: Path) -> int:
     folder = page.with_suffix("")
     runs, curves = read(folder / RUNS), read(folder / CURVES)
     if runs.empty:
-        print(f"{folder / RUNS} is missing: capo_verl.experiments.study pack writes it", file=sys.stderr)
+        print(
+            f"{folder / RUNS} is missing: capo_verl.experiments.study pack writes it",
+            file=sys.stderr,
+        )
         return 2
     replace_text(page, render(page.read_text(encoding="utf-8"), runs, curves))
     for path in draw(runs, curves, folder):

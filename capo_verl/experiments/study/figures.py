@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The studies' figures: accuracy curves with bands, final accuracy over the learning rate, sensitivity, the scale that was found.
+"""The studies' figures: accuracy curves with bands, final accuracy over the learning rate,
+sensitivity, the scale that was found.
 
-Colours are Okabe and Ito's, which people with any colour vision tell apart; methods differ by marker and dash as well.
+Colours are Okabe and Ito's, which people with any colour vision tell apart; methods differ by
+marker and dash as well.
 """
 
 from __future__ import annotations
@@ -31,11 +33,17 @@ def style(number: int) -> dict[str, Any]:
     if number == 0:
         return {"color": CONTROL, "marker": MARKERS[0], "linestyle": DASHES[0]}
     n, i = len(OKABE_ITO), number - 1
-    return {"color": OKABE_ITO[i % n], "marker": MARKERS[1:][i % n], "linestyle": DASHES[i // n % len(DASHES)]}
+    return {
+        "color": OKABE_ITO[i % n],
+        "marker": MARKERS[1:][i % n],
+        "linestyle": DASHES[i // n % len(DASHES)],
+    }
 
 
 def styles(frame: pd.DataFrame) -> dict[str, dict[str, Any]]:
-    """Of all methods of a study, the control first and black; those that several studies have look the same in each."""
+    """Of all methods of a study, the control first and black; those that several studies have look
+    the same in each.
+    """
     control = frame["control"].iloc[0]
     methods = [m for m in frame["method"].unique() if m != control]
     numbers = {m: FAMILIAR.index(m) + 1 for m in methods if m in FAMILIAR}
@@ -58,22 +66,35 @@ def over_learning_rate(frame: pd.DataFrame, path: Path) -> None:
         base = rows["base"].mean()
         ax.axhline(base, color="0.6", linewidth=1, linestyle=":", zorder=0)
         ax.annotate(
-            "base", (1, base), xycoords=("axes fraction", "data"), ha="right", va="bottom", color="0.4", fontsize=8
+            "base",
+            (1, base),
+            xycoords=("axes fraction", "data"),
+            ha="right",
+            va="bottom",
+            color="0.4",
+            fontsize=8,
         )
         ax.set_xscale("log")
         ax.set_ylim(-0.02, 1.02)
     _save(figure, panels, path)
 
 
-def learning_curves(frame: pd.DataFrame, curves: pd.DataFrame, rates: Sequence[float], path: Path) -> None:
-    """Held-out accuracy over completions, mean and range over seeds, a panel per cell and learning rate."""
+def learning_curves(
+    frame: pd.DataFrame, curves: pd.DataFrame, rates: Sequence[float], path: Path
+) -> None:
+    """Held-out accuracy over completions, mean and range over seeds, a panel per cell and learning
+    rate.
+    """
     frame = frame[frame["lr"].isin(rates) & (frame["status"] == "finished")].copy()
     frame["panel"] = [
-        f"{_rest(c)}, lr {lr:g}" if _rest(c) else f"lr {lr:g}" for c, lr in zip(frame["cell"], frame["lr"], strict=True)
+        f"{_rest(c)}, lr {lr:g}" if _rest(c) else f"lr {lr:g}"
+        for c, lr in zip(frame["cell"], frame["lr"], strict=True)
     ]
     look = styles(frame)
     joined = curves.merge(frame[["run_id", "method", "panel", "seed"]], on="run_id")
-    figure, panels = _panels(list(frame["panel"].unique()), "completions", "held-out accuracy", columns=len(rates))
+    figure, panels = _panels(
+        list(frame["panel"].unique()), "completions", "held-out accuracy", columns=len(rates)
+    )
     for panel, ax in panels.items():
         for method in look:
             rows = joined[(joined["panel"] == panel) & (joined["method"] == method)]
@@ -83,26 +104,35 @@ def learning_curves(frame: pd.DataFrame, curves: pd.DataFrame, rates: Sequence[f
             x = np.array(list(by.groups))
             quiet = {k: v for k, v in look[method].items() if k != "marker"}
             ax.plot(x, by.mean(), label=method, linewidth=1.6, **quiet)
-            ax.fill_between(x, by.min(), by.max(), color=look[method]["color"], alpha=0.12, linewidth=0)
+            ax.fill_between(
+                x, by.min(), by.max(), color=look[method]["color"], alpha=0.12, linewidth=0
+            )
         ax.set_ylim(-0.02, 1.02)
     _save(figure, panels, path)
 
 
 def sensitivity(frame: pd.DataFrame, path: Path) -> None:
-    """Final accuracy over every dotted axis of a study, of several cells a row of panels each; the control as a line."""
+    """Final accuracy over every dotted axis of a study, of several cells a row of panels each; the
+    control as a line.
+    """
     frame = scores(frame, "final").copy()
     frame["rest"] = [
-        ", ".join(x for x in (_rest(c), f"lr {lr:g}") if x) for c, lr in zip(frame["cell"], frame["lr"], strict=True)
+        ", ".join(x for x in (_rest(c), f"lr {lr:g}") if x)
+        for c, lr in zip(frame["cell"], frame["lr"], strict=True)
     ]
     cells = [json.loads(c) for c in frame["cell"]]
     axes = sorted({k for c in cells for k in c if "." in k})
     rests = [
         r
         for r in frame["rest"].unique()
-        if any(any(a in c for a in axes) for c, x in zip(cells, frame["rest"], strict=True) if x == r)
+        if any(
+            any(a in c for a in axes) for c, x in zip(cells, frame["rest"], strict=True) if x == r
+        )
     ]
     titles = [f"{axis.split('.')[-1]}, {rest}" for rest in rests for axis in axes]
-    figure, panels = _panels(titles, "", "final accuracy", columns=len(axes) if len(rests) > 1 else None)
+    figure, panels = _panels(
+        titles, "", "final accuracy", columns=len(axes) if len(rests) > 1 else None
+    )
     look = styles(frame)
     for (rest, axis), ax in zip(itertools.product(rests, axes), panels.values(), strict=True):
         here = frame["rest"] == rest
@@ -113,10 +143,17 @@ def sensitivity(frame: pd.DataFrame, path: Path) -> None:
             _points(ax, mine, "value", "final", str(method), look[str(method)])
         control = frame.loc[here & (frame["method"] == frame["control"]), "final"]
         if len(control):
-            ax.axhline(control.mean(), color=CONTROL, linewidth=1, label=f"{frame['control'].iloc[0]} (control)")
+            ax.axhline(
+                control.mean(),
+                color=CONTROL,
+                linewidth=1,
+                label=f"{frame['control'].iloc[0]} (control)",
+            )
         ax.set_xscale("log")
         values = rows["value"].unique()
-        if len(values) and max(values) < 100 * min(values):  # so few decades have crowded labels between them
+        if len(values) and max(values) < 100 * min(
+            values
+        ):  # so few decades have crowded labels between them
             ax.set_xticks(sorted(values), [f"{v:g}" for v in sorted(values)])
             ax.minorticks_off()
         ax.set_xlabel(axis.removeprefix("capo."))
@@ -125,7 +162,9 @@ def sensitivity(frame: pd.DataFrame, path: Path) -> None:
 
 
 def scale_found(frame: pd.DataFrame, curves: pd.DataFrame, path: Path) -> None:
-    """Where the budget leads: learning rate times scale at the end of the run, over the learning rate asked for."""
+    """Where the budget leads: learning rate times scale at the end of the run, over the learning
+    rate asked for.
+    """
     last = curves.sort_values("step").groupby("run_id").tail(3).groupby("run_id")["scale"].mean()
     frame = frame[frame["status"] == "finished"].merge(last.rename("last_scale"), on="run_id")
     frame = frame[frame.groupby("method")["last_scale"].transform("min") < 0.999].copy()
@@ -133,7 +172,9 @@ def scale_found(frame: pd.DataFrame, curves: pd.DataFrame, path: Path) -> None:
     frame["effective"] = frame["lr"] * frame["last_scale"]
     look = {method: style(i + 1) for i, method in enumerate(frame["method"].unique())}
     figure, panels = _panels(
-        list(frame["rest"].unique()), "learning rate asked for", "learning rate in effect, at the end"
+        list(frame["rest"].unique()),
+        "learning rate asked for",
+        "learning rate in effect, at the end",
     )
     for rest, ax in panels.items():
         rows = frame[frame["rest"] == rest]
@@ -156,7 +197,9 @@ def _points(ax: Any, rows: pd.DataFrame, x: str, y: str, label: str, look: dict[
     ax.fill_between(at, low, high, color=look["color"], alpha=0.15, linewidth=0)
 
 
-def _panels(titles: Sequence[str], x: str, y: str, columns: int | None = None) -> tuple[Any, dict[str, Any]]:
+def _panels(
+    titles: Sequence[str], x: str, y: str, columns: int | None = None
+) -> tuple[Any, dict[str, Any]]:
     from matplotlib.figure import Figure
 
     columns = min(columns or 3, len(titles))
@@ -182,13 +225,20 @@ def _save(figure: Any, panels: dict[str, Any], path: Path) -> None:
         for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
             handles.setdefault(label, handle)
     if handles:
-        entry = 0.6 + 0.085 * max(map(len, handles))  # inches of a handle and the longest label in this size
+        entry = 0.6 + 0.085 * max(
+            map(len, handles)
+        )  # inches of a handle and the longest label in this size
         columns = max(1, min(len(handles), int(figure.get_figwidth() / entry)))
         # Room for the rows beyond the two that the height was made for.
         rows = -(-len(handles) // columns)
         figure.set_figheight(figure.get_figheight() + 0.22 * max(0, rows - 2))
         figure.legend(
-            handles.values(), handles.keys(), loc="outside lower center", ncols=columns, frameon=False, fontsize=9
+            handles.values(),
+            handles.keys(),
+            loc="outside lower center",
+            ncols=columns,
+            frameon=False,
+            fontsize=9,
         )
     import matplotlib
 
@@ -200,5 +250,7 @@ def _save(figure: Any, panels: dict[str, Any], path: Path) -> None:
 
 def _rest(cell: str) -> str:
     return ", ".join(
-        v if k == "task" else f"{k} {v}" for k, v in json.loads(cell).items() if k != "lr" and "." not in k
+        v if k == "task" else f"{k} {v}"
+        for k, v in json.loads(cell).items()
+        if k != "lr" and "." not in k
     )

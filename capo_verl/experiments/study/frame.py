@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A study's results as one table: a row per method, cell and seed; and packing them for the repository."""
+"""A study's results as one table: a row per method, cell and seed; and packing them for the
+repository.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,17 @@ import pandas as pd
 from capo_verl.experiments.study.grid import Study
 from capo_verl.experiments.study.store import CURVES, RUNS, Store, read, write
 
-PACKED_CURVE = ("step", "completions", "accepted_tokens", "accuracy", "reward", "entropy", "kl", "rejection", "scale")
+PACKED_CURVE = (
+    "step",
+    "completions",
+    "accepted_tokens",
+    "accuracy",
+    "reward",
+    "entropy",
+    "kl",
+    "rejection",
+    "scale",
+)
 PACKED_LIMIT = 3_000_000
 """Bytes a repository should have to carry, both tables together."""
 DROPPED = ("started", "wall_seconds")
@@ -26,13 +38,14 @@ def study_frame(study: Study, runs: pd.DataFrame) -> pd.DataFrame:
         runs: :meth:`Store.runs`.
 
     Returns:
-        Its rows with ``study``, ``control``, ``method`` (as the study calls it) and ``cell`` (JSON, axis to value without seed).
+        Its rows with ``study``, ``control``, ``method`` (as the study calls it) and ``cell`` (JSON,
+        axis to value without seed).
     """
     planned = pd.DataFrame(
         [
             {
-                "study": study.name, "control": study.control, "method": run.method, "run_id": run.run_id,
-                "cell": json.dumps(dict(run.cell)),
+                "study": study.name, "control": study.control, "method": run.method,
+                "run_id": run.run_id, "cell": json.dumps(dict(run.cell)),
             }
             for run in study.runs
         ]
@@ -43,7 +56,9 @@ def study_frame(study: Study, runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def ordered(frame: pd.DataFrame) -> pd.DataFrame:
-    """The control first; of each method the cells by the numbers that they begin with, the smallest first."""
+    """The control first; of each method the cells by the numbers that they begin with, the smallest
+    first.
+    """
     methods = [frame["control"].iloc[0], *frame["method"].unique()]
     cells = [[_sortable(value) for value in json.loads(cell).values()] for cell in frame["cell"]]
     keys = [(methods.index(m), len(c), c) for m, c in zip(frame["method"], cells, strict=True)]
@@ -56,8 +71,8 @@ def _sortable(value: str) -> tuple[float, str]:
 
 
 def pack(studies: Sequence[Study], results: Path, output: Path) -> str:
-    """Write ``runs.parquet`` and ``curves.parquet`` of some studies into ``output``, for the repository. Studies that are packed
-    there already, and are not among these, stay.
+    """Write ``runs.parquet`` and ``curves.parquet`` of some studies into ``output``, for the
+    repository. Studies that are packed there already, and are not among these, stay.
 
     Returns:
         One sentence about what was written.
@@ -79,7 +94,10 @@ def pack(studies: Sequence[Study], results: Path, output: Path) -> str:
     packed = packed.drop(columns=[c for c in DROPPED if c in packed])
     curves = pd.concat([t for t in (old_curves, curves) if not t.empty], ignore_index=True)
     curves = curves.drop_duplicates(["run_id", "step"], keep="last")
-    curves = curves.loc[curves["run_id"].isin(packed["run_id"]), ["run_id", *(c for c in PACKED_CURVE if c in curves)]]
+    curves = curves.loc[
+        curves["run_id"].isin(packed["run_id"]),
+        ["run_id", *(c for c in PACKED_CURVE if c in curves)],
+    ]
     floats = [c for c in curves if c not in ("run_id",)]
     curves[floats] = curves[floats].astype("float32")
     write(output / RUNS, packed.sort_values(["study", "method", "cell", "seed"], ignore_index=True))
@@ -87,6 +105,7 @@ def pack(studies: Sequence[Study], results: Path, output: Path) -> str:
     size = sum((output / name).stat().st_size for name in (RUNS, CURVES))
     if size > PACKED_LIMIT:
         raise ValueError(
-            f"{output}: {size} bytes are too many for a repository (limit {PACKED_LIMIT}); pack fewer studies"
+            f"{output}: {size} bytes are too many for a repository (limit {PACKED_LIMIT}); pack "
+            "fewer studies"
         )
     return f"{len(packed)} runs of {packed['study'].nunique()} studies, {size / 1e6:.2f} MB in {output}"

@@ -9,10 +9,12 @@ methods:                       # name -> keys of a run
   grpo: {}
   kl_budget: {capo: {mode: "off", kl_budget: {delta: 1.0e-4}}}
 grid:                          # any key of a run -> values
-  task: [sort8, {name: half fillers, task: fillers, task_knobs: {share: 0.5}}]  # a mapping sets several keys at once
+  task: [sort8, {name: half fillers, task: fillers, task_knobs: {share: 0.5}}]  # a mapping sets
+      several keys at once
   lr: [1.0e-4, 1.0e-3]
   seed: [1, 2, 3, 4, 5]
-  capo.kl_budget.delta: [1.0e-5, 1.0e-4]  # a dotted key goes into the methods that have such a mapping, and leaves the others
+  capo.kl_budget.delta: [1.0e-5, 1.0e-4]  # a dotted key goes into the methods that have such a
+      mapping, and leaves the others
 control: grpo                  # what methods are compared with
 grids: [...]                   # instead of `grid`: several, each with its own `grid`, `methods` (names) and `defaults`
 ```
@@ -46,7 +48,10 @@ class PlannedRun:
     config: Any
     """:class:`RunConfig` or :class:`VerlRunConfig`."""
     cell: tuple[tuple[str, str], ...] = ()
-    """Axis and value of everything in the grid but the seed. The control may lack the dotted ones."""
+    """Axis and value of everything in the grid but the seed.
+
+    The control may lack the dotted ones.
+    """
 
     @property
     def run_id(self) -> str:
@@ -99,18 +104,27 @@ def parse_study(data: Mapping[str, Any], default_name: str = "study") -> Study:
 
 
 def _expand(
-    study: str, tier: str, methods: Mapping[str, Any], defaults: Mapping[str, Any], grid: Mapping[str, Any]
+    study: str,
+    tier: str,
+    methods: Mapping[str, Any],
+    defaults: Mapping[str, Any],
+    grid: Mapping[str, Any],
 ) -> Iterator[PlannedRun]:
     unknown = set(grid) - {"grid", "methods", "defaults"}
     if unknown:
-        raise ValueError(f"grids.{sorted(unknown)[0]} is not a key of a grid. Valid keys: grid, methods, defaults")
+        raise ValueError(
+            f"grids.{sorted(unknown)[0]} is not a key of a grid. Valid keys: grid, methods, "
+            "defaults"
+        )
     axes = grid.get("grid") or {}
     names = grid.get("methods") or list(methods)
     lists = [v if isinstance(v, list) else [v] for v in axes.values()]
     for values in itertools.product(*lists):
         for name in names:
             if name not in methods:
-                raise ValueError(f"grids.methods: {name} is none of the methods {', '.join(methods)}")
+                raise ValueError(
+                    f"grids.methods: {name} is none of the methods {', '.join(methods)}"
+                )
             method = copy.deepcopy(dict(methods[name] or {}))
             point: dict[str, Any] = {}
             cell = []
@@ -119,7 +133,9 @@ def _expand(
                     continue
                 if "." not in key:
                     several = isinstance(value, dict)
-                    point.update({k: v for k, v in value.items() if k != "name"} if several else {key: value})
+                    point.update(
+                        {k: v for k, v in value.items() if k != "name"} if several else {key: value}
+                    )
                 if key != "seed":
                     cell.append((key, label(value)))
             knobs = {**defaults, **(grid.get("defaults") or {}), **point, **method}

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tiny tier's training loop: sample, score, filter, step, measure. The method itself is capo_verl.core's."""
+"""The tiny tier's training loop: sample, score, filter, step, measure.
+
+The method itself is capo_verl.core's.
+"""
 
 from __future__ import annotations
 
@@ -43,12 +46,16 @@ class Curve:
 
 
 def evaluation_steps(steps: int, evaluations: int) -> list[int]:
-    """After which rollouts accuracy is measured: ``evaluations`` of them, evenly spaced, the last one after the last."""
+    """After which rollouts accuracy is measured: ``evaluations`` of them, evenly spaced, the last
+    one after the last.
+    """
     return sorted({round(steps * (i + 1) / evaluations) for i in range(evaluations)} - {0})
 
 
 def train(
-    config: RunConfig, cache: Path | None = None, watch: Callable[[int, Stepper], None] | None = None
+    config: RunConfig,
+    cache: Path | None = None,
+    watch: Callable[[int, Stepper], None] | None = None,
 ) -> tuple[list[dict[str, float]], list[float]]:
     """One run of the tiny tier.
 
@@ -57,7 +64,8 @@ def train(
         watch: called after every rollout with its number, for tests.
 
     Returns:
-        The rows of the curve (first: the base policy, after 0 steps), and the factor of the learning rate in every step.
+        The rows of the curve (first: the base policy, after 0 steps), and the factor of the
+        learning rate in every step.
 
     Raises:
         FloatingPointError: if the parameters are no numbers any more.
@@ -93,8 +101,8 @@ def train(
             if not bool(torch.isfinite(model.flat).all()):
                 raise FloatingPointError(f"parameters are not finite after rollout {step + 1}")
             curve.close(
-                step=step + 1, completions=(step + 1) * len(responses), tokens=tokens, accepted_tokens=accepted,
-                seconds=time.perf_counter() - start,
+                step=step + 1, completions=(step + 1) * len(responses), tokens=tokens,
+                accepted_tokens=accepted, seconds=time.perf_counter() - start,
                 accuracy=evaluate(model, task, config.eval_prompts, config.seed),
             )  # fmt: skip
     return curve.rows, stepper.factors

@@ -12,7 +12,8 @@ LAST = 3
 COLLAPSE = 0.5
 """A run has collapsed if its final accuracy is below this share of its base policy's."""
 AVERAGED = (
-    "entropy", "kl", "rejection", "scale", "weight", "out_of_region", "ratio_deviation", "grad_norm", "reward", "length"
+    "entropy", "kl", "rejection", "scale", "weight", "out_of_region", "ratio_deviation",
+    "grad_norm", "reward", "length"
 )  # fmt: skip
 
 
@@ -23,10 +24,11 @@ def summarise(curve: Curve) -> dict[str, float | bool]:
         curve: rows by increasing ``step``; the first is the base policy.
 
     Returns:
-        ``base`` (accuracy before training), ``final`` (mean of the last :data:`LAST` evaluations), ``lowest``, ``highest``,
-        ``collapsed``, ``area`` (mean accuracy over the run, by the trapezoid rule over completions), ``completions``, ``tokens``,
-        ``accepted_tokens``, ``seconds``, ``final_entropy``, ``kl_max``, and the means over the run of :data:`AVERAGED`, as
-        ``mean_NAME``.
+        ``base`` (accuracy before training), ``final`` (mean of the last :data:`LAST` evaluations),
+        ``lowest``, ``highest``, ``collapsed``, ``area`` (mean accuracy over the run, by the
+        trapezoid rule over completions), ``completions``, ``tokens``, ``accepted_tokens``,
+        ``seconds``, ``final_entropy``, ``kl_max``, and the means over the run of :data:`AVERAGED`,
+        as ``mean_NAME``.
     """
     after = list(curve[1:]) or list(curve)
     accuracy = [row["accuracy"] for row in after]
@@ -37,7 +39,11 @@ def summarise(curve: Curve) -> dict[str, float | bool]:
         "lowest": min(accuracy),
         "highest": max(accuracy),
         "area": area(curve),
-        **{name: last[name] for name in ("completions", "tokens", "accepted_tokens", "seconds") if name in last},
+        **{
+            name: last[name]
+            for name in ("completions", "tokens", "accepted_tokens", "seconds")
+            if name in last
+        },
     }
     result["collapsed"] = bool(result["final"] < COLLAPSE * result["base"])
     if "entropy" in last:

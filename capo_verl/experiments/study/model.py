@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A 100K-parameter causal transformer, with a key-value cache for sampling. Plain PyTorch, made for one core."""
+"""A 100K-parameter causal transformer, with a key-value cache for sampling.
+
+Plain PyTorch, made for one core.
+"""
 
 from __future__ import annotations
 
@@ -33,8 +36,12 @@ class Block(nn.Module):
         self.up = nn.Linear(width, 4 * width)
         self.down = nn.Linear(4 * width, width)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: Tensor | None = None, start: int = 0) -> Tensor:
-        """``x [B, T, H]`` at positions ``start..start+T``; ``cache [2, B, heads, max, H/heads]`` receives keys and values."""
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, cache: Tensor | None = None, start: int = 0
+    ) -> Tensor:
+        """``x [B, T, H]`` at positions ``start..start+T``; ``cache [2, B, heads, max, H/heads]``
+        receives keys and values.
+        """
         b, t, width = x.shape
         qkv = self.qkv(self.norm1(x)).view(b, t, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         (q, k), v = _rotate(qkv[:2], cos, sin), qkv[2]
@@ -53,8 +60,9 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class TinyTransformer(nn.Module):
-    """Logits ``[..., V]`` of an untied LM head without bias. All parameters are views of one flat vector, ``flat``, and so are
-    their gradients, ``flat.grad``: clipping, Adam and a step back are each one operation.
+    """Logits ``[..., V]`` of an untied LM head without bias. All parameters are views of one flat
+    vector, ``flat``, and so are their gradients, ``flat.grad``: clipping, Adam and a step back are
+    each one operation.
 
     Args:
         vocab_size: V.
@@ -62,7 +70,9 @@ class TinyTransformer(nn.Module):
         seed: of the initial parameters.
     """
 
-    def __init__(self, vocab_size: int, max_length: int, seed: int = 0, config: ModelConfig | None = None):
+    def __init__(
+        self, vocab_size: int, max_length: int, seed: int = 0, config: ModelConfig | None = None
+    ):
         super().__init__()
         self.config = config = config or ModelConfig()
         self.vocab_size = vocab_size
@@ -83,7 +93,11 @@ class TinyTransformer(nn.Module):
             if name == "embed.weight":
                 nn.init.normal_(p, generator=generator)
             elif p.dim() == 2:
-                depth = math.sqrt(2 * self.config.layers) if name.endswith(("out.weight", "down.weight")) else 1.0
+                depth = (
+                    math.sqrt(2 * self.config.layers)
+                    if name.endswith(("out.weight", "down.weight"))
+                    else 1.0
+                )
                 nn.init.normal_(p, std=0.08 / depth, generator=generator)
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
@@ -110,24 +124,31 @@ class TinyTransformer(nn.Module):
         return x, self.lm_head(x)
 
     def response(self, tokens: Tensor, prompt_length: int) -> tuple[Tensor, Tensor]:
-        """Hidden states ``[B, T, H]`` and logits ``[B, T, V]`` that predict ``tokens[:, prompt_length:]``."""
+        """Hidden states ``[B, T, H]`` and logits ``[B, T, V]`` that predict ``tokens[:,
+        prompt_length:]``.
+        """
         hidden, logits = self(tokens[:, :-1])
         return hidden[:, prompt_length - 1 :], logits[:, prompt_length - 1 :]
 
     @torch.inference_mode()
-    def sample(self, prompts: Tensor, length: int, generator: torch.Generator, end: int | None = None) -> Tensor:
+    def sample(
+        self, prompts: Tensor, length: int, generator: torch.Generator, end: int | None = None
+    ) -> Tensor:
         """Sample ``length`` tokens after every prompt, at temperature 1.
 
         Args:
             prompts: ``[B, P]``.
-            end: token after which a response does not matter; sampling stops when every response has one.
+            end: token after which a response does not matter; sampling stops when every response
+                has one.
 
         Returns:
             ``[B, length]``; what follows ``end`` is arbitrary.
         """
         b, p = prompts.shape
         config = self.config
-        cache = torch.empty(config.layers, 2, b, config.heads, p + length, config.hidden // config.heads)
+        cache = torch.empty(
+            config.layers, 2, b, config.heads, p + length, config.hidden // config.heads
+        )
         responses = torch.full((b, length), 0 if end is None else end)
         x, start, done = prompts, 0, torch.zeros(b, dtype=torch.bool)
         for i in range(length):

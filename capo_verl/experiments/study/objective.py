@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Advantages and losses of the tiny tier: the plain policy gradient, a rival of this package, or one of verl's own."""
+"""Advantages and losses of the tiny tier: the plain policy gradient, a rival of this package, or
+one of verl's own.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,8 @@ def group_advantages(rewards: Tensor, group: int, kind: str) -> Tensor:
     Args:
         rewards: ``[B]``.
         group: completions per prompt.
-        kind: ``grpo`` (r - mean) / (std + 1e-4), std with Bessel's correction as verl; ``dr_grpo`` r - mean; ``reinforce`` r.
+        kind: ``grpo`` (r - mean) / (std + 1e-4), std with Bessel's correction as verl; ``dr_grpo``
+            r - mean; ``reinforce`` r.
 
     Returns:
         ``[B]``.
@@ -54,8 +57,8 @@ def group_advantages(rewards: Tensor, group: int, kind: str) -> Tensor:
 def aggregate(losses: Tensor, batch: Batch, mode: str) -> Tensor:
     """verl's ``agg_loss`` with the sizes of the whole mini-batch, as its engines pass them.
 
-    A sequence divides by its own trained tokens with ``seq-mean-token-mean``; sequences and, with ``token-mean``, tokens that are
-    not trained count in the denominator of the mean.
+    A sequence divides by its own trained tokens with ``seq-mean-token-mean``; sequences and, with
+    ``token-mean``, tokens that are not trained count in the denominator of the mean.
 
     Args:
         losses: ``[B, T]``.
@@ -73,7 +76,8 @@ def aggregate(losses: Tensor, batch: Batch, mode: str) -> Tensor:
 
 
 def policy_loss(config: RunConfig, batch: Batch, epoch: int = 0) -> Tensor:
-    """The scalar policy loss which ``config.loss`` names; ``epoch``: how often the batch was used before.
+    """The scalar policy loss which ``config.loss`` names; ``epoch``: how often the batch was used
+    before.
 
     Raises:
         ValueError: for an unknown loss or knob.
@@ -90,10 +94,19 @@ def _rival_loss(config: RunConfig, batch: Batch, epoch: int) -> Tensor:
     from capo_verl.rivals import RIVALS
 
     if config.loss not in RIVALS:
-        raise ValueError(f"loss={config.loss!r}: expected pg, verl:NAME or one of {', '.join(RIVALS)}")
+        raise ValueError(
+            f"loss={config.loss!r}: expected pg, verl:NAME or one of {', '.join(RIVALS)}"
+        )
     rival = RIVALS[config.loss]
     inputs = {name: epoch if name == "epoch" else getattr(batch, name) for name in rival.needs}
-    losses, _ = rival(batch.old_log_prob, batch.log_prob, batch.advantages, batch.mask, **inputs, **config.loss_knobs)
+    losses, _ = rival(
+        batch.old_log_prob,
+        batch.log_prob,
+        batch.advantages,
+        batch.mask,
+        **inputs,
+        **config.loss_knobs,
+    )
     return aggregate(losses, batch, config.aggregation)
 
 

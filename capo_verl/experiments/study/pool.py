@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs a study in worker processes that stay alive, with a progress bar. Ctrl-C loses only the runs in flight."""
+"""Runs a study in worker processes that stay alive, with a progress bar.
+
+Ctrl-C loses only the runs in flight.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,14 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from capo_verl.experiments.study.grid import PlannedRun
 from capo_verl.experiments.study.store import Store
@@ -63,7 +73,8 @@ def run_study(
         console.print(f"nothing to do: {outcome.skipped} runs are finished")
         return outcome
     columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+        TimeRemainingColumn()
     )  # fmt: skip
     with Progress(*columns, console=console, speed_estimate_period=300) as progress:
         tiny = [run for run in todo if run.tier == "tiny"]
@@ -75,7 +86,11 @@ def run_study(
             if bases:
                 bar = progress.add_task("warm starts", total=len(bases) + len(shared))
                 for some, competent in ((shared, True), (bases, False)):
-                    _Pool(jobs).map(prepare, [(b, cache, competent) for b in some], lambda *_: progress.advance(bar))
+                    _Pool(jobs).map(
+                        prepare,
+                        [(b, cache, competent) for b in some],
+                        lambda *_: progress.advance(bar),
+                    )
             bar = progress.add_task("runs", total=len(todo))
             _run_all(todo, store, jobs, cache, progress, bar, outcome)
         except KeyboardInterrupt:
@@ -103,21 +118,31 @@ def _run_all(
         nonlocal merged
         run: PlannedRun = arguments[0]
         if row is None:  # the process died: killed, out of memory
-            row = {**describe(run), "status": "failed", "error": f"the worker process ended: {error}"}
+            row = {
+                **describe(run),
+                "status": "failed",
+                "error": f"the worker process ended: {error}",
+            }
             store.add(row, [])
         if row["status"] == "finished":
             outcome.finished += 1
         else:
             outcome.failed += 1
-            progress.console.print(f"failed: {run.method} {run.run_id}: {row['error'].splitlines()[0]}", markup=False)
+            progress.console.print(
+                f"failed: {run.method} {run.run_id}: {row['error'].splitlines()[0]}", markup=False
+            )
         progress.advance(bar)
         if time.monotonic() - merged > MERGE_SECONDS:
             store.merge()
             merged = time.monotonic()
 
-    _Pool(jobs).map(execute, [(run, store.folder, cache) for run in todo if run.tier == "tiny"], ended)
+    _Pool(jobs).map(
+        execute, [(run, store.folder, cache) for run in todo if run.tier == "tiny"], ended
+    )
     for run in todo:
-        if run.tier == "verl":  # a Ray cluster of its own, one at a time; here, so that Ctrl-C stops it in good order
+        if (
+            run.tier == "verl"
+        ):  # a Ray cluster of its own, one at a time; here, so that Ctrl-C stops it in good order
             ended((run,), execute(run, store.folder, cache), None)
 
 
@@ -148,7 +173,9 @@ class _Pool:
         calls: list[tuple[Any, ...]],
         ended: Callable[[tuple[Any, ...], Any, str | None], None],
     ) -> list[tuple[Any, ...]]:
-        """The calls that are left after a worker died; those in flight with it count as ended if there was one alone."""
+        """The calls that are left after a worker died; those in flight with it count as ended if
+        there was one alone.
+        """
         queue = list(reversed(calls))
         executor = ProcessPoolExecutor(
             self.jobs, mp_context=multiprocessing.get_context("spawn"), initializer=start_worker

@@ -41,7 +41,9 @@ class Rollout:
 
     def part(self, rows: slice) -> Rollout:
         old = None if self.old_log_prob is None else self.old_log_prob[rows]
-        return Rollout(self.tokens[rows], self.mask[rows], self.advantages[rows], self.group[rows], old)
+        return Rollout(
+            self.tokens[rows], self.mask[rows], self.advantages[rows], self.group[rows], old
+        )
 
 
 class Stepper:
@@ -51,9 +53,17 @@ class Stepper:
         scales: factors of the learning rate step by step, in place of ``lr_scale`` (controls).
     """
 
-    def __init__(self, config: RunConfig, model: TinyTransformer, task: Task, scales: list[float] | None = None):
+    def __init__(
+        self,
+        config: RunConfig,
+        model: TinyTransformer,
+        task: Task,
+        scales: list[float] | None = None,
+    ):
         self.config, self.model, self.task, self.scales = config, model, task, scales
-        self.optimizer = torch.optim.Adam([model.flat], lr=config.lr, betas=config.betas, fused=True)
+        self.optimizer = torch.optim.Adam(
+            [model.flat], lr=config.lr, betas=config.betas, fused=True
+        )
         self.drop = generator(config.seed, "random drop")
         self.shard = VocabShard(model.vocab_size, model.vocab_size, 0)
         self.reference = model.flat.detach().clone() if config.reference_penalty else None
@@ -106,13 +116,17 @@ class Stepper:
         if output is not None and self.filters:
             mask = output.accepted
             if self.filter is not None and self.filter.config.weighting != "hard":
-                # Losses are positively homogeneous in the advantage, so that is where a weight belongs.
+                # Losses are positively homogeneous in the advantage, so that is where a weight
+                # belongs.
                 advantages = advantages * output.weights.to(advantages.dtype)
         if config.random_drop:
             mask = mask & (torch.rand(mask.shape, generator=self.drop) >= config.random_drop)
-        batch = Batch(old_log_prob, log_prob, advantages, mask, rollout.mask, entropy.detach(), rollout.group,
+        batch = Batch(old_log_prob, log_prob, advantages, mask, rollout.mask, entropy.detach(),
+            rollout.group,
                       self._actions(rollout))  # fmt: skip
-        loss = policy_loss(config, batch, epoch) + self._penalties(batch, entropy, logits, output, rollout)
+        loss = policy_loss(config, batch, epoch) + self._penalties(
+            batch, entropy, logits, output, rollout
+        )
         self.model.flat.grad.zero_()
         loss.backward()
         norm = torch.linalg.vector_norm(self.model.flat.grad)
@@ -133,7 +147,9 @@ class Stepper:
                 "entropy": (entropy * rollout.mask).sum() / total,
                 "rejection": 1 - mask.sum() / total,
                 "weight": None if output is None else output.weights[rollout.mask].mean(),
-                "out_of_region": None if output is None else 1 - output.in_trust_region.sum() / total,
+                "out_of_region": None
+                if output is None
+                else 1 - output.in_trust_region.sum() / total,
                 "ratio_deviation": ((ratio - 1).abs() * rollout.mask).sum() / total,
                 "grad_norm": norm,
                 "kl": kl,
@@ -147,7 +163,12 @@ class Stepper:
             return None
         factor = self._factor()
         self.last_output = self.filter.evaluate(
-            hidden.detach(), logits.detach(), self._actions(rollout), advantages, rollout.mask, lr * factor
+            hidden.detach(),
+            logits.detach(),
+            self._actions(rollout),
+            advantages,
+            rollout.mask,
+            lr * factor,
         )
         return self.last_output
 
@@ -158,12 +179,19 @@ class Stepper:
         return self.config.lr_scale * (1.0 if self.budget is None else self.budget.scale)
 
     def _penalties(
-        self, batch: Batch, entropy: Tensor, logits: Tensor, output: CapoOutput | None, rollout: Rollout
+        self,
+        batch: Batch,
+        entropy: Tensor,
+        logits: Tensor,
+        output: CapoOutput | None,
+        rollout: Rollout,
     ) -> Tensor | float:
         """What is added to the policy loss, aggregated as it is."""
         config, total = self.config, 0.0
         if output is not None and output.penalty_terms is not None:
-            total = aggregate(curvature_penalty(logits, output.penalty_terms), batch, config.aggregation)
+            total = aggregate(
+                curvature_penalty(logits, output.penalty_terms), batch, config.aggregation
+            )
         if config.entropy_bonus:
             total = total - config.entropy_bonus * aggregate(entropy, batch, config.aggregation)
         if self.reference is not None:
@@ -179,7 +207,9 @@ class Stepper:
     def _move(
         self, rollout: Rollout, logits: Tensor, log_prob: Tensor, lr: float
     ) -> tuple[Tensor | None, float, float]:
-        """The optimizer step: measured KL of the whole mini-batch (or None), factor of the learning rate, kept share."""
+        """The optimizer step: measured KL of the whole mini-batch (or None), factor of the learning
+        rate, kept share.
+        """
         budget, factor, kept = self.budget, self._factor(), 1.0
         before = None
         if budget is not None:
@@ -188,7 +218,9 @@ class Stepper:
                 # Predicted at the factor in force; the budget wants it at the full learning rate.
                 kind = budget.config.predictor.removeprefix("fisher_")
                 shifts = self.filter.batch_shifts(policy_shift=kind)
-                predicted = float((shifts.after if self.filters else shifts.before).policy) / factor**2
+                predicted = (
+                    float((shifts.after if self.filters else shifts.before).policy) / factor**2
+                )
             factor = budget.begin_step(predicted) * self.config.lr_scale
             if budget.config.line_search is not None:
                 before = self.model.flat.detach().clone()
@@ -216,7 +248,9 @@ class Stepper:
         config, n = self.budget.config, len(rollout.tokens)
         size = max(1, round(config.probe_share * n))
         rows = torch.arange(size) * n // size
-        part = Rollout(rollout.tokens[rows], rollout.mask[rows], rollout.advantages[rows], rollout.group[rows])
+        part = Rollout(
+            rollout.tokens[rows], rollout.mask[rows], rollout.advantages[rows], rollout.group[rows]
+        )
         if config.estimator == "exact":
             return self._kl(part, logits[rows])
         with torch.no_grad():

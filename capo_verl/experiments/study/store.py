@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Results: one file per finished run, written whole or not at all, merged into two parquet tables.
 
-``parts/RUN_ID.json`` is what a run leaves; ``runs.parquet`` has one row per run, ``curves.parquet`` one per evaluation. Merging
-takes a lock, so several ``study.py`` may share a folder.
+``parts/RUN_ID.json`` is what a run leaves; ``runs.parquet`` has one row per run, ``curves.parquet``
+one per evaluation. Merging takes a lock, so several ``study.py`` may share a folder.
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ class Store:
         self.parts.mkdir(parents=True, exist_ok=True)
 
     def add(self, run: dict[str, Any], curve: list[dict[str, float]]) -> None:
-        """Keep a run (a row with ``run_id`` and ``status``) and its curve; a run of the same id is replaced."""
+        """Keep a run (a row with ``run_id`` and ``status``) and its curve; a run of the same id is
+        replaced.
+        """
         replace_text(self.parts / f"{run['run_id']}.json", json.dumps({"run": run, "curve": curve}))
 
     def merge(self) -> None:
@@ -52,7 +54,9 @@ class Store:
         return read(self.folder / RUNS)
 
     def curves(self) -> pd.DataFrame:
-        """One row per evaluation: ``run_id`` and the columns of :mod:`capo_verl.experiments.study.loop`."""
+        """One row per evaluation: ``run_id`` and the columns of
+        :mod:`capo_verl.experiments.study.loop`.
+        """
         self.merge()
         return read(self.folder / CURVES)
 

@@ -42,8 +42,8 @@ def frame_tables(frame: pd.DataFrame, curves: pd.DataFrame) -> str:
     seeds = frame.groupby(["method", "cell"])["seed"].nunique()
     count = f"{seeds.min()}" if seeds.min() == seeds.max() else f"{seeds.min()} to {seeds.max()}"
     parts.append(
-        f"{frame['run_id'].nunique()} runs, {count} seeds per cell; ▲ / ▼: better / worse than `{control}` in the same cell, "
-        f"paired by seed (both 95 % intervals exclude 0)."
+        f"{frame['run_id'].nunique()} runs, {count} seeds per cell; ▲ / ▼: better / worse than "
+        f"`{control}` in the same cell, paired by seed (both 95 % intervals exclude 0)."
         + (f" {len(failed)} failed: {_failures(failed)}." if len(failed) else "")
     )
     return "\n\n".join(parts) + "\n"
@@ -68,7 +68,9 @@ def final_tables(frame: pd.DataFrame) -> list[str]:
             body.append([str(name), *cells])
         tables.append(
             _titled(
-                f"Final accuracy, {rest}" if rest else "Final accuracy", ["method", *(f"lr {r:g}" for r in rates)], body
+                f"Final accuracy, {rest}" if rest else "Final accuracy",
+                ["method", *(f"lr {r:g}" for r in rates)],
+                body,
             )
         )
     return tables
@@ -85,39 +87,48 @@ def _cell(rows: pd.DataFrame) -> str:
 
 
 def summary_table(frame: pd.DataFrame) -> str:
-    """Per method, over all cells: verdicts, worst difference, area over learning rates, collapses, KL, scale, rejection, time."""
+    """Per method, over all cells: verdicts, worst difference, area over learning rates, collapses,
+    KL, scale, rejection, time.
+    """
     found, areas = differences(frame), over_rates(frame)
     scored = scores(frame, "final")
     body = []
     for method, rows in scored.groupby("method", sort=False):
         mine = [d for d in found if d.method == method]
         verdicts = (
-            " / ".join(str(sum(d.verdict == v for d in mine)) for v in ("better", "same", "worse")) if mine else ""
+            " / ".join(str(sum(d.verdict == v for d in mine)) for v in ("better", "same", "worse"))
+            if mine
+            else ""
         )
         worst = min((d.estimate.mean for d in mine), default=None)
         area = areas.loc[areas["method"] == method, "mean"]
         body.append(
             [
-                str(method), verdicts, "" if worst is None else f"{worst:+.3f}", f"{area.mean():+.3f}" if len(area) else "",
+                str(method), verdicts, "" if worst is None else f"{worst:+.3f}",
+                f"{area.mean():+.3f}" if len(area) else "",
                 _short(rows["final"].mean()), _short(rows["lowest"].mean()),
                 f"{int(rows['collapsed'].fillna(True).astype(bool).sum())}/{len(rows)}",
-                *(_number(rows, c) for c in ("mean_kl", "mean_rejection", "mean_scale", "final_entropy", "seconds")),
+                *(_number(rows, c) for c in ("mean_kl", "mean_rejection", "mean_scale",
+                    "final_entropy", "seconds")),
             ]
         )  # fmt: skip
     head = [
-        "method", "better / same / worse", "worst cell", "area over lr", "final", "lowest", "collapsed", "KL per step",
-        "rejected", "lr scale", "entropy", "s per run",
+        "method", "better / same / worse", "worst cell", "area over lr", "final", "lowest",
+        "collapsed", "KL per step", "rejected", "lr scale", "entropy", "s per run",
     ]  # fmt: skip
     return _titled(f"All cells, control `{frame['control'].iloc[0]}`", head, body)
 
 
 def efficiency_table(frame: pd.DataFrame, curves: pd.DataFrame) -> str:
-    """Median completions (and accepted tokens) until the tuned control's accuracy, and how many runs got there."""
+    """Median completions (and accepted tokens) until the tuned control's accuracy, and how many
+    runs got there.
+    """
     reached = efficiency(frame, curves)
     reached["rest"] = [_rest(c) for c in reached["cell"]]
     reached["row"] = _rows(reached)
     tuned = "; ".join(
-        f"{_text(json.loads(cell)) or 'all'}: lr {lr:g}, {_short(v)}" for cell, (lr, v) in tuned_control(frame).items()
+        f"{_text(json.loads(cell)) or 'all'}: lr {lr:g}, {_short(v)}"
+        for cell, (lr, v) in tuned_control(frame).items()
     )
     rates = sorted(reached["lr"].unique())
     body = []
@@ -132,7 +143,8 @@ def efficiency_table(frame: pd.DataFrame, curves: pd.DataFrame) -> str:
                 cells.append("–")
             else:
                 cells.append(
-                    f"{got['completions'].median():.0f} ({got['accepted_tokens'].median() / 1000:.0f}k) {len(got)}/{len(at)}"
+                    f"{got['completions'].median():.0f} "
+                    f"({got['accepted_tokens'].median() / 1000:.0f}k) {len(got)}/{len(at)}"
                 )
         body.append([rest, method, *cells])
     title = f"Completions (accepted tokens) to {SHARE:.0%} of the tuned control ({tuned}); runs that got there"
@@ -151,7 +163,9 @@ def _rest(cell: str) -> str:
 
 def _rows(frame: pd.DataFrame) -> list[str]:
     """Names of a table's rows: the method, with its values of the dotted axes."""
-    cells = [{k.split(".")[-1]: v for k, v in json.loads(c).items() if "." in k} for c in frame["cell"]]
+    cells = [
+        {k.split(".")[-1]: v for k, v in json.loads(c).items() if "." in k} for c in frame["cell"]
+    ]
     return [f"{m}, {_text(c)}" if c else m for m, c in zip(frame["method"], cells, strict=True)]
 
 

@@ -51,7 +51,9 @@ class VerlRunConfig:
         valid = [f.name for f in fields(cls)]
         for key in knobs:
             if key not in valid:
-                raise ValueError(f"{key} is not a key of a verl run. Valid keys: {', '.join(valid)}")
+                raise ValueError(
+                    f"{key} is not a key of a verl run. Valid keys: {', '.join(valid)}"
+                )
         return cls(**knobs)
 
     def to_dict(self) -> dict[str, Any]:

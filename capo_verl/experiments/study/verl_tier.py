@@ -48,10 +48,14 @@ def train_verl(run: PlannedRun, results: Path) -> list[dict[str, float]]:
     with Child(command(config), environment(config, folder), folder / "train.log") as child:
         code = child.wait()
     if code != 0:
-        report = failure_report((folder / "train.log").read_text(encoding="utf-8", errors="replace"))
+        report = failure_report(
+            (folder / "train.log").read_text(encoding="utf-8", errors="replace")
+        )
         raise RuntimeError(f"exit code {code}: " + " | ".join(report[-5:]))
     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return read_curve((json.loads(line) for line in lines), completions_per_step(folder), drops_tokens(folder))
+    return read_curve(
+        (json.loads(line) for line in lines), completions_per_step(folder), drops_tokens(folder)
+    )
 
 
 def command(config: VerlRunConfig) -> list[str]:
@@ -63,7 +67,8 @@ def command(config: VerlRunConfig) -> list[str]:
     launcher = EXAMPLES / SCRIPTS[config.launcher]
     if not launcher.exists():
         raise RuntimeError(
-            f"{launcher} is missing: install a checkout of the repository in place, pip install -e '.[cpu,study]'"
+            f"{launcher} is missing: install a checkout of the repository in place, pip install -e "
+            "'.[cpu,study]'"
         )
     return ["bash", str(launcher), *config.settings, *config.overrides]
 
@@ -101,7 +106,9 @@ def completions_per_step(folder: Path) -> int:
 
 
 def drops_tokens(folder: Path) -> bool:
-    """Whether tokens outside the trust region leave the loss, from the configuration that verl resolved."""
+    """Whether tokens outside the trust region leave the loss, from the configuration that verl
+    resolved.
+    """
     from omegaconf import OmegaConf
 
     config = OmegaConf.load(folder / "hydra" / ".hydra" / "config.yaml")
@@ -109,11 +116,15 @@ def drops_tokens(folder: Path) -> bool:
     return capo is not None and (capo.mode, capo.weighting) == ("filter", "hard")
 
 
-def read_curve(entries: Iterable[dict[str, Any]], completions: int, drops: bool) -> list[dict[str, float]]:
-    """verl's records as a curve: a row per validation, with the means of the steps since the one before.
+def read_curve(
+    entries: Iterable[dict[str, Any]], completions: int, drops: bool
+) -> list[dict[str, float]]:
+    """verl's records as a curve: a row per validation, with the means of the steps since the one
+    before.
 
     Args:
-        entries: ``{"step", "data"}``, as verl's file logger writes them; the first is the validation before training.
+        entries: ``{"step", "data"}``, as verl's file logger writes them; the first is the
+            validation before training.
         completions: per step.
         drops: whether rejected tokens leave the loss.
 
@@ -132,7 +143,9 @@ def read_curve(entries: Iterable[dict[str, Any]], completions: int, drops: bool)
             tokens += of_step
             accepted += of_step * (1 - data.get("capo/rejection_rate", 0.0) * drops)
             seconds += data.get("perf/time_per_step") or 0.0
-        held_out = [float(v) for k, v in data.items() if HELD_OUT_ACCURACY.fullmatch(k) and v is not None]
+        held_out = [
+            float(v) for k, v in data.items() if HELD_OUT_ACCURACY.fullmatch(k) and v is not None
+        ]
         if held_out:
             curve.close(
                 step=step,
@@ -144,6 +157,7 @@ def read_curve(entries: Iterable[dict[str, Any]], completions: int, drops: bool)
             )
     if len(curve.rows) < 2 or curve.rows[0]["step"] != 0:
         raise RuntimeError(
-            "the metrics hold no accuracy before and after training: trainer.test_freq, trainer.val_before_train"
+            "the metrics hold no accuracy before and after training: trainer.test_freq, "
+            "trainer.val_before_train"
         )
     return curve.rows

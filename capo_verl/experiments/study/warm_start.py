@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The base policy of a run: supervised training until sampled accuracy meets a target, cached by its recipe."""
+"""The base policy of a run: supervised training until sampled accuracy meets a target, cached by
+its recipe.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,8 @@ from capo_verl.experiments.study.seeds import generator
 from capo_verl.experiments.study.tasks import Task, make_task
 
 RECIPE = {
-    "version": 3, "batch": 128, "lr": 2e-3, "warmup": 50, "every": 20, "check": 512, "max_steps": 3000,
+    "version": 3, "batch": 128, "lr": 2e-3, "warmup": 50, "every": 20, "check": 512,
+    "max_steps": 3000,
     "competence": 0.9, "least": 0.6, "noisy_lr": 5e-4, "noisy_every": 10, "growth": 1.1,
 }  # fmt: skip
 BISECTIONS = 5
@@ -27,7 +30,9 @@ TOKENS = 4096
 
 
 def evaluate(model: TinyTransformer, task: Task, prompts: int, seed: int) -> float:
-    """Accuracy at temperature 1 on ``prompts`` held-out problems; the same problems and random numbers for the same seed."""
+    """Accuracy at temperature 1 on ``prompts`` held-out problems; the same problems and random
+    numbers for the same seed.
+    """
     random = generator(seed, "evaluation")
     problems = task.problems(prompts, random, held_out=True)
     correct = 0.0
@@ -41,8 +46,8 @@ def evaluate(model: TinyTransformer, task: Task, prompts: int, seed: int) -> flo
 def base_policy(config: RunConfig, root: Path | None = None) -> tuple[TinyTransformer, Task]:
     """The run's task, and its model at the accuracy ``config.base``, from the cache where possible.
 
-    ``noisy`` starts from a competent model which all seeds share; the mistakes it learns are the seed's. Two processes that need
-    the same model do not both train it.
+    ``noisy`` starts from a competent model which all seeds share; the mistakes it learns are the
+    seed's. Two processes that need the same model do not both train it.
 
     Raises:
         RuntimeError: if supervised training does not reach the target.
@@ -55,7 +60,9 @@ def base_policy(config: RunConfig, root: Path | None = None) -> tuple[TinyTransf
 
 
 def competent_policy(config: RunConfig, root: Path | None = None) -> tuple[TinyTransformer, Task]:
-    """What the ``noisy`` bases of a task start from: the same for every seed and every base accuracy."""
+    """What the ``noisy`` bases of a task start from: the same for every seed and every base
+    accuracy.
+    """
     task = make_task(config.task, config.task_knobs)
     model = _fresh(task, config, 0)
     recipe = {k: v for k, v in config.warm_start.items() if k not in ("base", "seed", "kind")}
@@ -77,11 +84,17 @@ def _recipe(task: Task) -> dict[str, Any]:
 
 def _fresh(task: Task, config: RunConfig, seed: int) -> TinyTransformer:
     length = task.prompt_length + task.response_length
-    return TinyTransformer(task.vocab_size, length, seed, ModelConfig(layers=config.layers, hidden=config.hidden))
+    return TinyTransformer(
+        task.vocab_size, length, seed, ModelConfig(layers=config.layers, hidden=config.hidden)
+    )
 
 
-def _load(model: TinyTransformer, recipe: dict[str, Any], train: Callable[[], None], root: Path | None) -> None:
-    """Give ``model`` the cached parameters of a recipe; without any, those which ``train`` leaves in it."""
+def _load(
+    model: TinyTransformer, recipe: dict[str, Any], train: Callable[[], None], root: Path | None
+) -> None:
+    """Give ``model`` the cached parameters of a recipe; without any, those which ``train`` leaves
+    in it.
+    """
     from filelock import FileLock
 
     def build(folder: Path) -> None:
@@ -116,8 +129,8 @@ def _build(model: TinyTransformer, task: Task, config: RunConfig, root: Path | N
 
 def _unreached(config: RunConfig, accuracy: float, target: float) -> str:
     return (
-        f"the warm start of task {config.task} {config.task_knobs} reached accuracy {accuracy:.2f} in "
-        f"{RECIPE['max_steps']} steps, below {target}"
+        f"the warm start of task {config.task} {config.task_knobs} reached accuracy {accuracy:.2f} "
+        f"in {RECIPE['max_steps']} steps, below {target}"
     )
 
 
@@ -142,8 +155,12 @@ def _train_until(
     return before, accuracy
 
 
-def _unlearn(model: TinyTransformer, task: Task, random: torch.Generator, seed: int, target: float) -> Tensor:
-    """Train on demonstrations with more and more mistakes until accuracy is below the target; the parameters before."""
+def _unlearn(
+    model: TinyTransformer, task: Task, random: torch.Generator, seed: int, target: float
+) -> Tensor:
+    """Train on demonstrations with more and more mistakes until accuracy is below the target; the
+    parameters before.
+    """
     optimizer = _adam(model, RECIPE["noisy_lr"])
     mistakes = 1 - target ** (1 / task.response_length)
     for _ in range(RECIPE["max_steps"] // RECIPE["noisy_every"]):
@@ -154,19 +171,28 @@ def _unlearn(model: TinyTransformer, task: Task, random: torch.Generator, seed: 
             return before
         mistakes = min(0.5, mistakes * RECIPE["growth"])
     raise RuntimeError(
-        f"the warm start kept an accuracy above base={target} although half of the demonstrations were wrong"
+        f"the warm start kept an accuracy above base={target} although half of the demonstrations "
+        "were wrong"
     )
 
 
 def supervised_step(
-    model: TinyTransformer, task: Task, optimizer: torch.optim.Optimizer, random: torch.Generator, mistakes: float = 0.0
+    model: TinyTransformer,
+    task: Task,
+    optimizer: torch.optim.Optimizer,
+    random: torch.Generator,
+    mistakes: float = 0.0,
 ) -> None:
-    """One step of cross-entropy on demonstrations; a share of their tokens comes from the same place of another one."""
+    """One step of cross-entropy on demonstrations; a share of their tokens comes from the same
+    place of another one.
+    """
     problems = task.problems(_recipe(task)["batch"], random)
     answers = task.demonstrations(problems, random)
     if mistakes:
         other = answers[torch.randperm(len(answers), generator=random)]
-        answers = torch.where(torch.rand(answers.shape, generator=random) < mistakes, other, answers)
+        answers = torch.where(
+            torch.rand(answers.shape, generator=random) < mistakes, other, answers
+        )
     _, logits = model.response(torch.cat((problems.prompts, answers), 1), task.prompt_length)
     losses = F.cross_entropy(logits.transpose(1, 2), answers, reduction="none")
     mask = task.mask(answers)
@@ -175,8 +201,12 @@ def supervised_step(
     optimizer.step()
 
 
-def _meet(model: TinyTransformer, task: Task, low: Tensor, high: Tensor, target: float, seed: int) -> None:
-    """Between two checkpoints a few steps apart, the parameters whose accuracy is closest to the target."""
+def _meet(
+    model: TinyTransformer, task: Task, low: Tensor, high: Tensor, target: float, seed: int
+) -> None:
+    """Between two checkpoints a few steps apart, the parameters whose accuracy is closest to the
+    target.
+    """
     accuracy = evaluate(model, task, RECIPE["check"], seed)
     best, closest, (a, b), rising = high, abs(accuracy - target), (0.0, 1.0), accuracy >= target
     for _ in range(BISECTIONS):

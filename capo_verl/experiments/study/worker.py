@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a worker process does: one run, from its plan to a row of the table. It lives for many runs."""
+"""What a worker process does: one run, from its plan to a row of the table.
+
+It lives for many runs.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +44,8 @@ def execute(run: PlannedRun, results: Path, cache: Path | None = None) -> dict[s
     """Run it and keep its row, whatever happens.
 
     Returns:
-        The row: what was planned, ``status`` (``finished`` or ``failed``), ``error``, where and when, and the measures.
+        The row: what was planned, ``status`` (``finished`` or ``failed``), ``error``, where and
+        when, and the measures.
     """
     row = describe(run)
     curve: list[dict[str, float]] = []
@@ -57,7 +61,9 @@ def execute(run: PlannedRun, results: Path, cache: Path | None = None) -> dict[s
             curve, _ = train(run.config, cache)
         row.update(status="finished", error="", **summarise(curve))
     except Exception as e:  # noqa: BLE001 - a failure is a result
-        row.update(status="failed", error=f"{type(e).__name__}: {e}\n{traceback.format_exc(limit=-4)}")
+        row.update(
+            status="failed", error=f"{type(e).__name__}: {e}\n{traceback.format_exc(limit=-4)}"
+        )
     row["wall_seconds"] = time.perf_counter() - start
     Store(results).add(row, curve)
     return row

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Everything that is refused before a run starts, in the driver and before any GPU time is spent. Each refusal is one sentence."""
+"""Everything that is refused before a run starts, in the driver and before any GPU time is spent.
+
+Each refusal is one sentence.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,8 @@ def check_config(config: DictConfig) -> None:
 
 
 def before_start(config: DictConfig) -> None:
-    """Check a run that is about to start on this machine: its config, its files, and the checkpoints that it would continue.
+    """Check a run that is about to start on this machine: its config, its files, and the
+    checkpoints that it would continue.
 
     Raises:
         ValueError: naming key or file, the value, and what to set.

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Files of a run that would stop it minutes later.
 
-Only what is certain to fail is refused: names on the hub, remote paths, custom datasets and whatever else cannot be judged
-from here pass. The driver may see other files than the workers do; ``CAPO_PREFLIGHT=0`` switches the checks of files off.
+Only what is certain to fail is refused: names on the hub, remote paths, custom datasets and
+whatever else cannot be judged from here pass. The driver may see other files than the workers do;
+``CAPO_PREFLIGHT=0`` switches the checks of files off.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
 
 def sees_files() -> bool:
     """Whether this process may judge the workers' files by its own."""
-    return os.environ.get("CAPO_PREFLIGHT") != "0" and not os.environ.get("RAY_ADDRESS", "").startswith("ray://")
+    return os.environ.get("CAPO_PREFLIGHT") != "0" and not os.environ.get(
+        "RAY_ADDRESS", ""
+    ).startswith("ray://")
 
 
 def check_files(config: DictConfig) -> None:
@@ -35,7 +38,12 @@ def check_files(config: DictConfig) -> None:
     """
     if not sees_files():
         return
-    for problem in [*model_problems(config), *cache_problems(config), *data_problems(config), *output_problems(config)]:
+    for problem in [
+        *model_problems(config),
+        *cache_problems(config),
+        *data_problems(config),
+        *output_problems(config),
+    ]:
         raise ValueError(problem)
 
 
@@ -60,11 +68,19 @@ def model_problems(config: DictConfig) -> Iterator[str]:
 def cache_problems(config: DictConfig) -> Iterator[str]:
     """A name on the hub that was never downloaded, while the hub may not be asked."""
     model = OmegaConf.select(config, f"{MODEL}.path")
-    offline = [name for name in OFFLINE if os.environ.get(name, "").upper() in ("1", "ON", "YES", "TRUE")]
-    if model and offline and HUB_NAME.fullmatch(model) and not Path(model).exists() and local_config(model) is None:
+    offline = [
+        name for name in OFFLINE if os.environ.get(name, "").upper() in ("1", "ON", "YES", "TRUE")
+    ]
+    if (
+        model
+        and offline
+        and HUB_NAME.fullmatch(model)
+        and not Path(model).exists()
+        and local_config(model) is None
+    ):
         yield (
-            f"{MODEL}.path={model} is neither a folder nor in Hugging Face's cache, and {offline[0]} is set: download it "
-            f"first, or unset {offline[0]}"
+            f"{MODEL}.path={model} is neither a folder nor in Hugging Face's cache, and "
+            f"{offline[0]} is set: download it first, or unset {offline[0]}"
         )
 
 
@@ -86,14 +102,20 @@ def data_problems(config: DictConfig) -> Iterator[str]:
 
 
 def _data_file(what: str, name: str, column: str) -> tuple[str | None, int | None]:
-    """What is wrong with one file, and how many rows it has; None for each that is nothing, or cannot be told."""
+    """What is wrong with one file, and how many rows it has; None for each that is nothing, or
+    cannot be told.
+    """
     path = Path(name).expanduser()
     if "://" in name or any(c in name for c in "*?[") or path.is_dir():
         return None, None
     if not path.exists():
         return f"{what} does not exist: set it to a parquet file in verl's schema", None
     if path.suffix not in (".parquet", ".json", ".jsonl"):  # verl/utils/dataset/rl_dataset.py
-        return f"{what} is neither .parquet, .json nor .jsonl: set it to a parquet file in verl's schema", None
+        return (
+            f"{what} is neither .parquet, .json nor .jsonl: set it to a parquet file in verl's "
+            "schema",
+            None,
+        )
     if path.suffix != ".parquet":
         return None, None
     import pyarrow
@@ -106,14 +128,17 @@ def _data_file(what: str, name: str, column: str) -> tuple[str | None, int | Non
     names = metadata.schema.to_arrow_schema().names
     if column not in names:
         return (
-            f"{what} lacks the column '{column}' (it has {', '.join(names)}): prepare it anew, or set data.prompt_key",
+            f"{what} lacks the column '{column}' (it has {', '.join(names)}): prepare it anew, or "
+            "set data.prompt_key",
             None,
         )
     return None, metadata.num_rows
 
 
 def _too_few(config: DictConfig, rows: int) -> Iterator[str]:
-    """verl leaves out an incomplete batch, and divides by the number of batches (``trainer_base.py:765``)."""
+    """verl leaves out an incomplete batch, and divides by the number of batches
+    (``trainer_base.py:765``).
+    """
     batch = OmegaConf.select(config, "data.train_batch_size")
     limit: Any = OmegaConf.select(config, "data.train_max_samples") or -1
     used = rows if limit < 0 else min(rows, limit)

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which run the checkpoints in a folder are of: one small file beside them, so that no other run continues their weights.
+"""Which run the checkpoints in a folder are of: one small file beside them, so that no other run
+continues their weights.
 
-What a resumed run takes from the checkpoint, whatever its configuration says, is compared as well: Megatron's scheduler with
-``use_checkpoint_opt_param_scheduler`` (``_check_and_set`` in ``megatron/core/optimizer_param_scheduler.py``), and with FSDP the
-learning rate (``base_lrs`` in the state of torch's ``LambdaLR``).
+What a resumed run takes from the checkpoint, whatever its configuration says, is compared as well:
+Megatron's scheduler with ``use_checkpoint_opt_param_scheduler`` (``_check_and_set`` in
+``megatron/core/optimizer_param_scheduler.py``), and with FSDP the learning rate (``base_lrs`` in
+the state of torch's ``LambdaLR``).
 """
 
 from __future__ import annotations
@@ -27,15 +29,20 @@ logger = logging.getLogger(__name__)
 FILE = "run.json"
 OPTIM = f"{ACTOR}.optim"
 RESTART = f"{OPTIM}.use_checkpoint_opt_param_scheduler"
-CAPO, STEPS, EPOCHS, RATE = "capo", "trainer.total_training_steps", "trainer.total_epochs", f"{OPTIM}.lr"
+CAPO, STEPS, EPOCHS, RATE = (
+    "capo",
+    "trainer.total_training_steps",
+    "trainer.total_epochs",
+    f"{OPTIM}.lr",
+)
 
 EXPERIMENT = (f"{MODEL}.path", CAPO, f"{ACTOR}.policy_loss.loss_mode")
 """With another one of these it is another experiment."""
 SCHEDULE = tuple(
     f"{OPTIM}.{key}"
     for key in (
-        "lr", "min_lr", "lr_decay_style", "lr_scheduler_type", "lr_warmup_steps", "lr_warmup_steps_ratio", "lr_decay_steps",
-        "weight_decay",
+        "lr", "min_lr", "lr_decay_style", "lr_scheduler_type", "lr_warmup_steps",
+        "lr_warmup_steps_ratio", "lr_decay_steps", "weight_decay",
     )
 )  # fmt: skip
 DIAGNOSTICS = ("sample_tokens", "batch_shift")
@@ -45,8 +52,12 @@ BATCH = ("data.train_batch_size", f"{ROLLOUT}.n")
 
 
 def identity(config: DictConfig) -> dict[str, Any]:
-    """What is remembered of a run: keys of verl's configuration, and ``capo``: ``off``, or the preset and what differs from it."""
-    found = {key: OmegaConf.select(config, key) for key in (*EXPERIMENT, *SCHEDULE, *LENGTH, *BATCH)}
+    """What is remembered of a run: keys of verl's configuration, and ``capo``: ``off``, or the
+    preset and what differs from it.
+    """
+    found = {
+        key: OmegaConf.select(config, key) for key in (*EXPERIMENT, *SCHEDULE, *LENGTH, *BATCH)
+    }
     found[CAPO] = _method(config)
     if found[STEPS] is not None:
         found[EPOCHS] = None  # the number of steps wins
@@ -61,7 +72,9 @@ def _method(config: DictConfig) -> str:
     preset = knobs.pop("preset", None)
     usual = verl_knobs(preset) if preset else {}
     own = (
-        f"{key}={value}" for key, value in knobs.items() if not key.startswith(DIAGNOSTICS) and value != usual.get(key)
+        f"{key}={value}"
+        for key, value in knobs.items()
+        if not key.startswith(DIAGNOSTICS) and value != usual.get(key)
     )
     return ", ".join([str(preset), *own])
 
@@ -70,10 +83,15 @@ def check_identity(config: DictConfig) -> None:
     """Look at the checkpoint that a run would resume from by itself; nothing is written.
 
     Raises:
-        ValueError: if another run wrote it, or if this one's learning rate or schedule would have no effect.
+        ValueError: if another run wrote it, or if this one's learning rate or schedule would have
+            no effect.
     """
     folder = _folder(config)
-    if folder is None or OmegaConf.select(config, "trainer.resume_mode") != "auto" or not (folder / TRACKER).exists():
+    if (
+        folder is None
+        or OmegaConf.select(config, "trainer.resume_mode") != "auto"
+        or not (folder / TRACKER).exists()
+    ):
         return
     then = _read(folder / FILE)
     if then is None:  # written before there was this file
@@ -81,17 +99,25 @@ def check_identity(config: DictConfig) -> None:
     now = identity(config)
     for key in _changed(EXPERIMENT, then, now):
         raise ValueError(
-            f"{folder} holds checkpoints of another run: {key} was {then[key]}, is {now[key]}: set another OUTPUT_DIR "
+            f"{folder} holds checkpoints of another run: {key} was {then[key]}, is {now[key]}: set "
+            "another OUTPUT_DIR "
             f"(or delete {folder / FILE} if that is only another name for the same)"
         )
     for key in _without_effect(config, then, now):
         raise ValueError(
-            f"{key} was {then[key]} when the checkpoints in {folder} were written, is {now[key]}, and would have no effect, "
+            f"{key} was {then[key]} when the checkpoints in {folder} were written, is {now[key]}, "
+            "and would have no effect, "
             f"since the schedule is taken from there: set another OUTPUT_DIR"
             + (f", or {RESTART}=False to start the schedule anew" if _is_megatron(config) else "")
         )
     for key in _changed(BATCH, then, now):
-        logger.warning("%s was %s when the checkpoints in %s were written, is %s", key, then[key], folder, now[key])
+        logger.warning(
+            "%s was %s when the checkpoints in %s were written, is %s",
+            key,
+            then[key],
+            folder,
+            now[key],
+        )
 
 
 def record_identity(config: DictConfig) -> None:
@@ -122,17 +148,22 @@ def _read(path: Path) -> dict[str, Any] | None:
     return found
 
 
-def _changed(keys: tuple[str, ...], then: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+def _changed(
+    keys: tuple[str, ...], then: Mapping[str, Any], now: Mapping[str, Any]
+) -> Iterator[str]:
     """Of ``keys``, those whose values differ; a key that was not remembered says nothing."""
     return (key for key in keys if key in then and then[key] != now[key])
 
 
-def _without_effect(config: DictConfig, then: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+def _without_effect(
+    config: DictConfig, then: Mapping[str, Any], now: Mapping[str, Any]
+) -> Iterator[str]:
     if not _is_megatron(config):
         yield from _changed((RATE,), then, now)
     elif OmegaConf.select(config, RESTART):
         yield from _changed(SCHEDULE, then, now)
-        # How long the run is changes a constant rate in nothing, nor one whose decay has a length of its own.
+        # How long the run is changes a constant rate in nothing, nor one whose decay has a length
+        # of its own.
         if now[f"{OPTIM}.lr_decay_style"] != "constant" and now[f"{OPTIM}.lr_decay_steps"] is None:
             yield from _changed(LENGTH, then, now)
 

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Shapes of dense decoder models, and the parameters that a rank of a layout holds.
 
-Covers what Llama, Qwen2 and Qwen3 have in common: grouped-query attention, SwiGLU, RMSNorm, rotary embeddings. Counts are
-exact; the tests compare them with models instantiated on torch's meta device.
+Covers what Llama, Qwen2 and Qwen3 have in common: grouped-query attention, SwiGLU, RMSNorm, rotary
+embeddings. Counts are exact; the tests compare them with models instantiated on torch's meta
+device.
 """
 
 from __future__ import annotations
@@ -38,7 +39,9 @@ class ModelShape:
     """0: not known."""
 
     def layer_parameters(self, tp: int = 1) -> int:
-        """Of one layer on one tensor-parallel rank: matrices are split, norms and the output's bias are not."""
+        """Of one layer on one tensor-parallel rank: matrices are split, norms and the output's bias
+        are not.
+        """
         queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
         split = (
             (queries + 2 * keys) * (self.hidden + self.qkv_bias)
@@ -51,8 +54,9 @@ class ModelShape:
     def parameters(self, tp: int = 1, stage: int = 0, stages: int = 1) -> int:
         """Of one tensor-parallel rank of pipeline stage ``stage``; of the whole model by default.
 
-        The embedding is on the first stage, the final norm and the LM head on the last. A tied LM head is a copy of the
-        embedding there, if that is not the same stage (``megatron/core/models/gpt/gpt_model.py``).
+        The embedding is on the first stage, the final norm and the LM head on the last. A tied LM
+        head is a copy of the embedding there, if that is not the same stage
+        (``megatron/core/models/gpt/gpt_model.py``).
         """
         rows = self.vocab // tp * self.hidden
         first, last = stage == 0, stage == stages - 1
@@ -64,18 +68,75 @@ class ModelShape:
 KNOWN: dict[str, ModelShape] = {
     f"{owner}/{shape.name}".lower(): shape
     for owner, shape in (
-        ("Qwen", ModelShape("Qwen2.5-0.5B", 24, 896, 14, 2, 64, 4864, 151936, True, True, max_positions=32768)),
-        ("Qwen", ModelShape("Qwen2.5-Math-1.5B", 28, 1536, 12, 2, 128, 8960, 151936, True, True, max_positions=4096)),
-        ("Qwen", ModelShape("Qwen2.5-Math-7B", 28, 3584, 28, 4, 128, 18944, 152064, False, True, max_positions=4096)),
-        ("Qwen", ModelShape("Qwen2.5-7B", 28, 3584, 28, 4, 128, 18944, 152064, False, True, max_positions=32768)),
-        ("Qwen", ModelShape("Qwen2.5-32B", 64, 5120, 40, 8, 128, 27648, 152064, False, True, max_positions=32768)),
-        ("Qwen", ModelShape("Qwen3-8B", 36, 4096, 32, 8, 128, 12288, 151936, qk_norm=True, max_positions=32768)),
-        ("HuggingFaceTB", ModelShape("SmolLM2-135M", 30, 576, 9, 3, 64, 1536, 49152, True, max_positions=8192)),
-        ("meta-llama", ModelShape("Llama-3.1-8B", 32, 4096, 32, 8, 128, 14336, 128256, max_positions=131072)),
+        (
+            "Qwen",
+            ModelShape(
+                "Qwen2.5-0.5B", 24, 896, 14, 2, 64, 4864, 151936, True, True, max_positions=32768
+            ),
+        ),
+        (
+            "Qwen",
+            ModelShape(
+                "Qwen2.5-Math-1.5B",
+                28,
+                1536,
+                12,
+                2,
+                128,
+                8960,
+                151936,
+                True,
+                True,
+                max_positions=4096,
+            ),
+        ),
+        (
+            "Qwen",
+            ModelShape(
+                "Qwen2.5-Math-7B",
+                28,
+                3584,
+                28,
+                4,
+                128,
+                18944,
+                152064,
+                False,
+                True,
+                max_positions=4096,
+            ),
+        ),
+        (
+            "Qwen",
+            ModelShape(
+                "Qwen2.5-7B", 28, 3584, 28, 4, 128, 18944, 152064, False, True, max_positions=32768
+            ),
+        ),
+        (
+            "Qwen",
+            ModelShape(
+                "Qwen2.5-32B", 64, 5120, 40, 8, 128, 27648, 152064, False, True, max_positions=32768
+            ),
+        ),
+        (
+            "Qwen",
+            ModelShape(
+                "Qwen3-8B", 36, 4096, 32, 8, 128, 12288, 151936, qk_norm=True, max_positions=32768
+            ),
+        ),
+        (
+            "HuggingFaceTB",
+            ModelShape("SmolLM2-135M", 30, 576, 9, 3, 64, 1536, 49152, True, max_positions=8192),
+        ),
+        (
+            "meta-llama",
+            ModelShape("Llama-3.1-8B", 32, 4096, 32, 8, 128, 14336, 128256, max_positions=131072),
+        ),
     )
 }
-"""From ``config.json`` on the hub. ``-Instruct`` and ``-Base`` have the same sizes; of their ``max_position_embeddings`` the
-smaller is taken."""
+"""From ``config.json`` on the hub. ``-Instruct`` and ``-Base`` have the same sizes; of their
+``max_position_embeddings`` the smaller is taken.
+"""
 
 
 def from_hf_config(config: Mapping[str, Any], name: str) -> ModelShape:
@@ -88,7 +149,10 @@ def from_hf_config(config: Mapping[str, Any], name: str) -> ModelShape:
     """
     kind = config.get("model_type")
     if kind not in MODEL_TYPES or config.get("mlp_bias"):
-        raise ValueError(f"{name} has model_type={kind}: only dense models are planned ({', '.join(MODEL_TYPES)})")
+        raise ValueError(
+            f"{name} has model_type={kind}: only dense models are planned "
+            f"({', '.join(MODEL_TYPES)})"
+        )
     try:
         heads, hidden = config["num_attention_heads"], config["hidden_size"]
         attention_bias = bool(config.get("attention_bias", False))
@@ -112,7 +176,8 @@ def from_hf_config(config: Mapping[str, Any], name: str) -> ModelShape:
 
 
 def find_shape(model: str) -> ModelShape | None:
-    """The shape of a local folder with a ``config.json``, of a model in Hugging Face's cache, or of a known name.
+    """The shape of a local folder with a ``config.json``, of a model in Hugging Face's cache, or of
+    a known name.
 
     Returns:
         None if it is none of them.
@@ -133,7 +198,9 @@ def find_shape(model: str) -> ModelShape | None:
 
 
 def local_config(model: str) -> Path | None:
-    """The ``config.json`` of a model folder, or of a model in Hugging Face's cache; None if there is none."""
+    """The ``config.json`` of a model folder, or of a model in Hugging Face's cache; None if there
+    is none.
+    """
     path = Path(model).expanduser() / "config.json"
     if path.is_file():
         return path

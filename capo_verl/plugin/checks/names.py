@@ -32,7 +32,9 @@ def _unknown(config: DictConfig) -> Iterator[str]:
     rollout = OmegaConf.select(config, f"{ROLLOUT}.name")
     if rollout == "hf" and not on_cpu():
         yield f"{ROLLOUT}.name=hf runs on CPUs only: set VERL_PLATFORM=cpu, or choose vllm or sglang"
-    elif rollout and (rollout, OmegaConf.select(config, f"{ROLLOUT}.mode")) not in _ROLLOUT_REGISTRY:
+    elif (
+        rollout and (rollout, OmegaConf.select(config, f"{ROLLOUT}.mode")) not in _ROLLOUT_REGISTRY
+    ):
         choices = ", ".join(sorted(name for name, _ in _ROLLOUT_REGISTRY))
         yield f"{ROLLOUT}.name={rollout}: choose one of {choices}"
     resume = OmegaConf.select(config, "trainer.resume_mode")

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which checkpoint ``resume_mode=auto`` continues from, after a run that was killed at the wrong moment.
+"""Which checkpoint ``resume_mode=auto`` continues from, after a run that was killed at the wrong
+moment.
 
-verl keeps that number in a file which it first empties and then writes (``verl/trainer/ppo/v1/trainer_base.py``,
-``_save_checkpoint``). Killed in between, or with the folder gone that the file names, the next run would end with
-``invalid literal for int()``, or silently start from scratch.
+verl keeps that number in a file which it first empties and then writes
+(``verl/trainer/ppo/v1/trainer_base.py``, ``_save_checkpoint``). Killed in between, or with the
+folder gone that the file names, the next run would end with ``invalid literal for int()``, or
+silently start from scratch.
 """
 
 from __future__ import annotations
@@ -35,13 +37,15 @@ def complete_steps(folder: Path) -> list[int]:
 
 
 def repair_tracker(folder: Path) -> int | None:
-    """Let the tracker name the newest complete checkpoint, if it is empty or names one that is not there.
+    """Let the tracker name the newest complete checkpoint, if it is empty or names one that is not
+    there.
 
     Returns:
         The step it names now, None if there is nothing to resume from.
 
     Raises:
-        ValueError: if it is unusable and no checkpoint in ``folder`` is complete: then something else was lost.
+        ValueError: if it is unusable and no checkpoint in ``folder`` is complete: then something
+            else was lost.
     """
     tracker = folder / TRACKER
     if not tracker.exists():
@@ -52,10 +56,16 @@ def repair_tracker(folder: Path) -> int | None:
     steps = complete_steps(folder)
     if not steps:
         raise ValueError(
-            f"{tracker} holds {text!r}, and no complete checkpoint is beside it: restore one, or delete the file to start anew"
+            f"{tracker} holds {text!r}, and no complete checkpoint is beside it: restore one, or "
+            "delete the file to start anew"
         )
     replace_text(tracker, str(steps[-1]))
-    logger.warning("%s held %r; it names the newest complete checkpoint again, step %d", tracker, text, steps[-1])
+    logger.warning(
+        "%s held %r; it names the newest complete checkpoint again, step %d",
+        tracker,
+        text,
+        steps[-1],
+    )
     return steps[-1]
 
 

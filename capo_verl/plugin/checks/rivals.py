@@ -15,7 +15,8 @@ def check_rival(config: DictConfig) -> None:
     """Check what verl's whole config says about a rival; nothing if it names none.
 
     Raises:
-        ValueError: for invalid knobs, or settings without which the rival would not be what its name says.
+        ValueError: for invalid knobs, or settings without which the rival would not be what its
+            name says.
     """
 
     def value(path: str) -> Any:
@@ -24,33 +25,45 @@ def check_rival(config: DictConfig) -> None:
     name, block = value(f"{POLICY_LOSS}.loss_mode"), value(f"{POLICY_LOSS}.rival")
     if block is not None:
         if value(f"{POLICY_LOSS}._target_") not in TARGETS:
-            raise ValueError(f"{POLICY_LOSS}.rival is set without the switch; add +rival={block.get('name')}")
+            raise ValueError(
+                f"{POLICY_LOSS}.rival is set without the switch; add +rival={block.get('name')}"
+            )
         rival = RivalConfig.from_mapping(block)
     elif name in RIVAL_SPECS:
         rival = RivalConfig.from_mapping({"name": name})
     else:
         return
     if rival.name != name:
-        raise ValueError(f"{POLICY_LOSS}.loss_mode={name}: +rival={rival.name} needs loss_mode={rival.name}")
+        raise ValueError(
+            f"{POLICY_LOSS}.loss_mode={name}: +rival={rival.name} needs loss_mode={rival.name}"
+        )
     actor = "actor_rollout_ref.actor"
-    if name == "entropy_mask" and not (value(f"{actor}.calculate_entropy") or value(f"{actor}.entropy_coeff")):
-        raise ValueError(f"{actor}.calculate_entropy=False: rival.name=entropy_mask needs entropies; set it to True")
+    if name == "entropy_mask" and not (
+        value(f"{actor}.calculate_entropy") or value(f"{actor}.entropy_coeff")
+    ):
+        raise ValueError(
+            f"{actor}.calculate_entropy=False: rival.name=entropy_mask needs entropies; set it to "
+            "True"
+        )
     if (
         name == "lopti"
         and getattr(rival.knobs, "part", None) == "alternate"
         and (value(f"{actor}.ppo_epochs") or 1) % 2
     ):
         raise ValueError(
-            f"{actor}.ppo_epochs={value(f'{actor}.ppo_epochs')}: rival.part=alternate trains on the low-probability tokens "
+            f"{actor}.ppo_epochs={value(f'{actor}.ppo_epochs')}: rival.part=alternate trains on "
+            "the low-probability tokens "
             "in one epoch and on the others in the next; set it to an even number"
         )
     if name == "gtpo":
         if value("trainer.use_v1") is False:
             raise ValueError(
-                "trainer.use_v1=False: rival.name=gtpo makes its advantages in the v1 trainer; set it to True"
+                "trainer.use_v1=False: rival.name=gtpo makes its advantages in the v1 trainer; set "
+                "it to True"
             )
         bypass = "algorithm.rollout_correction.bypass_mode"
         if value(bypass) and getattr(rival.knobs, "entropy_max", None) is not None:
             raise ValueError(
-                f"{bypass}=True: no entropies for rival.entropy_max; set that to null, or bypass_mode to False"
+                f"{bypass}=True: no entropies for rival.entropy_max; set that to null, or "
+                "bypass_mode to False"
             )

@@ -9,7 +9,11 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-ACTOR, MODEL, ROLLOUT = "actor_rollout_ref.actor", "actor_rollout_ref.model", "actor_rollout_ref.rollout"
+ACTOR, MODEL, ROLLOUT = (
+    "actor_rollout_ref.actor",
+    "actor_rollout_ref.model",
+    "actor_rollout_ref.rollout",
+)
 
 
 @dataclass(frozen=True)
@@ -28,13 +32,17 @@ class RunSpec:
     pp: int = 1
     vpp: int = 1
     cp: int = 1
-    """Context parallelism; with FSDP Ulysses' sequence parallelism, which splits a sequence likewise."""
+    """Context parallelism; with FSDP Ulysses' sequence parallelism, which splits a sequence
+    likewise.
+    """
     sequence_parallel: bool = True
     distributed_optimizer: bool = True
     pads_vocab: bool = True
     """Whether the vocabulary is padded to a multiple of ``tp``; the mbridge backend does not."""
     uneven_stages: bool = False
-    """Whether Megatron was told how to split the layers; then the plan's even split is an approximation."""
+    """Whether Megatron was told how to split the layers; then the plan's even split is an
+    approximation.
+    """
 
     prompts: int = 1
     """``data.train_batch_size``"""
@@ -50,7 +58,9 @@ class RunSpec:
     """``ppo_max_token_len_per_gpu``; None without ``use_dynamic_bsz``."""
     log_prob_tokens_per_gpu: int | None = None
     dynamic_cp: bool = False
-    """``megatron.dynamic_context_parallel``: ranks share sequences by length, batches have other sizes."""
+    """``megatron.dynamic_context_parallel``: ranks share sequences by length, batches have other
+    sizes.
+    """
     has_critic: bool = False
     keeps_entropy_graph: bool = False
     fused_head: bool = False
@@ -75,7 +85,9 @@ class RunSpec:
     sync_bucket_bytes: int = 2048 << 20
 
     capo: Mapping[str, Any] | None = field(default=None)
-    """``mode``, ``moments_dtype``, ``top_k``, ``batch_shift_tokens``, ``kl_budget``; None without CAPO."""
+    """``mode``, ``moments_dtype``, ``top_k``, ``batch_shift_tokens``, ``kl_budget``; None without
+    CAPO.
+    """
 
     @property
     def world(self) -> int:
@@ -138,7 +150,8 @@ def from_config(config: DictConfig, cpu: bool) -> RunSpec:
         cp=value(f"{part}.context_parallel_size", 1)
         if megatron
         else max(
-            value(f"{part}.ulysses_sequence_parallel_size", 1), value(f"{ACTOR}.ulysses_sequence_parallel_size", 1)
+            value(f"{part}.ulysses_sequence_parallel_size", 1),
+            value(f"{ACTOR}.ulysses_sequence_parallel_size", 1),
         ),
         sequence_parallel=bool(value(f"{part}.sequence_parallel", False)),
         distributed_optimizer=bool(value(f"{part}.use_distributed_optimizer", True)),
@@ -150,13 +163,19 @@ def from_config(config: DictConfig, cpu: bool) -> RunSpec:
         prompt_length=value("data.max_prompt_length", 512),
         response_length=value("data.max_response_length", 512),
         micro_batch=None if dynamic else value(f"{ACTOR}.ppo_micro_batch_size_per_gpu"),
-        log_prob_micro_batch=None if dynamic else value(f"{ROLLOUT}.log_prob_micro_batch_size_per_gpu"),
+        log_prob_micro_batch=None
+        if dynamic
+        else value(f"{ROLLOUT}.log_prob_micro_batch_size_per_gpu"),
         tokens_per_gpu=value(f"{ACTOR}.ppo_max_token_len_per_gpu") if dynamic else None,
-        log_prob_tokens_per_gpu=value(f"{ROLLOUT}.log_prob_max_token_len_per_gpu") if dynamic else None,
+        log_prob_tokens_per_gpu=value(f"{ROLLOUT}.log_prob_max_token_len_per_gpu")
+        if dynamic
+        else None,
         dynamic_cp=bool(value(f"{part}.dynamic_context_parallel")),
         has_critic=bool(value("critic.enable", value("algorithm.adv_estimator") == "gae")),
         keeps_entropy_graph=bool(value(f"{ACTOR}.entropy_coeff", 0)),
-        fused_head=bool(value(f"{MODEL}.use_fused_kernels") and value(f"{MODEL}.use_remove_padding")),
+        fused_head=bool(
+            value(f"{MODEL}.use_fused_kernels") and value(f"{MODEL}.use_remove_padding")
+        ),
         recompute=value(f"{override}.recompute_granularity", "none") if megatron else checkpointing,
         offload_parameters=not cpu and bool(value(f"{part}.param_offload")),
         offload_optimizer=not cpu and bool(value(f"{part}.optimizer_offload")),
@@ -169,6 +188,9 @@ def from_config(config: DictConfig, cpu: bool) -> RunSpec:
         and bool(value("trainer.use_v1", True) and value("actor_rollout_ref.hybrid_engine", True)),
         rollout_sleeps=bool(value(f"{ROLLOUT}.free_cache_engine", True)),
         max_model_len=value(f"{ROLLOUT}.max_model_len"),
-        sync_bucket_bytes=value(f"{ROLLOUT}.checkpoint_engine.update_weights_bucket_megabytes", 2048) << 20,
+        sync_bucket_bytes=value(
+            f"{ROLLOUT}.checkpoint_engine.update_weights_bucket_megabytes", 2048
+        )
+        << 20,
         capo=OmegaConf.to_container(capo, resolve=True) if capo is not None else None,
     )

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sizes that do not divide: the one place with the rules of Megatron-Core, verl and the rollout engines about sizes.
+"""Sizes that do not divide: the one place with the rules of Megatron-Core, verl and the rollout
+engines about sizes.
 
-Every rule is one that some part of the stack enforces, after minutes of starting up, and says where. The start-up checks
-and the plan both ask :func:`problems`.
+Every rule is one that some part of the stack enforces, after minutes of starting up, and says
+where. The start-up checks and the plan both ask :func:`problems`.
 """
 
 from __future__ import annotations
@@ -38,14 +39,19 @@ def check_sizes(config: DictConfig) -> None:
 
 
 def check_warmup(config: DictConfig) -> None:
-    """Check what Megatron's scheduler asserts after all workers have started (``optimizer_param_scheduler.py:157``).
+    """Check what Megatron's scheduler asserts after all workers have started
+    (``optimizer_param_scheduler.py:157``).
 
     Raises:
         ValueError: for a warm-up that is as long as the run.
     """
     steps = OmegaConf.select(config, "trainer.total_training_steps")
     warmup = OmegaConf.select(config, f"{ACTOR}.optim.lr_warmup_steps")
-    if OmegaConf.select(config, f"{ACTOR}.strategy") == "megatron" and steps and (warmup or 0) >= steps:
+    if (
+        OmegaConf.select(config, f"{ACTOR}.strategy") == "megatron"
+        and steps
+        and (warmup or 0) >= steps
+    ):
         raise ValueError(
             f"{ACTOR}.optim.lr_warmup_steps={warmup} must be less than "
             f"trainer.total_training_steps={steps}; lower it, or train longer"
@@ -86,12 +92,15 @@ def _positive(run: RunSpec) -> Iterator[str]:
 
 
 def _ranks(run: RunSpec) -> Iterator[str]:
-    """``megatron/core/parallel_state.py`` (initialize_model_parallel), ``verl/workers/engine_workers.py:659``."""
+    """``megatron/core/parallel_state.py`` (initialize_model_parallel),
+    ``verl/workers/engine_workers.py:659``.
+    """
     total = f"trainer.nnodes={run.nodes} x trainer.n_gpus_per_node={run.gpus_per_node} = {run.world} GPUs"
     if run.world % run.model_parallel:
         if run.engine == "megatron":
             sizes = (
-                f"{MEGATRON}: tensor_model_parallel_size={run.tp} x pipeline_model_parallel_size={run.pp} "
+                f"{MEGATRON}: tensor_model_parallel_size={run.tp} x "
+                f"pipeline_model_parallel_size={run.pp} "
                 f"x context_parallel_size={run.cp} = {run.model_parallel}"
             )
         else:
@@ -102,14 +111,15 @@ def _ranks(run: RunSpec) -> Iterator[str]:
     if run.world % run.rollout_ranks:
         yield (
             f"{total} do not divide by {ROLLOUT}: tensor_model_parallel_size={run.rollout_tp} x "
-            f"pipeline_model_parallel_size={run.rollout_pp} x data_parallel_size={run.rollout_dp} = "
-            f"{run.rollout_ranks}: change one of them"
+            f"pipeline_model_parallel_size={run.rollout_pp} x data_parallel_size={run.rollout_dp} "
+            f"= {run.rollout_ranks}: change one of them"
         )
     elif run.rollout_ranks > run.gpus_per_node and run.rollout_ranks % run.gpus_per_node:
         # verl/workers/rollout/replica.py:113
         yield (
             f"{ROLLOUT}: a replica of {run.rollout_ranks} GPUs does not fill whole nodes of "
-            f"trainer.n_gpus_per_node={run.gpus_per_node}: change {ROLLOUT}.tensor_model_parallel_size"
+            f"trainer.n_gpus_per_node={run.gpus_per_node}: change "
+            f"{ROLLOUT}.tensor_model_parallel_size"
         )
 
 
@@ -124,7 +134,8 @@ def _batches(run: RunSpec) -> Iterator[str]:
         return
     if run.micro_batch and mini // dp % run.micro_batch:
         yield (
-            f"{of_mini} completions on {dp} data-parallel ranks are {mini // dp} each, which do not divide by "
+            f"{of_mini} completions on {dp} data-parallel ranks are {mini // dp} each, which do "
+            "not divide by "
             f"{ACTOR}.ppo_micro_batch_size_per_gpu={run.micro_batch}: change one of them"
         )
     if run.log_prob_micro_batch and run.colocated and not run.has_critic:
@@ -133,19 +144,22 @@ def _batches(run: RunSpec) -> Iterator[str]:
         each = -(-batch // multiple) * multiple // dp
         if each % run.log_prob_micro_batch:
             yield (
-                f"data.train_batch_size={run.prompts} x {ROLLOUT}.n={run.completions_per_prompt} completions on {dp} "
-                f"data-parallel ranks are {each} each, which do not divide by "
-                f"{ROLLOUT}.log_prob_micro_batch_size_per_gpu={run.log_prob_micro_batch}: change one of them"
+                f"data.train_batch_size={run.prompts} x {ROLLOUT}.n={run.completions_per_prompt} "
+                f"completions on {dp} data-parallel ranks are {each} each, which do not divide by "
+                f"{ROLLOUT}.log_prob_micro_batch_size_per_gpu={run.log_prob_micro_batch}: change "
+                "one of them"
             )
 
 
 def _micro_batches(run: RunSpec) -> Iterator[str]:
-    """``verl/utils/seqlen_balancing.py:384`` asserts it for the lengths that occur, at whichever step they do."""
+    """``verl/utils/seqlen_balancing.py:384`` asserts it for the lengths that occur, at whichever
+    step they do.
+    """
     if run.dynamic_cp:  # it has its own scheduler
         return
     longest = (
-        f"data.max_prompt_length={run.prompt_length} + data.max_response_length={run.response_length} = "
-        f"{run.sequence_length} tokens"
+        f"data.max_prompt_length={run.prompt_length} + "
+        f"data.max_response_length={run.response_length} = {run.sequence_length} tokens"
     )
     limits = {
         f"{ACTOR}.ppo_max_token_len_per_gpu": run.tokens_per_gpu,
@@ -159,7 +173,9 @@ def _micro_batches(run: RunSpec) -> Iterator[str]:
 
 
 def _model(run: RunSpec, shape: ModelShape) -> Iterator[str]:
-    """``megatron/core/transformer/transformer_config.py``, ``megatron/core/tensor_parallel/utils.py``."""
+    """``megatron/core/transformer/transformer_config.py``,
+    ``megatron/core/tensor_parallel/utils.py``.
+    """
     if run.engine != "megatron":
         return
     tp = f"{MEGATRON}.tensor_model_parallel_size={run.tp}"
@@ -171,7 +187,8 @@ def _model(run: RunSpec, shape: ModelShape) -> Iterator[str]:
             yield f"{shape.name} has {size} {what}, which do not divide by {tp}: choose another"
     if shape.kv_heads % run.tp and run.tp % shape.kv_heads:
         yield (
-            f"{shape.name} has {shape.kv_heads} key-value heads, neither a multiple nor a divisor of {tp}: choose another"
+            f"{shape.name} has {shape.kv_heads} key-value heads, neither a multiple nor a divisor "
+            f"of {tp}: choose another"
         )
     if not run.uneven_stages and shape.layers % (run.pp * run.vpp):
         virtual = f" x virtual_pipeline_model_parallel_size={run.vpp}" if run.vpp > 1 else ""
@@ -182,7 +199,9 @@ def _model(run: RunSpec, shape: ModelShape) -> Iterator[str]:
 
 
 def _rollout_model(run: RunSpec, shape: ModelShape) -> Iterator[str]:
-    """vLLM's and SGLang's own checks of a model (``verify_with_parallel_config`` in ``vllm/config/model.py``)."""
+    """vLLM's and SGLang's own checks of a model (``verify_with_parallel_config`` in
+    ``vllm/config/model.py``).
+    """
     if run.rollout in ("vllm", "sglang") and shape.heads % run.rollout_tp:
         yield (
             f"{shape.name} has {shape.heads} attention heads, which do not divide by "
@@ -191,6 +210,6 @@ def _rollout_model(run: RunSpec, shape: ModelShape) -> Iterator[str]:
     # verl/workers/rollout/vllm_rollout/vllm_async_server.py:1107
     if run.rollout == "vllm" and run.max_model_len and 0 < shape.max_positions < run.max_model_len:
         yield (
-            f"{ROLLOUT}.max_model_len={run.max_model_len} is more than the {shape.max_positions} positions of "
-            f"{shape.name}: lower it"
+            f"{ROLLOUT}.max_model_len={run.max_model_len} is more than the {shape.max_positions} "
+            f"positions of {shape.name}: lower it"
         )

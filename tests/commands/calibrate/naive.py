@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One step of GRPO with Adam as the formulas are, in float64: every logit, every parameter by hand, one token at a time."""
+"""One step of GRPO with Adam as the formulas are, in float64: every logit, every parameter by hand,
+one token at a time.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,12 @@ class NaiveRun:
     """A model trained by hand, and the oracle of the filter beside it."""
 
     def __init__(self, model: Any, lr: float, top_k: int | None, max_norm: float):
-        self.model, self.lr, self.top_k, self.max_norm = copy.deepcopy(model).eval(), lr, top_k, max_norm
+        self.model, self.lr, self.top_k, self.max_norm = (
+            copy.deepcopy(model).eval(),
+            lr,
+            top_k,
+            max_norm,
+        )
         head = self.model.get_output_embeddings().weight
         self.oracle = Oracle(*head.shape, top_k=top_k)
         self.first = {n: torch.zeros_like(p) for n, p in self.model.named_parameters()}
@@ -28,13 +35,17 @@ class NaiveRun:
     def tokens(self, rollouts: Rollouts) -> list[list[Token]]:
         """The oracle's tokens, sequence by sequence."""
         found = []
-        for ids, mask, advantage in zip(rollouts.input_ids, rollouts.response_mask, rollouts.advantages, strict=True):
+        for ids, mask, advantage in zip(
+            rollouts.input_ids, rollouts.response_mask, rollouts.advantages, strict=True
+        ):
             with torch.no_grad():
                 output = self.model(input_ids=ids[None], output_hidden_states=True)
             hidden, logits = output.hidden_states[-1][0].numpy(), output.logits[0].numpy()
             found.append(
                 [
-                    make_token(hidden[t - 1], logits[t - 1], int(ids[t]), float(advantage), self.top_k)
+                    make_token(
+                        hidden[t - 1], logits[t - 1], int(ids[t]), float(advantage), self.top_k
+                    )
                     for t in range(1, len(ids))
                     if mask[t]
                 ]
@@ -43,7 +54,9 @@ class NaiveRun:
 
     def shifts(self, rollouts: Rollouts) -> np.ndarray:
         """``[N, 2]``: m_H and m_F of every token."""
-        return np.array([self.oracle.token_shifts(t, self.lr) for s in self.tokens(rollouts) for t in s])
+        return np.array(
+            [self.oracle.token_shifts(t, self.lr) for s in self.tokens(rollouts) for t in s]
+        )
 
     def log_probs(self, rollouts: Rollouts, model: Any = None) -> list[np.ndarray]:
         """``[V]`` of every response token."""
@@ -58,7 +71,9 @@ class NaiveRun:
         """Train; returns the parameters before."""
         accepted = [t for s in self.tokens(rollouts) for t in s]
         loss = torch.zeros((), dtype=torch.float64)
-        for ids, mask, advantage in zip(rollouts.input_ids, rollouts.response_mask, rollouts.advantages, strict=True):
+        for ids, mask, advantage in zip(
+            rollouts.input_ids, rollouts.response_mask, rollouts.advantages, strict=True
+        ):
             log_probs = self.model(input_ids=ids[None]).logits[0].log_softmax(-1)
             taken = [log_probs[t - 1, ids[t]] for t in range(1, len(ids)) if mask[t]]
             loss = loss - advantage * sum(taken) / len(taken) / len(rollouts.input_ids)
@@ -71,7 +86,10 @@ class NaiveRun:
             g = gradients[name] * min(1.0, self.max_norm / (float(norm) + 1e-6))
             self.first[name] = 0.9 * self.first[name] + 0.1 * g
             self.second[name] = 0.999 * self.second[name] + 0.001 * g**2
-            m, v = self.first[name] / (1 - 0.9**self.steps), self.second[name] / (1 - 0.999**self.steps)
+            m, v = (
+                self.first[name] / (1 - 0.9**self.steps),
+                self.second[name] / (1 - 0.999**self.steps),
+            )
             with torch.no_grad():
                 p -= self.lr * m / (v.sqrt() + 1e-8)
         self.oracle.update(accepted)

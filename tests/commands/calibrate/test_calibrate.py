@@ -27,14 +27,18 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def arguments(inputs: Path, output: Path, *more: str) -> list[str]:
     return [
-        "calibrate", "--model", str(inputs / "model"), "--data", str(inputs / "train.parquet"), "--output", str(output),
-        "--reward", f"{inputs / 'reward.py'}:compute_score", "--batch", "8", "-n", "4", "--max-response-length", "8",
-        "--lr", "1e-4", *more,
+        "calibrate", "--model", str(inputs / "model"), "--data", str(inputs / "train.parquet"),
+        "--output", str(output),
+        "--reward", f"{inputs / 'reward.py'}:compute_score", "--batch", "8", "-n", "4",
+        "--max-response-length", "8", "--lr", "1e-4", *more,
     ]  # fmt: skip
 
 
 def test_report_figure_and_numbers(
-    inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    inputs: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The batches that the command sampled, measured again by the naive float64 version."""
     batches = []
@@ -52,19 +56,31 @@ def test_report_figure_and_numbers(
 
     from transformers import AutoModelForCausalLM
 
-    naive = NaiveRun(AutoModelForCausalLM.from_pretrained(inputs / "model", dtype=torch.float64), 1e-4, 50, 1.0)
+    naive = NaiveRun(
+        AutoModelForCausalLM.from_pretrained(inputs / "model", dtype=torch.float64), 1e-4, 50, 1.0
+    )
     for step, batch in zip(found["steps"], batches, strict=True):
         m_h, m_f = naive.shifts(batch).T
         old = naive.log_probs(batch)
         naive.step(batch)
-        kl = np.array([np.exp(p) @ (p - q) for p, q in zip(old, naive.log_probs(batch), strict=True)])
-        assert step["kl_token_mean/all"] == pytest.approx(kl.mean(), rel=0.02)  # float32 against float64
+        kl = np.array(
+            [np.exp(p) @ (p - q) for p, q in zip(old, naive.log_probs(batch), strict=True)]
+        )
+        assert step["kl_token_mean/all"] == pytest.approx(
+            kl.mean(), rel=0.02
+        )  # float32 against float64
         assert step["tokens"] == len(kl)
     proposal = found["proposal"]
-    assert proposal["policy_shift_max"] == pytest.approx(np.quantile(m_f, 0.98), rel=0.11)  # rounded up to two digits
-    assert proposal["objective_shift_max"] == pytest.approx(np.quantile(np.abs(m_h), 0.98), rel=0.11)
+    assert proposal["policy_shift_max"] == pytest.approx(
+        np.quantile(m_f, 0.98), rel=0.11
+    )  # rounded up to two digits
+    assert proposal["objective_shift_max"] == pytest.approx(
+        np.quantile(np.abs(m_h), 0.98), rel=0.11
+    )
     assert proposal["scale"] == pytest.approx(min(1, (3e-4 / kl.mean()) ** 0.5), rel=0.02)
-    own = next(r for r in found["predictors"] if (r["predictor"], r["depth"]) == ("policy_shift", "all"))
+    own = next(
+        r for r in found["predictors"] if (r["predictor"], r["depth"]) == ("policy_shift", "all")
+    )
     ratio = np.median(kl / m_f)
     assert own["ratio_50"] == pytest.approx(ratio, rel=0.05)
     assert proposal["overrides"]["token filter at fixed thresholds"] in output
@@ -87,7 +103,11 @@ def test_report_figure_and_numbers(
     ],
 )
 def test_bad_input_is_one_sentence(
-    inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], change: list[str], message: str
+    inputs: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    change: list[str],
+    message: str,
 ) -> None:
     if "cuda" in change and torch.cuda.is_available():
         pytest.skip("there is a GPU")
@@ -97,17 +117,26 @@ def test_bad_input_is_one_sentence(
     assert error.count("\n") == 1
 
 
-def test_equal_rewards_are_explained(inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_equal_rewards_are_explained(
+    inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     reward = tmp_path / "constant.py"
     reward.write_text("def compute_score(**_):\n    return 1.0\n")
-    assert main(arguments(inputs, tmp_path, "--steps", "1", "--reward", f"{reward}:compute_score")) == 2
+    assert (
+        main(arguments(inputs, tmp_path, "--steps", "1", "--reward", f"{reward}:compute_score"))
+        == 2
+    )
     assert "the rewards of every group were equal" in capsys.readouterr().err
 
 
 def test_rewards_by_data_source() -> None:
     from capo_verl.data import gym
 
-    entry = {"question": "", "answer": "nus", "metadata": {"source_dataset": "spell_backward", "word": "sun"}}
+    entry = {
+        "question": "",
+        "answer": "nus",
+        "metadata": {"source_dataset": "spell_backward", "word": "sun"},
+    }
     extra = {"entry": gym.dump_entry(entry)}
     assert by_data_source("reasoning_gym/spell_backward", "nus", "nus", extra)["acc"] == 1.0
     assert by_data_source("openai/gsm8k", "so it is #### 12", "12") == 1.0

@@ -20,7 +20,9 @@ def step(policy: np.ndarray, objective: np.ndarray, kl: float) -> StepMeasuremen
 def made_up(kls: tuple[float, ...] = (1.0, 1.2e-3, 1.2e-3)) -> list[StepMeasurement]:
     uniform = (np.arange(1000) + 0.5) / 1000
     signs = np.where(np.arange(1000) % 2, 1, -1)
-    first = step(np.full(1000, 9.0), np.full(1000, 9.0), kls[0])  # its moments are empty: not to be used
+    first = step(
+        np.full(1000, 9.0), np.full(1000, 9.0), kls[0]
+    )  # its moments are empty: not to be used
     return [first, *(step(1e-4 * uniform, 1e-2 * signs * uniform[::-1], kl) for kl in kls[1:])]
 
 

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Everything that is measured of a step, against a naive float64 version of step, filter and KL divergence."""
+"""Everything that is measured of a step, against a naive float64 version of step, filter and KL
+divergence.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ from tests.helpers.tiny_model import make_tiny_qwen2
 LR, MAX_NORM = 1e-4, 1.0
 MOVES = {
     "head": lambda name: "lm_head" in name,
-    "last_layer": lambda name: "lm_head" in name or "layers.2" in name or name == "model.norm.weight",
+    "last_layer": lambda name: (
+        "lm_head" in name or "layers.2" in name or name == "model.norm.weight"
+    ),
     "last_half": lambda name: "embed" not in name and "layers.0" not in name,
     "all": lambda name: True,
 }
@@ -59,23 +63,33 @@ def test_a_run_equals_the_naive_one(folder: Path, top_k: int | None) -> None:
         old = naive.log_probs(batch)
         before = naive.step(batch)
         if seed == 1:  # a step that is not measured leaves the same state
-            train_step(policy, batch, optimizer, predictions, max_gradient_norm=MAX_NORM, rows_per_pass=3)
+            train_step(
+                policy, batch, optimizer, predictions, max_gradient_norm=MAX_NORM, rows_per_pass=3
+            )
             continue
-        found = measure_step(policy, batch, optimizer, predictions, max_gradient_norm=MAX_NORM, rows_per_pass=3)
+        found = measure_step(
+            policy, batch, optimizer, predictions, max_gradient_norm=MAX_NORM, rows_per_pass=3
+        )
         np.testing.assert_allclose(found.tokens["policy_shift"], m_f, rtol=1e-6)
         np.testing.assert_allclose(found.tokens["objective_shift"], m_h, rtol=1e-6)
         actions, advantages = batch.actions.numpy(), found.tokens["advantage"]
         np.testing.assert_allclose(
             found.tokens["log_prob"], [lp[a] for lp, a in zip(old, actions, strict=True)], rtol=1e-9
         )
-        np.testing.assert_allclose(found.tokens["entropy"], [-(np.exp(lp) @ lp) for lp in old], rtol=1e-9)
-        np.testing.assert_allclose(found.tokens["hidden"], [t.h @ t.h for s in tokens for t in s], rtol=1e-9)
+        np.testing.assert_allclose(
+            found.tokens["entropy"], [-(np.exp(lp) @ lp) for lp in old], rtol=1e-9
+        )
+        np.testing.assert_allclose(
+            found.tokens["hidden"], [t.h @ t.h for s in tokens for t in s], rtol=1e-9
+        )
         for depth, moves in MOVES.items():
             new = naive.log_probs(batch, naive.moved_only(before, moves))
             kl = np.array([np.exp(p) @ (p - q) for p, q in zip(old, new, strict=True)])
             change = np.array([q[a] - p[a] for p, q, a in zip(old, new, actions, strict=True)])
             np.testing.assert_allclose(found.kl[depth], kl, rtol=1e-5, atol=1e-14)
-            np.testing.assert_allclose(found.objective[depth], advantages * np.expm1(change), rtol=1e-6)
+            np.testing.assert_allclose(
+                found.objective[depth], advantages * np.expm1(change), rtol=1e-6
+            )
             ends = np.cumsum([len(s) for s in tokens])[:-1]
             assert found.batch[f"kl/{depth}"] == pytest.approx(
                 np.mean([s.mean() for s in np.split(kl, ends)]), rel=1e-5
@@ -88,7 +102,13 @@ def test_a_run_equals_the_naive_one(folder: Path, top_k: int | None) -> None:
 def test_the_heads_real_step_is_its_kl_to_second_order(folder: Path) -> None:
     policy = from_hugging_face(load(folder))
     optimizer = torch.optim.Adam(policy.parameters.values(), lr=1e-5)
-    found = measure_step(policy, rollouts(0), optimizer, Predictions(policy, CapoConfig(top_k=None)), depths=("head",))
+    found = measure_step(
+        policy,
+        rollouts(0),
+        optimizer,
+        Predictions(policy, CapoConfig(top_k=None)),
+        depths=("head",),
+    )
     np.testing.assert_allclose(found.tokens["head_step"], found.kl["head"], rtol=2e-3)
     assert set(found.kl) == {"head"}
 
@@ -107,10 +127,16 @@ def test_batch_shift_of_the_exact_fisher_is_the_variance(folder: Path) -> None:
         return 0.5 * LR**2 * (token.pi @ u**2 - (token.pi @ u) ** 2)
 
     expected = np.mean([np.mean([variance(t) for t in s]) for s in sequences])
-    _, shifts = Predictions(policy, CapoConfig(top_k=None)).evaluate(batch, policy.hidden(batch).detach(), LR)
+    _, shifts = Predictions(policy, CapoConfig(top_k=None)).evaluate(
+        batch, policy.hidden(batch).detach(), LR
+    )
     assert shifts["policy_shift_exact"] == pytest.approx(expected, rel=1e-9)
-    assert shifts["policy_shift"] == pytest.approx(naive.oracle.set_shifts(sequences, LR)[1], rel=1e-9)
-    assert shifts["objective_shift"] == pytest.approx(naive.oracle.set_shifts(sequences, LR)[0], rel=1e-9)
+    assert shifts["policy_shift"] == pytest.approx(
+        naive.oracle.set_shifts(sequences, LR)[1], rel=1e-9
+    )
+    assert shifts["objective_shift"] == pytest.approx(
+        naive.oracle.set_shifts(sequences, LR)[0], rel=1e-9
+    )
 
 
 def test_a_tied_embedding_stays_unless_everything_moves(tmp_path: Path) -> None:
@@ -124,7 +150,13 @@ def test_a_tied_embedding_stays_unless_everything_moves(tmp_path: Path) -> None:
     hidden = [t.h for s in naive.tokens(batch) for t in s]
     naive.step(batch)
     optimizer = torch.optim.Adam(policy.parameters.values(), lr=LR)
-    found = measure_step(policy, batch, optimizer, Predictions(policy, CapoConfig(top_k=None)), depths=("head", "all"))
+    found = measure_step(
+        policy,
+        batch,
+        optimizer,
+        Predictions(policy, CapoConfig(top_k=None)),
+        depths=("head", "all"),
+    )
     weight = naive.model.get_output_embeddings().weight.detach()
     logits = torch.from_numpy(np.array(hidden)) @ weight.T
     kl = [np.exp(p) @ (p - q) for p, q in zip(old, logits.log_softmax(-1).numpy(), strict=True)]
@@ -136,8 +168,12 @@ def test_a_tied_embedding_stays_unless_everything_moves(tmp_path: Path) -> None:
 def test_which_parameters_move_at_each_depth(folder: Path) -> None:
     policy = from_hugging_face(load(folder))
     for depth, moves in MOVES.items():
-        assert {n for n in policy.parameters if policy.moves(n, depth)} == {n for n in policy.parameters if moves(n)}
-    with pytest.raises(ValueError, match="depth='top': expected one of head, last_layer, last_half, all"):
+        assert {n for n in policy.parameters if policy.moves(n, depth)} == {
+            n for n in policy.parameters if moves(n)
+        }
+    with pytest.raises(
+        ValueError, match="depth='top': expected one of head, last_layer, last_half, all"
+    ):
         policy.moves("lm_head.weight", "top")
 
 
@@ -167,6 +203,10 @@ def test_rollouts() -> None:
         batch.token_weights("sum")
     with pytest.raises(ValueError, match="begin with a prompt"):
         pack([[]], [[1, 2]], torch.zeros(1))
-    advantages = group_advantages(torch.tensor([[1.0, 0.0, 0.0], [1.0, 1.0, 1.0]], dtype=torch.float64))
+    advantages = group_advantages(
+        torch.tensor([[1.0, 0.0, 0.0], [1.0, 1.0, 1.0]], dtype=torch.float64)
+    )
     std = np.std([1, 0, 0], ddof=1)
-    np.testing.assert_allclose(advantages, [*((np.array([1, 0, 0]) - 1 / 3) / (std + 1e-6)), 0, 0, 0])
+    np.testing.assert_allclose(
+        advantages, [*((np.array([1, 0, 0]) - 1 / 3) / (std + 1e-6)), 0, 0, 0]
+    )

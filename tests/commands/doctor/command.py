@@ -10,7 +10,9 @@ import sys
 from typing import Any
 
 
-def doctor(*arguments: str, before: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
+def doctor(
+    *arguments: str, before: str = "", **environment: str
+) -> subprocess.CompletedProcess[str]:
     """``capo-verl doctor ARGUMENTS``.
 
     Args:
@@ -18,10 +20,13 @@ def doctor(*arguments: str, before: str = "", **environment: str) -> subprocess.
     """
     code = f"import sys\n{before}\nfrom capo_verl.commands.main import main\nsys.exit(main(['doctor', *sys.argv[1:]]))"
     env = {
-        name: value for name, value in os.environ.items() if name not in ("RAY_ADDRESS", "VERL_USE_EXTERNAL_PLUGINS")
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("RAY_ADDRESS", "VERL_USE_EXTERNAL_PLUGINS")
     }
     return subprocess.run(
-        [sys.executable, "-c", code, *arguments], env={**env, "VERL_PLATFORM": "cpu", **environment},
+        [sys.executable, "-c", code, *arguments],
+        env={**env, "VERL_PLATFORM": "cpu", **environment},
         capture_output=True, text=True, timeout=900,
     )  # fmt: skip
 

@@ -12,7 +12,10 @@ import pytest
 
 from tests.commands.doctor.command import doctor, rows
 
-ENGINES = "capo_verl.cpu.megatron.engine.CpuMegatronEngine", "capo_verl.cpu.fsdp.engine.CpuFsdpEngine"
+ENGINES = (
+    "capo_verl.cpu.megatron.engine.CpuMegatronEngine",
+    "capo_verl.cpu.fsdp.engine.CpuFsdpEngine",
+)
 BREAK = "sys.modules['capo_verl.plugin.losses'] = None"  # the import fails, whatever the reason
 WITHOUT_RAY = "--no-ray: leave that out to see whether workers load the plugin"
 
@@ -30,7 +33,9 @@ def test_all_is_well_here():
         if line[:8].strip() in ("ok", "warn", "skipped")
     }
     stack = found.pop("software stack")
-    assert stack[0] in ("ok", "warn") and "verl" in stack[1]  # other versions than the tested ones are a warning
+    assert (
+        stack[0] in ("ok", "warn") and "verl" in stack[1]
+    )  # other versions than the tested ones are a warning
     assert found.pop("kernels")[0] == "ok"
     assert found == {
         "plugin installed": ("ok", "verl loads capo_verl.plugin.register"),
@@ -40,9 +45,18 @@ def test_all_is_well_here():
         ),
         "Megatron engine": ("ok", f"verl uses {ENGINES[0]}"),
         "FSDP engine": ("ok", f"verl uses {ENGINES[1]}"),
-        "switch composes": ("ok", "6 presets of +capo and 11 of +rival compose, their knobs arrive checked"),
-        "Ray worker": ("ok", f"a worker of a Ray of its own: policy loss 'capo', {' and '.join(ENGINES)}"),
-        "example": ("skipped", "--example examples/run_....sh looks at a launcher's configuration, memory and disk"),
+        "switch composes": (
+            "ok",
+            "6 presets of +capo and 11 of +rival compose, their knobs arrive checked",
+        ),
+        "Ray worker": (
+            "ok",
+            f"a worker of a Ray of its own: policy loss 'capo', {' and '.join(ENGINES)}",
+        ),
+        "example": (
+            "skipped",
+            "--example examples/run_....sh looks at a launcher's configuration, memory and disk",
+        ),
     }
     assert f"all 9 checks passed ({'1 warn, ' * (stack[0] == 'warn')}1 skipped)" in lines
 
@@ -55,7 +69,8 @@ def test_a_broken_registration_fails_by_name_and_the_other_checks_are_made():
     status, message = found["registered with verl"]
     assert status == "FAIL"
     assert message.startswith(
-        "capo_verl could not register with verl (policy losses and advantage estimators: ModuleNotFoundError: "
+        "capo_verl could not register with verl (policy losses and advantage estimators: "
+        "ModuleNotFoundError: "
     )
     assert found["switch composes"][0] == "FAIL"
     assert found["Megatron engine"] == ("ok", f"verl uses {ENGINES[0]}")
@@ -78,19 +93,22 @@ def test_an_engine_that_does_not_win_and_a_bad_preset():
     done = doctor(
         "--json",
         "--no-ray",
-        before=f"import contextlib\nwith contextlib.redirect_stdout(sys.stderr): exec({OVERRIDDEN!r})",
+        before="import contextlib\nwith contextlib.redirect_stdout(sys.stderr): "
+        f"exec({OVERRIDDEN!r})",
     )
     assert done.returncode == 1
     found = rows(done)
     assert found["Megatron engine"] == (
         "FAIL",
-        "verl would use __main__.Other, not CAPO's engine: something registered it over this project's: name only capo_verl in "
+        "verl would use __main__.Other, not CAPO's engine: something registered it over this "
+        "project's: name only capo_verl in "
         "VERL_USE_EXTERNAL_PLUGINS and unset VERL_USE_EXTERNAL_MODULES",
     )
     assert found["FSDP engine"][0] == "ok"
     assert found["switch composes"] == (
         "FAIL",
-        "+capo=bad: ValueError: capo.policy_shift_max=-1: a threshold must be >= 0 (0 or null switches the test off); install a "
+        "+capo=bad: ValueError: capo.policy_shift_max=-1: a threshold must be >= 0 (0 or null "
+        "switches the test off); install a "
         "supported verl and this package again (scripts/check_stack.py)",
     )
 
@@ -120,10 +138,16 @@ sys.stdin.read()
 @pytest.mark.ray
 def test_a_cluster_whose_workers_do_not_load_the_plugin():
     """The driver is in order; only the cluster was started in another environment."""
-    quick = {"RAY_enable_worker_prestart": "0", "RAY_prestart_worker_first_driver": "0", "RAY_worker_niceness": "0"}
+    quick = {
+        "RAY_enable_worker_prestart": "0",
+        "RAY_prestart_worker_first_driver": "0",
+        "RAY_worker_niceness": "0",
+    }
     env = {**os.environ, **quick, "VERL_USE_EXTERNAL_PLUGINS": "another", "RAY_AUTH_MODE": "token"}
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-    with subprocess.Popen([sys.executable, "-W", "ignore", "-c", CLUSTER], env=env, text=True, **pipes) as cluster:
+    with subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-c", CLUSTER], env=env, text=True, **pipes
+    ) as cluster:
         try:
             address = cluster.stdout.readline().strip()
             done = doctor("--json", "--ray-address", address, RAY_AUTH_MODE="token")
@@ -133,7 +157,7 @@ def test_a_cluster_whose_workers_do_not_load_the_plugin():
     found = rows(done)
     assert found["Ray worker"] == (
         "FAIL",
-        f"in a worker of the Ray at {address}: VERL_USE_EXTERNAL_PLUGINS=another keeps verl from loading capo_verl: unset it, or "
-        "add capo_verl to it",
+        f"in a worker of the Ray at {address}: VERL_USE_EXTERNAL_PLUGINS=another keeps verl from "
+        "loading capo_verl: unset it, or add capo_verl to it",
     )
     assert [name for name, (status, _) in found.items() if status == "FAIL"] == ["Ray worker"]

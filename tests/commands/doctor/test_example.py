@@ -38,7 +38,10 @@ def environment(monkeypatch, inputs, tmp_path):
 def test_it_resolves(environment, tmp_path):
     example = Example(QUICKSTART, ["+capo=grpo"], HERE)
     outcome = example.look()
-    assert (outcome.status, outcome.message) == ("ok", "run_quickstart_cpu.sh resolves with +capo=grpo")
+    assert (outcome.status, outcome.message) == (
+        "ok",
+        "run_quickstart_cpu.sh resolves with +capo=grpo",
+    )
     assert example.config.trainer.default_local_dir == str(tmp_path / "run/checkpoints")
     assert (example.run.cpu, example.run.world, example.run.tp) == (True, 2, 2)
     assert example.plan.shape.layers == 2 and example.plan.memory == 24.0
@@ -50,7 +53,8 @@ def test_missing_data_is_a_warning(environment, tmp_path):
     outcome = Example(QUICKSTART, [], HERE).look()
     assert outcome.status == "warn"
     assert outcome.message == (
-        f"run_quickstart_cpu.sh resolves, without +capo, but would not start here: data.train_files={tmp_path}/train.parquet does "
+        "run_quickstart_cpu.sh resolves, without +capo, but would not start here: "
+        f"data.train_files={tmp_path}/train.parquet does "
         "not exist: set it to a parquet file in verl's schema (and 1 more: DRY_RUN=1 tells)"
     )
 
@@ -66,8 +70,16 @@ def test_a_run_that_does_not_fit_still_resolves(environment):
 @pytest.mark.parametrize(
     ("variables", "overrides", "message"),
     [
-        ({"MODEL_PATH": ""}, [], "set DATA_DIR and MODEL_PATH: 'capo-verl quickstart --prepare-only' prints them"),
-        ({}, ["+capo=nothing"], "CAPO=nothing: choose one of grpo, dr_grpo, reinforce, soft, kl_budget, track, off"),
+        (
+            {"MODEL_PATH": ""},
+            [],
+            "set DATA_DIR and MODEL_PATH: 'capo-verl quickstart --prepare-only' prints them",
+        ),
+        (
+            {},
+            ["+capo=nothing"],
+            "CAPO=nothing: choose one of grpo, dr_grpo, reinforce, soft, kl_budget, track, off",
+        ),
         ({}, ["trainer.no_such_key=1"], "Could not override 'trainer.no_such_key'"),
     ],
 )
@@ -76,11 +88,20 @@ def test_a_refused_dry_run_says_why(environment, variables, overrides, message):
         environment.setenv(name, value)
     with pytest.raises(Broken) as refused:
         Example(QUICKSTART, overrides, HERE).look()
-    assert str(refused.value).startswith("the dry run is refused: ") and message in str(refused.value)
+    assert str(refused.value).startswith("the dry run is refused: ") and message in str(
+        refused.value
+    )
 
 
 def test_the_command_reports_all_three(environment, tmp_path):
-    arguments = "--json", "--no-ray", "--example", str(QUICKSTART), "+capo=kl_budget", "trainer.save_freq=20"
+    arguments = (
+        "--json",
+        "--no-ray",
+        "--example",
+        str(QUICKSTART),
+        "+capo=kl_budget",
+        "trainer.save_freq=20",
+    )
     done = doctor(*arguments)
     assert done.returncode == 0, done.stdout
     found = rows(done)
@@ -92,13 +113,19 @@ def test_the_command_reports_all_three(environment, tmp_path):
 def results(*overrides):
     """Of the three checks, made in this process."""
     made = checks._of_example(checks.Options(example=QUICKSTART, overrides=overrides))
-    return {check.name: (result.status, result.message) for check in made for result in [perform(check)]}
+    return {
+        check.name: (result.status, result.message) for check in made for result in [perform(check)]
+    }
 
 
 def test_no_disk(environment, tmp_path):
     environment.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=0))
     found = results("trainer.save_freq=20")
-    assert [found[name][0] for name in ("example", "memory", "disk")] == ["ok", found["memory"][0], "FAIL"]
+    assert [found[name][0] for name in ("example", "memory", "disk")] == [
+        "ok",
+        found["memory"][0],
+        "FAIL",
+    ]
     assert found["disk"][1].endswith(
         f"but 0.0 GiB are free at {tmp_path}: free some, or set OUTPUT_DIR to a larger disk"
     )
@@ -107,4 +134,8 @@ def test_no_disk(environment, tmp_path):
 def test_nothing_is_estimated_for_what_is_refused(environment):
     found = results("trainer.n_gpus_per_node=3")
     assert found["example"][0] == "FAIL" and "trainer.n_gpus_per_node=3" in found["example"][1]
-    assert found["memory"] == found["disk"] == ("skipped", "the example's dry run is refused: repair that first")
+    assert (
+        found["memory"]
+        == found["disk"]
+        == ("skipped", "the example's dry run is refused: repair that first")
+    )

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The kernels' check: their comparison with plain torch, on a GPU where there is one, else in Triton's interpreter."""
+"""The kernels' check: their comparison with plain torch, on a GPU where there is one, else in
+Triton's interpreter.
+"""
 
 from __future__ import annotations
 
@@ -35,8 +37,16 @@ def test_kernels_that_do_nothing_and_other_ids_are_seen(monkeypatch):
         monkeypatch.setattr(fused, name, lambda *_: None)
     found = deviations.deviations(DEVICE)
     wrong = {what for what, deviation in found.items() if deviation > deviations.TOLERANCE}
-    assert wrong == {"move exp_avg", "move exp_avg_sq", "update exp_avg", "update exp_avg_sq", "add_row_sums"}
-    monkeypatch.setattr(fused, "best_keys", lambda logits, k, shard: plain.best_keys(logits, k + 1, shard)[:, 1:])
+    assert wrong == {
+        "move exp_avg",
+        "move exp_avg_sq",
+        "update exp_avg",
+        "update exp_avg_sq",
+        "add_row_sums",
+    }
+    monkeypatch.setattr(
+        fused, "best_keys", lambda logits, k, shard: plain.best_keys(logits, k + 1, shard)[:, 1:]
+    )
     assert deviations.deviations(DEVICE)["best_keys"] == float("inf")
 
 
@@ -51,7 +61,9 @@ def machine(monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "H100")
         if deviations:
-            monkeypatch.setattr("capo_verl.commands.doctor.deviations.deviations", lambda device: deviations)
+            monkeypatch.setattr(
+                "capo_verl.commands.doctor.deviations.deviations", lambda device: deviations
+            )
 
     return choose
 
@@ -77,7 +89,8 @@ def test_on_a_gpu_they_are_compared(machine):
     outcome = kernels.examine()
     assert (outcome.status, outcome.message) == (
         "FAIL",
-        "on H100 kernels differ from plain torch (move by nan, best_keys by inf): install the triton that belongs to this torch",
+        "on H100 kernels differ from plain torch (move by nan, best_keys by inf): install the "
+        "triton that belongs to this torch",
     )
 
 
@@ -89,6 +102,6 @@ def test_a_crash_is_a_failure_of_this_check():
     with pytest.raises(Broken) as refused:
         kernels.judge(Crashed())
     assert str(refused.value) == (
-        "the kernels fail: Segmentation fault (exit code -11); install the triton that belongs to this torch "
-        "(scripts/check_stack.py)"
+        "the kernels fail: Segmentation fault (exit code -11); install the triton that belongs to "
+        "this torch (scripts/check_stack.py)"
     )

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is looked at in a process, and what is made of it: in the driver and on the nodes of a cluster."""
+"""What is looked at in a process, and what is made of it: in the driver and on the nodes of a
+cluster.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,9 @@ def test_every_module_that_the_plugin_waits_for_is_imported(seen, monkeypatch):
     monkeypatch.setattr(register, "_when_imported", lambda module, *_: waited_for.append(module))
     register.register()
     assert len(waited_for) > 10
-    assert [module for module in waited_for if module.startswith("verl.") and module not in sys.modules] == []
+    assert [
+        module for module in waited_for if module.startswith("verl.") and module not in sys.modules
+    ] == []
 
 
 MISSING = {"error": "AssertionError: Unknown backend: megatron"}
@@ -45,25 +49,28 @@ MISSING = {"error": "AssertionError: Unknown backend: megatron"}
     [
         (
             {"errors": {"verl": "ModuleNotFoundError: No module named 'verl'"}},
-            "verl cannot be imported (ModuleNotFoundError: No module named 'verl'): scripts/check_stack.py says what to install",
+            "verl cannot be imported (ModuleNotFoundError: No module named 'verl'): "
+            "scripts/check_stack.py says what to install",
         ),
         (
             {"entry_points": [], "loaded": False},
-            "no entry point of group verl.plugins names capo_verl.plugin.register: install the package there (pip install .)",
+            "no entry point of group verl.plugins names capo_verl.plugin.register: install the "
+            "package there (pip install .)",
         ),
         (
             {"loaded": False, "errors": {"capo_verl.plugin.register": "ImportError: of wrapt"}},
-            "capo_verl.plugin.register cannot be imported (ImportError: of wrapt): repair that, then try again",
+            "capo_verl.plugin.register cannot be imported (ImportError: of wrapt): repair that, "
+            "then try again",
         ),
         (
             {"errors": {"verl.trainer.ppo.v1.trainer_sync": "ImportError: of transfer_queue"}},
-            "verl.trainer.ppo.v1.trainer_sync cannot be imported (ImportError: of transfer_queue): scripts/check_stack.py "
-            "says what to install",
+            "verl.trainer.ppo.v1.trainer_sync cannot be imported (ImportError: of transfer_queue): "
+            "scripts/check_stack.py says what to install",
         ),
         (
             {"engines": {"megatron": MISSING}},
-            "verl has no megatron engine here (AssertionError: Unknown backend: megatron): install Megatron-Core "
-            "(scripts/check_stack.py)",
+            "verl has no megatron engine here (AssertionError: Unknown backend: megatron): install "
+            "Megatron-Core (scripts/check_stack.py)",
         ),
     ],
 )  # fmt: skip
@@ -95,15 +102,19 @@ def test_nodes_of_a_cluster(seen):
     outcome = workers.judge(Answer({"a": good, "b": other}), "head:6379", here)
     assert (outcome.status, outcome.message) == (
         "warn",
-        f"node b has verl 0.9.0 (here {here['verl']}), megatron-core missing (here {here['megatron-core']}): install the same "
-        "versions on every node",
+        f"node b has verl 0.9.0 (here {here['verl']}), megatron-core missing (here "
+        f"{here['megatron-core']}): install the same versions on every node",
     )
     lacking = {"seen": {**seen, "entry_points": [], "loaded": False}}
     with pytest.raises(Broken) as refused:
-        workers.judge(Answer({"a": good, "b": lacking, "c": {"error": "no answer within 180 s"}}), "head:6379", here)
+        workers.judge(
+            Answer({"a": good, "b": lacking, "c": {"error": "no answer within 180 s"}}),
+            "head:6379",
+            here,
+        )
     assert str(refused.value) == (
-        "on 2 of 3 nodes, first b: no entry point of group verl.plugins names capo_verl.plugin.register: install the package there (pip "
-        "install .)"
+        "on 2 of 3 nodes, first b: no entry point of group verl.plugins names "
+        "capo_verl.plugin.register: install the package there (pip install .)"
     )
 
 
@@ -112,7 +123,8 @@ def test_nobody_answers(monkeypatch):
     with workers.start("127.0.0.1:9") as child, pytest.raises(Broken) as refused:
         workers.judge(child, "127.0.0.1:9", {})
     assert str(refused.value) == (
-        "the Ray at 127.0.0.1:9 could not be asked: nobody answers there (Connection refused) (exit code 1); check that it runs "
+        "the Ray at 127.0.0.1:9 could not be asked: nobody answers there (Connection refused) "
+        "(exit code 1); check that it runs "
         "and is Ray's head, or unset RAY_ADDRESS, or leave this check out with --no-ray"
     )
 
@@ -130,7 +142,9 @@ def module(tmp_path):
 
 def test_a_child_answers_with_its_last_line(module):
     with Child(
-        "asked", "7", environment=module("import sys; print('noise'); print('{\"n\": ' + sys.argv[1] + '}')")
+        "asked",
+        "7",
+        environment=module("import sys; print('noise'); print('{\"n\": ' + sys.argv[1] + '}')"),
     ) as child:
         assert child.answer(60) == {"n": 7}
 

@@ -13,10 +13,13 @@ def test_the_nearest_stack_is_named():
     outcome = software.compare(reports)
     assert outcome.status == "warn"  # nothing is known to be broken
     assert outcome.message == (
-        "other versions than the tested ones; the nearest stack, gpu, has triton (missing), vllm==0.24.0 (0.23.0): "
-        "scripts/check_stack.py --stack gpu says how to install it"
+        "other versions than the tested ones; the nearest stack, gpu, has triton (missing), "
+        "vllm==0.24.0 (0.23.0): scripts/check_stack.py --stack gpu says how to install it"
     )
-    assert f"GPU stack: not installed, 2 of {len(reports[1].packages) + 1} missing or wrong\n" in software.table(reports)
+    assert (
+        f"GPU stack: not installed, 2 of {len(reports[1].packages) + 1} missing or wrong\n"
+        in software.table(reports)
+    )
 
 
 def test_a_complete_stack_needs_no_table():
@@ -24,7 +27,8 @@ def test_a_complete_stack_needs_no_table():
     outcome = software.compare(reports)
     assert outcome.status == "ok"
     assert outcome.message == (
-        f"the gpu stack is complete: verl {pin('verl')}, torch 2.11.0+cu130, megatron-core 0.18.0, ray 2.60.0"
+        f"the gpu stack is complete: verl {pin('verl')}, torch 2.11.0+cu130, megatron-core 0.18.0, "
+        "ray 2.60.0"
     )
     assert software.table(reports) == ""
     versions = software.versions(reports)

@@ -91,10 +91,14 @@ def test_exit_codes(checks, capsys, names, status, code):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["trainer.nnodes=2"], "'trainer.nnodes=2' is an override for an example: name its launcher with --example"),
+        (
+            ["trainer.nnodes=2"],
+            "'trainer.nnodes=2' is an override for an example: name its launcher with --example",
+        ),
         (
             ["--example", "examples/run_nothing.sh"],
-            "--example examples/run_nothing.sh does not exist: name a launcher such as examples/run_quickstart_cpu.sh",
+            "--example examples/run_nothing.sh does not exist: name a launcher such as "
+            "examples/run_quickstart_cpu.sh",
         ),
         (["--example", __file__, "grpo"], "'grpo' is not a Hydra override: write key=value"),
     ],
@@ -106,7 +110,9 @@ def test_wrong_usage(checks, capsys, arguments, message):
     assert printed == "" and errors == f"capo-verl doctor: {message}\n"
 
 
-@pytest.mark.parametrize("arguments", [["--no-such-option"], ["--no-ray", "--ray-address", "host:1"], ["--example"]])
+@pytest.mark.parametrize(
+    "arguments", [["--no-such-option"], ["--no-ray", "--ray-address", "host:1"], ["--example"]]
+)
 def test_what_argparse_refuses(capsys, arguments):
     with pytest.raises(SystemExit) as refused:
         main(["doctor", *arguments])
@@ -118,7 +124,9 @@ def test_help_documents_the_exit_codes(capsys):
         main(["doctor", "--help"])
     assert done.value.code == 0
     printed = capsys.readouterr().out
-    assert "exit codes:\n  0  nothing is broken" in printed and "\n  1  something is broken" in printed
+    assert (
+        "exit codes:\n  0  nothing is broken" in printed and "\n  1  something is broken" in printed
+    )
     assert "\n  2  wrong usage\n" in printed
 
 

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compile every kernel for a GPU, which needs none: ``python -m tests.core.kernels.compile_kernels CAPABILITY`` prints JSON.
+"""Compile every kernel for a GPU, which needs none: ``python -m tests.core.kernels.compile_kernels
+CAPABILITY`` prints JSON.
 
 A process of its own, because in the interpreter the kernels are not compilable.
 """
@@ -23,9 +24,14 @@ def resources(cubin: bytes) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        return subprocess.run([cuobjdump, "-res-usage", file.name], check=True, capture_output=True, text=True).stdout
+        return subprocess.run(
+            [cuobjdump, "-res-usage", file.name], check=True, capture_output=True, text=True
+        ).stdout
 
 
 if __name__ == "__main__":
     compiled = compile_all(int(sys.argv[1])).items()
-    json.dump({name: {"ptx": asm["ptx"], "resources": resources(asm["cubin"])} for name, asm in compiled}, sys.stdout)
+    json.dump(
+        {name: {"ptx": asm["ptx"], "resources": resources(asm["cubin"])} for name, asm in compiled},
+        sys.stdout,
+    )

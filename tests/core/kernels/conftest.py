@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The kernels run on a GPU where there is one, else in Triton's interpreter; what they allocate is poisoned."""
+"""The kernels run on a GPU where there is one, else in Triton's interpreter; what they allocate is
+poisoned.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ def device() -> torch.device:
 @pytest.fixture(autouse=True)
 def seed():
     """Fresh inputs on a GPU, where a race may depend on them; the same ones in CI."""
-    print("seed", torch.seed() if torch.cuda.is_available() else torch.manual_seed(0).initial_seed())
+    print(
+        "seed", torch.seed() if torch.cuda.is_available() else torch.manual_seed(0).initial_seed()
+    )
 
 
 @pytest.fixture(autouse=True)

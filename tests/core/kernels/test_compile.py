@@ -30,10 +30,18 @@ def test_nothing_spills_and_nothing_is_added_atomically(compiled):
     for name, code in compiled.items():
         assert ".entry" in code["ptx"], name
         assert not re.search(r"\b(atom|red)\.", code["ptx"]), name
-        assert " STACK:0 " in code["resources"] and " LOCAL:0 " in code["resources"], (name, code["resources"])
+        assert " STACK:0 " in code["resources"] and " LOCAL:0 " in code["resources"], (
+            name,
+            code["resources"],
+        )
 
 
 def test_long_reads_are_vectorised(compiled):
     """16 bytes a thread where a program reads rows of moments, hidden states or logits."""
-    for name in ("partial_sums fp32", "partial_sums bf16", "best_keys temperature=False", "row_sums add=False"):
+    for name in (
+        "partial_sums fp32",
+        "partial_sums bf16",
+        "best_keys temperature=False",
+        "row_sums add=False",
+    ):
         assert "ld.global.v4.b32" in compiled[name]["ptx"], name

@@ -17,16 +17,33 @@ KERNELS = pytest.mark.parametrize("kernels", [plain, fused], ids=["torch", "trit
 BETAS = (0.8, 0.95)
 
 
-def make(n, h, k, device, *, rows, start, steps=4, eps=1e-6, hidden=torch.float32, moments=torch.float32, betas=BETAS):
+def make(
+    n,
+    h,
+    k,
+    device,
+    *,
+    rows,
+    start,
+    steps=4,
+    eps=1e-6,
+    hidden=torch.float32,
+    moments=torch.float32,
+    betas=BETAS,
+):
     """Random tokens whose supports lie in ``0 .. 3 rows``, and a shard of it."""
     vocab = 3 * rows
-    ids = torch.stack([torch.randperm(vocab)[:k] for _ in range(n)]) if n else torch.zeros(0, k, dtype=torch.int64)
+    ids = (
+        torch.stack([torch.randperm(vocab)[:k] for _ in range(n)])
+        if n
+        else torch.zeros(0, k, dtype=torch.int64)
+    )
     actions = torch.randint(vocab, (n,))
     for i in range(0, n, 2):  # taken tokens in the support and held here
         actions[i] = ids[i, 0] = next(t for t in range(start, start + rows) if t not in ids[i, 1:])
     support = TopKSupport(
-        ids.to(device), torch.randn(n, k, device=device).softmax(-1), torch.ones(n, device=device).bool(),
-        actions.to(device), VocabShard(vocab, rows, start),
+        ids.to(device), torch.randn(n, k, device=device).softmax(-1),
+        torch.ones(n, device=device).bool(), actions.to(device), VocabShard(vocab, rows, start),
     )  # fmt: skip
     wide = torch.randn(n, 2 * h, device=device).to(hidden)
     state = Moments(
@@ -40,11 +57,15 @@ def make(n, h, k, device, *, rows, start, steps=4, eps=1e-6, hidden=torch.float3
 def written_out(hidden, advantages, support, state) -> np.ndarray:
     rows, h = state.exp_avg.shape
     oracle = Oracle(rows, h, betas=state.betas, eps=state.eps, step_count=int(state.steps))
-    oracle.exp_avg, oracle.exp_avg_sq = (x.double().cpu().numpy() for x in (state.exp_avg, state.exp_avg_sq))
+    oracle.exp_avg, oracle.exp_avg_sq = (
+        x.double().cpu().numpy() for x in (state.exp_avg, state.exp_avg_sq)
+    )
     sums = np.zeros((len(advantages), 3))
     for i in range(len(advantages)):
         x = hidden[i].double().cpu().numpy()
-        for token, pi in zip(support.ids[i].tolist(), support.probs[i].double().tolist(), strict=True):
+        for token, pi in zip(
+            support.ids[i].tolist(), support.probs[i].double().tolist(), strict=True
+        ):
             row = token - support.shard.start
             if 0 <= row < rows:
                 taken = float(token == int(support.actions[i]))
@@ -85,7 +106,9 @@ def test_every_dtype_is_summed_in_float32(kernels, hidden, moments, device):
     exact = written_out(*case)
     scale = np.abs(exact).max(0)
     assert (scale > 0).all()
-    np.testing.assert_allclose(kernels.partial_sums(*case).cpu().numpy() / scale, exact / scale, atol=3e-6)
+    np.testing.assert_allclose(
+        kernels.partial_sums(*case).cpu().numpy() / scale, exact / scale, atol=3e-6
+    )
 
 
 @KERNELS
@@ -95,18 +118,24 @@ def test_extreme_decay_rates(kernels, betas, device):
     exact = written_out(*case)
     scale = np.abs(exact).max(0)
     assert (scale > 0).all()
-    np.testing.assert_allclose(kernels.partial_sums(*case).cpu().numpy() / scale, exact / scale, atol=3e-6)
+    np.testing.assert_allclose(
+        kernels.partial_sums(*case).cpu().numpy() / scale, exact / scale, atol=3e-6
+    )
 
 
 @KERNELS
 @pytest.mark.parametrize("steps", [0, 4])
-@pytest.mark.parametrize(("h", "k", "rows", "start"), [(40, 13, 30, 0), (300, 50, 40, 40), (64, 20, 8, 8)])
+@pytest.mark.parametrize(
+    ("h", "k", "rows", "start"), [(40, 13, 30, 0), (300, 50, 40, 40), (64, 20, 8, 8)]
+)
 def test_directions_are_kept_on_request(kernels, steps, h, k, rows, start, device):
     """u of every entry, 0 for other ranks' rows; the sums are the same."""
     hidden, advantages, support, state = make(4, h, k, device, rows=rows, start=start, steps=steps)
     directions = torch.full((4, k), torch.nan, device=device)
     sums = kernels.partial_sums(hidden, advantages, support, state, directions)
-    torch.testing.assert_close(sums, kernels.partial_sums(hidden, advantages, support, state), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(
+        sums, kernels.partial_sums(hidden, advantages, support, state), rtol=1e-4, atol=1e-6
+    )
     row = support.ids - start
     held = (row >= 0) & (row < rows)
     assert not directions[~held].any() and directions[held].all()
@@ -129,4 +158,6 @@ def test_float64_is_not_narrowed(device):
     wide = state._replace(exp_avg=state.exp_avg.double(), exp_avg_sq=state.exp_avg_sq.double())
     sums = fused.partial_sums(hidden.double(), advantages.double(), support, wide)
     assert sums.dtype == torch.float64
-    np.testing.assert_allclose(sums.cpu().numpy(), written_out(hidden, advantages, support, state), rtol=1e-12)
+    np.testing.assert_allclose(
+        sums.cpu().numpy(), written_out(hidden, advantages, support, state), rtol=1e-12
+    )

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""CapoFilter on Triton's kernels: decisions and moments are those of float64, in every way of cutting the batch."""
+"""CapoFilter on Triton's kernels: decisions and moments are those of float64, in every way of
+cutting the batch.
+"""
 
 from __future__ import annotations
 
@@ -30,8 +32,13 @@ def mini_batch(generator: torch.Generator, device: torch.device) -> dict:
     }
 
 
-def run(device, kernels: str, dtype: torch.dtype, micro_batches: int = 1, **options) -> tuple[list, dict]:
-    """Three optimizer steps. Returns per step m_H, m_F, accepted and the batch shifts, and the moments."""
+def run(
+    device, kernels: str, dtype: torch.dtype, micro_batches: int = 1, **options
+) -> tuple[list, dict]:
+    """Three optimizer steps.
+
+    Returns per step m_H, m_F, accepted and the batch shifts, and the moments.
+    """
     config = CapoConfig(top_k=K, policy_shift_max=TAU, objective_shift_max=None)
     capo = CapoFilter(config, V, H, device=device, kernels=kernels)
     generator, steps = torch.Generator().manual_seed(1), []
@@ -40,10 +47,15 @@ def run(device, kernels: str, dtype: torch.dtype, micro_batches: int = 1, **opti
         parts = []
         for part in range(micro_batches):
             at = slice(part * 4 // micro_batches, (part + 1) * 4 // micro_batches)
-            share = {n: x[at].to(dtype) if x.is_floating_point() else x[at] for n, x in batch.items()}
+            share = {
+                n: x[at].to(dtype) if x.is_floating_point() else x[at] for n, x in batch.items()
+            }
             parts.append(capo.evaluate(**share, learning_rate=LR, **options))
         mask = batch["response_mask"]
-        columns = (torch.cat([getattr(p, n) for p in parts]) for n in ("objective_shift", "policy_shift", "accepted"))
+        columns = (
+            torch.cat([getattr(p, n) for p in parts])
+            for n in ("objective_shift", "policy_shift", "accepted")
+        )
         shifts = torch.stack([x for pair in capo.batch_shifts() for x in pair])
         steps.append(([x[mask].cpu() for x in columns], shifts.cpu()))
         capo.step()
@@ -51,11 +63,15 @@ def run(device, kernels: str, dtype: torch.dtype, micro_batches: int = 1, **opti
 
 
 @pytest.mark.parametrize("micro_batches", [1, 2, 4])
-@pytest.mark.parametrize("options", [{}, {"skip_masked": True}, {"skip_masked": True, "max_tokens": 22}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"skip_masked": True}, {"skip_masked": True, "max_tokens": 22}], ids=str
+)
 def test_decides_as_float64_does(micro_batches, options, device):
     exact, state = run(device, "torch", torch.float64)
     steps, ours = run(device, "triton", torch.float32, micro_batches, **options)
-    assert all(0 < int(expected[2].sum()) < len(expected[2]) for expected, _ in exact[1:])  # some rejected
+    assert all(
+        0 < int(expected[2].sum()) < len(expected[2]) for expected, _ in exact[1:]
+    )  # some rejected
     for (expected, batch), (found, ours_of_batch) in zip(exact, steps, strict=True):
         margin = (expected[1] / TAU - 1).abs().min()
         assert margin > 1e-4  # no token near the threshold
@@ -86,28 +102,43 @@ def test_deterministic_mode_changes_no_bit(kernels, device):
     torch.use_deterministic_algorithms(True)
     strict, ours = run(device, kernels, torch.float32, 2)
     for (a, batch_a), (b, batch_b) in zip(default, strict, strict=True):
-        assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True)) and torch.equal(batch_a, batch_b)
-    assert torch.equal(state["exp_avg"], ours["exp_avg"]) and torch.equal(state["exp_avg_sq"], ours["exp_avg_sq"])
+        assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True)) and torch.equal(
+            batch_a, batch_b
+        )
+    assert torch.equal(state["exp_avg"], ours["exp_avg"]) and torch.equal(
+        state["exp_avg_sq"], ours["exp_avg_sq"]
+    )
 
 
 @pytest.mark.parametrize("folded", [False, True])
 @pytest.mark.parametrize("optimizer_model", ["adam", "sgd"])
 @pytest.mark.parametrize("moments_dtype", ["float32", "bfloat16"])
 def test_nothing_waits_for_the_device(folded, optimizer_model, moments_dtype, device, monkeypatch):
-    """By inspection of the operations; on a GPU, CUDA itself is asked to complain. Neither a first step nor a later one."""
-    monkeypatch.setattr("capo_verl.core.accepted.fold_limit", lambda rows, hidden_size: 0 if folded else 1 << 40)
+    """By inspection of the operations; on a GPU, CUDA itself is asked to complain.
+
+    Neither a first step nor a later one.
+    """
+    monkeypatch.setattr(
+        "capo_verl.core.accepted.fold_limit", lambda rows, hidden_size: 0 if folded else 1 << 40
+    )
     # Operations are recorded by kernel launches as well: the interpreter's own do not count.
     for name in ("_partial_sums_kernel", "_best_keys_kernel"):
         module = fused.curvature_kernel if "partial" in name else fused.support_kernel
         monkeypatch.setattr(module, name, Unrecorded(getattr(module, name)))
     for name in ("_row_sums_kernel", "_update_kernel", "_move_kernel"):
-        monkeypatch.setattr(fused.moment_kernels, name, Unrecorded(getattr(fused.moment_kernels, name)))
+        monkeypatch.setattr(
+            fused.moment_kernels, name, Unrecorded(getattr(fused.moment_kernels, name))
+        )
     config = CapoConfig(top_k=K, optimizer_model=optimizer_model, moments_dtype=moments_dtype)
     capo = CapoFilter(config, V, H, device=device, kernels="triton")
     capo.keep_for_batch_shifts = False
     batch = mini_batch(torch.Generator().manual_seed(0), device)
     batch = {n: x.float() if x.is_floating_point() else x for n, x in batch.items()}
-    options = {"skip_masked": True, "max_tokens": 24, "temperature": torch.ones(4, 6, device=device)}
+    options = {
+        "skip_masked": True,
+        "max_tokens": 24,
+        "temperature": torch.ones(4, 6, device=device),
+    }
     for _ in range(2):
         with recorded_syncs() as found, cuda_complains(device):
             for _ in range(2):
@@ -127,12 +158,23 @@ def test_nothing_waits_for_the_device(folded, optimizer_model, moments_dtype, de
     ids=["soft", "penalties"],
 )  # fmt: skip
 def test_what_adapts_waits_for_nothing_either(knobs, device, monkeypatch):
-    for module, name in ((fused.curvature_kernel, "_partial_sums_kernel"), (fused.support_kernel, "_best_keys_kernel")):
+    for module, name in (
+        (fused.curvature_kernel, "_partial_sums_kernel"),
+        (fused.support_kernel, "_best_keys_kernel"),
+    ):
         monkeypatch.setattr(module, name, Unrecorded(getattr(module, name)))
     for name in ("_row_sums_kernel", "_update_kernel", "_move_kernel"):
-        monkeypatch.setattr(fused.moment_kernels, name, Unrecorded(getattr(fused.moment_kernels, name)))
-    adaptive = {"policy_shift_max": {"target_rejection": 0.2}, "max_rejection": 0.3, "objective_shift_max": None}
-    capo = CapoFilter(CapoConfig(top_k=K, **adaptive, **knobs), V, H, device=device, kernels="triton")
+        monkeypatch.setattr(
+            fused.moment_kernels, name, Unrecorded(getattr(fused.moment_kernels, name))
+        )
+    adaptive = {
+        "policy_shift_max": {"target_rejection": 0.2},
+        "max_rejection": 0.3,
+        "objective_shift_max": None,
+    }
+    capo = CapoFilter(
+        CapoConfig(top_k=K, **adaptive, **knobs), V, H, device=device, kernels="triton"
+    )
     plain = CapoFilter(capo.config, V, H, device=device, kernels="torch")
     capo.keep_for_batch_shifts = False
     batch = mini_batch(torch.Generator().manual_seed(0), device)
@@ -149,7 +191,9 @@ def test_what_adapts_waits_for_nothing_either(knobs, device, monkeypatch):
             out = capo.evaluate(**batch, **options, learning_rate=LR)
             gradient = None
             if out.penalty_terms is not None:
-                (gradient,) = torch.autograd.grad(curvature_penalty(logits, out.penalty_terms).sum(), logits)
+                (gradient,) = torch.autograd.grad(
+                    curvature_penalty(logits, out.penalty_terms).sum(), logits
+                )
             capo.step()
         assert found == []
         expected = plain.evaluate(**batch, **options, learning_rate=LR)
@@ -159,7 +203,9 @@ def test_what_adapts_waits_for_nothing_either(knobs, device, monkeypatch):
             terms = expected.penalty_terms
             (from_plain,) = torch.autograd.grad(curvature_penalty(logits, terms).sum(), logits)
             assert from_plain.any()
-            torch.testing.assert_close(gradient, from_plain, rtol=1e-3, atol=1e-3 * float(from_plain.abs().max()))
+            torch.testing.assert_close(
+                gradient, from_plain, rtol=1e-3, atol=1e-3 * float(from_plain.abs().max())
+            )
     assert 0 < capo.adaptive_state()["policy_threshold"] < 1
 
 
@@ -201,7 +247,9 @@ def test_strided_inputs_are_read_as_they_are(kernels, device):
     temperature = torch.tensor(0.7, device=device).expand(4, 6)  # strides of 0
     found = []
     for fields, t in ((batch, temperature.contiguous()), (apart, temperature)):
-        capo = CapoFilter(CapoConfig(top_k=K, policy_shift_max=None), V, H, device=device, kernels=kernels)
+        capo = CapoFilter(
+            CapoConfig(top_k=K, policy_shift_max=None), V, H, device=device, kernels=kernels
+        )
         for _ in range(2):
             out = capo.evaluate(**fields, learning_rate=LR, temperature=t)
             capo.step()
@@ -231,11 +279,15 @@ def test_kernels_are_chosen_by_device_or_name(device):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_lm_head_in_place_of_logits(dtype, device, monkeypatch):
-    """In blocks of three tokens, with temperatures of their own: as on the whole product, bit for bit."""
+    """In blocks of three tokens, with temperatures of their own: as on the whole product, bit for
+    bit.
+    """
     monkeypatch.setattr("capo_verl.core.logits.block_elements", lambda device: 3 * V)
     generator = torch.Generator().manual_seed(2)
     # Small integers: their products are exact in whatever order they are summed up.
-    weight, hidden = (torch.randint(-2, 3, s, generator=generator).to(device, dtype) for s in ((V, H), (4, 6, H)))
+    weight, hidden = (
+        torch.randint(-2, 3, s, generator=generator).to(device, dtype) for s in ((V, H), (4, 6, H))
+    )
     batch = mini_batch(generator, device) | {"hidden_states": hidden}
     temperature = torch.rand(4, 6, generator=generator).to(device) + 0.5
     config = CapoConfig(top_k=K, policy_shift_max=TAU, objective_shift_max=None)
@@ -243,7 +295,11 @@ def test_the_lm_head_in_place_of_logits(dtype, device, monkeypatch):
     for logits in (hidden @ weight.T, ProjectedLogits(weight)):
         capo = CapoFilter(config, V, H, device=device, kernels="triton")
         out = capo.evaluate(
-            **batch | {"logits": logits}, learning_rate=LR, temperature=temperature, skip_masked=True, max_tokens=22
+            **batch | {"logits": logits},
+            learning_rate=LR,
+            temperature=temperature,
+            skip_masked=True,
+            max_tokens=22,
         )
         found.append((out.objective_shift, out.policy_shift, out.in_support))
     assert float(found[0][1].max()) > 0

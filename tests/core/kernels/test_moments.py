@@ -13,12 +13,16 @@ from capo_verl.core.kernels.moments import Moments
 
 KERNELS = pytest.mark.parametrize("kernels", [plain, fused], ids=["torch", "triton"])
 SHAPES = pytest.mark.parametrize(
-    ("n", "k", "h", "rows"), [(7, 5, 40, 12), (40, 3, 300, 6), (3, 2, 1, 30), (0, 4, 8, 5), (2, 9, 257, 50)]
+    ("n", "k", "h", "rows"),
+    [(7, 5, 40, 12), (40, 3, 300, 6), (3, 2, 1, 30), (0, 4, 8, 5), (2, 9, 257, 50)],
 )
 
 
 def make(n, k, h, rows, device, hidden_dtype=torch.float32):
-    """Entries of n tokens, half of them in rows of other ranks; a third of the tokens is rejected. And the sums, as loops."""
+    """Entries of n tokens, half of them in rows of other ranks; a third of the tokens is rejected.
+
+    And the sums, as loops.
+    """
     row = torch.randint(-rows // 2, rows + rows // 2, (n, k))
     if n:
         row[:, 0] = 1  # a row in every support
@@ -102,7 +106,8 @@ def test_move_by_sums(kernels, some, device):
     for columns in (slice(0, 20), slice(20, 50)):
         kernels.move(
             moments, columns, torch.from_numpy(listed).to(device) if some else None,
-            torch.from_numpy(sums[listed, columns]).float().to(device), torch.from_numpy(counts[listed]).to(device),
+            torch.from_numpy(sums[listed, columns]).float().to(device),
+            torch.from_numpy(counts[listed]).to(device),
         )  # fmt: skip
     np.testing.assert_allclose(moments.exp_avg.cpu().numpy(), first, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(moments.exp_avg_sq.cpu().numpy(), second, rtol=1e-5, atol=1e-6)
@@ -128,7 +133,8 @@ def test_stochastic_rounding_draws_the_same_bits_in_both(device):
         for columns in (slice(0, 13), slice(13, 30)):
             kernels.update(moments, columns, entries, hidden[:, columns])
     different = (ours.exp_avg != theirs.exp_avg) | (ours.exp_avg_sq != theirs.exp_avg_sq)
-    # A fused multiply-add may round the float32 value below differently, and with it, rarely, the stored one.
+    # A fused multiply-add may round the float32 value below differently, and with it, rarely, the
+    # stored one.
     assert different.float().mean() < 0.01
 
 

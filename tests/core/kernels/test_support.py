@@ -18,7 +18,11 @@ KERNELS = pytest.mark.parametrize("kernels", [plain, fused], ids=["torch", "trit
 def expected(logits: torch.Tensor, k: int, start: int) -> tuple[np.ndarray, np.ndarray]:
     """Ids and logits of the k best of every row, best first, of equal logits the lower id."""
     values = logits.double().cpu().numpy()
-    ids = np.stack([oracle.support(row, k) for row in values]) if len(values) else np.zeros((0, k), int)
+    ids = (
+        np.stack([oracle.support(row, k) for row in values])
+        if len(values)
+        else np.zeros((0, k), int)
+    )
     return ids + start, np.take_along_axis(values, ids, 1)
 
 
@@ -30,7 +34,9 @@ def check(kernels, rows: LogitRows, exact: torch.Tensor, k: int, shard: VocabSha
     np.testing.assert_array_equal(logits_of(keys).cpu().numpy(), values)
 
 
-def random_logits(kind: str, n: int, rows: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+def random_logits(
+    kind: str, n: int, rows: int, dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
     x = 3 * torch.randn(n, rows, device=device)
     if kind == "ties":
         x = x.round()
@@ -44,7 +50,9 @@ def random_logits(kind: str, n: int, rows: int, dtype: torch.dtype, device: torc
 
 @KERNELS
 @pytest.mark.parametrize("kind", ["random", "ties", "flat", "comb"])
-@pytest.mark.parametrize(("n", "rows", "k"), [(3, 4500, 50), (5, 37, 13), (2, 700, 1), (0, 40, 5), (1, 8, 8)])
+@pytest.mark.parametrize(
+    ("n", "rows", "k"), [(3, 4500, 50), (5, 37, 13), (2, 700, 1), (0, 40, 5), (1, 8, 8)]
+)
 def test_equals_a_stable_sort(kernels, kind, n, rows, k, device):
     x = random_logits(kind, n, rows, torch.float32, device)
     check(kernels, LogitRows(x), x, k, VocabShard(rows, rows, 0))
@@ -53,7 +61,9 @@ def test_equals_a_stable_sort(kernels, kind, n, rows, k, device):
 @KERNELS
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_positions_temperature_strides_and_padding(kernels, dtype, device):
-    """As the trainer calls it: some positions of a larger tensor, divided by the temperature in the logits' dtype."""
+    """As the trainer calls it: some positions of a larger tensor, divided by the temperature in the
+    logits' dtype.
+    """
     n, rows, real, start = 3, 60, 55, 120
     wide = random_logits("random", 6, 2 * rows, dtype, device)
     wide[:, real:] = 99  # rows that only pad the vocabulary
@@ -61,7 +71,13 @@ def test_positions_temperature_strides_and_padding(kernels, dtype, device):
     positions = torch.randperm(6, device=device)[:n]
     temperature = torch.rand(n, device=device) + 0.5
     cooled = logits[positions, :real] / temperature[:, None].to(dtype)
-    check(kernels, LogitRows(logits, positions, temperature), cooled, 9, VocabShard(start + real, rows, start))
+    check(
+        kernels,
+        LogitRows(logits, positions, temperature),
+        cooled,
+        9,
+        VocabShard(start + real, rows, start),
+    )
 
 
 @KERNELS
@@ -72,7 +88,9 @@ def test_what_is_not_finite_is_marked(kernels, device):
     assert (keys[:, 0] == NON_FINITE).tolist() == [True, True, True, False, False]
     check(kernels, LogitRows(x[3:]), x[3:], 6, VocabShard(70, 70, 0))
     overflow = torch.full((1, 70), 6e4, device=device).half()
-    keys = kernels.best_keys(LogitRows(overflow, None, torch.tensor([0.5], device=device)), 6, VocabShard(70, 70, 0))
+    keys = kernels.best_keys(
+        LogitRows(overflow, None, torch.tensor([0.5], device=device)), 6, VocabShard(70, 70, 0)
+    )
     assert keys[0, 0] == NON_FINITE
 
 

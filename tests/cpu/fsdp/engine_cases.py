@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""verl's FSDP engine on one rank: what ``test_fsdp_cpu.py`` and the tests of CAPO under FSDP run on gloo ranks."""
+"""verl's FSDP engine on one rank: what ``test_fsdp_cpu.py`` and the tests of CAPO under FSDP run on
+gloo ranks.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,12 @@ from typing import Any
 
 import torch
 
-from tests.cpu.megatron.engine_cases import Measured, forward, measure_engine, save_and_resume_engine
+from tests.cpu.megatron.engine_cases import (
+    Measured,
+    forward,
+    measure_engine,
+    save_and_resume_engine,
+)
 
 MICRO_BATCH_SIZE = 2
 """Sequences that share a packed row, or a padded batch."""
@@ -16,8 +23,10 @@ MICRO_BATCH_SIZE = 2
 
 @dataclass(frozen=True)
 class FsdpLayout:
-    """Generation of FSDP, data-parallel ranks, packed or padded batches, ranks of a shard group (-1: all), Ulysses ranks,
-    rank of a fresh LoRA adapter (0: none), backend of the fused cross-entropy (empty: not fused)."""
+    """Generation of FSDP, data-parallel ranks, packed or padded batches, ranks of a shard group
+    (-1: all), Ulysses ranks, rank of a fresh LoRA adapter (0: none), backend of the fused
+    cross-entropy (empty: not fused).
+    """
 
     strategy: str = "fsdp2"
     dp: int = 1
@@ -36,7 +45,9 @@ class FsdpLayout:
         ulysses = f"-sp{self.sp}" if self.sp > 1 else ""
         lora = "-lora" if self.lora_rank else ""
         fused = f"-fused-{self.fused}" if self.fused else ""
-        return f"{self.strategy}-dp{self.dp}{ulysses}{hybrid}{lora}{fused}" + ("" if self.packed else "-padded")
+        return f"{self.strategy}-dp{self.dp}{ulysses}{hybrid}{lora}{fused}" + (
+            "" if self.packed else "-padded"
+        )
 
 
 def make_fsdp_engine(
@@ -67,8 +78,8 @@ def make_fsdp_engine(
                "fused_kernel_options": {"impl_backend": layout.fused}, **(model or {})},
         ),
         engine_config=FSDPEngineConfig(
-            strategy=layout.strategy, fsdp_size=layout.fsdp_size, ulysses_sequence_parallel_size=layout.sp,
-            use_fused_kernels=bool(layout.fused), **fsdp,
+            strategy=layout.strategy, fsdp_size=layout.fsdp_size,
+            ulysses_sequence_parallel_size=layout.sp, use_fused_kernels=bool(layout.fused), **fsdp,
         ),
         optimizer_config=FSDPOptimizerConfig(
             optimizer=optimizer, lr=lr, weight_decay=0.0, clip_grad=1.0, total_training_steps=100,
@@ -84,13 +95,18 @@ def measure_fsdp(layout: FsdpLayout, model_path: str, **settings: Any) -> Measur
     return measure_engine(make_fsdp_engine(layout, model_path, **settings), MICRO_BATCH_SIZE)
 
 
-def forward_fsdp(layout: FsdpLayout, model_path: str, **settings: Any) -> dict[str, list[torch.Tensor]]:
+def forward_fsdp(
+    layout: FsdpLayout, model_path: str, **settings: Any
+) -> dict[str, list[torch.Tensor]]:
     return forward(make_fsdp_engine(layout, model_path, **settings), MICRO_BATCH_SIZE)
 
 
-def save_and_resume_fsdp(layout: FsdpLayout, model_path: str, directory: str, **settings: Any) -> list[dict]:
+def save_and_resume_fsdp(
+    layout: FsdpLayout, model_path: str, directory: str, **settings: Any
+) -> list[dict]:
     return save_and_resume_engine(
-        lambda: make_fsdp_engine(layout, model_path, optimizer="AdamW", lr=1e-2, **settings), directory
+        lambda: make_fsdp_engine(layout, model_path, optimizer="AdamW", lr=1e-2, **settings),
+        directory,
     )
 
 
@@ -100,7 +116,9 @@ def write_adapter(model_path: str, directory: str, rank: int = 4) -> str:
     from transformers import AutoModelForCausalLM
 
     base = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
-    config = LoraConfig(task_type=TaskType.CAUSAL_LM, r=rank, lora_alpha=2 * rank, target_modules="all-linear")
+    config = LoraConfig(
+        task_type=TaskType.CAUSAL_LM, r=rank, lora_alpha=2 * rank, target_modules="all-linear"
+    )
     model = get_peft_model(base, config)
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""verl's FSDP engine on gloo ranks against Hugging Face: log-probs, entropy, weights, gradients, LoRA, checkpoints."""
+"""verl's FSDP engine on gloo ranks against Hugging Face: log-probs, entropy, weights, gradients,
+LoRA, checkpoints.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,12 @@ from tests.helpers.spawn import RankError, run_on_ranks
 
 PRELOAD = ("torch", "verl.workers.engine.fsdp.transformer_impl")
 LAYOUTS = [
-    *(FsdpLayout(strategy, dp, packed) for strategy in ("fsdp2", "fsdp") for dp in (1, 2) for packed in (True, False)),
+    *(
+        FsdpLayout(strategy, dp, packed)
+        for strategy in ("fsdp2", "fsdp")
+        for dp in (1, 2)
+        for packed in (True, False)
+    ),
     *(FsdpLayout(strategy, sp=2) for strategy in ("fsdp2", "fsdp")),
     FsdpLayout("fsdp2", 2, fsdp_size=1),
 ]
@@ -28,7 +35,9 @@ FUSED = [
     *(FsdpLayout("fsdp", sp=2, fused=backend) for backend in ("torch", "triton")),
     FsdpLayout("fsdp", packed=False, fused="torch"),
 ]
-"""Other combinations are refused, see below; of fsdp2 with tied embeddings, see ``test_other_architectures``."""
+"""Other combinations are refused, see below; of fsdp2 with tied embeddings, see
+``test_other_architectures``.
+"""
 
 
 @pytest.fixture(scope="module")
@@ -38,18 +47,32 @@ def reference(tiny_qwen2: str) -> Reference:
 
 @pytest.mark.parametrize("layout", [*LAYOUTS, *FUSED], ids=str)
 def test_matches_hugging_face(layout: FsdpLayout, tiny_qwen2: str, reference: Reference) -> None:
-    check(run_on_ranks(measure_fsdp, layout.world_size, layout, tiny_qwen2, preload=PRELOAD), layout.dp, reference)
+    check(
+        run_on_ranks(measure_fsdp, layout.world_size, layout, tiny_qwen2, preload=PRELOAD),
+        layout.dp,
+        reference,
+    )
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa", "flash_attention_2"])
-def test_packed_sequences_do_not_see_each_other(attention: str, tiny_qwen2: str, reference: Reference) -> None:
+def test_packed_sequences_do_not_see_each_other(
+    attention: str, tiny_qwen2: str, reference: Reference
+) -> None:
     model = {"override_config": {"attn_implementation": attention}}
-    check(run_on_ranks(measure_fsdp, 1, FsdpLayout(), tiny_qwen2, model=model, preload=PRELOAD), 1, reference)
+    check(
+        run_on_ranks(measure_fsdp, 1, FsdpLayout(), tiny_qwen2, model=model, preload=PRELOAD),
+        1,
+        reference,
+    )
 
 
 def test_padding_to_a_bucket_changes_nothing(tiny_qwen2: str, reference: Reference) -> None:
     bucket = {"pad_to_length": True, "pad_to_length_bucket": 16}
-    check(run_on_ranks(measure_fsdp, 1, FsdpLayout(), tiny_qwen2, preload=PRELOAD, **bucket), 1, reference)
+    check(
+        run_on_ranks(measure_fsdp, 1, FsdpLayout(), tiny_qwen2, preload=PRELOAD, **bucket),
+        1,
+        reference,
+    )
 
 
 @pytest.mark.parametrize(
@@ -84,13 +107,17 @@ def test_lora(layout: FsdpLayout, tiny_qwen2: str, tmp_path) -> None:
     adapter = write_adapter(tiny_qwen2, str(tmp_path))
     reference = make_reference(tiny_qwen2, adapter)
     model = {"lora_rank": 4, "lora_alpha": 8, "lora_adapter_path": adapter}
-    ranks = run_on_ranks(measure_fsdp, layout.world_size, layout, tiny_qwen2, model=model, preload=PRELOAD)
+    ranks = run_on_ranks(
+        measure_fsdp, layout.world_size, layout, tiny_qwen2, model=model, preload=PRELOAD
+    )
     check(ranks, layout.dp, reference, exported=1e-6)
 
 
 @pytest.mark.parametrize("strategy", ["fsdp2", "fsdp"])
 def test_reference_policy(strategy: str, tiny_qwen2: str, reference: Reference) -> None:
-    ranks = run_on_ranks(forward_fsdp, 2, FsdpLayout(strategy, 2), tiny_qwen2, forward_only=True, preload=PRELOAD)
+    ranks = run_on_ranks(
+        forward_fsdp, 2, FsdpLayout(strategy, 2), tiny_qwen2, forward_only=True, preload=PRELOAD
+    )
     rows = [row for rank in ranks for row in rank["log_probs"]]
     for got, want in zip(rows, reference.log_probs, strict=True):
         torch.testing.assert_close(got[:-1], want, rtol=0, atol=1e-5)
@@ -98,12 +125,21 @@ def test_reference_policy(strategy: str, tiny_qwen2: str, reference: Reference) 
 
 @pytest.mark.parametrize(
     "layout",
-    [FsdpLayout(strategy, dp, lora_rank=lora) for strategy in ("fsdp2", "fsdp") for dp in (1, 2) for lora in (0, 4)],
+    [
+        FsdpLayout(strategy, dp, lora_rank=lora)
+        for strategy in ("fsdp2", "fsdp")
+        for dp in (1, 2)
+        for lora in (0, 4)
+    ],
     ids=str,
 )
 def test_checkpoint(layout: FsdpLayout, tiny_qwen2: str, tmp_path) -> None:
-    """Loading restores the weights and the optimizer: the step after it repeats the step after saving."""
-    ranks = run_on_ranks(save_and_resume_fsdp, layout.dp, layout, tiny_qwen2, str(tmp_path), preload=PRELOAD)
+    """Loading restores the weights and the optimizer: the step after it repeats the step after
+    saving.
+    """
+    ranks = run_on_ranks(
+        save_and_resume_fsdp, layout.dp, layout, tiny_qwen2, str(tmp_path), preload=PRELOAD
+    )
     check_resumed(ranks)
 
 
@@ -113,12 +149,14 @@ def test_checkpoint(layout: FsdpLayout, tiny_qwen2: str, tmp_path) -> None:
         (
             {"use_fused_kernels": True, "fused_kernel_options": {"impl_backend": "liger"}},
             {},
-            "actor_rollout_ref.model.fused_kernel_options.impl_backend=liger is not supported on the CPU: set it to torch",
+            "actor_rollout_ref.model.fused_kernel_options.impl_backend=liger is not supported on "
+            "the CPU: set it to torch",
         ),
         (
             {"use_fused_kernels": True},
             {},
-            "use_fused_kernels=True needs a model with tied embeddings under FSDP2; set actor_rollout_ref.actor.strategy=fsdp",
+            "use_fused_kernels=True needs a model with tied embeddings under FSDP2; set "
+            "actor_rollout_ref.actor.strategy=fsdp",
         ),
         (
             {"use_liger": True},
@@ -128,12 +166,24 @@ def test_checkpoint(layout: FsdpLayout, tiny_qwen2: str, tmp_path) -> None:
     ],
     ids=["liger-backend", "untied-fsdp2", "liger"],
 )
-def test_what_a_cpu_cannot_do_is_named(model: dict, fsdp: dict, named: str, tiny_qwen2: str) -> None:
+def test_what_a_cpu_cannot_do_is_named(
+    model: dict, fsdp: dict, named: str, tiny_qwen2: str
+) -> None:
     with pytest.raises(RankError, match="ValueError") as error:
-        run_on_ranks(make_fsdp_engine, 1, FsdpLayout(), tiny_qwen2, model=model, preload=PRELOAD, **fsdp)
+        run_on_ranks(
+            make_fsdp_engine, 1, FsdpLayout(), tiny_qwen2, model=model, preload=PRELOAD, **fsdp
+        )
     assert named in str(error.value)
 
 
 def test_padded_batches_with_the_triton_backend_are_refused(tiny_qwen2: str) -> None:
-    with pytest.raises(RankError, match="impl_backend=triton needs packed batches; set .*use_remove_padding=True"):
-        run_on_ranks(make_fsdp_engine, 1, FsdpLayout("fsdp", packed=False, fused="triton"), tiny_qwen2, preload=PRELOAD)
+    with pytest.raises(
+        RankError, match="impl_backend=triton needs packed batches; set .*use_remove_padding=True"
+    ):
+        run_on_ranks(
+            make_fsdp_engine,
+            1,
+            FsdpLayout("fsdp", packed=False, fused="triton"),
+            tiny_qwen2,
+            preload=PRELOAD,
+        )

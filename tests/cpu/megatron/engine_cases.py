@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One engine on one rank, and the batch that every layout of every engine gets: what the tests run on gloo ranks."""
+"""One engine on one rank, and the batch that every layout of every engine gets: what the tests run
+on gloo ranks.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ PROMPT = 4
 
 @dataclass(frozen=True)
 class Layout:
-    """Parallel sizes, sequence parallelism, whether batches are packed (``use_remove_padding``), who holds Adam's state."""
+    """Parallel sizes, sequence parallelism, whether batches are packed (``use_remove_padding``),
+    who holds Adam's state.
+    """
 
     tp: int = 1
     pp: int = 1
@@ -32,7 +36,11 @@ class Layout:
         return self.tp * self.pp * self.dp * self.cp
 
     def __str__(self) -> str:
-        sizes = [f"{name}{getattr(self, name)}" for name in ("tp", "pp", "vpp", "dp", "cp") if getattr(self, name) > 1]
+        sizes = [
+            f"{name}{getattr(self, name)}"
+            for name in ("tp", "pp", "vpp", "dp", "cp")
+            if getattr(self, name) > 1
+        ]
         options = ("+sp" if self.sp else "") + ("+dist-opt" if self.distributed_optimizer else "")
         return ("".join(sizes) or "one") + options + ("" if self.packed else "-padded")
 
@@ -44,14 +52,20 @@ def sequences() -> list[torch.Tensor]:
 
 
 def next_token_mask(length: int) -> torch.Tensor:
-    """1 where a position predicts a token of the response: the engine's log-probs at ``t`` are of token ``t + 1``."""
+    """1 where a position predicts a token of the response: the engine's log-probs at ``t`` are of
+    token ``t + 1``.
+    """
     mask = torch.zeros(length)
     mask[PROMPT - 1 : length - 1] = 1
     return mask
 
 
-def make_batch(engine: Any, micro_batch_size: int = 1, rows: list[torch.Tensor] | None = None) -> Any:
-    """This data-parallel rank's share of the sequences (or `rows`), as verl's worker hands it to the engine."""
+def make_batch(
+    engine: Any, micro_batch_size: int = 1, rows: list[torch.Tensor] | None = None
+) -> Any:
+    """This data-parallel rank's share of the sequences (or `rows`), as verl's worker hands it to
+    the engine.
+    """
     from verl.utils import tensordict_utils as tu
     from verl.utils.dataset.dataset_utils import DatasetPadMode
 
@@ -67,17 +81,25 @@ def make_batch(engine: Any, micro_batch_size: int = 1, rows: list[torch.Tensor] 
             "position_ids": nested([torch.arange(len(row)) for row in mine]),
             "loss_mask": nested([next_token_mask(len(row)) for row in mine]),
         },
-        {"use_dynamic_bsz": False, "micro_batch_size_per_gpu": micro_batch_size, "calculate_entropy": True},
+        {
+            "use_dynamic_bsz": False,
+            "micro_batch_size_per_gpu": micro_batch_size,
+            "calculate_entropy": True,
+        },
     )
     set_temperature(batch, 1.0, bool(engine.engine_config.use_fused_kernels))
     tu.assign_non_tensor(
-        batch, pad_mode=DatasetPadMode.NO_PADDING, use_remove_padding=engine.model_config.use_remove_padding
+        batch,
+        pad_mode=DatasetPadMode.NO_PADDING,
+        use_remove_padding=engine.model_config.use_remove_padding,
     )
     return batch
 
 
 def set_temperature(batch: Any, temperature: float, fused: bool) -> None:
-    """One per sequence, or one for all as verl's trainer has it, which is what its fused cross-entropy of FSDP allows."""
+    """One per sequence, or one for all as verl's trainer has it, which is what its fused
+    cross-entropy of FSDP allows.
+    """
     from verl.utils import tensordict_utils as tu
 
     if fused:
@@ -87,7 +109,9 @@ def set_temperature(batch: Any, temperature: float, fused: bool) -> None:
 
 
 def nll(model_output: dict, data: Any, dp_group: Any = None) -> tuple[torch.Tensor, dict]:
-    """Mean negative log-likelihood of the response tokens of the whole batch, in verl's scaling over ranks."""
+    """Mean negative log-likelihood of the response tokens of the whole batch, in verl's scaling
+    over ranks.
+    """
     log_probs, mask = model_output["log_probs"].values(), data["loss_mask"].values()
     return -(log_probs * mask).sum() / data["batch_num_tokens"] * data["dp_size"], {}
 
@@ -107,7 +131,9 @@ def make_engine(
 
     import capo_verl.cpu.megatron.engine  # noqa: F401  registers
 
-    model_config = HFModelConfig(path=model_path, use_remove_padding=layout.packed, **({"lora": lora} if lora else {}))
+    model_config = HFModelConfig(
+        path=model_path, use_remove_padding=layout.packed, **({"lora": lora} if lora else {})
+    )
     model_config.model_type = "language_model"
     engine_config = McoreEngineConfig(
         tensor_model_parallel_size=layout.tp,
@@ -120,8 +146,8 @@ def make_engine(
         **megatron,
     )
     optimizer_config = McoreOptimizerConfig(
-        optimizer=optimizer, lr=lr, lr_decay_steps=100, lr_decay_style="constant", weight_decay=0.0, clip_grad=1.0,
-        override_optimizer_config=optimizer_overrides or {},
+        optimizer=optimizer, lr=lr, lr_decay_steps=100, lr_decay_style="constant", weight_decay=0.0,
+        clip_grad=1.0, override_optimizer_config=optimizer_overrides or {},
     )  # fmt: skip
     engine = EngineRegistry.new(
         model_type="language_model",
@@ -148,7 +174,10 @@ def train_step(engine: Any, micro_batch_size: int = 1) -> float:
 
 @dataclass
 class Measured:
-    """What one rank saw. Log-probs and entropy (one tensor per sequence) only where verl reads them."""
+    """What one rank saw.
+
+    Log-probs and entropy (one tensor per sequence) only where verl reads them.
+    """
 
     exported: dict[str, torch.Tensor]
     stepped: dict[str, torch.Tensor]
@@ -160,10 +189,15 @@ class Measured:
 def forward(engine: Any, micro_batch_size: int = 1) -> dict[str, list[torch.Tensor]]:
     """Log-probs and entropy of this rank's sequences; nothing where verl reads nothing."""
     with engine.eval_mode(), torch.no_grad():
-        output = engine.forward_backward_batch(make_batch(engine, micro_batch_size), None, forward_only=True)
+        output = engine.forward_backward_batch(
+            make_batch(engine, micro_batch_size), None, forward_only=True
+        )
     if not engine.is_mp_src_rank_with_outputs():
         return {}
-    return {name: [row.clone() for row in output["model_output"][name].unbind()] for name in ("log_probs", "entropy")}
+    return {
+        name: [row.clone() for row in output["model_output"][name].unbind()]
+        for name in ("log_probs", "entropy")
+    }
 
 
 def measure_engine(engine: Any, micro_batch_size: int = 1) -> Measured:
@@ -174,14 +208,21 @@ def measure_engine(engine: Any, micro_batch_size: int = 1) -> Measured:
 
 
 def measure(
-    layout: Layout, model_path: str, transformer_config: dict[str, Any] | None = None, fused: bool = False
+    layout: Layout,
+    model_path: str,
+    transformer_config: dict[str, Any] | None = None,
+    fused: bool = False,
 ) -> Measured:
     settings = {"override_transformer_config": transformer_config or {}, "use_fused_kernels": fused}
     return measure_engine(make_engine(layout, model_path, **settings))
 
 
-def save_and_resume_engine(make: Callable[[], Any], directory: str) -> list[dict[str, torch.Tensor]]:
-    """Weights when saved, one step later, and twice after loading and one step later: into a new engine, into the same."""
+def save_and_resume_engine(
+    make: Callable[[], Any], directory: str
+) -> list[dict[str, torch.Tensor]]:
+    """Weights when saved, one step later, and twice after loading and one step later: into a new
+    engine, into the same.
+    """
     engine = make()
     train_step(engine)
     weights = [export(engine)]
@@ -196,5 +237,9 @@ def save_and_resume_engine(make: Callable[[], Any], directory: str) -> list[dict
     return weights
 
 
-def save_and_resume(layout: Layout, model_path: str, directory: str) -> list[dict[str, torch.Tensor]]:
-    return save_and_resume_engine(lambda: make_engine(layout, model_path, optimizer="adam", lr=1e-2), directory)
+def save_and_resume(
+    layout: Layout, model_path: str, directory: str
+) -> list[dict[str, torch.Tensor]]:
+    return save_and_resume_engine(
+        lambda: make_engine(layout, model_path, optimizer="adam", lr=1e-2), directory
+    )

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""verl's Megatron engine on gloo ranks against Hugging Face: log-probs, entropy, weights, gradients, checkpoints."""
+"""verl's Megatron engine on gloo ranks against Hugging Face: log-probs, entropy, weights,
+gradients, checkpoints.
+"""
 
 from __future__ import annotations
 
@@ -15,12 +17,18 @@ from tests.helpers.grouped import launch_by_size
 from tests.helpers.spawn import RankError, run_on_ranks
 from tests.helpers.tiny_model import make_tiny_model, make_tiny_qwen2
 
-PRELOAD = ("torch", "verl.workers.engine.megatron.transformer_impl", "capo_verl.cpu.megatron.bridge")
+PRELOAD = (
+    "torch",
+    "verl.workers.engine.megatron.transformer_impl",
+    "capo_verl.cpu.megatron.bridge",
+)
 
 
 @dataclass(frozen=True)
 class Case:
-    """A layout, the model in it, whether activations are recomputed, whether the cross-entropy is fused."""
+    """A layout, the model in it, whether activations are recomputed, whether the cross-entropy is
+    fused.
+    """
 
     layout: Layout
     model: str = "qwen2"
@@ -69,12 +77,19 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         "llama": {"model_type": "llama"},
         "qwen3": {"model_type": "qwen3"},
     }
-    return {name: make_tiny_model(tmp_path_factory.mktemp(name), **options) for name, options in made.items()}
+    return {
+        name: make_tiny_model(tmp_path_factory.mktemp(name), **options)
+        for name, options in made.items()
+    }
 
 
 @pytest.fixture(scope="module")
 def measured(request, models):
-    recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    recompute = {
+        "recompute_granularity": "full",
+        "recompute_method": "uniform",
+        "recompute_num_layers": 1,
+    }
 
     def call_of(case: Case) -> tuple:
         return case.layout, models[case.model], recompute if case.recompute else {}, case.fused
@@ -100,8 +115,12 @@ def test_matches_hugging_face(case: Case, models, measured) -> None:
     ids=str,
 )
 def test_checkpoint(layout: Layout, tiny_qwen2: str, tmp_path) -> None:
-    """Loading restores the weights and the optimizer: the step after it repeats the step after saving."""
-    ranks = run_on_ranks(save_and_resume, layout.world_size, layout, tiny_qwen2, str(tmp_path), preload=PRELOAD)
+    """Loading restores the weights and the optimizer: the step after it repeats the step after
+    saving.
+    """
+    ranks = run_on_ranks(
+        save_and_resume, layout.world_size, layout, tiny_qwen2, str(tmp_path), preload=PRELOAD
+    )
     check_resumed(ranks)
 
 
@@ -116,16 +135,25 @@ def test_checkpoint(layout: Layout, tiny_qwen2: str, tmp_path) -> None:
         (
             Layout(tp=2),
             {"use_fused_kernels": True},
-            "actor_rollout_ref.model.use_fused_kernels=True with actor_rollout_ref.actor.megatron.sequence_parallel=False is not "
+            "actor_rollout_ref.model.use_fused_kernels=True with "
+            "actor_rollout_ref.actor.megatron.sequence_parallel=False is not "
             "supported on the CPU: set sequence_parallel=True",
         ),
-        (Layout(), {"use_megatron_fsdp": True}, "actor_rollout_ref.actor.megatron.use_megatron_fsdp"),
+        (
+            Layout(),
+            {"use_megatron_fsdp": True},
+            "actor_rollout_ref.actor.megatron.use_megatron_fsdp",
+        ),
     ],
     ids=["lora", "fused-kernels", "fsdp"],
 )
-def test_what_a_cpu_cannot_do_is_named(layout: Layout, megatron: dict, named: str, tiny_qwen2: str) -> None:
+def test_what_a_cpu_cannot_do_is_named(
+    layout: Layout, megatron: dict, named: str, tiny_qwen2: str
+) -> None:
     with pytest.raises(RankError, match="ValueError") as error:
-        run_on_ranks(make_engine, layout.world_size, layout, tiny_qwen2, preload=PRELOAD, **megatron)
+        run_on_ranks(
+            make_engine, layout.world_size, layout, tiny_qwen2, preload=PRELOAD, **megatron
+        )
     assert named in str(error.value)
 
 
@@ -134,5 +162,7 @@ def test_rope_scaling_is_refused(tmp_path) -> None:
     config = json.loads(path.read_text())
     config["rope_parameters"] = {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}
     path.write_text(json.dumps(config))
-    with pytest.raises(RankError, match="rope_type=linear of the model is not supported on the CPU"):
+    with pytest.raises(
+        RankError, match="rope_type=linear of the model is not supported on the CPU"
+    ):
         run_on_ranks(make_engine, 1, Layout(), str(tmp_path), preload=PRELOAD)

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The fused cross-entropy of the CPU against dense float64: values and gradients, whole and sharded over ranks."""
+"""The fused cross-entropy of the CPU against dense float64: values and gradients, whole and sharded
+over ranks.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ N, H, V, TEMPERATURE = 37, 8, 22, 0.7
 
 
 def tensors() -> tuple[torch.Tensor, ...]:
-    """Hidden states ``[N, 1, H]`` as Megatron has them, LM head, labels ``[1, N]``, weights of the two results in a loss."""
+    """Hidden states ``[N, 1, H]`` as Megatron has them, LM head, labels ``[1, N]``, weights of the
+    two results in a loss.
+    """
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(N, 1, H, generator=generator, dtype=torch.float64)
     weight = 3 * torch.randn(V, H, generator=generator, dtype=torch.float64)
@@ -47,7 +51,9 @@ def fused(dtype: torch.dtype = torch.float64) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("scratch", [1 << 18, 5 * V, 1])
 def test_equals_the_definition(scratch, monkeypatch):
-    monkeypatch.setattr("capo_verl.cpu.megatron.linear_cross_entropy.scratch_elements", lambda device: scratch)
+    monkeypatch.setattr(
+        "capo_verl.cpu.megatron.linear_cross_entropy.scratch_elements", lambda device: scratch
+    )
     for got, want in zip(fused(), dense(), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-13)
 
@@ -58,7 +64,9 @@ def test_float32():
 
 
 def test_rows_spread_over_ranks():
-    """Values on every rank; the gradient of the hidden states is the sum over ranks, that of the LM head each rank's rows."""
+    """Values on every rank; the gradient of the hidden states is the sum over ranks, that of the LM
+    head each rank's rows.
+    """
     log_probs, entropy, d_hidden, d_weight = dense()
     ranks = run_on_ranks(fused, 2)
     for rank, rows in zip(ranks, d_weight.chunk(2), strict=True):
@@ -70,11 +78,15 @@ def test_rows_spread_over_ranks():
 
 def test_large_logits_do_not_overflow():
     hidden, weight = torch.tensor([[1000.0], [-1000.0]]), torch.tensor([[1.0], [-1.0], [0.5]])
-    log_probs, entropy = linear_cross_entropy(hidden, weight, torch.tensor([0, 1]), 1.0, "none", None)
+    log_probs, entropy = linear_cross_entropy(
+        hidden, weight, torch.tensor([0, 1]), 1.0, "none", None
+    )
     torch.testing.assert_close(log_probs, torch.zeros(2))
     torch.testing.assert_close(entropy, torch.zeros(2))
 
 
 def test_another_reduction_is_refused():
     with pytest.raises(ValueError, match="reduction='sum' is not supported; use 'none'"):
-        linear_cross_entropy(torch.zeros(1, 1), torch.zeros(1, 1), torch.zeros(1, dtype=torch.int64), 1.0, "sum")
+        linear_cross_entropy(
+            torch.zeros(1, 1), torch.zeros(1, 1), torch.zeros(1, dtype=torch.int64), 1.0, "sum"
+        )

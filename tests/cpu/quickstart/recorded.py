@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Metrics of a run: recorded from verl's file logger (GRPO), and the same with CAPO's entries added."""
+"""Metrics of a run: recorded from verl's file logger (GRPO), and the same with CAPO's entries
+added.
+"""
 
 from __future__ import annotations
 

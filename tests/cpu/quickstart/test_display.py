@@ -11,7 +11,13 @@ from rich.console import Console
 
 from capo_verl.cpu.quickstart.display import Display
 from capo_verl.cpu.quickstart.records import Record, RecordTail, read_records
-from tests.cpu.quickstart.recorded import COMPLETIONS_PER_STEP, GRPO, POLICY_SHIFT, REJECTION, write_capo
+from tests.cpu.quickstart.recorded import (
+    COMPLETIONS_PER_STEP,
+    GRPO,
+    POLICY_SHIFT,
+    REJECTION,
+    write_capo,
+)
 
 
 @pytest.fixture
@@ -33,7 +39,9 @@ def test_records_are_verls_numbers(capo):
     for record, line in zip(capo, lines, strict=True):
         data = line["data"]
         assert record.train_accuracy == data.get("critic/score/mean")
-        assert record.held_out_accuracy == data.get("val-core/reasoning_gym/spell_backward/acc/mean@1")
+        assert record.held_out_accuracy == data.get(
+            "val-core/reasoning_gym/spell_backward/acc/mean@1"
+        )
         assert record.seconds == data.get("perf/time_per_step")
         assert record.rejection_rate == REJECTION.get(record.step)
         assert record.policy_shift == POLICY_SHIFT.get(record.step)
@@ -42,13 +50,21 @@ def test_records_are_verls_numbers(capo):
 
 def test_one_line_per_step_with_every_number(capo):
     header, *lines = shown(capo).splitlines()
-    assert header.split() == ["step", "completions", "training", "held-out", "rejected", "m_F", "s/step"]
+    assert header.split() == [
+        "step",
+        "completions",
+        "training",
+        "held-out",
+        "rejected",
+        "m_F",
+        "s/step",
+    ]
     assert len(lines) == 7
     assert lines[0].split() == ["0/80", "0", "-", "0.355", "-", "-", "-"]
     last = capo[5]
     expected = [
-        "5/80", "640", f"{last.train_accuracy:.3f}", f"{last.held_out_accuracy:.3f}", "1.00%", "2.0e-05",
-        f"{last.seconds:.1f}",
+        "5/80", "640", f"{last.train_accuracy:.3f}", f"{last.held_out_accuracy:.3f}", "1.00%",
+        "2.0e-05", f"{last.seconds:.1f}",
     ]  # fmt: skip
     assert lines[5].split() == expected
 
@@ -105,11 +121,15 @@ def test_tail_waits_for_the_end_of_a_line(tmp_path):
 
 
 def test_nan_is_not_a_number_to_show():
-    record = Record.from_json('{"step": 3, "data": {"critic/score/mean": null, "capo/rejection_rate": 0.5}}')
+    record = Record.from_json(
+        '{"step": 3, "data": {"critic/score/mean": null, "capo/rejection_rate": 0.5}}'
+    )
     assert record == Record(step=3, rejection_rate=0.5)
 
 
-@pytest.mark.parametrize("line", ["", "{}", "[]", "nonsense", '{"step": 1}', '{"step": 1, "data": 3}'])
+@pytest.mark.parametrize(
+    "line", ["", "{}", "[]", "nonsense", '{"step": 1}', '{"step": 1, "data": 3}']
+)
 def test_foreign_lines_are_refused(line):
     with pytest.raises(ValueError, match="not a line of verl's file logger"):
         Record.from_json(line)

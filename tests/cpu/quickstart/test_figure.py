@@ -9,7 +9,13 @@ pytest.importorskip("matplotlib")
 
 from capo_verl.cpu.quickstart import figure
 from capo_verl.cpu.quickstart.records import read_records
-from tests.cpu.quickstart.recorded import COMPLETIONS_PER_STEP, GRPO, POLICY_SHIFT, REJECTION, write_capo
+from tests.cpu.quickstart.recorded import (
+    COMPLETIONS_PER_STEP,
+    GRPO,
+    POLICY_SHIFT,
+    REJECTION,
+    write_capo,
+)
 
 
 def points(line) -> list[tuple[float, float]]:
@@ -24,8 +30,12 @@ def test_three_panels_with_the_recorded_numbers(tmp_path):
     records = read_records(write_capo(tmp_path / "capo.jsonl"))
     accuracy, rejection, shift = figure.draw(records, COMPLETIONS_PER_STEP, "CAPO").axes
     lines = {line.get_label(): points(line) for line in accuracy.lines}
-    assert lines["held-out problems"] == expected({r.step: r.held_out_accuracy for r in records if r.step in (0, 5)})
-    assert lines["training batch"] == expected({r.step: r.train_accuracy for r in records if r.step > 0})
+    assert lines["held-out problems"] == expected(
+        {r.step: r.held_out_accuracy for r in records if r.step in (0, 5)}
+    )
+    assert lines["training batch"] == expected(
+        {r.step: r.train_accuracy for r in records if r.step > 0}
+    )
     assert points(rejection.lines[0]) == expected(REJECTION, 100)
     assert points(shift.lines[0]) == expected(POLICY_SHIFT)
     assert shift.get_yscale() == "log"

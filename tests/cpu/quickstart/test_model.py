@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tokenizer and model: every character the task can produce survives, and everything divides by two."""
+"""Tokenizer and model: every character the task can produce survives, and everything divides by
+two.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,9 @@ def test_round_trip_of_the_whole_task(saved):
     tokenizer = transformers.AutoTokenizer.from_pretrained(saved)
     splits = task.generate(task.TaskConfig())
     for entry in (entry for entries in splits.values() for entry in entries[:500]):
-        prompt = tokenizer.apply_chat_template(task.chat_prompt(entry), add_generation_prompt=True, tokenize=False)
+        prompt = tokenizer.apply_chat_template(
+            task.chat_prompt(entry), add_generation_prompt=True, tokenize=False
+        )
         ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
         assert tokenizer.unk_token_id not in ids
         assert tokenizer.decode(ids) == prompt
@@ -60,7 +64,12 @@ def test_model_is_untied_float32_and_divides_over_two_ranks(saved):
     assert loaded.lm_head.weight is not loaded.model.embed_tokens.weight
     assert loaded.dtype == torch.float32
     assert (saved / "model.safetensors").exists()
-    sizes = (config.num_attention_heads, config.num_key_value_heads, config.intermediate_size, config.vocab_size)
+    sizes = (
+        config.num_attention_heads,
+        config.num_key_value_heads,
+        config.intermediate_size,
+        config.vocab_size,
+    )
     assert all(size % 2 == 0 for size in sizes)
     assert 3e5 < loaded.num_parameters() < 2e6
 

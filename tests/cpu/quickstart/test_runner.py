@@ -34,11 +34,17 @@ trainer: {total_training_steps: 6}
 
 @pytest.fixture
 def launch(tmp_path, monkeypatch):
-    """Run the quickstart with a bash script in place of the launcher; returns (exit code, output, folder)."""
+    """Run the quickstart with a bash script in place of the launcher; returns (exit code, output,
+    folder).
+    """
     monkeypatch.setattr(runner, "POLL_SECONDS", 0.05)
-    monkeypatch.setattr(runner, "prepare", lambda display: runner.Prepared(tmp_path / "data", tmp_path / "model"))
+    monkeypatch.setattr(
+        runner, "prepare", lambda display: runner.Prepared(tmp_path / "data", tmp_path / "model")
+    )
 
-    def run(script: str, algorithm: str = "CAPO", overrides: tuple[str, ...] = ()) -> tuple[int, str, Path]:
+    def run(
+        script: str, algorithm: str = "CAPO", overrides: tuple[str, ...] = ()
+    ) -> tuple[int, str, Path]:
         launcher = tmp_path / "launcher.sh"
         launcher.write_text(textwrap.dedent(script))
         monkeypatch.setattr(runner, "LAUNCHER", launcher)
@@ -52,8 +58,10 @@ def launch(tmp_path, monkeypatch):
 
 def writes(metrics: Path, config: str = CONFIG) -> str:
     return (
-        f'mkdir -p "$OUTPUT_DIR/hydra/.hydra"; printf "%s" "{config}" >"$OUTPUT_DIR/hydra/.hydra/config.yaml"\n'
-        f'head -n 2 "{metrics}" >"$VERL_FILE_LOGGER_PATH"; sleep 0.3; cp "{metrics}" "$VERL_FILE_LOGGER_PATH"\n'
+        f'mkdir -p "$OUTPUT_DIR/hydra/.hydra"; printf "%s" "{config}" '
+        '>"$OUTPUT_DIR/hydra/.hydra/config.yaml"\n'
+        f'head -n 2 "{metrics}" >"$VERL_FILE_LOGGER_PATH"; sleep 0.3; cp "{metrics}" '
+        '"$VERL_FILE_LOGGER_PATH"\n'
     )
 
 
@@ -76,7 +84,11 @@ def test_a_second_run_in_the_same_folder_keeps_the_first_ones_metrics(launch):
     _, second, _ = launch(writes(GRPO), "GRPO")
     assert metrics(first) == f"Metrics: {folder}/metrics.jsonl"
     assert metrics(second) == f"Metrics: {folder}/metrics.2.jsonl"
-    assert (folder / "metrics.jsonl").read_text() == (folder / "metrics.2.jsonl").read_text() == GRPO.read_text()
+    assert (
+        (folder / "metrics.jsonl").read_text()
+        == (folder / "metrics.2.jsonl").read_text()
+        == GRPO.read_text()
+    )
 
 
 def test_grpo_is_the_launcher_without_the_switch(launch):
@@ -114,7 +126,8 @@ def test_failure_shows_the_first_traceback_and_keeps_the_exit_code(launch):
 
 def test_failure_without_traceback_shows_the_last_lines(launch):
     code, text, _ = launch(
-        "for i in $(seq 1 30); do echo line $i; done; echo \"Key 'trainr' is not in struct\"; exit 1"
+        "for i in $(seq 1 30); do echo line $i; done; echo \"Key 'trainr' is not in struct\"; exit "
+        "1"
     )
     assert code == 1
     assert "Key 'trainr' is not in struct" in text
@@ -122,7 +135,9 @@ def test_failure_without_traceback_shows_the_last_lines(launch):
 
 
 def test_failure_during_training(launch):
-    code, text, _ = launch(writes(GRPO) + "echo 'Traceback (most recent call last):'; echo 'OSError: full'; exit 3")
+    code, text, _ = launch(
+        writes(GRPO) + "echo 'Traceback (most recent call last):'; echo 'OSError: full'; exit 3"
+    )
     assert code == 3
     assert "OSError: full" in text and "failed: RL" in text
     assert "Held-out accuracy" not in text
@@ -133,10 +148,13 @@ def test_killed_child_is_a_failure(launch):
 
 
 def test_ctrl_c_stops_the_whole_session(tmp_path):
-    """As a user would: the runner in a process of its own, a grandchild that survives its parent, SIGINT."""
+    """As a user would: the runner in a process of its own, a grandchild that survives its parent,
+    SIGINT.
+    """
     launcher = tmp_path / "launcher.sh"
     launcher.write_text(
-        f"(trap '' TERM; echo $BASHPID >{tmp_path}/pid; while true; do sleep 0.2; done) &\nexec sleep 600\n"
+        f"(trap '' TERM; echo $BASHPID >{tmp_path}/pid; while true; do sleep 0.2; done) &\nexec "
+        "sleep 600\n"
     )
     script = textwrap.dedent(f"""
         import signal
@@ -161,7 +179,10 @@ def test_ctrl_c_stops_the_whole_session(tmp_path):
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "Stopped" in output
-    assert not psutil.pid_exists(grandchild) or psutil.Process(grandchild).status() == psutil.STATUS_ZOMBIE
+    assert (
+        not psutil.pid_exists(grandchild)
+        or psutil.Process(grandchild).status() == psutil.STATUS_ZOMBIE
+    )
 
 
 def test_leftovers_of_a_finished_child_are_stopped(tmp_path):
@@ -198,7 +219,10 @@ def test_long_lines_are_cut():
 
 
 def test_startup_milestones():
-    fractions = [log.startup_fraction("\n".join(marker for marker, *_ in log.MILESTONES[:n]))[0] for n in range(8)]
+    fractions = [
+        log.startup_fraction("\n".join(marker for marker, *_ in log.MILESTONES[:n]))[0]
+        for n in range(8)
+    ]
     assert fractions == sorted(set(fractions)) and fractions[0] > 0 and fractions[-1] < 1
 
 
@@ -219,14 +243,18 @@ def parse(*argv: str) -> argparse.Namespace:
 )
 def test_command_line(monkeypatch, argv, expected):
     calls = []
-    monkeypatch.setattr(runner, "run", lambda algorithm, overrides, *_: calls.append((algorithm, overrides)) or 5)
+    monkeypatch.setattr(
+        runner, "run", lambda algorithm, overrides, *_: calls.append((algorithm, overrides)) or 5
+    )
     monkeypatch.setattr(signal, "signal", lambda *_: None)
     args = parse(*argv)
     assert args.run(args) == 5
     assert calls == [expected]
 
 
-@pytest.mark.parametrize(("argv", "hint"), [(("PPO",), "use one of GRPO, CAPO"), (("GRPO", "lr"), "write key=value")])
+@pytest.mark.parametrize(
+    ("argv", "hint"), [(("PPO",), "use one of GRPO, CAPO"), (("GRPO", "lr"), "write key=value")]
+)
 def test_wrong_command_line_is_one_sentence(monkeypatch, capsys, argv, hint):
     monkeypatch.setattr(runner, "run", lambda *_: pytest.fail("started"))
     args = parse(*argv)

@@ -30,7 +30,10 @@ def warm_start(root: Path, recipe: sft.SftConfig = RECIPE, progress=None) -> tup
 
 
 def test_same_recipe_same_bytes(tmp_path):
-    (first, first_cached), (second, second_cached) = warm_start(tmp_path / "a"), warm_start(tmp_path / "b")
+    (first, first_cached), (second, second_cached) = (
+        warm_start(tmp_path / "a"),
+        warm_start(tmp_path / "b"),
+    )
     assert (first_cached, second_cached) == (False, False)
     assert first.name == second.name
     assert weights(first) == weights(second)
@@ -44,7 +47,9 @@ def test_second_use_comes_from_the_cache(tmp_path):
 
 def test_another_recipe_is_another_model(tmp_path):
     first, _ = warm_start(tmp_path)
-    second, cached = warm_start(tmp_path, sft.SftConfig(steps=6, batch_size=4, warmup_steps=2, seed=1))
+    second, cached = warm_start(
+        tmp_path, sft.SftConfig(steps=6, batch_size=4, warmup_steps=2, seed=1)
+    )
     assert not cached
     assert first.name != second.name
     assert weights(first) != weights(second)
@@ -60,7 +65,9 @@ def test_interrupted_build_leaves_nothing_that_counts(tmp_path):
     assert warm_start(tmp_path)[1] is False
 
 
-@pytest.mark.parametrize("damage", ["truncated weights", "missing file", "no manifest", "another recipe"])
+@pytest.mark.parametrize(
+    "damage", ["truncated weights", "missing file", "no manifest", "another recipe"]
+)
 def test_damaged_folder_is_rebuilt(tmp_path, damage):
     folder, _ = warm_start(tmp_path)
     expected = weights(folder)
@@ -97,10 +104,14 @@ def test_typos_start_where_the_recipe_says():
     answers = {entry["metadata"]["word"]: entry["answer"] for entry in entries}
 
     def wrong(batch):
-        return sum(answer != answers[prompt[0]["content"].split()[-1]] for prompt, answer in batch) / len(batch)
+        return sum(
+            answer != answers[prompt[0]["content"].split()[-1]] for prompt, answer in batch
+        ) / len(batch)
 
     assert [wrong(batch) for batch in batches[:60]] == [0.0] * 60
-    assert 0.5 < sum(wrong(batch) for batch in batches[60:]) / 40 < 0.65  # swapping equal letters changes nothing
+    assert (
+        0.5 < sum(wrong(batch) for batch in batches[60:]) / 40 < 0.65
+    )  # swapping equal letters changes nothing
 
 
 def test_a_typo_changes_one_place():
@@ -112,7 +123,8 @@ def test_a_typo_changes_one_place():
 def test_labels_cover_the_answer_and_its_end_only():
     tokenizer = model.build_tokenizer()
     ids, labels = sft.collate(
-        [([{"role": "user", "content": "x"}], "ab"), ([{"role": "user", "content": "yy"}], "c")], tokenizer
+        [([{"role": "user", "content": "x"}], "ab"), ([{"role": "user", "content": "yy"}], "c")],
+        tokenizer,
     )
     assert tokenizer.decode(ids[0][labels[0] >= 0]) == "ab<|im_end|>"
     assert tokenizer.decode(ids[1][labels[1] >= 0]) == "c<|im_end|>"

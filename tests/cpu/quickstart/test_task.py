@@ -27,14 +27,20 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_splits_have_the_requested_sizes_and_share_no_word(splits):
-    words = {split: {entry["metadata"]["word"].lower() for entry in entries} for split, entries in splits.items()}
+    words = {
+        split: {entry["metadata"]["word"].lower() for entry in entries}
+        for split, entries in splits.items()
+    }
     assert {split: len(w) for split, w in words.items()} == {"test": 20, "train": 50, "sft": 70}
     assert not words["test"] & words["train"]
     assert not words["sft"] & (words["test"] | words["train"])
 
 
 def test_held_out_words_do_not_depend_on_the_other_sizes(splits):
-    assert task.generate(task.TaskConfig(test_size=20, train_size=10, sft_size=5))["test"] == splits["test"]
+    assert (
+        task.generate(task.TaskConfig(test_size=20, train_size=10, sft_size=5))["test"]
+        == splits["test"]
+    )
 
 
 def test_parquet_has_verls_schema(data_dir, splits):
@@ -58,7 +64,20 @@ def test_answers_are_the_reversed_word(splits):
 
 
 @pytest.mark.parametrize(
-    "garble", ["{a}", "{a}x", "x{a}", "", " ", "{w}", "{a} {a}", "\n{a}", "answer: {a}", "(((", "\u00e9\u4e2d"]
+    "garble",
+    [
+        "{a}",
+        "{a}x",
+        "x{a}",
+        "",
+        " ",
+        "{w}",
+        "{a} {a}",
+        "\n{a}",
+        "answer: {a}",
+        "(((",
+        "\u00e9\u4e2d",
+    ],
 )
 def test_reward_is_the_scorers(data_dir, garble):
     dataset = reasoning_gym.create_dataset("spell_backward", size=1)
@@ -66,17 +85,31 @@ def test_reward_is_the_scorers(data_dir, garble):
         entry = json.loads(row["extra_info"]["entry"])
         response = garble.format(a=entry["answer"], w=entry["metadata"]["word"])
         expected = dataset.score_answer(response, entry)
-        arguments = (row["data_source"], response, row["reward_model"]["ground_truth"], row["extra_info"])
+        arguments = (
+            row["data_source"],
+            response,
+            row["reward_model"]["ground_truth"],
+            row["extra_info"],
+        )
         right = response.lower() == entry["answer"].lower()
         assert task.compute_score(*arguments) == {"score": expected, "acc": float(right)}
-        assert task.compute_score(*arguments, partial_credit=False) == {"score": float(right), "acc": float(right)}
+        assert task.compute_score(*arguments, partial_credit=False) == {
+            "score": float(right),
+            "acc": float(right),
+        }
 
 
 def test_reward_serves_other_reasoning_gym_tasks():
     entry = reasoning_gym.create_dataset("chain_sum", seed=1, size=1)[0]
     info = {"entry": json.dumps(entry)}
-    assert task.compute_score("reasoning_gym/chain_sum", entry["answer"], entry["answer"], info)["acc"] == 1.0
-    assert task.compute_score("reasoning_gym/chain_sum", "no idea", entry["answer"], info)["acc"] == 0.0
+    assert (
+        task.compute_score("reasoning_gym/chain_sum", entry["answer"], entry["answer"], info)["acc"]
+        == 1.0
+    )
+    assert (
+        task.compute_score("reasoning_gym/chain_sum", "no idea", entry["answer"], info)["acc"]
+        == 0.0
+    )
 
 
 def test_foreign_rows_are_refused():
@@ -88,7 +121,11 @@ def test_foreign_rows_are_refused():
 
 def test_too_few_words_is_one_clear_sentence():
     with pytest.raises(ValueError, match="lower the split sizes or widen"):
-        task.generate(task.TaskConfig(min_word_len=3, max_word_len=3, test_size=1000, train_size=1000, sft_size=1000))
+        task.generate(
+            task.TaskConfig(
+                min_word_len=3, max_word_len=3, test_size=1000, train_size=1000, sft_size=1000
+            )
+        )
 
 
 def test_verl_loads_the_reward_function_by_its_package_path():

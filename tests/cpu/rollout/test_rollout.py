@@ -30,18 +30,27 @@ def model(tiny_qwen2: str):
 def make_config(**overrides: Any):
     from verl.workers.config import RolloutConfig
 
-    return RolloutConfig(name="hf", prompt_length=16, response_length=6, tensor_model_parallel_size=1, **overrides)
+    return RolloutConfig(
+        name="hf", prompt_length=16, response_length=6, tensor_model_parallel_size=1, **overrides
+    )
 
 
-def make_server(path: str, load_format: str = "auto", replica_rank: int = 0, **overrides: Any) -> HFServer:
+def make_server(
+    path: str, load_format: str = "auto", replica_rank: int = 0, **overrides: Any
+) -> HFServer:
     from verl.workers.config import HFModelConfig
 
-    return HFServer(make_config(load_format=load_format, **overrides), HFModelConfig(path=path), replica_rank)
+    return HFServer(
+        make_config(load_format=load_format, **overrides), HFModelConfig(path=path), replica_rank
+    )
 
 
 async def ask(server: HFServer, prompts: Any, params: dict[str, Any]) -> list:
     return await asyncio.gather(
-        *[server.generate(str(i), prompt_ids=list(p), sampling_params=dict(params)) for i, p in enumerate(prompts)]
+        *[
+            server.generate(str(i), prompt_ids=list(p), sampling_params=dict(params))
+            for i, p in enumerate(prompts)
+        ]
     )
 
 
@@ -53,10 +62,16 @@ class Handle:
 
     def __getattr__(self, name: str) -> Any:
         method = getattr(self.server, name)
-        return type("Method", (), {"remote": staticmethod(lambda *args: asyncio.ensure_future(method(*args)))})
+        return type(
+            "Method",
+            (),
+            {"remote": staticmethod(lambda *args: asyncio.ensure_future(method(*args)))},
+        )
 
 
-def make_adapter(server: HFServer | None, path: str, monkeypatch: pytest.MonkeyPatch, rank: int = 0) -> HFServerAdapter:
+def make_adapter(
+    server: HFServer | None, path: str, monkeypatch: pytest.MonkeyPatch, rank: int = 0
+) -> HFServerAdapter:
     from verl.workers.config import HFModelConfig
 
     monkeypatch.setenv("RANK", str(rank))
@@ -66,7 +81,9 @@ def make_adapter(server: HFServer | None, path: str, monkeypatch: pytest.MonkeyP
 
 
 def test_requests_with_different_parameters_at_once(tiny_qwen2: str, model) -> None:
-    """Training, validation (greedy) and shorter requests share a batch; each is answered as if it were alone."""
+    """Training, validation (greedy) and shorter requests share a batch; each is answered as if it
+    were alone.
+    """
     server = make_server(tiny_qwen2)
 
     async def run() -> list:
@@ -77,7 +94,9 @@ def test_requests_with_different_parameters_at_once(tiny_qwen2: str, model) -> N
         )
 
     greedy, top_1, short = asyncio.run(run())
-    want = generate_batch(model, [SamplingRequest(p, 6, temperature=0, stop_token_ids=[2]) for p in PROMPTS])
+    want = generate_batch(
+        model, [SamplingRequest(p, 6, temperature=0, stop_token_ids=[2]) for p in PROMPTS]
+    )
     assert [o.token_ids for o in greedy] == [c.token_ids for c in want]
     for output, completion in zip(greedy, want, strict=True):
         assert output.log_probs == pytest.approx(completion.log_probs, abs=1e-5)
@@ -91,7 +110,9 @@ def test_stop_reason_is_honest(tiny_qwen2: str) -> None:
     (free,) = asyncio.run(ask(server, PROMPTS[:1], GREEDY))
     assert free.stop_reason == "length" and len(free.token_ids) == 6
     server = make_server(tiny_qwen2)
-    (stopped,) = asyncio.run(ask(server, PROMPTS[:1], {**GREEDY, "stop_token_ids": [free.token_ids[0]]}))
+    (stopped,) = asyncio.run(
+        ask(server, PROMPTS[:1], {**GREEDY, "stop_token_ids": [free.token_ids[0]]})
+    )
     assert stopped.stop_reason == "completed" and stopped.token_ids == free.token_ids[:1]
 
 
@@ -115,10 +136,14 @@ def test_samples_depend_on_the_seed_and_not_on_the_order_of_arrival(tiny_qwen2: 
     shuffled = random.Random(0).sample(straight, len(straight))
     assert sample(straight) == sample(shuffled) == sample(straight, validated=4)
     assert sample(straight) != sample(straight, seed=7) != sample(straight, replica_rank=1)
-    assert len({str(tokens) for tokens in sample(straight)[0]}) == 3, "the samples of a group differ"
+    assert len({str(tokens) for tokens in sample(straight)[0]}) == 3, (
+        "the samples of a group differ"
+    )
 
 
-def test_unsupported_parameters_are_named(tiny_qwen2: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_unsupported_parameters_are_named(
+    tiny_qwen2: str, caplog: pytest.LogCaptureFixture
+) -> None:
     server = make_server(tiny_qwen2)
     asyncio.run(ask(server, PROMPTS[:1], {"repetition_penalty": 1.0, "stop": None, "min_p": 0.0}))
     for params, named in (
@@ -133,12 +158,17 @@ def test_unsupported_parameters_are_named(tiny_qwen2: str, caplog: pytest.LogCap
         check_rollout_config(make_config(repetition_penalty=1.3))
 
 
-def test_a_failing_batch_reaches_every_caller_and_the_log(tiny_qwen2: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_failing_batch_reaches_every_caller_and_the_log(
+    tiny_qwen2: str, caplog: pytest.LogCaptureFixture
+) -> None:
     server = make_server(tiny_qwen2)
 
     async def run() -> list:
         results = await asyncio.gather(
-            *[server.generate(str(i), prompt_ids=[999_999], sampling_params=dict(GREEDY)) for i in range(2)],
+            *[
+                server.generate(str(i), prompt_ids=[999_999], sampling_params=dict(GREEDY))
+                for i in range(2)
+            ],
             return_exceptions=True,
         )
         return [*results, *await ask(server, PROMPTS[:1], GREEDY)]
@@ -183,8 +213,13 @@ def test_weights_arrive(tiny_qwen2: str, model, monkeypatch: pytest.MonkeyPatch)
         return await ask(server, PROMPTS, GREEDY)
 
     outputs = asyncio.run(run())
-    assert all(torch.equal(tensor, server.model.state_dict()[name]) for name, tensor in model.state_dict().items())
-    want = generate_batch(model, [SamplingRequest(p, 6, temperature=0, stop_token_ids=[2]) for p in PROMPTS])
+    assert all(
+        torch.equal(tensor, server.model.state_dict()[name])
+        for name, tensor in model.state_dict().items()
+    )
+    want = generate_batch(
+        model, [SamplingRequest(p, 6, temperature=0, stop_token_ids=[2]) for p in PROMPTS]
+    )
     assert [o.token_ids for o in outputs] == [c.token_ids for c in want]
     assert all(o.extra_fields == {"global_steps": 4} for o in outputs)
 
@@ -201,7 +236,9 @@ def test_tied_weights_need_not_be_sent_twice(tmp_path, monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("fault", ["missing", "unknown", "shape"])
-def test_wrong_weights_are_named(fault: str, tiny_qwen2: str, model, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_weights_are_named(
+    fault: str, tiny_qwen2: str, model, monkeypatch: pytest.MonkeyPatch
+) -> None:
     server = make_server(tiny_qwen2, load_format="dummy")
     adapter = make_adapter(server, tiny_qwen2, monkeypatch)
     weights = dict(model.state_dict())
@@ -215,12 +252,21 @@ def test_wrong_weights_are_named(fault: str, tiny_qwen2: str, model, monkeypatch
     drained = iter(weights.items())
     with pytest.raises(ValueError, match=name.replace(".", r"\.")):
         asyncio.run(adapter.update_weights(drained))
-    assert next(drained, None) is None, "the export is collective: it must be drained before the error"
+    assert next(drained, None) is None, (
+        "the export is collective: it must be drained before the error"
+    )
 
 
-def test_ranks_that_do_not_lead_drain_the_weights(tiny_qwen2: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_that_do_not_lead_drain_the_weights(
+    tiny_qwen2: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     adapters = [make_adapter(None, tiny_qwen2, monkeypatch, rank) for rank in range(4)]
-    assert [(a.replica_rank, a.is_leader) for a in adapters] == [(0, True), (0, False), (1, True), (1, False)]
+    assert [(a.replica_rank, a.is_leader) for a in adapters] == [
+        (0, True),
+        (0, False),
+        (1, True),
+        (1, False),
+    ]
     weights = iter([("a", torch.zeros(1)), ("b", torch.zeros(1))])
     asyncio.run(adapters[1].update_weights(weights))
     assert next(weights, None) is None
@@ -228,7 +274,9 @@ def test_ranks_that_do_not_lead_drain_the_weights(tiny_qwen2: str, monkeypatch: 
 
 def test_weights_travel_without_the_buffer_they_are_views_of() -> None:
     buffer = torch.arange(1000.0)
-    (bucket,) = buckets(iter([("a", buffer[3:5]), ("b", buffer[10:16].view(2, 3))]), limit_bytes=1 << 20)
+    (bucket,) = buckets(
+        iter([("a", buffer[3:5]), ("b", buffer[10:16].view(2, 3))]), limit_bytes=1 << 20
+    )
     assert bucket["a"].tolist() == [3, 4] and bucket["b"].tolist() == [[10, 11, 12], [13, 14, 15]]
     assert [x.untyped_storage().nbytes() for x in bucket.values()] == [8, 24]
 
@@ -238,7 +286,9 @@ def test_buckets() -> None:
     parts = list(buckets(iter(weights), limit_bytes=32))
     assert [list(part) for part in parts] == [["0", "1"], ["2", "3"], ["4"]]
     assert all(
-        tensor.dtype == torch.float32 and tensor[0] == int(name) for part in parts for name, tensor in part.items()
+        tensor.dtype == torch.float32 and tensor[0] == int(name)
+        for part in parts
+        for name, tensor in part.items()
     )
 
 

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sampling against Hugging Face's ``generate``, a full forward pass, and the probabilities themselves."""
+"""Sampling against Hugging Face's ``generate``, a full forward pass, and the probabilities
+themselves.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,9 @@ def model(tiny_qwen2: str):
 
 
 def processed(logits: torch.Tensor, request: SamplingRequest) -> torch.Tensor:
-    """Naive twin of ``process_logits`` for ``[vocab]``: temperature, top-k, top-p with plain Python sets."""
+    """Naive twin of ``process_logits`` for ``[vocab]``: temperature, top-k, top-p with plain Python
+    sets.
+    """
     logits = logits / (request.temperature or 1.0)
     order = logits.argsort(descending=True).tolist()
     if request.temperature and request.top_k > 0:
@@ -49,31 +53,55 @@ def test_greedy_equals_generate(model) -> None:
     """In one batch of prompts of different lengths, and of limits of different lengths."""
     limits = (5, 12, 9, 1)
     requests = [
-        SamplingRequest(p, n, temperature=0, stop_token_ids=[EOS]) for p, n in zip(PROMPTS, limits, strict=True)
+        SamplingRequest(p, n, temperature=0, stop_token_ids=[EOS])
+        for p, n in zip(PROMPTS, limits, strict=True)
     ]
-    for prompt, limit, completion in zip(PROMPTS, limits, generate_batch(model, requests), strict=True):
-        want = model.generate(torch.tensor([prompt]), max_new_tokens=limit, do_sample=False, eos_token_id=EOS)
+    for prompt, limit, completion in zip(
+        PROMPTS, limits, generate_batch(model, requests), strict=True
+    ):
+        want = model.generate(
+            torch.tensor([prompt]), max_new_tokens=limit, do_sample=False, eos_token_id=EOS
+        )
         assert completion.token_ids == want[0, len(prompt) :].tolist()
 
 
 @pytest.mark.parametrize(
     ("temperature", "top_k", "top_p"),
-    [(0, -1, 1.0), (1.0, -1, 1.0), (0.7, -1, 1.0), (1.3, 5, 1.0), (1.0, -1, 0.6), (0.8, 7, 0.5), (1.0, 10**6, 1.0)],
+    [
+        (0, -1, 1.0),
+        (1.0, -1, 1.0),
+        (0.7, -1, 1.0),
+        (1.3, 5, 1.0),
+        (1.0, -1, 0.6),
+        (0.8, 7, 0.5),
+        (1.0, 10**6, 1.0),
+    ],
 )
-def test_log_probs_equal_a_full_forward_pass(model, temperature: float, top_k: int, top_p: float) -> None:
+def test_log_probs_equal_a_full_forward_pass(
+    model, temperature: float, top_k: int, top_p: float
+) -> None:
     requests = [SamplingRequest(p, 8, temperature, top_k, top_p) for p in PROMPTS]
-    for request, completion in zip(requests, generate_batch(model, requests, generator=generator(3)), strict=True):
+    for request, completion in zip(
+        requests, generate_batch(model, requests, generator=generator(3)), strict=True
+    ):
         sequence = torch.tensor([*request.prompt_ids, *completion.token_ids])
         with torch.no_grad():
             logits = model(sequence[None]).logits[0]
         predictions = logits[len(request.prompt_ids) - 1 : -1]
-        want = [processed(row, request)[t] for row, t in zip(predictions, completion.token_ids, strict=True)]
-        torch.testing.assert_close(torch.tensor(completion.log_probs), torch.stack(want), rtol=0, atol=1e-5)
+        want = [
+            processed(row, request)[t]
+            for row, t in zip(predictions, completion.token_ids, strict=True)
+        ]
+        torch.testing.assert_close(
+            torch.tensor(completion.log_probs), torch.stack(want), rtol=0, atol=1e-5
+        )
 
 
 def test_support_of_top_k_and_top_p() -> None:
     logits = torch.tensor([[4.0, 3.0, 2.0, 1.0, 0.0]]).repeat(4, 1)  # 0.636 0.234 0.086 0.032 0.012
-    log_probs = process_logits(logits, torch.ones(4), torch.tensor([2, -1, -1, 3]), torch.tensor([1.0, 0.6, 0.87, 0.5]))
+    log_probs = process_logits(
+        logits, torch.ones(4), torch.tensor([2, -1, -1, 3]), torch.tensor([1.0, 0.6, 0.87, 0.5])
+    )
     assert (log_probs > -torch.inf).sum(-1).tolist() == [2, 1, 2, 1]
     torch.testing.assert_close(log_probs.exp().sum(-1), torch.ones(4))
 
@@ -91,20 +119,26 @@ def test_every_row_has_its_own_parameters(model) -> None:
     together = generate_batch(model, requests())
     alone = [generate_batch(model, [request])[0] for request in requests()]
     assert [c.token_ids for c in together] == [c.token_ids for c in alone]
-    greedy = [generate_batch(model, [SamplingRequest(p, 6, temperature=0)])[0].token_ids for p in PROMPTS]
+    greedy = [
+        generate_batch(model, [SamplingRequest(p, 6, temperature=0)])[0].token_ids for p in PROMPTS
+    ]
     assert together[0].token_ids == greedy[0] and together[1].token_ids == greedy[1]
     assert together[2].token_ids != greedy[2]
 
 
 def test_batch_composition_does_not_change_greedy_results(model) -> None:
-    """With rows that leave early (compaction) and with the same prompt several times (shared prefill)."""
+    """With rows that leave early (compaction) and with the same prompt several times (shared
+    prefill).
+    """
     limits = [2, 10, 3, 10, 2, 2, 7]
     prompts = [PROMPTS[i % len(PROMPTS)] for i in range(len(limits))]
     requests = [SamplingRequest(p, n, temperature=0) for p, n in zip(prompts, limits, strict=True)]
     for request, completion in zip(requests, generate_batch(model, requests), strict=True):
         (alone,) = generate_batch(model, [request])
         assert completion.token_ids == alone.token_ids
-        torch.testing.assert_close(torch.tensor(completion.log_probs), torch.tensor(alone.log_probs), rtol=0, atol=1e-5)
+        torch.testing.assert_close(
+            torch.tensor(completion.log_probs), torch.tensor(alone.log_probs), rtol=0, atol=1e-5
+        )
 
 
 def test_finished_rows_leave_the_computation(model) -> None:
@@ -114,7 +148,10 @@ def test_finished_rows_leave_the_computation(model) -> None:
         batches.append(len(kwargs["input_ids"]))
         return model(**kwargs)
 
-    generate_batch(spy, [SamplingRequest(p, n, temperature=0) for p, n in zip(PROMPTS, (2, 2, 6, 6), strict=True)])
+    generate_batch(
+        spy,
+        [SamplingRequest(p, n, temperature=0) for p, n in zip(PROMPTS, (2, 2, 6, 6), strict=True)],
+    )
     assert batches == [4, 4, 2, 2, 2, 2]
     batches.clear()
     generate_batch(spy, [SamplingRequest(PROMPTS[0], 2) for _ in range(5)])
@@ -139,38 +176,56 @@ def test_limits_and_stop_tokens(model) -> None:
 
 def test_abort(model) -> None:
     answers = iter([False, False, True])
-    (completion,) = generate_batch(model, [SamplingRequest(PROMPTS[0], 8)], should_stop=lambda: next(answers))
+    (completion,) = generate_batch(
+        model, [SamplingRequest(PROMPTS[0], 8)], should_stop=lambda: next(answers)
+    )
     assert (len(completion.token_ids), completion.finish_reason) == (2, "aborted")
 
 
 def test_seed(model) -> None:
     requests = [SamplingRequest(p, 8) for p in PROMPTS]
     one, two, three = (
-        [c.token_ids for c in generate_batch(model, requests, generator=generator(seed))] for seed in (1, 1, 2)
+        [c.token_ids for c in generate_batch(model, requests, generator=generator(seed))]
+        for seed in (1, 1, 2)
     )
     assert one == two != three
 
 
 def test_frequencies_match_probabilities() -> None:
-    """Chi-square over 20000 draws of one token from a fixed distribution of eight, one of them impossible."""
+    """Chi-square over 20000 draws of one token from a fixed distribution of eight, one of them
+    impossible.
+    """
     logits = torch.tensor([1.0, 0.5, 0.0, -0.5, -torch.inf, 2.0, -1.0, 0.2])
     draws = 20_000
 
     class Fixed:
         def __call__(self, input_ids, **kwargs):
             cache = SimpleNamespace(batch_select_indices=lambda indices: None)
-            return SimpleNamespace(logits=logits.expand(len(input_ids), 1, -1), past_key_values=cache)
+            return SimpleNamespace(
+                logits=logits.expand(len(input_ids), 1, -1), past_key_values=cache
+            )
 
     requests = [SamplingRequest([0], 1, temperature=0.9)] * draws
-    counts = Counter(c.token_ids[0] for c in generate_batch(Fixed(), requests, generator=generator(0)))
+    counts = Counter(
+        c.token_ids[0] for c in generate_batch(Fixed(), requests, generator=generator(0))
+    )
     probs = (logits / 0.9).softmax(-1).tolist()
     assert counts[4] == 0
-    chi_square = sum((counts[t] - draws * p) ** 2 / (draws * p) for t, p in enumerate(probs) if p > 0)
+    chi_square = sum(
+        (counts[t] - draws * p) ** 2 / (draws * p) for t, p in enumerate(probs) if p > 0
+    )
     assert chi_square < 22.5, "the 99.9% quantile for six degrees of freedom"
 
 
 @pytest.mark.parametrize(
-    "bad", [{"prompt_ids": []}, {"max_new_tokens": 0}, {"temperature": -1}, {"top_p": 0.0}, {"top_p": 1.5}]
+    "bad",
+    [
+        {"prompt_ids": []},
+        {"max_new_tokens": 0},
+        {"temperature": -1},
+        {"top_p": 0.0},
+        {"top_p": 1.5},
+    ],
 )
 def test_bad_requests(bad: dict) -> None:
     with pytest.raises(ValueError, match=next(iter(bad))):

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""verl chooses its platform once per process, when it is first asked: before any test here imports it."""
+"""verl chooses its platform once per process, when it is first asked: before any test here imports
+it.
+"""
 
 import os
 

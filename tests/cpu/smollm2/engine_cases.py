@@ -24,7 +24,9 @@ class Measured:
     """Weights of the added heads after training."""
 
 
-def measure(model_path: str, rows: list[torch.Tensor], heads: int, kv_heads: int, head_dim: int) -> Measured:
+def measure(
+    model_path: str, rows: list[torch.Tensor], heads: int, kv_heads: int, head_dim: int
+) -> Measured:
     """Log-probs, then two steps of Adam on the same rows.
 
     Args:
@@ -35,7 +37,9 @@ def measure(model_path: str, rows: list[torch.Tensor], heads: int, kv_heads: int
 
     engine = make_engine(Layout(tp=2), model_path, optimizer="adam", lr=1e-4)
     with engine.eval_mode(), torch.no_grad():
-        output = engine.forward_backward_batch(make_batch(engine, rows=rows), None, forward_only=True)
+        output = engine.forward_backward_batch(
+            make_batch(engine, rows=rows), None, forward_only=True
+        )
     log_probs = [row.clone() for row in output["model_output"]["log_probs"].unbind()]
     before = export(engine)
     saved = load_file(f"{model_path}/model.safetensors")

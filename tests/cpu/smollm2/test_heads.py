@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Added attention heads change nothing: not the log-probs, not the gradients, not a single weight while training."""
+"""Added attention heads change nothing: not the log-probs, not the gradients, not a single weight
+while training.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +17,19 @@ HEADS, KV_HEADS, HEAD_DIM, HIDDEN = 6, 3, 16, 48
 
 
 def tiny(folder, model_type: str, dtype=torch.float32, **sizes):
-    """Random weights; six query heads over three key-value heads, of a size that is not hidden_size / heads."""
-    sizes = {"num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS, "head_dim": HEAD_DIM, **sizes}
+    """Random weights; six query heads over three key-value heads, of a size that is not hidden_size
+    / heads.
+    """
+    sizes = {
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": KV_HEADS,
+        "head_dim": HEAD_DIM,
+        **sizes,
+    }
     path = make_tiny_model(folder, model_type, hidden_size=HIDDEN, **sizes)
-    return transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="eager")
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        path, dtype=dtype, attn_implementation="eager"
+    )
 
 
 def real_part(name: str, tensor: torch.Tensor) -> torch.Tensor:
@@ -49,12 +60,17 @@ def ids() -> torch.Tensor:
 
 @pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3", "llama-tied"])
 @pytest.mark.parametrize("multiple", [2, 6])
-def test_same_log_probs_same_gradients_and_none_for_the_added_weights(tmp_path, ids, model_type, multiple):
+def test_same_log_probs_same_gradients_and_none_for_the_added_weights(
+    tmp_path, ids, model_type, multiple
+):
     name, _, tied = model_type.partition("-")
     model = tiny(tmp_path, name, tie_word_embeddings=bool(tied))
     padded = pad_attention_heads(model, multiple)
     kv_heads = {2: 4, 6: 6}[multiple]
-    assert (padded.config.num_attention_heads, padded.config.num_key_value_heads) == (2 * kv_heads, kv_heads)
+    assert (padded.config.num_attention_heads, padded.config.num_key_value_heads) == (
+        2 * kv_heads,
+        kv_heads,
+    )
     assert padded.config.head_dim == HEAD_DIM
 
     expected, got = log_probs(model, ids), log_probs(padded, ids)
@@ -65,7 +81,9 @@ def test_same_log_probs_same_gradients_and_none_for_the_added_weights(tmp_path, 
     assert [n for n, _ in padded.named_parameters()] == list(original)
     added = 0
     for n, parameter in padded.named_parameters():
-        torch.testing.assert_close(real_part(n, parameter.grad), original[n].grad, rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(
+            real_part(n, parameter.grad), original[n].grad, rtol=1e-5, atol=1e-7
+        )
         assert original[n].grad.abs().max() > 0
         assert not added_part(n, parameter).any()
         assert not added_part(n, parameter.grad).any()
@@ -96,7 +114,9 @@ def test_training_with_adam_is_that_of_the_original(tmp_path, ids):
 def test_the_padded_model_is_what_is_loaded_again(tmp_path, ids):
     padded = pad_attention_heads(tiny(tmp_path, "llama", tie_word_embeddings=True), 2)
     padded.save_pretrained(tmp_path / "padded")
-    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "padded", dtype=torch.float32)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "padded", dtype=torch.float32
+    )
     assert loaded.config.head_dim == HEAD_DIM
     torch.testing.assert_close(log_probs(loaded, ids), log_probs(padded, ids), rtol=0, atol=1e-6)
 
@@ -117,7 +137,9 @@ def test_what_cannot_be_padded_is_named(tmp_path):
 
 
 def test_megatron_trains_the_padded_tied_model_as_hugging_face_does(tmp_path):
-    """Log-probs, gradient norm and one clipped step at TP2, where three key-value heads could not be divided."""
+    """Log-probs, gradient norm and one clipped step at TP2, where three key-value heads could not
+    be divided.
+    """
     from tests.cpu.hugging_face import check, make_reference
     from tests.cpu.megatron.engine_cases import Layout, measure
     from tests.cpu.megatron.test_engine import PRELOAD

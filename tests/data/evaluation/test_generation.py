@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``scripts/evaluate.py`` with verl's rollout servers on a CPU: generated, stopped, continued, scored again."""
+"""``scripts/evaluate.py`` with verl's rollout servers on a CPU: generated, stopped, continued,
+scored again.
+"""
 
 from __future__ import annotations
 
@@ -25,13 +27,13 @@ def compute_score(data_source, solution_str, ground_truth, extra_info=None):
 
 def evaluate(*arguments: str) -> str:
     environment = {
-        **os.environ, "VERL_PLATFORM": "cpu", "OMP_NUM_THREADS": "1", "RAY_enable_worker_prestart": "0",
-        "RAY_USAGE_STATS_ENABLED": "0", "HF_HUB_OFFLINE": "1",
+        **os.environ, "VERL_PLATFORM": "cpu", "OMP_NUM_THREADS": "1",
+        "RAY_enable_worker_prestart": "0", "RAY_USAGE_STATS_ENABLED": "0", "HF_HUB_OFFLINE": "1",
     }  # fmt: skip
     environment.pop("RAY_ADDRESS", None)
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", str(SCRIPT), *arguments], env=environment, capture_output=True, text=True, timeout=500,
-        check=False,
+        [sys.executable, "-W", "ignore", str(SCRIPT), *arguments], env=environment,
+        capture_output=True, text=True, timeout=500, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
     return done.stdout
@@ -48,15 +50,18 @@ def test_generate_stop_continue_and_score(tmp_path):
     (tmp_path / "run/latest_checkpointed_iteration.txt").write_text("3")
     (tmp_path / "reward.py").write_text(REWARD)
     rows = [
-        make_row("sums", f"{i}+{i}=", TEMPLATES["plain"], str(2 * i), "math", index=i, split="test") for i in range(6)
+        make_row("sums", f"{i}+{i}=", TEMPLATES["plain"], str(2 * i), "math", index=i, split="test")
+        for i in range(6)
     ]
     write_parquet(rows, tmp_path / "test.parquet")
     common = [
-        "--model", str(tmp_path / "run"), "--data", str(tmp_path / "test.parquet"), "-n", "4", "--max-prompt-length", "64",
+        "--model", str(tmp_path / "run"), "--data", str(tmp_path / "test.parquet"), "-n", "4",
+        "--max-prompt-length", "64",
         "--max-response-length", "12", "--reward", str(tmp_path / "reward.py"),
     ]  # fmt: skip
 
-    # Two servers share the work; ended is simulated by what an interrupted run leaves: some lines, the last cut off.
+    # Two servers share the work; ended is simulated by what an interrupted run leaves: some lines,
+    # the last cut off.
     output = tmp_path / "out"
     first = evaluate(*common, "--gpus", "2", "--output", str(output))
     assert "avg@4" in first

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""All of ``scripts/evaluate.py`` but the servers: what it finds, keeps, scores, reports and refuses."""
+"""All of ``scripts/evaluate.py`` but the servers: what it finds, keeps, scores, reports and
+refuses.
+"""
 
 from __future__ import annotations
 
@@ -34,23 +36,33 @@ def test_checkpoints(tmp_path, inside):
     hf_folder(run / "global_step_10")
     model = hf_folder(run / "global_step_20" / inside)
     (run / "latest_checkpointed_iteration.txt").write_text("20\n")
-    assert find_model(str(run)) == find_model(str(run / "global_step_20")) == find_model(str(model)) == str(model)
+    assert (
+        find_model(str(run))
+        == find_model(str(run / "global_step_20"))
+        == find_model(str(model))
+        == str(model)
+    )
     assert find_model(str(run / "global_step_10")) == str(run / "global_step_10")
     assert find_model("Qwen/Qwen2.5-Math-7B") == "Qwen/Qwen2.5-Math-7B"
 
 
-@pytest.mark.parametrize(("file", "backend"), [("dist_ckpt/x", "megatron"), ("model_world_size_2_rank_0.pt", "fsdp")])
+@pytest.mark.parametrize(
+    ("file", "backend"), [("dist_ckpt/x", "megatron"), ("model_world_size_2_rank_0.pt", "fsdp")]
+)
 def test_a_checkpoint_without_hugging_face_weights_says_how_to_get_them(tmp_path, file, backend):
     actor = tmp_path / "global_step_5/actor"
     (actor / file).parent.mkdir(parents=True)
     (actor / file).write_text("")
     (actor / "huggingface").mkdir()
-    (actor / "huggingface/config.json").write_text("{}")  # verl keeps config and tokenizer there in any case
+    (actor / "huggingface/config.json").write_text(
+        "{}"
+    )  # verl keeps config and tokenizer there in any case
     with pytest.raises(ValueError) as error:
         find_model(str(tmp_path / "global_step_5"))
     assert "save_contents=[model,optimizer,extra,hf_model]" in str(error.value)
-    assert f"verl.model_merger merge --backend {backend} --local_dir {actor} --target_dir {actor}/huggingface" in str(
-        error.value
+    assert (
+        f"verl.model_merger merge --backend {backend} --local_dir {actor} --target_dir "
+        f"{actor}/huggingface" in str(error.value)
     )
 
 
@@ -66,7 +78,15 @@ def test_no_checkpoint_at_all(tmp_path):
 
 def problem_file(path: Path, source: str, count: int) -> Path:
     rows = [
-        make_row(source, f"{source}: {i}+{i}?", TEMPLATES["boxed"], str(2 * i), "math", index=i, split="t")
+        make_row(
+            source,
+            f"{source}: {i}+{i}?",
+            TEMPLATES["boxed"],
+            str(2 * i),
+            "math",
+            index=i,
+            split="t",
+        )
         for i in range(count)
     ]
     write_parquet(rows, path)
@@ -76,11 +96,24 @@ def problem_file(path: Path, source: str, count: int) -> Path:
 def test_problems(tmp_path):
     file = problem_file(tmp_path / "a.parquet", "a", 4)
     problems = read_problems([str(file), str(file)])
-    assert [p.ground_truth for p in problems] == ["0", "2", "4", "6"]  # those of the second file are the same
-    assert problems[1].prompt[0]["role"] == "user" and problems[1].extra_info["answer_format"] == "boxed"
+    assert [p.ground_truth for p in problems] == [
+        "0",
+        "2",
+        "4",
+        "6",
+    ]  # those of the second file are the same
+    assert (
+        problems[1].prompt[0]["role"] == "user"
+        and problems[1].extra_info["answer_format"] == "boxed"
+    )
     assert [p.key for p in read_problems([str(file)], limit=2)] == [p.key for p in problems[:2]]
-    (tmp_path / "bad.jsonl").write_text('{"prompt": [{"role": "user", "content": "x"}], "data_source": "s"}\n')
-    with pytest.raises(ValueError, match=r"bad.jsonl, row 0: not a row of verl's schema \(KeyError: 'reward_model'\)"):
+    (tmp_path / "bad.jsonl").write_text(
+        '{"prompt": [{"role": "user", "content": "x"}], "data_source": "s"}\n'
+    )
+    with pytest.raises(
+        ValueError,
+        match=r"bad.jsonl, row 0: not a row of verl's schema \(KeyError: 'reward_model'\)",
+    ):
         read_problems([str(tmp_path / "bad.jsonl")])
 
 
@@ -104,7 +137,8 @@ def test_store_goes_on_after_a_kill(tmp_path):
 def test_store_refuses_other_settings_and_damage(tmp_path):
     store = Store(tmp_path, SETTINGS)
     with pytest.raises(
-        ValueError, match=r"made with temperature=1.0 \(now 0.6\): choose another --output, or --overwrite"
+        ValueError,
+        match=r"made with temperature=1.0 \(now 0.6\): choose another --output, or --overwrite",
     ):
         Store(tmp_path, {**SETTINGS, "temperature": 0.6})
     store.path.write_text('{"key": 1}\nx\n')
@@ -117,7 +151,10 @@ def test_store_refuses_other_settings_and_damage(tmp_path):
 @pytest.fixture
 def evaluated(tmp_path) -> tuple[list[str], Path]:
     """Four completions for each of three and two problems: right 0, 1, 4 times, and 2, 0 times."""
-    files = [problem_file(tmp_path / f"{name}.parquet", name, count) for name, count in (("a", 3), ("b", 2))]
+    files = [
+        problem_file(tmp_path / f"{name}.parquet", name, count)
+        for name, count in (("a", 3), ("b", 2))
+    ]
     store = Store(tmp_path / "out", {**SETTINGS, "n": 4})
     for problem, right in zip(read_problems([str(f) for f in files]), (0, 1, 4, 2, 0), strict=True):
         texts = [f"\\boxed{{{problem.ground_truth}.0}}"] * right + [
@@ -126,7 +163,9 @@ def evaluated(tmp_path) -> tuple[list[str], Path]:
             "\\boxed{78}",
             "\\boxed{77}",
         ]
-        store.add(Completion(problem.key, i, text, 10 + i, i == 3) for i, text in enumerate(texts[:4]))
+        store.add(
+            Completion(problem.key, i, text, 10 + i, i == 3) for i, text in enumerate(texts[:4])
+        )
     store.close()
     return [str(file) for file in files], tmp_path / "out"
 
@@ -140,9 +179,13 @@ def test_score_only(evaluated, capsys):
     assert a["pass@1"]["mean"] == pytest.approx((0 + 1 / 4 + 1) / 3)
     assert a["pass@2"]["mean"] == pytest.approx((0 + 1 / 2 + 1) / 3)
     assert a["pass@4"]["mean"] == pytest.approx(2 / 3)
-    assert a["maj@4"]["mean"] == pytest.approx((0 + 1 / 3 + 1) / 3)  # the second: 2.0, 77 and 78 have one vote each
+    assert a["maj@4"]["mean"] == pytest.approx(
+        (0 + 1 / 3 + 1) / 3
+    )  # the second: 2.0, 77 and 78 have one vote each
     assert a["answered"]["mean"] == pytest.approx((3 / 4 + 3 / 4 + 1) / 3)
-    assert a["truncated"]["mean"] == pytest.approx(1 / 4) and a["tokens"]["mean"] == pytest.approx(11.5)
+    assert a["truncated"]["mean"] == pytest.approx(1 / 4) and a["tokens"]["mean"] == pytest.approx(
+        11.5
+    )
     assert a["avg@4"]["low"] <= a["avg@4"]["mean"] <= a["avg@4"]["high"]
     assert b["avg@4"]["mean"] == pytest.approx(1 / 4)
     assert average["avg@4"]["mean"] == pytest.approx((5 / 12 + 1 / 4) / 2)
@@ -161,16 +204,32 @@ def test_another_reward_function(evaluated, tmp_path):
     (tmp_path / "reward.py").write_text(
         "def length(data_source, solution_str, ground_truth, extra_info=None):\n    return 1\n"
     )
-    arguments = ["--data", *files, "--output", str(output), "--score-only", "--reward-name", "length", "--k", "3"]
+    arguments = [
+        "--data",
+        *files,
+        "--output",
+        str(output),
+        "--score-only",
+        "--reward-name",
+        "length",
+        "--k",
+        "3",
+    ]
     assert main([*arguments, "--reward", str(tmp_path / "reward.py")]) == 0
     results = json.loads((output / "results.json").read_text())["results"]
-    assert results["a"]["avg@4"]["mean"] == 1.0 and "maj@4" not in results["a"] and "pass@2" not in results["a"]
+    assert (
+        results["a"]["avg@4"]["mean"] == 1.0
+        and "maj@4" not in results["a"]
+        and "pass@2" not in results["a"]
+    )
     assert results["a"]["pass@3"] == {"mean": 1.0, "low": 1.0, "high": 1.0}
 
 
 def test_different_numbers_of_samples():
     scored = [
-        {"key": key, "data_source": "a", "sample": i, "acc": 1.0} for key, n in (("x", 1), ("y", 2)) for i in range(n)
+        {"key": key, "data_source": "a", "sample": i, "acc": 1.0}
+        for key, n in (("x", 1), ("y", 2))
+        for i in range(n)
     ]
     with pytest.raises(ValueError, match="problems have 1 to 2 completions"):
         per_problem(scored)
@@ -180,20 +239,35 @@ BAD = {
     "no model": ([], "--model is missing"),
     "no such model": (["--model", "/nowhere"], "--model /nowhere: no such folder"),
     "greedy": (["--model", "M", "--temperature", "0", "-n", "2"], "--temperature 0 with -n 2"),
-    "k": (["--model", "M", "--k", "8", "-n", "4"], "--k 8: pass@k needs at least k completions, -n is 4"),
+    "k": (
+        ["--model", "M", "--k", "8", "-n", "4"],
+        "--k 8: pass@k needs at least k completions, -n is 4",
+    ),
     "n": (["--model", "M", "-n", "0"], "-n 0: at least one completion"),
-    "both": (["--score-only", "--overwrite"], "--score-only scores what is there, --overwrite removes it"),
+    "both": (
+        ["--score-only", "--overwrite"],
+        "--score-only scores what is there, --overwrite removes it",
+    ),
     "nothing to score": (["--score-only"], "run once without --score-only"),
     "backend": (["--model", "M", "--backend", "hf"], "hf is the server for VERL_PLATFORM=cpu"),
     "no GPU": (["--model", "M", "--gpus", "0"], "no GPU was found"),
-    "tp": (["--model", "M", "--gpus", "3", "--tp", "2"], "--gpus 3 x --nodes 1 does not divide into servers of --tp 2"),
-    "override": (["--model", "M", "--gpus", "1", "actor_rollout_ref.rollout.no_such_key=1"], "verl's config refuses"),
+    "tp": (
+        ["--model", "M", "--gpus", "3", "--tp", "2"],
+        "--gpus 3 x --nodes 1 does not divide into servers of --tp 2",
+    ),
+    "override": (
+        ["--model", "M", "--gpus", "1", "actor_rollout_ref.rollout.no_such_key=1"],
+        "verl's config refuses",
+    ),
     "overrides apart": (
         ["data.seed=1", "--model", "M", "actor_rollout_ref.none=1", "--gpus", "1"],
         "refuses data.seed=1 actor_rollout_ref.none=1",
     ),
     "tokenizer": (["--model", "M", "--gpus", "1"], "--model "),
-    "reward": (["--model", "M", "--reward", "/no.py"], "--reward /no.py --reward-name compute_score: "),
+    "reward": (
+        ["--model", "M", "--reward", "/no.py"],
+        "--reward /no.py --reward-name compute_score: ",
+    ),
 }
 
 

@@ -7,7 +7,13 @@ from math import comb
 import numpy as np
 import pytest
 
-from capo_verl.data.evaluation.statistics import Estimate, estimates, majority, pass_at_k, powers_of_two
+from capo_verl.data.evaluation.statistics import (
+    Estimate,
+    estimates,
+    majority,
+    pass_at_k,
+    powers_of_two,
+)
 
 
 @pytest.mark.parametrize("n", [1, 2, 5, 8])
@@ -16,7 +22,9 @@ def test_pass_at_k_is_the_share_of_subsets_with_a_correct_sample(n):
         correct = [True] * c + [False] * (n - c)
         for k in range(1, n + 1):
             subsets = list(combinations(correct, k))
-            assert pass_at_k(n, c, k) == pytest.approx(sum(map(any, subsets)) / len(subsets), abs=1e-12)
+            assert pass_at_k(n, c, k) == pytest.approx(
+                sum(map(any, subsets)) / len(subsets), abs=1e-12
+            )
 
 
 def test_pass_at_k_with_many_samples():
@@ -46,7 +54,9 @@ def test_intervals_against_the_normal_approximation():
 
 
 def test_problems_are_resampled_whole():
-    """Sixteen samples of ten problems, all right or all wrong: as uncertain as ten coins, not as 160."""
+    """Sixteen samples of ten problems, all right or all wrong: as uncertain as ten coins, not as
+    160.
+    """
     one = estimates({"a": {"avg@16": [1.0] * 5 + [0.0] * 5}})["a"]["avg@16"]
     assert one.high - one.low >= 0.5
 

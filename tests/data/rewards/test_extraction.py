@@ -43,7 +43,9 @@ def test_other_formats():
         final_answer("1", "box")
 
 
-@pytest.mark.parametrize("piece", ["\\boxed{", "\\boxed ", "<answer>", "{", "}", "\\boxed{1}", "\\boxed{\\boxed{1}"])
+@pytest.mark.parametrize(
+    "piece", ["\\boxed{", "\\boxed ", "<answer>", "{", "}", "\\boxed{1}", "\\boxed{\\boxed{1}"]
+)
 def test_time_is_linear(piece):
     def seconds(count):
         start = time.process_time()

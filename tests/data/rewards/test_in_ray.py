@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The reward in a Ray actor, as verl's reward workers call it: threads of an actor, child processes of its own."""
+"""The reward in a Ray actor, as verl's reward workers call it: threads of an actor, child processes
+of its own.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ class RewardWorker:
 
         loop = asyncio.get_running_loop()
         calls = [
-            loop.run_in_executor(None, lambda r=r: compute_score("math", r, "1/2", {}, timeout_seconds=1.0))
+            loop.run_in_executor(
+                None, lambda r=r: compute_score("math", r, "1/2", {}, timeout_seconds=1.0)
+            )
             for r in responses
         ]
         return await asyncio.gather(*calls)
@@ -28,7 +32,11 @@ class RewardWorker:
     def children(self) -> list[int]:
         import psutil
 
-        return [p.pid for p in psutil.Process().children() if "capo_verl.data.rewards.worker" in p.cmdline()]
+        return [
+            p.pid
+            for p in psutil.Process().children()
+            if "capo_verl.data.rewards.worker" in p.cmdline()
+        ]
 
 
 def test_answers_are_judged_and_nothing_is_left_behind():
@@ -40,7 +48,13 @@ def test_answers_are_judged_and_nothing_is_left_behind():
     ray.init(num_cpus=2, include_dashboard=False, runtime_env={"env_vars": {"PYTHONPATH": path}})
     try:
         worker = ray.remote(RewardWorker).remote()
-        responses = ["\\boxed{0.5}", "\\boxed{9^{9^{9^{9}}}}", "\\boxed{2/4}", "\\boxed{1/3}", "none"]
+        responses = [
+            "\\boxed{0.5}",
+            "\\boxed{9^{9^{9^{9}}}}",
+            "\\boxed{2/4}",
+            "\\boxed{1/3}",
+            "none",
+        ]
         results = ray.get(worker.score.remote(responses))
         assert [r["score"] for r in results] == [1.0, 0.0, 1.0, 0.0, 0.0]
         assert [r["judge_failed"] for r in results] == [0.0, 1.0, 0.0, 0.0, 0.0]

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The reward function: equivalences, hostile answers, limits of time and memory, reasoning-gym's problems."""
+"""The reward function: equivalences, hostile answers, limits of time and memory, reasoning-gym's
+problems.
+"""
 
 from __future__ import annotations
 
@@ -31,49 +33,68 @@ def forget():
 
 
 def score(answer: str, reference: str, **kwargs) -> dict:
-    return compute_score("math", f"Therefore \\boxed{{{answer}}}.", reference, {"answer_format": "boxed"}, **kwargs)
+    return compute_score(
+        "math", f"Therefore \\boxed{{{answer}}}.", reference, {"answer_format": "boxed"}, **kwargs
+    )
 
 
 EQUAL = [
-    ("0.5", "\\frac{1}{2}"), ("\\frac12", "1/2"), ("\\dfrac{2}{4}", "\\frac{1}{2}"), ("0.3333333", "\\frac13"),
-    ("2\\sqrt2", "\\sqrt{8}"), ("1024", "2^{10}"), ("(x+1)^2", "x^2+2x+1"), ("3.14159265358979", "\\pi"),
+    ("0.5", "\\frac{1}{2}"), ("\\frac12", "1/2"), ("\\dfrac{2}{4}", "\\frac{1}{2}"),
+    ("0.3333333", "\\frac13"),
+    ("2\\sqrt2", "\\sqrt{8}"), ("1024", "2^{10}"), ("(x+1)^2", "x^2+2x+1"),
+    ("3.14159265358979", "\\pi"),
     ("2,1", "\\{1,2\\}"), ("\\{2, 1\\}", "1,2"), ("2 \\text{ and } 1", "1,2"), ("-1,1", "\\pm 1"),
     ("(1, 2)", "(1,2)"), ("\\left(3,\\frac{\\pi}{2}\\right)", "\\left( 3, \\frac{\\pi}{2} \\right)"),
-    ("0\\le x<1", "[0,1)"), ("(4,\\infty)\\cup(-\\infty,3)", "(-\\infty,3)\\cup(4,\\infty)"), ("[2,3]", "x\\in[2,3]"),
+    ("0\\le x<1", "[0,1)"), ("(4,\\infty)\\cup(-\\infty,3)", "(-\\infty,3)\\cup(4,\\infty)"),
+    ("[2,3]", "x\\in[2,3]"),
     ("50", "50\\%"), ("0.5", "50\\%"), ("50%", "0.5"), ("50\\%", "50"), ("50 percent", "50%"),
-    ("10", "10\\text{ cm}"), ("9 apples", "9"), ("\\$32", "32"), ("90", "90^\\circ"), ("12345", "12,345"),
-    ("x=3", "3"), ("3", "x=3"), ("evelyn", "\\text{Evelyn}"), ("\\text{Mrs. Hilt}", "Mrs. Hilt"), ("C", "\\text{(C)}"),
-    ("\\begin{pmatrix}1\\\\2\\end{pmatrix}", "\\begin{pmatrix}1\\\\2\\end{pmatrix}"), ("10-4n", "-10-4(n-5)"), ("$7$", "7"),
+    ("10", "10\\text{ cm}"), ("9 apples", "9"), ("\\$32", "32"), ("90", "90^\\circ"),
+    ("12345", "12,345"),
+    ("x=3", "3"), ("3", "x=3"), ("evelyn", "\\text{Evelyn}"), ("\\text{Mrs. Hilt}", "Mrs. Hilt"),
+    ("C", "\\text{(C)}"),
+    ("\\begin{pmatrix}1\\\\2\\end{pmatrix}", "\\begin{pmatrix}1\\\\2\\end{pmatrix}"),
+    ("10-4n", "-10-4(n-5)"), ("$7$", "7"),
 ]  # fmt: skip
 DIFFERENT = [
-    ("0.4", "\\frac{1}{2}"), ("1,3", "1,2"), ("(2,1)", "(1,2)"), ("[0,1]", "[0,1)"), ("5000%", "50%"), ("0.5%", "50%"),
-    ("1", "\\pm 1"), ("Anna", "\\text{Evelyn}"), ("D", "\\text{(C)}"), ("x^2+2x+2", "(x+1)^2"), ("12.345", "12,345"),
-    ("-3", "3"), ("\\begin{pmatrix}1\\\\3\\end{pmatrix}", "\\begin{pmatrix}1\\\\2\\end{pmatrix}"), ("x", "3"),
+    ("0.4", "\\frac{1}{2}"), ("1,3", "1,2"), ("(2,1)", "(1,2)"), ("[0,1]", "[0,1)"),
+    ("5000%", "50%"), ("0.5%", "50%"),
+    ("1", "\\pm 1"), ("Anna", "\\text{Evelyn}"), ("D", "\\text{(C)}"), ("x^2+2x+2", "(x+1)^2"),
+    ("12.345", "12,345"),
+    ("-3", "3"), ("\\begin{pmatrix}1\\\\3\\end{pmatrix}", "\\begin{pmatrix}1\\\\2\\end{pmatrix}"),
+    ("x", "3"),
 ]  # fmt: skip
 
 
 QUESTIONS = [
-    ("\\sum_{k=1}^{100}k", "5050"), ("\\displaystyle\\sum _{k=1}^{100} k", "5050"), ("\\prod_{k=1}^3 k", "6"),
+    ("\\sum_{k=1}^{100}k", "5050"), ("\\displaystyle\\sum _{k=1}^{100} k", "5050"),
+    ("\\prod_{k=1}^3 k", "6"),
     ("\\int_0^1\\frac1{1+x^2}dx", "\\frac{\\pi}{4}"), ("\\lim_{x\\to0}\\frac{\\sin x}{x}", "1"),
-    ("\\frac{d}{dx}x^2", "2x"), ("\\gcd(12,15)", "3"), ("\\operatorname{lcm}(4,6)", "12"), ("\\binom{5}{2}", "10"),
-    ("{5 \\choose 2}", "10"), ("5!", "120"), ("\\frac{6!}{3!}", "120"), ("\\max(3,5)", "5"), ("17 \\mod 5", "2"),
+    ("\\frac{d}{dx}x^2", "2x"), ("\\gcd(12,15)", "3"), ("\\operatorname{lcm}(4,6)", "12"),
+    ("\\binom{5}{2}", "10"),
+    ("{5 \\choose 2}", "10"), ("5!", "120"), ("\\frac{6!}{3!}", "120"), ("\\max(3,5)", "5"),
+    ("17 \\mod 5", "2"),
     ("\\lfloor 3.7\\rfloor", "3"), ("\\det\\begin{pmatrix}1&2\\\\3&4\\end{pmatrix}", "-2"),
-    ("x=\\sum_{k=1}^{100}k", "5050"), ("\\sum_{k=1}^{10}k", "n=55"), ("\\sum_{k=0}^{4}\\binom{4}{k}^2", "\\binom{8}{4}"),
+    ("x=\\sum_{k=1}^{100}k", "5050"), ("\\sum_{k=1}^{10}k", "n=55"),
+    ("\\sum_{k=0}^{4}\\binom{4}{k}^2", "\\binom{8}{4}"),
 ]  # fmt: skip
 """math-verify evaluates them all; an answer as complicated as the question is none."""
 UNTRUE = [
-    ("6=5", "5"), ("1=2=3=5", "5"), ("x=6=5", "5"), ("6=x=5", "5"), ("(6=5)", "5"), ("\\{6=5\\}", "5"),
-    ("6\\equiv 5", "5"), ("\\sqrt{2}=1.414=5", "5"), ("n=6=5", "n=5"), ("6\\text{ cm}=5\\text{ cm}", "5"), ("3=1,2", "1,2"),
-    ("3\\pi=2\\pi", "2\\pi"),
+    ("6=5", "5"), ("1=2=3=5", "5"), ("x=6=5", "5"), ("6=x=5", "5"), ("(6=5)", "5"),
+    ("\\{6=5\\}", "5"), ("6\\equiv 5", "5"), ("\\sqrt{2}=1.414=5", "5"), ("n=6=5", "n=5"),
+    ("6\\text{ cm}=5\\text{ cm}", "5"), ("3=1,2", "1,2"), ("3\\pi=2\\pi", "2\\pi"),
 ]  # fmt: skip
 FINAL = [
-    ("x=5", "5"), ("k=\\frac12", "0.5"), ("x_1=5", "5"), ("\\theta=30^\\circ", "30"), ("AB=5", "5"), ("f(2)=4", "4"),
-    ("a+b=5", "5"), ("P(A)=\\frac12", "\\frac12"), ("\\text{Area}=5", "5"), ("x=y=5", "5"), ("2+3=5", "5"), ("x=2+3=5", "5"),
-    ("\\sum_{k=1}^{100}k=5050", "5050"), ("x=1, x=2", "1,2"), ("x=1\\text{ or }x=2", "1,2"), ("x=1,y=2", "(1,2)"),
-    ("(x,y)=(1,2)", "(1,2)"), ("2x-y+1=0", "y=2x+1"), ("y=2x+1", "2x+1"), ("n=5", "n=5"), ("10,\\!000", "10000"),
-    ("x=50\\%", "50\\%"), ("\\log_2 8", "3"), ("\\ln 9", "2\\ln 3"),
+    ("x=5", "5"), ("k=\\frac12", "0.5"), ("x_1=5", "5"), ("\\theta=30^\\circ", "30"), ("AB=5", "5"),
+    ("f(2)=4", "4"),
+    ("a+b=5", "5"), ("P(A)=\\frac12", "\\frac12"), ("\\text{Area}=5", "5"), ("x=y=5", "5"),
+    ("2+3=5", "5"), ("x=2+3=5", "5"),
+    ("\\sum_{k=1}^{100}k=5050", "5050"), ("x=1, x=2", "1,2"), ("x=1\\text{ or }x=2", "1,2"),
+    ("x=1,y=2", "(1,2)"),
+    ("(x,y)=(1,2)", "(1,2)"), ("2x-y+1=0", "y=2x+1"), ("y=2x+1", "2x+1"), ("n=5", "n=5"),
+    ("10,\\!000", "10000"), ("x=50\\%", "50\\%"), ("\\log_2 8", "3"), ("\\ln 9", "2\\ln 3"),
     ("\\cos\\frac{\\pi}{6}", "\\frac{\\sqrt3}{2}"),
-    ("x\\in[2,3]", "[2,3]"), ("2^{10}", "1024"), ("\\frac{n!}{2}", "\\frac{n!}{2!}"), ("\\binom{10}{3}", "\\frac{10!}{3!7!}"),
+    ("x\\in[2,3]", "[2,3]"), ("2^{10}", "1024"), ("\\frac{n!}{2}", "\\frac{n!}{2!}"),
+    ("\\binom{10}{3}", "\\frac{10!}{3!7!}"),
     ("\\sum_{i=1}^{3} a_i", "\\sum_{i=1}^{3} a_i"), ("30 \\min", "30\\min"),
 ]  # fmt: skip
 
@@ -101,13 +122,23 @@ def test_final_answers(answer, reference):
 def test_equal(answer, reference):
     result = score(answer, reference)
     assert result.keys() == KEYS
-    assert (result["score"], result["acc"], result["answered"], result["judge_failed"]) == (1.0, 1.0, 1.0, 0.0)
+    assert (result["score"], result["acc"], result["answered"], result["judge_failed"]) == (
+        1.0,
+        1.0,
+        1.0,
+        0.0,
+    )
 
 
 @pytest.mark.parametrize(("answer", "reference"), DIFFERENT)
 def test_different(answer, reference):
     result = score(answer, reference)
-    assert (result["score"], result["acc"], result["answered"], result["judge_failed"]) == (0.0, 0.0, 1.0, 0.0)
+    assert (result["score"], result["acc"], result["answered"], result["judge_failed"]) == (
+        0.0,
+        0.0,
+        1.0,
+        0.0,
+    )
 
 
 def test_no_answer_and_too_long_an_answer():
@@ -206,7 +237,10 @@ def test_confinement(tmp_path, attempt):
     path = tmp_path / "canary"
     code = "import os, socket, subprocess, sys\nfrom capo_verl.data.rewards.guard import confine\npath = sys.argv[1]\nconfine()\n"
     done = subprocess.run(
-        [sys.executable, "-c", code + attempt, str(path)], capture_output=True, text=True, check=False
+        [sys.executable, "-c", code + attempt, str(path)],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert f"RefusedError: {CONFINED[attempt]} is refused" in done.stderr
     assert not path.exists()
@@ -251,9 +285,13 @@ GYM = {
 
 
 def gym_score(generator: str, answer: str, reference: str, metadata: dict) -> dict:
-    entry = json.dumps({"question": "", "answer": reference, "metadata": {"source_dataset": generator, **metadata}})
+    entry = json.dumps(
+        {"question": "", "answer": reference, "metadata": {"source_dataset": generator, **metadata}}
+    )
     extra = {"answer_format": "tags", "entry": entry}
-    return compute_score(f"reasoning_gym/{generator}", f"<answer>{answer}</answer>", reference, extra)
+    return compute_score(
+        f"reasoning_gym/{generator}", f"<answer>{answer}</answer>", reference, extra
+    )
 
 
 @pytest.mark.parametrize("generator", GYM)
@@ -276,7 +314,9 @@ def test_the_injections_work_where_nothing_guards(tmp_path):
     for generator, number in (("countdown", 1), ("countdown", 4), ("string_insertion", 2)):
         canary = tmp_path / f"{generator}-{number}"
         subprocess.run(
-            [sys.executable, "-c", code, generator, injections(canary)[number]], check=False, capture_output=True
+            [sys.executable, "-c", code, generator, injections(canary)[number]],
+            check=False,
+            capture_output=True,
         )
         assert canary.exists(), (generator, number)
 
@@ -288,13 +328,19 @@ def test_every_evaluation_in_reasoning_gym_is_known():
     found = {
         str(path.relative_to(root))
         for path in root.rglob("*.py")
-        if re.search(r"(?<![\w.])(eval|exec)\(|sympify\(|(sp|sympy)\.parse_expr|import parse_expr", path.read_text())
+        if re.search(
+            r"(?<![\w.])(eval|exec)\(|sympify\(|(sp|sympy)\.parse_expr|import parse_expr",
+            path.read_text(),
+        )
     }
     assert found == {
-        "algebra/intermediate_integration.py", "algebra/polynomial_multiplication.py", "algebra/simple_integration.py",
-        "algorithmic/binary_matrix.py", "algorithmic/number_sorting.py", "algorithmic/spiral_matrix.py",
-        "algorithmic/string_insertion.py", "arithmetic/basic_arithmetic.py", "arithmetic/bitwise_arithmetic.py",
-        "arithmetic/gsm_symbolic/generators_00_49.py", "arithmetic/gsm_symbolic/generators_50_99.py", "code/codeio.py",
+        "algebra/intermediate_integration.py", "algebra/polynomial_multiplication.py",
+        "algebra/simple_integration.py",
+        "algorithmic/binary_matrix.py", "algorithmic/number_sorting.py",
+        "algorithmic/spiral_matrix.py",
+        "algorithmic/string_insertion.py", "arithmetic/basic_arithmetic.py",
+        "arithmetic/bitwise_arithmetic.py", "arithmetic/gsm_symbolic/generators_00_49.py",
+        "arithmetic/gsm_symbolic/generators_50_99.py", "code/codeio.py",
         "games/countdown.py", "games/n_queens.py", "games/puzzle24.py",
     }  # fmt: skip
 
@@ -302,7 +348,10 @@ def test_every_evaluation_in_reasoning_gym_is_known():
 def test_guarded_scorers_still_score():
     pytest.importorskip("reasoning_gym")
     assert gym_score("countdown", "2+1", "1 + 2", GYM["countdown"])["score"] == 1.0
-    assert gym_score("simple_integration", "x**2 + C", "x**2 + C", GYM["simple_integration"])["score"] == 1.0
+    assert (
+        gym_score("simple_integration", "x**2 + C", "x**2 + C", GYM["simple_integration"])["score"]
+        == 1.0
+    )
     assert (
         gym_score("spiral_matrix", "[1, 2, 3]", "1 2 3", {})["score"]
         > gym_score("spiral_matrix", "[1, 2]", "1 2 3", {})["score"]
@@ -310,7 +359,9 @@ def test_guarded_scorers_still_score():
 
 
 def test_every_generators_reference_answer_gets_its_own_score():
-    """All of reasoning-gym's generators, through the files' JSON and the worker, against the scorer called here."""
+    """All of reasoning-gym's generators, through the files' JSON and the worker, against the scorer
+    called here.
+    """
     package = pytest.importorskip("reasoning_gym")
     from reasoning_gym.factory import DATASETS
 
@@ -323,7 +374,9 @@ def test_every_generators_reference_answer_gets_its_own_score():
     for name in names:
         (row,) = gym_rows(f"reasoning_gym/{name}", {"test": 1}, 7, {}, TEMPLATES["tags"])["test"]
         reference = row["reward_model"]["ground_truth"]
-        result = compute_score(row["data_source"], f"<answer>{reference}</answer>", reference, row["extra_info"])
+        result = compute_score(
+            row["data_source"], f"<answer>{reference}</answer>", reference, row["extra_info"]
+        )
         entry = next(iter(package.create_dataset(name, seed=7, size=OVERSAMPLING)))
         own = package.get_score_answer_fn(name)(reference, entry)
         assert result["score"] == own, (name, reference, result)
@@ -335,11 +388,22 @@ def test_quickstart_rows_are_scored_too():
     """Their extra_info has no answer_format: the response is the answer."""
     pytest.importorskip("reasoning_gym")
     entry = json.dumps(
-        {"question": "sun", "answer": "nus", "metadata": {"source_dataset": "spell_backward", "word": "sun"}}
+        {
+            "question": "sun",
+            "answer": "nus",
+            "metadata": {"source_dataset": "spell_backward", "word": "sun"},
+        }
     )
-    arguments = ("reasoning_gym/spell_backward", "nus", "nus", {"index": 0, "split": "test", "entry": entry})
+    arguments = (
+        "reasoning_gym/spell_backward",
+        "nus",
+        "nus",
+        {"index": 0, "split": "test", "entry": entry},
+    )
     assert compute_score(*arguments)["score"] == 1.0
-    wrong = compute_score("reasoning_gym/spell_backward", "nux", "nus", arguments[3], partial_credit=False)
+    wrong = compute_score(
+        "reasoning_gym/spell_backward", "nux", "nus", arguments[3], partial_credit=False
+    )
     assert (wrong["score"], wrong["acc"]) == (0.0, 0.0)
 
 
@@ -384,9 +448,13 @@ def test_a_worker_that_dies_while_judging_is_told_from_a_slow_one():
     killer = threading.Thread(target=kill_all)
     try:
         killer.start()
-        assert pool.judge({"reference": "1", "answer": "9^{9^{9^{9}}}"}, 20.0) == Verdict(0.0, "died")
+        assert pool.judge({"reference": "1", "answer": "9^{9^{9^{9}}}"}, 20.0) == Verdict(
+            0.0, "died"
+        )
         stop.set()
-        assert pool.judge({"reference": "1", "answer": "9^{9^{9^{9}}}"}, 0.5) == Verdict(0.0, "timeout")
+        assert pool.judge({"reference": "1", "answer": "9^{9^{9^{9}}}"}, 0.5) == Verdict(
+            0.0, "timeout"
+        )
     finally:
         stop.set()
         killer.join()
@@ -410,15 +478,22 @@ def test_workers_end_with_their_parent():
 
 def test_a_worker_that_cannot_start_says_why(tmp_path, monkeypatch):
     (tmp_path / "math_verify").mkdir()
-    (tmp_path / "math_verify/__init__.py").write_text("raise ModuleNotFoundError('no', name='math_verify')\n")
+    (tmp_path / "math_verify/__init__.py").write_text(
+        "raise ModuleNotFoundError('no', name='math_verify')\n"
+    )
     monkeypatch.syspath_prepend(tmp_path)
     pool = Pool("math", 1)
-    with pytest.raises(RuntimeError, match=r"did not start: math_verify is missing; pip install 'capo-verl\[data\]'"):
+    with pytest.raises(
+        RuntimeError,
+        match=r"did not start: math_verify is missing; pip install 'capo-verl\[data\]'",
+    ):
         pool.judge({"reference": "1", "answer": "2"}, 20.0)
 
 
 def test_verls_own_loader_and_reward_manager():
-    """``custom_reward_function.path=pkg://...``, then verl's naive reward manager, which calls it in a thread."""
+    """``custom_reward_function.path=pkg://...``, then verl's naive reward manager, which calls it
+    in a thread.
+    """
     pytest.importorskip("verl")
     import asyncio
 
@@ -434,14 +509,19 @@ def test_verls_own_loader_and_reward_manager():
         "name": "compute_score",
         "reward_kwargs": {"timeout_seconds": 1.0},
     }
-    function = get_custom_reward_fn(OmegaConf.create({"reward": {"custom_reward_function": custom}}))
+    function = get_custom_reward_fn(
+        OmegaConf.create({"reward": {"custom_reward_function": custom}})
+    )
 
     class Tokenizer:
         def decode(self, ids, skip_special_tokens):
             return ["\\boxed{0.5}", "\\boxed{9^{9^{9^{9}}}}"][int(ids[0])]
 
     rows = DataProto.from_dict(
-        tensors={"responses": torch.tensor([[0], [1]]), "attention_mask": torch.ones(2, 2, dtype=torch.long)},
+        tensors={
+            "responses": torch.tensor([[0], [1]]),
+            "attention_mask": torch.ones(2, 2, dtype=torch.long),
+        },
         non_tensors={
             "data_source": np.array(["math"] * 2, dtype=object),
             "reward_model": np.array([{"ground_truth": "1/2"}] * 2, dtype=object),

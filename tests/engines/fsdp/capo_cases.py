@@ -28,7 +28,9 @@ def train(
 ) -> dict[str, Any]:
     if not own_engine:
         use_verls_engine(layout.strategy)
-    return train_engine(make(layout, model_path, **settings), loss_mode, knobs, temperature, micro_batch_size, steps)
+    return train_engine(
+        make(layout, model_path, **settings), loss_mode, knobs, temperature, micro_batch_size, steps
+    )
 
 
 def use_verls_engine(strategy: str) -> None:
@@ -42,8 +44,12 @@ def use_verls_engine(strategy: str) -> None:
     registry["cpu"] = type("VerlOnCpu", (CpuFsdpMixin, FSDPEngineWithLMHead), {})
 
 
-def filter_under_autocast(layout: FsdpLayout, model_path: str) -> tuple[torch.Tensor, torch.Tensor, torch.dtype]:
-    """m_F of a micro-batch whose forward pass ran under bfloat16 autocast; the same in float64; the dtype of its logits."""
+def filter_under_autocast(
+    layout: FsdpLayout, model_path: str
+) -> tuple[torch.Tensor, torch.Tensor, torch.dtype]:
+    """m_F of a micro-batch whose forward pass ran under bfloat16 autocast; the same in float64; the
+    dtype of its logits.
+    """
     engine, seen = make(layout, model_path), {}
     knobs = {**KNOBS, "optimizer_model": "sgd"}
     train_once(engine, knobs)
@@ -66,4 +72,6 @@ def filter_under_autocast(layout: FsdpLayout, model_path: str) -> tuple[torch.Te
 
 def train_once(engine: Any, knobs: dict[str, Any]) -> dict[str, Any]:
     with engine.train_mode():
-        return engine.train_batch(make_batch(engine, 1.0, MICRO_BATCH_SIZE), make_loss("capo", knobs))
+        return engine.train_batch(
+            make_batch(engine, 1.0, MICRO_BATCH_SIZE), make_loss("capo", knobs)
+        )

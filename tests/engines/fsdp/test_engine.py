@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""CAPO inside verl's FSDP engine on gloo ranks, against Hugging Face + the filter in float64 + torch's AdamW.
+"""CAPO inside verl's FSDP engine on gloo ranks, against Hugging Face + the filter in float64 +
+torch's AdamW.
 
-The reference is the one of the Megatron engine, same model and batch, so the two engines agree as well.
+The reference is the one of the Megatron engine, same model and batch, so the two engines agree as
+well.
 """
 
 from __future__ import annotations
@@ -27,7 +29,12 @@ from tests.helpers.tiny_model import make_tiny_model
 
 PRELOAD = ("torch", "verl.workers.engine.fsdp.transformer_impl")
 LAYOUTS = [
-    *(FsdpLayout(strategy, dp, packed) for strategy in ("fsdp2", "fsdp") for dp in (1, 2) for packed in (True, False)),
+    *(
+        FsdpLayout(strategy, dp, packed)
+        for strategy in ("fsdp2", "fsdp")
+        for dp in (1, 2)
+        for packed in (True, False)
+    ),
     *(FsdpLayout(strategy, sp=2) for strategy in ("fsdp2", "fsdp")),
     FsdpLayout("fsdp", 2, fused="torch"),
     FsdpLayout("fsdp", 2, fused="triton"),
@@ -58,13 +65,21 @@ def tied_qwen2(tmp_path_factory) -> tuple[str, Reference]:
         *((layout, 1.0) for layout in LAYOUTS),
         *(
             (layout, 0.7)
-            for layout in (FsdpLayout(dp=2), FsdpLayout("fsdp", packed=False), FsdpLayout("fsdp", fused="torch"))
+            for layout in (
+                FsdpLayout(dp=2),
+                FsdpLayout("fsdp", packed=False),
+                FsdpLayout("fsdp", fused="torch"),
+            )
         ),
     ],
     ids=str,
 )
-def test_training_equals_hugging_face_with_the_float64_filter(layout, temperature, references, tiny_qwen2):
-    ranks = run_on_ranks(train, layout.world_size, layout, tiny_qwen2, "capo", KNOBS, temperature, preload=PRELOAD)
+def test_training_equals_hugging_face_with_the_float64_filter(
+    layout, temperature, references, tiny_qwen2
+):
+    ranks = run_on_ranks(
+        train, layout.world_size, layout, tiny_qwen2, "capo", KNOBS, temperature, preload=PRELOAD
+    )
     check_training(ranks, layout.dp, references[temperature])
     for rank in ranks[1:]:
         assert torch.equal(rank["state"]["exp_avg"], ranks[0]["state"]["exp_avg"])
@@ -83,7 +98,9 @@ def test_tied_embeddings_with_fused_kernels(layout, tied_qwen2):
     path, reference = tied_qwen2
     ranks = run_on_ranks(train, layout.world_size, layout, path, "capo", KNOBS, preload=PRELOAD)
     for rank in ranks:  # exported under both names
-        assert torch.equal(rank["weights"].pop("lm_head.weight"), rank["weights"]["model.embed_tokens.weight"])
+        assert torch.equal(
+            rank["weights"].pop("lm_head.weight"), rank["weights"]["model.embed_tokens.weight"]
+        )
     check_training(ranks, layout.dp, reference)
 
 
@@ -91,24 +108,34 @@ def test_fsdp_decides_like_megatron(tiny_qwen2):
     ours = run_on_ranks(train, 2, FsdpLayout(dp=2), tiny_qwen2, "capo", KNOBS, preload=PRELOAD)
     theirs = run_on_ranks(
         megatron.train, 2, Layout(tp=2), tiny_qwen2, "capo", KNOBS,
-        preload=("torch", "verl.workers.engine.megatron.transformer_impl", "capo_verl.cpu.megatron.bridge"),
+        preload=("torch", "verl.workers.engine.megatron.transformer_impl",
+            "capo_verl.cpu.megatron.bridge"),
     )  # fmt: skip
     for a, b in zip(ours[0]["reports"], theirs[0]["reports"], strict=True):
         assert a["capo/accepted_tokens"] == b["capo/accepted_tokens"]
-        assert a["capo/objective_shift_p90"][0] == pytest.approx(b["capo/objective_shift_p90"][0], rel=1e-3)
+        assert a["capo/objective_shift_p90"][0] == pytest.approx(
+            b["capo/objective_shift_p90"][0], rel=1e-3
+        )
     moments = torch.cat([rank["state"]["exp_avg"] for rank in theirs])
     torch.testing.assert_close(ours[0]["state"]["exp_avg"], moments, rtol=1e-3, atol=1e-7)
 
 
 def test_padding_to_a_bucket_changes_nothing(references, tiny_qwen2):
     bucket = {"pad_to_length": True, "pad_to_length_bucket": 32}
-    ranks = run_on_ranks(train, 2, FsdpLayout(dp=2), tiny_qwen2, "capo", KNOBS, preload=PRELOAD, **bucket)
+    ranks = run_on_ranks(
+        train, 2, FsdpLayout(dp=2), tiny_qwen2, "capo", KNOBS, preload=PRELOAD, **bucket
+    )
     check_training(ranks, 2, references[1.0])
 
 
 @pytest.mark.parametrize(
     "layout",
-    [FsdpLayout(dp=2), FsdpLayout("fsdp"), FsdpLayout("fsdp", 2), FsdpLayout("fsdp", 2, fused="torch")],
+    [
+        FsdpLayout(dp=2),
+        FsdpLayout("fsdp"),
+        FsdpLayout("fsdp", 2),
+        FsdpLayout("fsdp", 2, fused="torch"),
+    ],
     ids=str,
 )
 def test_lora(layout, tiny_qwen2, tmp_path):
@@ -124,11 +151,22 @@ def test_lora(layout, tiny_qwen2, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "layout", [FsdpLayout(dp=2), FsdpLayout("fsdp", packed=False), FsdpLayout("fsdp", 2, fused="torch")], ids=str
+    "layout",
+    [FsdpLayout(dp=2), FsdpLayout("fsdp", packed=False), FsdpLayout("fsdp", 2, fused="torch")],
+    ids=str,
 )
 def test_without_the_switch_it_is_verls_engine_bit_for_bit(layout, tiny_qwen2):
     ours, verls = (
-        run_on_ranks(train, layout.world_size, layout, tiny_qwen2, "vanilla", None, own_engine=own, preload=PRELOAD)
+        run_on_ranks(
+            train,
+            layout.world_size,
+            layout,
+            tiny_qwen2,
+            "vanilla",
+            None,
+            own_engine=own,
+            preload=PRELOAD,
+        )
         for own in (True, False)
     )
     check_untouched(ours, verls)
@@ -147,7 +185,9 @@ def test_tracking_trains_bit_for_bit_like_no_switch_and_measures(tiny_qwen2):
 @pytest.mark.parametrize("layout", [FsdpLayout(), FsdpLayout("fsdp", fused="torch")], ids=str)
 def test_the_filter_does_not_run_under_autocast(layout, tiny_qwen2):
     """verl's forward pass does; the decisions are those of float64 on the logits that it made."""
-    ((found, expected, dtype),) = run_on_ranks(filter_under_autocast, 1, layout, tiny_qwen2, preload=PRELOAD)
+    ((found, expected, dtype),) = run_on_ranks(
+        filter_under_autocast, 1, layout, tiny_qwen2, preload=PRELOAD
+    )
     assert dtype == torch.bfloat16
     torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-9)
 
@@ -166,8 +206,13 @@ def test_all_ranks_stop_when_one_meets_nan(where, layout, tiny_qwen2):
 
 
 def test_a_skipped_batch_leaves_no_trace(tiny_qwen2):
-    for plain, skipped in run_on_ranks(with_and_without, 2, FsdpLayout(dp=2), tiny_qwen2, preload=PRELOAD):
+    for plain, skipped in run_on_ranks(
+        with_and_without, 2, FsdpLayout(dp=2), tiny_qwen2, preload=PRELOAD
+    ):
         assert skipped["reports"][1] == {"skipped": [1.0], "grad_norm": 0.0}
         assert plain["reports"] == [skipped["reports"][0], skipped["reports"][2]]
-        assert all(torch.equal(plain["weights"][name], skipped["weights"][name]) for name in plain["weights"])
+        assert all(
+            torch.equal(plain["weights"][name], skipped["weights"][name])
+            for name in plain["weights"]
+        )
         assert torch.equal(plain["moments"]["exp_avg_sq"], skipped["moments"]["exp_avg_sq"])

@@ -31,7 +31,10 @@ def tied(tmp_path_factory: pytest.TempPathFactory) -> str:
 )
 def test_logits_are_computed_again_in_float32(layout, model, request):
     path = request.getfixturevalue(model)
-    check_exact(run_on_ranks(measured, layout.world_size, layout, path, preload=PRELOAD), reporting=layout.dp)
+    check_exact(
+        run_on_ranks(measured, layout.world_size, layout, path, preload=PRELOAD),
+        reporting=layout.dp,
+    )
 
 
 def adapted_head(layout: FsdpLayout, path: str) -> dict:
@@ -41,4 +44,6 @@ def adapted_head(layout: FsdpLayout, path: str) -> dict:
 def test_an_adapter_on_the_lm_head(tiny_qwen2):
     """At first it adds nothing, and the logits alone would not tell."""
     layout = FsdpLayout("fsdp", 2, lora_rank=4)
-    check_fallen_back(run_on_ranks(adapted_head, layout.world_size, layout, tiny_qwen2, preload=PRELOAD))
+    check_fallen_back(
+        run_on_ranks(adapted_head, layout.world_size, layout, tiny_qwen2, preload=PRELOAD)
+    )

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The KL budget inside verl's FSDP engine against a float64 Hugging Face model: both generations, Ulysses, fused heads."""
+"""The KL budget inside verl's FSDP engine against a float64 Hugging Face model: both generations,
+Ulysses, fused heads.
+"""
 
 from __future__ import annotations
 
@@ -34,10 +36,16 @@ def test_layout(layout, recording, tiny_qwen2):
     check(ranks, layout.dp, recording, SGD_LR)
 
 
-@pytest.mark.parametrize("layout", [FsdpLayout(dp=2), FsdpLayout("fsdp", 2), FsdpLayout("fsdp", sp=2)], ids=str)
+@pytest.mark.parametrize(
+    "layout", [FsdpLayout(dp=2), FsdpLayout("fsdp", 2), FsdpLayout("fsdp", sp=2)], ids=str
+)
 def test_line_search_steps_back_to_the_budget(layout, tiny_qwen2):
-    """FSDP keeps gathered weights of the root after a forward pass: what is measured again, and trained on, is the new ones."""
+    """FSDP keeps gathered weights of the root after a forward pass: what is measured again, and
+    trained on, is the new ones.
+    """
     expected = record_kl(tiny_qwen2, PROBED, optimizer="sgd", line_search=1.2)
     assert sum(step.kept < 0.9 for step in expected.steps) >= 2
-    ranks = run_on_ranks(train, layout.world_size, layout, tiny_qwen2, knobs_of(line_search=1.2), preload=PRELOAD)
+    ranks = run_on_ranks(
+        train, layout.world_size, layout, tiny_qwen2, knobs_of(line_search=1.2), preload=PRELOAD
+    )
     check(ranks, layout.dp, expected, SGD_LR)

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""CAPO's moments in checkpoints of the FSDP engine: resumed bit-exactly, from a run without CAPO, refused if damaged."""
+"""CAPO's moments in checkpoints of the FSDP engine: resumed bit-exactly, from a run without CAPO,
+refused if damaged.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,12 @@ def test_resuming_continues_bit_exactly(checkpoint):
 
 @pytest.mark.parametrize(
     "layout",
-    [FsdpLayout("fsdp", 2), FsdpLayout("fsdp", packed=False), FsdpLayout(sp=2), FsdpLayout(dp=2, lora_rank=4)],
+    [
+        FsdpLayout("fsdp", 2),
+        FsdpLayout("fsdp", packed=False),
+        FsdpLayout(sp=2),
+        FsdpLayout(dp=2, lora_rank=4),
+    ],
     ids=str,
 )
 def test_resuming_other_layouts_continues_bit_exactly(layout, tiny_qwen2, tmp_path):
@@ -50,7 +57,10 @@ def test_a_run_without_capo_goes_on_with_it(tiny_qwen2, tmp_path):
     assert not Path(path, "capo").exists()
     (resumed,) = on_ranks(resume, FsdpLayout(), tiny_qwen2, path, KNOBS)
     assert resumed["moments"]["step"] == 1
-    assert f"the checkpoint {path} was written without CAPO: its moments start empty" in resumed["said"]
+    assert (
+        f"the checkpoint {path} was written without CAPO: its moments start empty"
+        in resumed["said"]
+    )
 
 
 def test_damaged_and_foreign_states_are_refused_on_every_rank(checkpoint, tiny_qwen2, tmp_path):
@@ -64,8 +74,12 @@ def test_damaged_and_foreign_states_are_refused_on_every_rank(checkpoint, tiny_q
 
     reasons = {
         copy("short", lambda path: path.write_bytes(path.read_bytes()[:-100])): "SafetensorError",
-        copy("bit", lambda path: path.write_bytes(_flip_last_bit(path.read_bytes()))): "its checksum does not fit",
-        copy("other", other_model): "saved for a vocabulary of 127 and hidden size 64, this model has 128 and 64",
+        copy(
+            "bit", lambda path: path.write_bytes(_flip_last_bit(path.read_bytes()))
+        ): "its checksum does not fit",
+        copy(
+            "other", other_model
+        ): "saved for a vocabulary of 127 and hidden size 64, this model has 128 and 64",
         copy("empty", Path.unlink): "FileNotFoundError",
     }
     for said in on_ranks(refusals, SAVED, tiny_qwen2, [*reasons, str(checkpoint[0])]):
@@ -83,4 +97,6 @@ def test_any_number_of_ranks_reads_the_moments(checkpoint, tiny_qwen2):
     saved = checkpoint[1][0]["uninterrupted"]["saved"]
     alone = on_ranks(load_only, FsdpLayout("fsdp"), tiny_qwen2, str(checkpoint[0]))[0]["moments"]
     assert alone["step"] == saved["step"] == 2
-    assert torch.equal(alone["exp_avg"], saved["exp_avg"]) and torch.equal(alone["exp_avg_sq"], saved["exp_avg_sq"])
+    assert torch.equal(alone["exp_avg"], saved["exp_avg"]) and torch.equal(
+        alone["exp_avg_sq"], saved["exp_avg_sq"]
+    )

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Soft weights, adaptive thresholds and penalties inside verl's FSDP engine, against the reference of the Megatron engine."""
+"""Soft weights, adaptive thresholds and penalties inside verl's FSDP engine, against the reference
+of the Megatron engine.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,9 @@ TEMPERATURE = 0.7
 def test_training_equals_the_reference(layout, name, tiny_qwen2):
     knobs = {"soft": SOFT, "penalty": PENALTY}[name]
     reference = make_reference(tiny_qwen2, TEMPERATURE, knobs=knobs)
-    ranks = run_on_ranks(train, layout.world_size, layout, tiny_qwen2, "capo", knobs, TEMPERATURE, preload=PRELOAD)
+    ranks = run_on_ranks(
+        train, layout.world_size, layout, tiny_qwen2, "capo", knobs, TEMPERATURE, preload=PRELOAD
+    )
     check_training(ranks, layout.dp, reference)
     report = next(rank["reports"] for rank in ranks if rank["reports"])[-1]
     assert ("capo/penalty_mean" in report) == (name == "penalty")
@@ -44,4 +48,6 @@ def test_penalties_without_logits_or_with_split_sequences_are_refused(tiny_qwen2
         (FsdpLayout("fsdp", fused="torch"), "logits"),
     ):
         with pytest.raises(RuntimeError, match=message):
-            run_on_ranks(train, layout.world_size, layout, tiny_qwen2, "capo", PENALTY, preload=PRELOAD)
+            run_on_ranks(
+                train, layout.world_size, layout, tiny_qwen2, "capo", PENALTY, preload=PRELOAD
+            )

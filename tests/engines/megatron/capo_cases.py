@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""CAPO training steps on one rank: what the tests run on gloo ranks, and the batch that every layout of every engine gets."""
+"""CAPO training steps on one rank: what the tests run on gloo ranks, and the batch that every
+layout of every engine gets.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,10 @@ KNOBS: dict[str, Any] = {"top_k": 20, "policy_shift_max": 0.0915, "objective_shi
 def recorded() -> RecordedBatch:
     """Four sequences and the (stale) log-probs of their responses."""
     generator = torch.Generator().manual_seed(3)
-    ids = [torch.randint(4, 100, (p + r,), generator=generator) for p, r in zip(PROMPTS, RESPONSES, strict=True)]
+    ids = [
+        torch.randint(4, 100, (p + r,), generator=generator)
+        for p, r in zip(PROMPTS, RESPONSES, strict=True)
+    ]
     return RecordedBatch(
         ids,
         PROMPTS,
@@ -44,7 +49,9 @@ def make_batch(engine: Any, temperature: float, micro_batch_size: int = 1) -> An
     return to_verl(recorded(), mine, temperature, settings)
 
 
-def to_verl(batch: RecordedBatch, mine: Sequence[int], temperature: float, settings: dict[str, Any]) -> Any:
+def to_verl(
+    batch: RecordedBatch, mine: Sequence[int], temperature: float, settings: dict[str, Any]
+) -> Any:
     """verl's fields of the sequences ``mine`` of a batch, without padding."""
     from verl.utils import tensordict_utils as tu
     from verl.utils.dataset.dataset_utils import DatasetPadMode
@@ -54,21 +61,29 @@ def to_verl(batch: RecordedBatch, mine: Sequence[int], temperature: float, setti
 
     fields = {
         "input_ids": nested(batch.ids),
-        "prompts": nested([ids[:prompt] for ids, prompt in zip(batch.ids, batch.prompts, strict=True)]),
-        "responses": nested([ids[prompt:] for ids, prompt in zip(batch.ids, batch.prompts, strict=True)]),
+        "prompts": nested(
+            [ids[:prompt] for ids, prompt in zip(batch.ids, batch.prompts, strict=True)]
+        ),
+        "responses": nested(
+            [ids[prompt:] for ids, prompt in zip(batch.ids, batch.prompts, strict=True)]
+        ),
         "position_ids": nested([torch.arange(len(ids)) for ids in batch.ids]),
         "response_mask": nested(batch.response_mask),
         "loss_mask": nested(batch.response_mask),
         "old_log_probs": nested(batch.old_log_probs),
         "advantages": nested(batch.advantages),
     }
-    data = tu.get_tensordict(fields, {"calculate_entropy": True, "global_batch_size": len(batch.ids), **settings})
+    data = tu.get_tensordict(
+        fields, {"calculate_entropy": True, "global_batch_size": len(batch.ids), **settings}
+    )
     set_temperature(data, temperature, settings.get("use_fused_kernels", False))
     tu.assign_non_tensor(data, pad_mode=DatasetPadMode.NO_PADDING)
     return data
 
 
-def make_loss(loss_mode: str, knobs: dict[str, Any] | None, loss_agg_mode: str = "seq-mean-token-mean") -> Any:
+def make_loss(
+    loss_mode: str, knobs: dict[str, Any] | None, loss_agg_mode: str = "seq-mean-token-mean"
+) -> Any:
     """verl's loss function as its worker binds it; ``knobs=None`` is a run without the switch."""
     from verl.workers.config import McoreActorConfig
     from verl.workers.config.actor import PolicyLossConfig
@@ -82,7 +97,10 @@ def make_loss(loss_mode: str, knobs: dict[str, Any] | None, loss_agg_mode: str =
         else CapoPolicyLossConfig(loss_mode=loss_mode, capo=dict(knobs))
     )
     config = McoreActorConfig(
-        rollout_n=1, ppo_micro_batch_size_per_gpu=1, policy_loss=policy_loss, loss_agg_mode=loss_agg_mode
+        rollout_n=1,
+        ppo_micro_batch_size_per_gpu=1,
+        policy_loss=policy_loss,
+        loss_agg_mode=loss_agg_mode,
     )
     return partial(ppo_loss, config=config)
 
@@ -126,7 +144,10 @@ def moments(engine: Any) -> dict[str, Any] | None:
     """A copy of the filter's state on this rank."""
     if getattr(engine, "_step", None) is None:
         return None
-    return {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in engine._step.capo.state_dict().items()}
+    return {
+        k: v.clone() if isinstance(v, torch.Tensor) else v
+        for k, v in engine._step.capo.state_dict().items()
+    }
 
 
 def use_verls_engine() -> None:

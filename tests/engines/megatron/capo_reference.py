@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""CAPO training with Hugging Face + the filter in float64 + torch's AdamW, and how an engine's training compares."""
+"""CAPO training with Hugging Face + the filter in float64 + torch's AdamW, and how an engine's
+training compares.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,8 @@ def make_reference(
 
     Args:
         knobs: of CAPO.
-        adapter: directory of a LoRA adapter, which is trained in place of the model; the weights are the merged ones.
+        adapter: directory of a LoRA adapter, which is trained in place of the model; the weights
+            are the merged ones.
     """
     trained = load_model(path, adapter)
     model = trained if adapter is None else trained.get_base_model()
@@ -57,7 +60,8 @@ def make_reference(
             actions = row[PROMPTS[i] :]
             wide = logits[None].double()
             out = capo.evaluate(
-                hidden[None].double(), wide, actions[None], torch.tensor([[ADVANTAGES[i]]]), torch.ones(1, len(actions)), LR
+                hidden[None].double(), wide, actions[None], torch.tensor([[ADVANTAGES[i]]]),
+                torch.ones(1, len(actions)), LR
             )  # fmt: skip
             accepted, weights = out.accepted[0].float(), out.weights[0].float()
             log_probs = logits.log_softmax(-1).gather(-1, actions[:, None])[:, 0]
@@ -66,7 +70,10 @@ def make_reference(
                 per_token = per_token + curvature_penalty(wide, out.penalty_terms)[0].float()
             loss = loss + (per_token * accepted).sum() / (accepted.sum() + 1e-8) / len(ids)
             shifts.append(out.policy_shift[0])
-            accepted_count, tokens = accepted_count + int(out.in_trust_region.sum()), tokens + len(actions)
+            accepted_count, tokens = (
+                accepted_count + int(out.in_trust_region.sum()),
+                tokens + len(actions),
+            )
         before, after = capo.batch_shifts()
         loss.backward()
         norm = float(torch.nn.utils.clip_grad_norm_(parameters, CLIP))
@@ -93,7 +100,9 @@ def check_meaningful(reference: Reference) -> None:
 
 
 def check_training(ranks: list[dict[str, Any]], dp: int, expected: Reference) -> None:
-    """What the ranks returned from ``train`` against the reference: decisions, metrics, losses, weights."""
+    """What the ranks returned from ``train`` against the reference: decisions, metrics, losses,
+    weights.
+    """
     reports = [rank["reports"] for rank in ranks if rank["reports"]]
     assert len(reports) == dp
     for at, step in enumerate(expected.steps):
@@ -101,15 +110,22 @@ def check_training(ranks: list[dict[str, Any]], dp: int, expected: Reference) ->
         metrics = {name: value[0] for name, value in mine[0].items() if name.startswith("capo/")}
         assert metrics["capo/accepted_tokens"] == step.accepted
         assert metrics["capo/rejection_rate"] == pytest.approx(1 - step.accepted / step.tokens)
-        assert metrics["capo/policy_shift_mean"] == pytest.approx(float(step.policy_shift.mean()), rel=1e-3)
-        assert metrics["capo/policy_shift_max"] == pytest.approx(float(step.policy_shift.max()), rel=1e-3)
+        assert metrics["capo/policy_shift_mean"] == pytest.approx(
+            float(step.policy_shift.mean()), rel=1e-3
+        )
+        assert metrics["capo/policy_shift_max"] == pytest.approx(
+            float(step.policy_shift.max()), rel=1e-3
+        )
         batch = [metrics[f"capo/batch_policy_shift_{when}"] for when in ("before", "after")]
         assert batch == pytest.approx(step.batch_policy_shift, rel=2e-3)
         assert float(mine[0]["grad_norm"]) == pytest.approx(step.grad_norm, rel=1e-3)
-        assert sum(report["loss"] for report in mine) / dp == pytest.approx(step.loss, rel=1e-3, abs=1e-5)
+        assert sum(report["loss"] for report in mine) / dp == pytest.approx(
+            step.loss, rel=1e-3, abs=1e-5
+        )
     for rank in ranks:
         for name, weight in expected.weights.items():
-            # Adam turns the rounding of a gradient near zero into a share of its step, 1e-2; such elements are few.
+            # Adam turns the rounding of a gradient near zero into a share of its step, 1e-2; such
+            # elements are few.
             difference = (rank["weights"][name] - weight).abs()
             assert float(difference.max()) < 2e-3 and float(difference.mean()) < 5e-6
 
@@ -120,4 +136,6 @@ def check_untouched(ours: list[dict], verls: list[dict]) -> None:
         assert a["weights"].keys() == b["weights"].keys()
         assert all(torch.equal(a["weights"][name], b["weights"][name]) for name in a["weights"])
         assert [r["loss"] for r in a["reports"]] == [r["loss"] for r in b["reports"]]
-        assert a["state"] is None and not any("capo/" in name for report in a["reports"] for name in report)
+        assert a["state"] is None and not any(
+            "capo/" in name for report in a["reports"] for name in report
+        )

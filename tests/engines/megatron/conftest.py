@@ -12,13 +12,23 @@ def odd_vocabulary(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Four layers for two pipeline stages of two chunks, four key-value heads for four tensor-parallel ranks."""
+    """Four layers for two pipeline stages of two chunks, four key-value heads for four
+    tensor-parallel ranks.
+    """
     from tests.helpers.tiny_model import make_tiny_model
 
-    made = {"untied": {}, "tied": {"tie_word_embeddings": True}, "odd-vocabulary": {"vocab_size": 125}}
+    made = {
+        "untied": {},
+        "tied": {"tie_word_embeddings": True},
+        "odd-vocabulary": {"vocab_size": 125},
+    }
     return {
         name: make_tiny_model(
-            tmp_path_factory.mktemp(name), layers=4, num_attention_heads=8, num_key_value_heads=4, **options
+            tmp_path_factory.mktemp(name),
+            layers=4,
+            num_attention_heads=8,
+            num_key_value_heads=4,
+            **options,
         )
         for name, options in made.items()
     }

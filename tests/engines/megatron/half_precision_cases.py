@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The KL probe of engines in bfloat16, on one rank: what it measured, and the same in float64 from what the LM head was given."""
+"""The KL probe of engines in bfloat16, on one rank: what it measured, and the same in float64 from
+what the LM head was given.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,10 @@ SMALL_STEP = 0.01
 
 
 def half_precision_engine(case: Any, model_path: str, **settings: Any) -> Any:
-    """The CPU engines train in float32. Megatron's can in bfloat16; FSDP's runs its forward pass under autocast, as on a GPU."""
+    """The CPU engines train in float32.
+
+    Megatron's can in bfloat16; FSDP's runs its forward pass under autocast, as on a GPU.
+    """
     if isinstance(case, FsdpLayout):
         engine = make(case, model_path, **settings)
         engine._autocast_dtype = torch.bfloat16
@@ -34,11 +39,14 @@ def measured(case: Any, model_path: str, change: str = "", **settings: Any) -> d
     """One optimizer step under the budget.
 
     Args:
-        change: ``cap`` for a Megatron model that caps its logits after the LM head, ``adapter`` for one with an adapter around it.
+        change: ``cap`` for a Megatron model that caps its logits after the LM head, ``adapter`` for
+            one with an adapter around it.
 
     Returns:
-        ``kl``: what was reported, where anything is. On every rank that holds the LM head, in float64: ``exact`` from the hidden
-        states and weights that it was given, ``rounded`` from the logits that the model made. ``passes``: over the probed samples.
+        ``kl``: what was reported, where anything is. On every rank that holds the LM head, in
+            float64: ``exact`` from the hidden
+        states and weights that it was given, ``rounded`` from the logits that the model made.
+        ``passes``: over the probed samples.
     """
     from capo_verl.engines.kl_probe import KLProbe
 
@@ -58,7 +66,9 @@ def measured(case: Any, model_path: str, change: str = "", **settings: Any) -> d
         looks[-1].append({"call": call and call.head and product(call)})
         see_head(probe, call, response)
 
-    def spied_see(probe: Any, logits: Any, hidden_states: Any, temperature: Any, response: Any) -> None:
+    def spied_see(
+        probe: Any, logits: Any, hidden_states: Any, temperature: Any, response: Any
+    ) -> None:
         if not looks[-1] or "rounded" in looks[-1][-1]:
             looks[-1].append({"call": None})
         at = response.response_mask.flatten().nonzero()[:, 0]
@@ -89,10 +99,14 @@ def measured(case: Any, model_path: str, change: str = "", **settings: Any) -> d
 
 def mean_kl(before: list, after: list, name: str, head: Any) -> float:
     """Nats per token over all ranks, float64, straight from the definition."""
-    old, new = (torch.cat([x[name] for x in look])[:, : head.shard.rows] for look in (before, after))
+    old, new = (
+        torch.cat([x[name] for x in look])[:, : head.shard.rows] for look in (before, after)
+    )
     old, new = (collectives.gather(x, head.tp_group).log_softmax(-1) for x in (old, new))
     kl = (old.exp() * (old - new)).sum(-1)
-    total = collectives.sum_(torch.stack((kl.sum(), torch.tensor(len(kl)).double())), (head.dp_group, head.cp_group))
+    total = collectives.sum_(
+        torch.stack((kl.sum(), torch.tensor(len(kl)).double())), (head.dp_group, head.cp_group)
+    )
     return float(total[0] / total[1])
 
 
@@ -104,7 +118,11 @@ class Adapter(torch.nn.Module):
         self.to_wrap = to_wrap
 
     def __getattr__(self, name: str) -> Any:
-        return super().__getattr__(name) if name == "to_wrap" else getattr(super().__getattr__("to_wrap"), name)
+        return (
+            super().__getattr__(name)
+            if name == "to_wrap"
+            else getattr(super().__getattr__("to_wrap"), name)
+        )
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.to_wrap(*args, **kwargs)

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training under a KL budget on one rank of any engine: what the tests of the control run on gloo ranks."""
+"""Training under a KL budget on one rank of any engine: what the tests of the control run on gloo
+ranks.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,10 @@ class Trained:
 
 
 def knobs_of(**budget: Any) -> dict[str, Any]:
-    return {"mode": "off", "kl_budget": {"delta": DELTA, "eta": ETA, "probe_share": SHARE, **budget}}
+    return {
+        "mode": "off",
+        "kl_budget": {"delta": DELTA, "eta": ETA, "probe_share": SHARE, **budget},
+    }
 
 
 def make(case: replay_cases.Case | FsdpLayout, model_path: str, **settings: Any) -> Any:
@@ -57,7 +62,9 @@ def batch_of(engine: Any, case: replay_cases.Case | FsdpLayout, temperature: flo
     return to_verl(batch, mine, temperature, settings)
 
 
-def step(engine: Any, data: Any, knobs: dict[str, Any] | None, loss_mode: str = "capo") -> dict[str, Any]:
+def step(
+    engine: Any, data: Any, knobs: dict[str, Any] | None, loss_mode: str = "capo"
+) -> dict[str, Any]:
     """One optimizer step; verl's metrics where this rank reports any."""
     with engine.train_mode():
         output = engine.train_batch(data, make_loss(loss_mode, knobs))
@@ -65,7 +72,10 @@ def step(engine: Any, data: Any, knobs: dict[str, Any] | None, loss_mode: str = 
 
 
 def train(
-    case: replay_cases.Case | FsdpLayout, model_path: str, knobs: dict[str, Any] | None, steps: int = STEPS
+    case: replay_cases.Case | FsdpLayout,
+    model_path: str,
+    knobs: dict[str, Any] | None,
+    steps: int = STEPS,
 ) -> Trained:
     engine = make(case, model_path)
     reports, rates = [], []
@@ -76,20 +86,33 @@ def train(
     return Trained(reports, scale, rates, replay_cases._of_end_ranks(export(engine)))
 
 
-def adaptive(case: Any, model_path: str, knobs: dict[str, Any], steps: int = 4) -> list[dict[str, Any]]:
+def adaptive(
+    case: Any, model_path: str, knobs: dict[str, Any], steps: int = 4
+) -> list[dict[str, Any]]:
     """What every rank knows after each step: verl's metrics, if any, and the controller's state."""
     engine, found = make(case, model_path), []
     for _ in range(steps):
-        found.append({"report": step(engine, batch_of(engine, case), knobs), "state": engine._kl.budget.state_dict()})
+        found.append(
+            {
+                "report": step(engine, batch_of(engine, case), knobs),
+                "state": engine._kl.budget.state_dict(),
+            }
+        )
     return found
 
 
 def mini_batches(case: Any, model_path: str, old_log_probs: list[torch.Tensor]) -> dict[str, Any]:
-    """A rollout of two mini-batches and one of a single mini-batch, with k3; the weights between the steps."""
+    """A rollout of two mini-batches and one of a single mini-batch, with k3; the weights between
+    the steps.
+    """
     engine = make(case, model_path)
     batch = RecordedBatch.make()
     batch.old_log_probs = old_log_probs
-    knobs, rank, dp = knobs_of(estimator="k3"), engine.get_data_parallel_rank(), engine.get_data_parallel_size()
+    knobs, rank, dp = (
+        knobs_of(estimator="k3"),
+        engine.get_data_parallel_rank(),
+        engine.get_data_parallel_size(),
+    )
     reports, weights = [], [export(engine)]
     for first, last in ((0, False), (4, True), (0, True)):
         mine = range(first + rank * 4 // dp, first + (rank + 1) * 4 // dp)
@@ -107,10 +130,14 @@ def mini_batches(case: Any, model_path: str, old_log_probs: list[torch.Tensor]) 
 
 
 def resumed(case: Any, model_path: str, checkpoint: str, knobs: dict[str, Any]) -> dict[str, Any]:
-    """Two steps, a checkpoint, a third step; and the third step of a fresh engine that loads the checkpoint."""
+    """Two steps, a checkpoint, a third step; and the third step of a fresh engine that loads the
+    checkpoint.
+    """
     result = {}
     for name in ("uninterrupted", "resumed"):
-        settings = {} if isinstance(case, FsdpLayout) else {"dist_ckpt_optim_fully_reshardable": True}
+        settings = (
+            {} if isinstance(case, FsdpLayout) else {"dist_ckpt_optim_fully_reshardable": True}
+        )
         engine = make(case, model_path, **settings)
         if name == "resumed":
             engine.load_checkpoint(checkpoint, del_local_after_load=False)
@@ -120,7 +147,11 @@ def resumed(case: Any, model_path: str, checkpoint: str, knobs: dict[str, Any]) 
             engine.save_checkpoint(checkpoint, global_step=2)
         report = step(engine, batch_of(engine, case), knobs)
         report = {k: v for k, v in report.items() if k.startswith("capo/") and "seconds" not in k}
-        result[name] = {"report": report, "state": engine._kl.budget.state_dict(), "weights": export(engine)}
+        result[name] = {
+            "report": report,
+            "state": engine._kl.budget.state_dict(),
+            "weights": export(engine),
+        }
     return result
 
 

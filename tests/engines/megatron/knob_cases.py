@@ -11,8 +11,13 @@ from tests.engines.megatron.capo_cases import make_batch, make_loss, moments
 from tests.engines.megatron.state_cases import new_engine
 
 
-def training_step(engine: Any, knobs: dict[str, Any] | None, loss_mode: str, mini_batches: int) -> list[dict[str, Any]]:
-    """As verl's worker does it: optimizer steps, then one step of the schedule. CAPO's metrics of each optimizer step."""
+def training_step(
+    engine: Any, knobs: dict[str, Any] | None, loss_mode: str, mini_batches: int
+) -> list[dict[str, Any]]:
+    """As verl's worker does it: optimizer steps, then one step of the schedule.
+
+    CAPO's metrics of each optimizer step.
+    """
     reports = []
     with engine.train_mode():
         for _ in range(mini_batches):
@@ -32,7 +37,9 @@ def run(
     save_after: tuple[int, str] | None = None,
     load: str | None = None,
 ) -> dict[str, Any]:
-    """``steps`` training steps; ``save_after``: a step and where to save then; ``load``: a checkpoint to start from."""
+    """``steps`` training steps; ``save_after``: a step and where to save then; ``load``: a
+    checkpoint to start from.
+    """
     engine = new_engine(layout, model)
     if load is not None:
         engine.load_checkpoint(load, del_local_after_load=False)
@@ -44,6 +51,8 @@ def run(
     return {"reports": reports, "weights": export(engine), "moments": moments(engine)}
 
 
-def all_of(layout: Layout | FsdpLayout, model: str, runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def all_of(
+    layout: Layout | FsdpLayout, model: str, runs: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
     """Several runs in one process."""
     return [run(layout, model, **arguments) for arguments in runs]

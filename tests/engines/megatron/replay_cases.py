@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The recorded batch on one rank of a layout: what ``test_layouts.py`` runs, several layouts in the same processes."""
+"""The recorded batch on one rank of a layout: what ``test_layouts.py`` runs, several layouts in the
+same processes.
+"""
 
 from __future__ import annotations
 
@@ -24,10 +26,12 @@ class Case:
 
     Args:
         model: ``untied``, ``tied`` or ``odd-vocabulary``.
-        micro_batch: sequences in a micro-batch; ``dynamic`` fills micro-batches with up to 40 tokens.
+        micro_batch: sequences in a micro-batch; ``dynamic`` fills micro-batches with up to 40
+            tokens.
         reverse: the batch in the opposite order.
-        pad: ``minibatch`` pads every micro-batch to the longest sequence of the mini-batch, a number to that length (padded
-            batches) or to a multiple of it (packed batches). Default: to its own longest sequence.
+        pad: ``minibatch`` pads every micro-batch to the longest sequence of the mini-batch, a
+            number to that length (padded batches) or to a multiple of it (packed batches). Default:
+            to its own longest sequence.
         fused: verl's fused cross-entropy, without logits.
     """
 
@@ -51,8 +55,12 @@ class Case:
         return ", ".join([str(self.layout), *filter(None, options)])
 
 
-def once_per_model(record: Callable[..., Recorded], models: dict[str, str]) -> Callable[[Case], Recorded]:
-    """The recording a case is compared with: ``record(path, temperature, padded_rows)``, each made once."""
+def once_per_model(
+    record: Callable[..., Recorded], models: dict[str, str]
+) -> Callable[[Case], Recorded]:
+    """The recording a case is compared with: ``record(path, temperature, padded_rows)``, each made
+    once.
+    """
     recordings: dict[tuple[Any, ...], Recorded] = {}
 
     def get(case: Case) -> Recorded:
@@ -67,7 +75,10 @@ def once_per_model(record: Callable[..., Recorded], models: dict[str, str]) -> C
 
 @dataclass
 class ReplayedStep:
-    """What one rank saw in one optimizer step. Per-token arrays hold the response tokens of this rank's share."""
+    """What one rank saw in one optimizer step.
+
+    Per-token arrays hold the response tokens of this rank's share.
+    """
 
     advantages: torch.Tensor
     actions: torch.Tensor
@@ -117,7 +128,11 @@ def _of_end_ranks(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor] |
 
 def _padding(case: Case) -> dict[str, Any]:
     """``actor_rollout_ref.actor.megatron`` for the padding of the case."""
-    bucket = {"pad_to_length": True, "pad_to_length_bucket": case.pad} if case.pad and case.layout.packed else {}
+    bucket = (
+        {"pad_to_length": True, "pad_to_length_bucket": case.pad}
+        if case.pad and case.layout.packed
+        else {}
+    )
     return {"pad_bshd_to_minibatch_max": case.pad == "minibatch", **bucket}
 
 
@@ -151,7 +166,9 @@ def _train_step(engine: Any, data: Any, loss: Any) -> ReplayedStep:
     metrics = None
     if engine.is_mp_src_rank_with_outputs():
         metrics = {**output["metrics"], "loss": sum(output["loss"])}
-    columns = {name: torch.cat([row[name] for row in seen]) if seen else torch.empty(0) for name in COLUMNS}
+    columns = {
+        name: torch.cat([row[name] for row in seen]) if seen else torch.empty(0) for name in COLUMNS
+    }
     return ReplayedStep(**columns, metrics=metrics, gradients=_of_end_ranks(gradients))
 
 
@@ -160,7 +177,8 @@ COLUMNS = ("advantages", "actions", "hidden_states", "objective_shift", "policy_
 
 @contextmanager
 def evaluations(fused: bool) -> Iterator[list[dict[str, torch.Tensor]]]:
-    """What goes into ``CapoFilter.evaluate`` and comes out of it, response tokens only, one entry per call.
+    """What goes into ``CapoFilter.evaluate`` and comes out of it, response tokens only, one entry
+    per call.
 
     With ``fused`` it must be given the LM head, otherwise logits.
     """
@@ -169,7 +187,8 @@ def evaluations(fused: bool) -> Iterator[list[dict[str, torch.Tensor]]]:
 
     evaluate, seen = CapoFilter.evaluate, []
 
-    def recorded(self: Any, hidden_states: Any, logits: Any, actions: Any, advantages: Any, mask: Any, *args: Any,
+    def recorded(self: Any, hidden_states: Any, logits: Any, actions: Any, advantages: Any,
+        mask: Any, *args: Any,
                  **kwargs: Any) -> Any:  # fmt: skip
         out = evaluate(self, hidden_states, logits, actions, advantages, mask, *args, **kwargs)
         assert isinstance(logits, ProjectedLogits) == fused
@@ -177,9 +196,9 @@ def evaluations(fused: bool) -> Iterator[list[dict[str, torch.Tensor]]]:
         assert not out.accepted[~mask].any()
         seen.append(
             {
-                "advantages": advantages[mask], "actions": actions[mask], "hidden_states": hidden_states[mask],
-                "objective_shift": out.objective_shift[mask], "policy_shift": out.policy_shift[mask],
-                "accepted": out.accepted[mask],
+                "advantages": advantages[mask], "actions": actions[mask],
+                "hidden_states": hidden_states[mask], "objective_shift": out.objective_shift[mask],
+                "policy_shift": out.policy_shift[mask], "accepted": out.accepted[mask],
             }
         )  # fmt: skip
         return out
@@ -192,7 +211,9 @@ def evaluations(fused: bool) -> Iterator[list[dict[str, torch.Tensor]]]:
 
 
 def export_gradients(engine: Any) -> dict[str, torch.Tensor]:
-    """The gradients after their reduction, under Hugging Face names: exported in the place of the weights."""
+    """The gradients after their reduction, under Hugging Face names: exported in the place of the
+    weights.
+    """
     if engine.engine_config.use_distributed_optimizer:
         _gather_gradient_shards(engine)
     parameters = [p for chunk in engine.module for p in chunk.parameters()]
@@ -207,7 +228,9 @@ def export_gradients(engine: Any) -> dict[str, torch.Tensor]:
 
 
 def _gather_gradient_shards(engine: Any) -> None:
-    """The distributed optimizer leaves each data-parallel rank its shard of the reduced gradient; here all get all."""
+    """The distributed optimizer leaves each data-parallel rank its shard of the reduced gradient;
+    here all get all.
+    """
     for chunk in engine.module:
         for buffer in chunk.buffers:
             group = buffer.data_parallel_group

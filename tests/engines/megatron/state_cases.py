@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints of a CAPO run on one rank, of any engine: what the tests of its state run on gloo ranks."""
+"""Checkpoints of a CAPO run on one rank, of any engine: what the tests of its state run on gloo
+ranks.
+"""
 
 from __future__ import annotations
 
@@ -24,12 +26,18 @@ def step(engine: Any, knobs: dict[str, Any] | None = KNOBS) -> dict[str, Any]:
 def new_engine(layout: Layout | FsdpLayout, model_path: str) -> Any:
     if isinstance(layout, FsdpLayout):
         return make_fsdp_engine(layout, model_path, optimizer="AdamW", lr=LR)
-    # Without it, Megatron's distributed optimizer is bound to the tensor- and pipeline-parallel sizes under which it was saved.
-    return make_engine(layout, model_path, optimizer="adam", lr=LR, dist_ckpt_optim_fully_reshardable=True)
+    # Without it, Megatron's distributed optimizer is bound to the tensor- and pipeline-parallel
+    # sizes under which it was saved.
+    return make_engine(
+        layout, model_path, optimizer="adam", lr=LR, dist_ckpt_optim_fully_reshardable=True
+    )
 
 
 def save_and_go_on(
-    layout: Layout | FsdpLayout, model_path: str, checkpoint: str, knobs: dict[str, Any] | None = KNOBS
+    layout: Layout | FsdpLayout,
+    model_path: str,
+    checkpoint: str,
+    knobs: dict[str, Any] | None = KNOBS,
 ) -> dict[str, Any]:
     """Two steps and a checkpoint, then one more step without interruption."""
     engine = new_engine(layout, model_path)
@@ -37,11 +45,19 @@ def save_and_go_on(
         step(engine, knobs)
     engine.save_checkpoint(checkpoint, global_step=2)
     saved = moments(engine)
-    return {"saved": saved, "metrics": step(engine, knobs), "moments": moments(engine), "weights": export(engine)}
+    return {
+        "saved": saved,
+        "metrics": step(engine, knobs),
+        "moments": moments(engine),
+        "weights": export(engine),
+    }
 
 
 def resume(
-    layout: Layout | FsdpLayout, model_path: str, checkpoint: str, knobs: dict[str, Any] | None = KNOBS
+    layout: Layout | FsdpLayout,
+    model_path: str,
+    checkpoint: str,
+    knobs: dict[str, Any] | None = KNOBS,
 ) -> dict[str, Any]:
     """A fresh engine, the checkpoint, and the step after it."""
     said: list[str] = []
@@ -51,7 +67,12 @@ def resume(
     engine = new_engine(layout, model_path)
     engine.load_checkpoint(checkpoint, del_local_after_load=False)
     metrics = step(engine, knobs)
-    return {"metrics": metrics, "moments": moments(engine), "weights": export(engine), "said": " ".join(said)}
+    return {
+        "metrics": metrics,
+        "moments": moments(engine),
+        "weights": export(engine),
+        "said": " ".join(said),
+    }
 
 
 def in_turn(
@@ -61,7 +82,9 @@ def in_turn(
     other: str | None,
     knobs: dict[str, Any] | None = KNOBS,
 ) -> dict[str, Any]:
-    """Saved and resumed under the same layout; then resumed from another layout's checkpoint, if there is one."""
+    """Saved and resumed under the same layout; then resumed from another layout's checkpoint, if
+    there is one.
+    """
     result = {
         "uninterrupted": save_and_go_on(layout, model_path, own, knobs),
         "resumed": resume(layout, model_path, own, knobs),
@@ -115,7 +138,9 @@ def damaged(checkpoint: Path, copies: Path) -> dict[str, Path]:
     ways: dict[str, Callable[[Path], None]] = {
         "code": overwrite_index(pickle.dumps(Code())),
         "no pickle": overwrite_index(b"not a pickle"),
-        "half an index": lambda folder: overwrite_index((folder / ".metadata").read_bytes()[:300])(folder),
+        "half an index": lambda folder: overwrite_index((folder / ".metadata").read_bytes()[:300])(
+            folder
+        ),
         "no index": lambda folder: (folder / ".metadata").unlink(),
         "flipped": flip,
         "truncated": truncate,

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""CAPO inside verl's Megatron engine on gloo ranks: switch, tracking, losses, padding of the vocabulary."""
+"""CAPO inside verl's Megatron engine on gloo ranks: switch, tracking, losses, padding of the
+vocabulary.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +12,19 @@ import torch
 
 from tests.cpu.megatron.engine_cases import Layout
 from tests.engines.megatron.capo_cases import KNOBS, train
-from tests.engines.megatron.capo_reference import check_meaningful, check_training, check_untouched, make_reference
+from tests.engines.megatron.capo_reference import (
+    check_meaningful,
+    check_training,
+    check_untouched,
+    make_reference,
+)
 from tests.helpers.spawn import run_on_ranks
 
-PRELOAD = ("torch", "verl.workers.engine.megatron.transformer_impl", "capo_verl.cpu.megatron.bridge")
+PRELOAD = (
+    "torch",
+    "verl.workers.engine.megatron.transformer_impl",
+    "capo_verl.cpu.megatron.bridge",
+)
 
 
 @pytest.mark.parametrize("layout", [Layout(), Layout(tp=2)], ids=str)
@@ -21,20 +32,40 @@ def test_training_equals_the_reference_that_fsdp_is_held_to(layout, tiny_qwen2):
     reference = make_reference(tiny_qwen2, temperature=1.0)
     check_meaningful(reference)
     check_training(
-        run_on_ranks(train, layout.world_size, layout, tiny_qwen2, "capo", KNOBS, preload=PRELOAD), layout.dp, reference
+        run_on_ranks(train, layout.world_size, layout, tiny_qwen2, "capo", KNOBS, preload=PRELOAD),
+        layout.dp,
+        reference,
     )
 
 
 def test_padding_of_the_vocabulary_is_never_in_the_support(odd_vocabulary):
-    """Megatron's own softmax counts the padded row, so only the first step's decisions can be compared."""
+    """Megatron's own softmax counts the padded row, so only the first step's decisions can be
+    compared.
+    """
     everything = {**KNOBS, "top_k": None}
     one, two = (
-        run_on_ranks(train, layout.world_size, layout, odd_vocabulary, "capo", everything, steps=1, preload=PRELOAD)
+        run_on_ranks(
+            train,
+            layout.world_size,
+            layout,
+            odd_vocabulary,
+            "capo",
+            everything,
+            steps=1,
+            preload=PRELOAD,
+        )
         for layout in (Layout(), Layout(tp=2))
     )
     a, b = one[0]["reports"][0], two[0]["reports"][0]
-    assert a["capo/accepted_tokens"] == b["capo/accepted_tokens"] and a["capo/outside_support"] == [0.0]
-    for name in ("policy_shift_mean", "policy_shift_max", "objective_shift_p50", "batch_policy_shift_before"):
+    assert a["capo/accepted_tokens"] == b["capo/accepted_tokens"] and a["capo/outside_support"] == [
+        0.0
+    ]
+    for name in (
+        "policy_shift_mean",
+        "policy_shift_max",
+        "objective_shift_p50",
+        "batch_policy_shift_before",
+    ):
         assert a[f"capo/{name}"][0] == pytest.approx(b[f"capo/{name}"][0], rel=1e-4)
     assert two[1]["state"]["exp_avg"].shape[0] == 63 and not two[1]["state"]["exp_avg"][-1].any()
     assert two[1]["state"]["exp_avg"][-2].any()
@@ -43,7 +74,16 @@ def test_padding_of_the_vocabulary_is_never_in_the_support(odd_vocabulary):
 @pytest.mark.parametrize("layout", [Layout(tp=2, packed=False)], ids=str)
 def test_without_the_switch_it_is_verls_engine_bit_for_bit(layout, tiny_qwen2):
     ours, verls = (
-        run_on_ranks(train, layout.world_size, layout, tiny_qwen2, "vanilla", None, own_engine=own, preload=PRELOAD)
+        run_on_ranks(
+            train,
+            layout.world_size,
+            layout,
+            tiny_qwen2,
+            "vanilla",
+            None,
+            own_engine=own,
+            preload=PRELOAD,
+        )
         for own in (True, False)
     )
     check_untouched(ours, verls)
@@ -61,7 +101,10 @@ def test_tracking_trains_bit_for_bit_like_no_switch_and_measures(tiny_qwen2):
 
 
 def test_every_loss_of_verl_composes_with_the_filter(tiny_qwen2):
-    """One step with each registered loss: finite, and different from the unfiltered loss. Then a step with no token left."""
+    """One step with each registered loss: finite, and different from the unfiltered loss.
+
+    Then a step with no token left.
+    """
     results = run_on_ranks(_every_loss, 1, tiny_qwen2, preload=PRELOAD, timeout=400)[0]
     assert {
         "vanilla",
@@ -78,7 +121,8 @@ def test_every_loss_of_verl_composes_with_the_filter(tiny_qwen2):
     } <= set(results)
     for name, (filtered, plain, emptied, norm_emptied) in results.items():
         assert math.isfinite(filtered), name
-        # The filter need not touch the fifth of the tokens that entropy_mask looks at; the value of gtpo's loss is -A.
+        # The filter need not touch the fifth of the tokens that entropy_mask looks at; the value of
+        # gtpo's loss is -A.
         assert abs(filtered - plain) > 1e-6 or name in ("entropy_mask", "gtpo"), name
         assert emptied == 0.0 and norm_emptied == 0.0, name
 
@@ -88,10 +132,18 @@ def _every_loss(path: str) -> dict[str, tuple[float, float, float, float]]:
 
     nothing = {**KNOBS, "policy_shift_max": 1e-30}
     results = {}
-    for name in sorted(set(POLICY_LOSS_REGISTRY) - {"bypass_mode", "dro"}):  # refused; needs a coefficient of its own
+    for name in sorted(
+        set(POLICY_LOSS_REGISTRY) - {"bypass_mode", "dro"}
+    ):  # refused; needs a coefficient of its own
         filtered, plain, emptied = (
-            train(Layout(), path, name, knobs, steps=1)["reports"][0] for knobs in (KNOBS, None, nothing)
+            train(Layout(), path, name, knobs, steps=1)["reports"][0]
+            for knobs in (KNOBS, None, nothing)
         )
         assert emptied["capo/nothing_accepted"] == [1.0]
-        results[name] = (filtered["loss"], plain["loss"], emptied["loss"], float(emptied["grad_norm"]))
+        results[name] = (
+            filtered["loss"],
+            plain["loss"],
+            emptied["loss"],
+            float(emptied["grad_norm"]),
+        )
     return results

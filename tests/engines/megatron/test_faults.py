@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""NaN on one rank: every rank learns where it is before the optimizer steps; the run stops, or leaves the batch out."""
+"""NaN on one rank: every rank learns where it is before the optimizer steps; the run stops, or
+leaves the batch out.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,11 @@ from tests.engines.megatron.capo_cases import KNOBS, make_batch, make_loss
 from tests.engines.megatron.state_cases import moments, new_engine, step
 from tests.helpers.spawn import run_on_ranks
 
-PRELOAD = ("torch", "verl.workers.engine.megatron.transformer_impl", "capo_verl.cpu.megatron.bridge")
+PRELOAD = (
+    "torch",
+    "verl.workers.engine.megatron.transformer_impl",
+    "capo_verl.cpu.megatron.bridge",
+)
 NAN = float("nan")
 
 
@@ -57,7 +63,9 @@ def stop(layout: Layout, model: str, where: str) -> dict[str, Any]:
     after = export(engine)
     assert all(torch.equal(before[name], after[name]) for name in before)
     if kept:
-        assert all(torch.equal(kept[name], moments(engine)[name]) for name in ("exp_avg", "exp_avg_sq"))
+        assert all(
+            torch.equal(kept[name], moments(engine)[name]) for name in ("exp_avg", "exp_avg_sq")
+        )
     return {"message": message}
 
 
@@ -71,8 +79,10 @@ def stops(layout: Layout, model: str, places: list[str]) -> list[str]:
         (
             Layout(dp=2),
             {
-                "advantages": "rank 1: advantages are not finite, first in sample 1 of its mini-batch",
-                "old_log_probs": "rank 1: old_log_probs are not finite, first in sample 1 of its mini-batch",
+                "advantages": "rank 1: advantages are not finite, first in sample 1 of its "
+                "mini-batch",
+                "old_log_probs": "rank 1: old_log_probs are not finite, first in sample 1 of its "
+                "mini-batch",
             },
         ),
         (Layout(pp=2), {"gradient": "rank 0: gradients are not finite"}),
@@ -94,7 +104,9 @@ def skip(layout: Layout, model: str, poisoned: bool) -> dict[str, Any]:
     reports = [step(engine, knobs)]
     if poisoned:
         metrics = poisoned_step(engine, knobs, "advantages")
-        reports.append({"skipped": metrics.get("capo/batch_skipped"), "grad_norm": metrics.get("grad_norm")})
+        reports.append(
+            {"skipped": metrics.get("capo/batch_skipped"), "grad_norm": metrics.get("grad_norm")}
+        )
     reports.append(step(engine, knobs))
     return {"reports": reports, "weights": export(engine), "moments": moments(engine)}
 
@@ -111,4 +123,7 @@ def test_a_skipped_batch_leaves_no_trace(tiny_qwen2):
         assert a["reports"][0]["capo/batch_skipped"] == [0.0]
         assert all(torch.equal(a["weights"][name], b["weights"][name]) for name in a["weights"])
         assert a["moments"]["step"] == b["moments"]["step"] == 2
-        assert all(torch.equal(a["moments"][name], b["moments"][name]) for name in ("exp_avg", "exp_avg_sq"))
+        assert all(
+            torch.equal(a["moments"][name], b["moments"][name])
+            for name in ("exp_avg", "exp_avg_sq")
+        )

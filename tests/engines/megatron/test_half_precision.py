@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The KL budget with Megatron in bfloat16: the KL is that of the product in float32, not that of the rounded logits."""
+"""The KL budget with Megatron in bfloat16: the KL is that of the product in float32, not that of
+the rounded logits.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,11 @@ from tests.engines.megatron.replay_cases import Case
 from tests.helpers.spawn import run_on_ranks
 from tests.helpers.tiny_model import make_tiny_model
 
-PRELOAD = ("torch", "verl.workers.engine.megatron.transformer_impl", "capo_verl.cpu.megatron.bridge")
+PRELOAD = (
+    "torch",
+    "verl.workers.engine.megatron.transformer_impl",
+    "capo_verl.cpu.megatron.bridge",
+)
 
 
 @pytest.fixture(scope="module")
@@ -31,10 +37,16 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 def check_exact(ranks: list[dict[str, Any]], reporting: int) -> None:
-    """The probe saw the float32 product; what the model's own logits would have said is something else."""
-    assert all(rank["recomputes"] and rank["passes"] == 2 and not rank["warnings"] for rank in ranks)
+    """The probe saw the float32 product; what the model's own logits would have said is something
+    else.
+    """
+    assert all(
+        rank["recomputes"] and rank["passes"] == 2 and not rank["warnings"] for rank in ranks
+    )
     exact, rounded = next((rank["exact"], rank["rounded"]) for rank in ranks if "exact" in rank)
-    assert [rank["kl"] for rank in ranks if "kl" in rank] == [pytest.approx(exact, rel=1e-4)] * reporting
+    assert [rank["kl"] for rank in ranks if "kl" in rank] == [
+        pytest.approx(exact, rel=1e-4)
+    ] * reporting
     assert exact > 1e-7 and abs(rounded / exact - 1) > 2e-3
 
 
@@ -56,11 +68,18 @@ CASES = [
 
 @pytest.mark.parametrize(("case", "model"), CASES, ids=str)
 def test_logits_are_computed_again_in_float32(case, model, models):
-    check_exact(run_on_ranks(measured, case.layout.world_size, case, models[model], preload=PRELOAD), reporting=1)
+    check_exact(
+        run_on_ranks(measured, case.layout.world_size, case, models[model], preload=PRELOAD),
+        reporting=1,
+    )
 
 
-@pytest.mark.parametrize(("layout", "change"), [(Layout(pp=2), "cap"), (Layout(tp=2), "adapter")], ids=str)
+@pytest.mark.parametrize(
+    ("layout", "change"), [(Layout(pp=2), "cap"), (Layout(tp=2), "adapter")], ids=str
+)
 def test_a_model_that_changes_its_logits_is_measured_from_them(layout, change, models):
     check_fallen_back(
-        run_on_ranks(measured, layout.world_size, Case(layout), models["untied"], change, preload=PRELOAD)
+        run_on_ranks(
+            measured, layout.world_size, Case(layout), models["untied"], change, preload=PRELOAD
+        )
     )

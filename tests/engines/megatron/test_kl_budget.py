@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The KL budget inside verl's Megatron engine, layout by layout, against a float64 Hugging Face model."""
+"""The KL budget inside verl's Megatron engine, layout by layout, against a float64 Hugging Face
+model.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +15,22 @@ from tests.cpu.megatron.engine_cases import Layout
 from tests.engines.megatron.kl_cases import PROBED, Trained, adaptive, knobs_of, mini_batches, train
 from tests.engines.megatron.replay_cases import Case, once_per_model
 from tests.helpers.grouped import launch_by_size
-from tests.helpers.kl_recording import ADAM_LR, DELTA, ETA, KLRecording, log_probs_of, mean_k3, record_kl
+from tests.helpers.kl_recording import (
+    ADAM_LR,
+    DELTA,
+    ETA,
+    KLRecording,
+    log_probs_of,
+    mean_k3,
+    record_kl,
+)
 from tests.helpers.spawn import run_on_ranks
 
-PRELOAD = ("torch", "verl.workers.engine.megatron.transformer_impl", "capo_verl.cpu.megatron.bridge")
+PRELOAD = (
+    "torch",
+    "verl.workers.engine.megatron.transformer_impl",
+    "capo_verl.cpu.megatron.bridge",
+)
 CASES = [
     Case(Layout()),
     Case(Layout(packed=False), temperature=0.7),
@@ -45,7 +59,9 @@ def recording_of(models):
 
 @pytest.fixture(scope="module")
 def trained_with(request, models):
-    return launch_by_size(request, train, lambda case: (case, models[case.model], knobs_of()), preload=PRELOAD)
+    return launch_by_size(
+        request, train, lambda case: (case, models[case.model], knobs_of()), preload=PRELOAD
+    )
 
 
 def check(ranks: list[Trained], dp: int, recording: KLRecording, lr: float = ADAM_LR) -> None:
@@ -60,7 +76,9 @@ def check(ranks: list[Trained], dp: int, recording: KLRecording, lr: float = ADA
             assert report["capo/kl_budget_scale"] == [pytest.approx(want.scale, rel=1e-4)]
             assert report["capo/kl_probe_seconds"][0] > 0
             assert report.get("capo/kl_step_kept", [1.0]) == [pytest.approx(want.kept, rel=1e-4)]
-            assert report.get("capo/kl_whole_step", report["capo/kl_mean"]) == [pytest.approx(want.whole, rel=1e-4)]
+            assert report.get("capo/kl_whole_step", report["capo/kl_mean"]) == [
+                pytest.approx(want.whole, rel=1e-4)
+            ]
     for rank in ranks:
         assert rank.learning_rates == [lr] * len(recording.steps)
         for name, weight in (rank.weights or {}).items():
@@ -81,7 +99,9 @@ def on_ranks(function, case: Case, *args):
     return run_on_ranks(function, case.layout.world_size, case, *args, preload=PRELOAD)
 
 
-@pytest.mark.parametrize("layout", [Layout(tp=2), Layout(pp=2), Layout(dp=2, distributed_optimizer=True)], ids=str)
+@pytest.mark.parametrize(
+    "layout", [Layout(tp=2), Layout(pp=2), Layout(dp=2, distributed_optimizer=True)], ids=str
+)
 def test_line_search_steps_back_to_the_budget(layout, models):
     expected = record_kl(models["untied"], PROBED, line_search=1.2)
     assert sum(step.kept < 0.9 for step in expected.steps) >= 2
@@ -92,7 +112,9 @@ def test_line_search_steps_back_to_the_budget(layout, models):
 
 @pytest.mark.parametrize("layout", [Layout(tp=2), Layout(cp=2), Layout(pp=2)], ids=str)
 def test_k3_of_several_mini_batches(layout, models):
-    """The first step's KL comes from the second mini-batch's own forward pass; the others from probes."""
+    """The first step's KL comes from the second mini-batch's own forward pass; the others from
+    probes.
+    """
     start = log_probs_of(models["untied"])
     ranks = on_ranks(mini_batches, Case(layout), models["untied"], [x.float() for x in start])
     weights = next(rank["weights"] for rank in ranks if rank["weights"])["all"]
@@ -102,7 +124,10 @@ def test_k3_of_several_mini_batches(layout, models):
     third = mean_k3(policies[2], policies[3], (0, 2))
     (reports,) = [rank["reports"] for rank in ranks if rank["reports"][0]]
     assert "capo/kl_mean" not in reports[0]
-    assert reports[1]["capo/kl_mean"] == [pytest.approx(first, rel=1e-3), pytest.approx(second, rel=1e-3)]
+    assert reports[1]["capo/kl_mean"] == [
+        pytest.approx(first, rel=1e-3),
+        pytest.approx(second, rel=1e-3),
+    ]
     assert reports[2]["capo/kl_mean"] == [pytest.approx(third, rel=1e-3)]
     scales = [1.0]
     for kl in (first, second, third):
@@ -117,8 +142,8 @@ def test_k3_of_several_mini_batches(layout, models):
 def test_a_prediction_bounds_the_step(layout, mode, models):
     when = "before" if mode == "track" else "after"
     knobs = {
-        **knobs_of(predictor="fisher_sampled", eta=0.05), "mode": mode, "top_k": 20, "policy_shift_max": 2e-2,
-        "objective_shift_max": None, "batch_shift_every": 3,
+        **knobs_of(predictor="fisher_sampled", eta=0.05), "mode": mode, "top_k": 20,
+        "policy_shift_max": 2e-2, "objective_shift_max": None, "batch_shift_every": 3,
     }  # fmt: skip
     ranks = on_ranks(adaptive, Case(layout), models["untied"], knobs)
     budget = KLBudget(KLBudgetConfig(**knobs["kl_budget"]))
@@ -141,20 +166,39 @@ def test_the_exact_fisher_prediction_is_the_filters(models):
     knobs = {**knobs_of(predictor="fisher_exact"), "mode": "track", "top_k": 20}
     (sampled,), (exact,) = (
         on_ranks(
-            adaptive, Case(Layout()), models["untied"], {**knobs, "policy_shift": shift, "batch_shift_every": 1}, 2
+            adaptive,
+            Case(Layout()),
+            models["untied"],
+            {**knobs, "policy_shift": shift, "batch_shift_every": 1},
+            2,
         )
         for shift in ("sampled", "exact")
     )
     for a, b in zip(sampled, exact, strict=True):
-        assert a["report"]["capo/kl_predicted"] == pytest.approx(b["report"]["capo/kl_predicted"], rel=1e-9)
-        assert a["report"]["capo/batch_policy_shift_before"] != b["report"]["capo/batch_policy_shift_before"]
+        assert a["report"]["capo/kl_predicted"] == pytest.approx(
+            b["report"]["capo/kl_predicted"], rel=1e-9
+        )
+        assert (
+            a["report"]["capo/batch_policy_shift_before"]
+            != b["report"]["capo/batch_policy_shift_before"]
+        )
 
 
 def test_the_filter_sees_the_scaled_learning_rate(models):
-    """m_F is proportional to the square of it: at the same weights, the second step's follows the scale."""
-    knobs = {**knobs_of(), "mode": "track", "top_k": 20, "optimizer_model": "sgd", "batch_shift_every": 1}
+    """m_F is proportional to the square of it: at the same weights, the second step's follows the
+    scale.
+    """
+    knobs = {
+        **knobs_of(),
+        "mode": "track",
+        "top_k": 20,
+        "optimizer_model": "sgd",
+        "batch_shift_every": 1,
+    }
     budget = {**knobs["kl_budget"], "delta": 1e-30, "eta": 1.0}
-    (with_budget,) = on_ranks(adaptive, Case(Layout()), models["untied"], {**knobs, "kl_budget": budget}, 1)
+    (with_budget,) = on_ranks(
+        adaptive, Case(Layout()), models["untied"], {**knobs, "kl_budget": budget}, 1
+    )
     (scaled,) = on_ranks(at_scale, Case(Layout()), models["untied"], knobs, 0.25)
     first = with_budget[0]["report"]["capo/policy_shift_mean"][0]
     assert scaled["capo/policy_shift_mean"] == [pytest.approx(first / 16, rel=1e-6)]
@@ -179,11 +223,13 @@ def test_a_budget_that_never_binds_trains_bit_for_bit_like_verls_engine(layout, 
     """Probes and scaling by 1 leave no trace; nor does ``mode=off`` alone, which reports nothing."""
     case = Case(layout)
     loose, off, plain = (
-        on_ranks(train, case, models["untied"], knobs) for knobs in (knobs_of(delta=1e9), {"mode": "off"}, None)
+        on_ranks(train, case, models["untied"], knobs)
+        for knobs in (knobs_of(delta=1e9), {"mode": "off"}, None)
     )
     for a, b, c in zip(loose, off, plain, strict=True):
         assert all(
-            torch.equal(a.weights[n], c.weights[n]) and torch.equal(b.weights[n], c.weights[n]) for n in c.weights
+            torch.equal(a.weights[n], c.weights[n]) and torch.equal(b.weights[n], c.weights[n])
+            for n in c.weights
         )
         for reports in (b.reports, c.reports):
             assert not any("capo/" in name for report in reports for name in report)

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The state of a KL budget in checkpoints, both engines: resumed bit-exactly, refused if damaged, missed with a warning."""
+"""The state of a KL budget in checkpoints, both engines: resumed bit-exactly, refused if damaged,
+missed with a warning.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,11 @@ from tests.engines.megatron.state_cases import resume, save_and_go_on
 from tests.helpers.spawn import run_on_ranks
 from tests.helpers.tiny_model import make_tiny_model
 
-PRELOAD = ("torch", "verl.workers.engine.megatron.transformer_impl", "capo_verl.cpu.megatron.bridge")
+PRELOAD = (
+    "torch",
+    "verl.workers.engine.megatron.transformer_impl",
+    "capo_verl.cpu.megatron.bridge",
+)
 FILTER: dict[str, Any] = {"mode": "filter", "top_k": 20, "objective_shift_max": None}
 
 
@@ -30,7 +36,10 @@ def on_ranks(function, case: Any, *args):
 @pytest.fixture(scope="module")
 def four_layers(tmp_path_factory) -> str:
     return make_tiny_model(
-        tmp_path_factory.mktemp("four-layers"), layers=4, num_attention_heads=8, num_key_value_heads=4
+        tmp_path_factory.mktemp("four-layers"),
+        layers=4,
+        num_attention_heads=8,
+        num_key_value_heads=4,
     )
 
 
@@ -40,7 +49,10 @@ def four_layers(tmp_path_factory) -> str:
         (Case(Layout(tp=2)), knobs_of(predictor="constant", line_search=1.2)),
         (Case(Layout(dp=2, distributed_optimizer=True)), knobs_of(line_search=1.2)),
         # The first rank writes, and here it holds no LM head.
-        (Case(Layout(pp=2)), {**knobs_of(), **FILTER, "policy_shift_max": {"target_rejection": 0.2}}),
+        (
+            Case(Layout(pp=2)),
+            {**knobs_of(), **FILTER, "policy_shift_max": {"target_rejection": 0.2}},
+        ),
         (FsdpLayout("fsdp", 2), knobs_of(line_search=1.2)),
     ],
     ids=["tp2", "dist-opt", "pp2-adaptive", "fsdp-dp2"],
@@ -79,22 +91,35 @@ def test_damaged_files_are_refused_on_every_rank(four_layers, tmp_path):
         assert said.pop() == "None"
         for name, (_, expected), message in zip(damaged, damaged.values(), said, strict=True):
             assert expected in message
-            assert name == "whole" or f"the CAPO state in {tmp_path}/{name}/capo/control.json cannot be used" in message
+            assert (
+                name == "whole"
+                or f"the CAPO state in {tmp_path}/{name}/capo/control.json cannot be used"
+                in message
+            )
 
 
 @pytest.mark.parametrize("layout", [Layout(), FsdpLayout()], ids=str)
 def test_runs_with_and_without_a_budget_take_over_from_each_other(layout, four_layers, tmp_path):
-    """A checkpoint without its state is a fresh start with a warning; one without moments is none of a filter's."""
+    """A checkpoint without its state is a fresh start with a warning; one without moments is none
+    of a filter's.
+    """
     filtered, controlled = str(tmp_path / "filtered"), str(tmp_path / "controlled")
     plain = {**FILTER, "policy_shift_max": 9e-2}
     on_ranks(save_and_go_on, layout, four_layers, filtered, plain)
-    assert not Path(filtered, "capo", "control.json").exists()  # nothing to say: as before there was a budget
-    (later,) = on_ranks(resume, layout, four_layers, filtered, {**plain, **knobs_of(), "mode": "filter"})
+    assert not Path(
+        filtered, "capo", "control.json"
+    ).exists()  # nothing to say: as before there was a budget
+    (later,) = on_ranks(
+        resume, layout, four_layers, filtered, {**plain, **knobs_of(), "mode": "filter"}
+    )
     assert f"the checkpoint {filtered} holds no state of a KL budget" in later["said"]
     assert later["metrics"]["capo/lr_scale"] == [1.0] and later["moments"]["step"] == 3
 
     on_ranks(save_and_go_on, layout, four_layers, controlled, knobs_of())
     assert [p.name for p in Path(controlled, "capo").iterdir()] == ["control.json"]
     (later,) = on_ranks(resume, layout, four_layers, controlled, plain)
-    assert f"the checkpoint {controlled} was written without CAPO: its moments start empty" in later["said"]
+    assert (
+        f"the checkpoint {controlled} was written without CAPO: its moments start empty"
+        in later["said"]
+    )
     assert later["moments"]["step"] == 1

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``batch_shift_every`` and ``track_every``: what is reported when, also after a resume, and that nothing else changes."""
+"""``batch_shift_every`` and ``track_every``: what is reported when, also after a resume, and that
+nothing else changes.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,9 @@ def check_same_training(a: dict[str, Any], b: dict[str, Any]) -> None:
 
 def check_same_moments(a: dict[str, Any], b: dict[str, Any]) -> None:
     assert a["moments"]["step"] == b["moments"]["step"]
-    assert all(torch.equal(a["moments"][name], b["moments"][name]) for name in ("exp_avg", "exp_avg_sq"))
+    assert all(
+        torch.equal(a["moments"][name], b["moments"][name]) for name in ("exp_avg", "exp_avg_sq")
+    )
 
 
 def numbers(report: dict[str, Any], without: set[str] = frozenset()) -> dict[str, Any]:
@@ -52,7 +56,11 @@ def numbers(report: dict[str, Any], without: set[str] = frozenset()) -> dict[str
         ({"batch_shift_every": 1}, range(30), range(30)),
         ({"batch_shift_every": 7}, range(30), (0, 7, 14, 21, 28)),
         ({"batch_shift_every": 7, "batch_shift_tokens": 0}, range(30), ()),
-        ({"batch_shift_every": 2, "mode": "track", "track_every": 6}, (0, 6, 12, 18, 24), (0, 12, 24)),
+        (
+            {"batch_shift_every": 2, "mode": "track", "track_every": 6},
+            (0, 6, 12, 18, 24),
+            (0, 12, 24),
+        ),
     ],
 )
 def test_which_steps(knobs, measured, batch_shifts):
@@ -83,7 +91,9 @@ def test_batch_shifts_come_every_nth_step_and_decide_nothing(layout, tiny_qwen2,
         check_same_training(every, other)
         check_same_moments(every, other)
     # A run resumed after one step keeps the phase, and repeats the other's numbers.
-    assert [numbers(report) for report in resumed["reports"]] == [numbers(report) for report in second["reports"][1:]]
+    assert [numbers(report) for report in resumed["reports"]] == [
+        numbers(report) for report in second["reports"][1:]
+    ]
     assert [set(report) >= BATCH_SHIFTS for report in resumed["reports"]] == [False, True, False]
     check_same_training(second, resumed)
     check_same_moments(second, resumed)
@@ -106,14 +116,21 @@ def test_tracking_every_nth_step_does_nothing_in_between(layout, tiny_qwen2, tmp
     for run in (tracked, always):
         check_same_training(plain, run)
     assert [bool(report) for report in tracked["reports"]] == [True, False, False, True, False]
-    assert tracked["moments"]["step"] == 2 and always["moments"]["step"] == 5  # the moments see the measured steps only
+    assert (
+        tracked["moments"]["step"] == 2 and always["moments"]["step"] == 5
+    )  # the moments see the measured steps only
     assert numbers(tracked["reports"][0]) == numbers(always["reports"][0])
     # The same gradients under other moments.
     a, b = tracked["reports"][3], always["reports"][3]
     assert a["capo/outside_support"] == b["capo/outside_support"]
-    assert a["capo/policy_shift_mean"][0] > 0 and a["capo/policy_shift_mean"] != b["capo/policy_shift_mean"]
+    assert (
+        a["capo/policy_shift_mean"][0] > 0
+        and a["capo/policy_shift_mean"] != b["capo/policy_shift_mean"]
+    )
     # Resumed after two steps: the next is not measured, the one after it is.
-    assert [numbers(report) for report in resumed["reports"]] == [numbers(report) for report in tracked["reports"][2:]]
+    assert [numbers(report) for report in resumed["reports"]] == [
+        numbers(report) for report in tracked["reports"][2:]
+    ]
     check_same_training(tracked, resumed)
     check_same_moments(tracked, resumed)
 
@@ -122,8 +139,15 @@ def test_all_optimizer_steps_of_a_training_step_are_treated_alike(tiny_qwen2):
     """verl moves the schedule, by which steps are counted, once per training step."""
     knobs = {**KNOBS, "mode": "track", "track_every": 2, "batch_shift_every": 2}
     (run,) = results(
-        Layout(packed=False), tiny_qwen2, [{"knobs": knobs, "steps": 5, "loss_mode": "vanilla", "mini_batches": 2}]
+        Layout(packed=False),
+        tiny_qwen2,
+        [{"knobs": knobs, "steps": 5, "loss_mode": "vanilla", "mini_batches": 2}],
     )
-    assert [bool(report) for report in run["reports"]] == [True, True, False, False] * 2 + [True, True]
-    with_batch_shifts = [at for at, report in enumerate(run["reports"]) if set(report) >= BATCH_SHIFTS]
+    assert [bool(report) for report in run["reports"]] == [True, True, False, False] * 2 + [
+        True,
+        True,
+    ]
+    with_batch_shifts = [
+        at for at, report in enumerate(run["reports"]) if set(report) >= BATCH_SHIFTS
+    ]
     assert with_batch_shifts == [0, 1, 8, 9]

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One recorded batch, every layout: the engine decides, loses and learns as one process does in float64.
+"""One recorded batch, every layout: the engine decides, loses and learns as one process does in
+float64.
 
-``CAPO_VERL_WRITE_MATRIX=1 pytest tests/engines/megatron/test_layouts.py`` measures the table of docs/parallelism.md afresh.
+``CAPO_VERL_WRITE_MATRIX=1 pytest tests/engines/megatron/test_layouts.py`` measures the table of
+docs/parallelism.md afresh.
 """
 
 from __future__ import annotations
@@ -18,7 +20,11 @@ from tests.engines.megatron.replay_cases import Case, once_per_model, replay
 from tests.helpers.grouped import launch_by_size
 from tests.helpers.recording import Recording, record
 
-PRELOAD = ("torch", "verl.workers.engine.megatron.transformer_impl", "capo_verl.cpu.megatron.bridge")
+PRELOAD = (
+    "torch",
+    "verl.workers.engine.megatron.transformer_impl",
+    "capo_verl.cpu.megatron.bridge",
+)
 CASES = [
     Case(Layout()),
     Case(Layout(packed=False)),
@@ -104,7 +110,9 @@ class Deviation:
     """After two optimizer steps, absolute."""
 
 
-TOLERANCE = Deviation(objective_shift=5e-6, policy_shift=1e-5, loss=2e-6, gradient=3e-5, weight=2e-6)
+TOLERANCE = Deviation(
+    objective_shift=5e-6, policy_shift=1e-5, loss=2e-6, gradient=3e-5, weight=2e-6
+)
 """Float32 against float64, five to ten times what was measured."""
 
 
@@ -116,7 +124,10 @@ def recording_of(models):
 @pytest.fixture(scope="module")
 def replays_of(request, models, recording_of):
     return launch_by_size(
-        request, replay, lambda case: (case, recording_of(case).batch, models[case.model]), preload=PRELOAD
+        request,
+        replay,
+        lambda case: (case, recording_of(case).batch, models[case.model]),
+        preload=PRELOAD,
     )
 
 
@@ -126,7 +137,9 @@ def matrix():
     measured: dict[str, str] = {}
     yield measured
     if os.environ.get("CAPO_VERL_WRITE_MATRIX"):
-        assert list(measured) == [str(case) for case in CASES], "only a run of all cases can write the table"
+        assert list(measured) == [str(case) for case in CASES], (
+            "only a run of all cases can write the table"
+        )
         before, _, rest = DOCUMENT.read_text().partition(BEGIN)
         _, _, after = rest.partition(END)
         DOCUMENT.write_text(before + "\n".join([BEGIN, *HEADER, *measured.values(), END]) + after)
@@ -167,7 +180,9 @@ def test_layout(case: Case, replays_of, recording_of, matrix) -> None:
                 continue
             # An advantage names its token: what is packed beside it has to be that token's.
             assert np.array_equal(rank.actions.numpy(), step.actions[mine])
-            np.testing.assert_allclose(rank.hidden_states.numpy(), step.hidden_states[mine], rtol=0, atol=1e-4)
+            np.testing.assert_allclose(
+                rank.hidden_states.numpy(), step.hidden_states[mine], rtol=0, atol=1e-4
+            )
             assert np.array_equal(rank.accepted.numpy(), step.accepted[mine])
             for name in ("objective_shift", "policy_shift"):
                 want = getattr(step, name)
@@ -178,19 +193,27 @@ def test_layout(case: Case, replays_of, recording_of, matrix) -> None:
         assert (times_seen == case.layout.tp).all()
         check_metrics(reports, step)
         loss = sum(report["loss"] for report in reports) / case.layout.dp
-        deviation.loss = max(deviation.loss, abs(loss - step.loss) / float(np.abs(step.advantages).max()))
+        deviation.loss = max(
+            deviation.loss, abs(loss - step.loss) / float(np.abs(step.advantages).max())
+        )
         for gradients in (s.gradients for s in seen if s.gradients is not None):
-            deviation.gradient = max(deviation.gradient, largest(gradients, step.gradients, relative=True))
+            deviation.gradient = max(
+                deviation.gradient, largest(gradients, step.gradients, relative=True)
+            )
         accepted, tokens = accepted + int(step.accepted.sum()), tokens + len(step.accepted)
     for weights in (rank.weights for rank in ranks if rank.weights is not None):
-        deviation.weight = max(deviation.weight, largest(weights, recording.weights, relative=False))
+        deviation.weight = max(
+            deviation.weight, largest(weights, recording.weights, relative=False)
+        )
     for field in fields(Deviation):
         assert getattr(deviation, field.name) <= getattr(TOLERANCE, field.name), field.name
     matrix[str(case)] = row(case, accepted, tokens, deviation)
 
 
 def check_recording(recording: Recording) -> None:
-    """The recording decides something: both tests reject tokens in every step, and no decision hangs on rounding."""
+    """The recording decides something: both tests reject tokens in every step, and no decision
+    hangs on rounding.
+    """
     assert recording.margin > 1e-3
     for step in recording.steps:
         assert 0 < step.accepted.sum() < len(step.accepted) == recording.batch.tokens
@@ -200,17 +223,22 @@ def check_metrics(reports: list[dict], step) -> None:
     for report in reports:
         assert report["capo/accepted_tokens"] == [step.accepted.sum()]
         assert report["capo/rejection_rate"] == [pytest.approx(1 - step.accepted.mean(), rel=1e-6)]
-        assert report["capo/policy_shift_mean"] == [pytest.approx(step.policy_shift.mean(), rel=1e-5)]
+        assert report["capo/policy_shift_mean"] == [
+            pytest.approx(step.policy_shift.mean(), rel=1e-5)
+        ]
         assert float(report["grad_norm"]) == pytest.approx(step.grad_norm, rel=1e-5)
         for when, (objective, policy) in zip(("before", "after"), step.batch_shifts, strict=True):
-            assert report[f"capo/batch_objective_shift_{when}"] == [pytest.approx(objective, rel=1e-4)]
+            assert report[f"capo/batch_objective_shift_{when}"] == [
+                pytest.approx(objective, rel=1e-4)
+            ]
             assert report[f"capo/batch_policy_shift_{when}"] == [pytest.approx(policy, rel=1e-4)]
 
 
 def largest(got: dict, want: dict[str, np.ndarray], relative: bool) -> float:
     assert got.keys() == want.keys()
     return max(
-        float(np.abs(got[name].numpy() - x).max() / (np.abs(x).max() if relative else 1.0)) for name, x in want.items()
+        float(np.abs(got[name].numpy() - x).max() / (np.abs(x).max() if relative else 1.0))
+        for name, x in want.items()
     )
 
 
@@ -222,4 +250,6 @@ def test_documented_matrix_is_of_these_layouts() -> None:
     assert [cells[0] for cells in rows] == [str(case) for case in CASES]
     for cells, case in zip(rows, CASES, strict=True):
         assert int(cells[1]) == case.layout.world_size
-        assert all(float(cell) <= limit for cell, limit in zip(cells[3:], astuple(TOLERANCE), strict=True)), cells
+        assert all(
+            float(cell) <= limit for cell, limit in zip(cells[3:], astuple(TOLERANCE), strict=True)
+        ), cells

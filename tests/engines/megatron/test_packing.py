@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The recorded batch through ``pack_response`` and ``CapoFilter`` on real groups, without Megatron's model.
+"""The recorded batch through ``pack_response`` and ``CapoFilter`` on real groups, without
+Megatron's model.
 
-So run the context-parallel slices which the installed Megatron-Core cannot train with: contiguous ones.
+So run the context-parallel slices which the installed Megatron-Core cannot train with: contiguous
+ones.
 """
 
 from __future__ import annotations
@@ -13,17 +15,31 @@ import pytest
 import torch
 
 from tests.helpers.grouped import in_turn
-from tests.helpers.recording import BETAS, EPS, KNOBS, LEARNING_RATES, RecordedBatch, RecordedStep, record
+from tests.helpers.recording import (
+    BETAS,
+    EPS,
+    KNOBS,
+    LEARNING_RATES,
+    RecordedBatch,
+    RecordedStep,
+    record,
+)
 from tests.helpers.spawn import run_on_ranks
 from tests.helpers.syncs import recorded_syncs
 from tests.helpers.tiny_model import make_tiny_model
 
-PRELOAD = ("torch", "verl.workers.engine.megatron.transformer_impl", "capo_verl.cpu.megatron.bridge")
+PRELOAD = (
+    "torch",
+    "verl.workers.engine.megatron.transformer_impl",
+    "capo_verl.cpu.megatron.bridge",
+)
 VOCAB, HIDDEN = 125, 64  # two and four tensor-parallel ranks hold padding
 
 
 def allow_contiguous() -> None:
-    """Give Megatron-Core's ``PackedSeqParams`` the field that says how rows are cut, where it does not have it yet."""
+    """Give Megatron-Core's ``PackedSeqParams`` the field that says how rows are cut, where it does
+    not have it yet.
+    """
     import dataclasses
 
     from verl.models.mcore import util
@@ -36,7 +52,9 @@ def allow_contiguous() -> None:
 
 
 def nested_batch(batch: RecordedBatch, step: RecordedStep, mine: range) -> Any:
-    """verl's fields of these sequences and the engine's own; hidden states and logits sit where the model would compute them."""
+    """verl's fields of these sequences and the engine's own; hidden states and logits sit where the
+    model would compute them.
+    """
     from verl.utils import tensordict_utils as tu
 
     from capo_verl.engines.response import SAMPLE
@@ -102,7 +120,9 @@ def replay(
             logits = torch.nn.functional.pad(logits, (0, -VOCAB % tp), value=99.0).chunk(tp, -1)[
                 mpu.get_tensor_model_parallel_rank()
             ]
-            ours = {name: layout[name] for name in ("use_fp8_padding", "cp_layout") if name in layout}
+            ours = {
+                name: layout[name] for name in ("use_fp8_padding", "cp_layout") if name in layout
+            }
             with recorded_syncs() as found:
                 places = token_positions(fields, label.shape, data_format, **ours)
                 response = pack_response(fields, places)
@@ -111,7 +131,8 @@ def replay(
             assert found == []
             assert torch.equal(back.values(), torch.arange(len(back.values())).float())
             out = capo.evaluate(
-                hidden, logits, label, response.advantages, response.response_mask, learning_rate, skip_masked=True,
+                hidden, logits, label, response.advantages, response.response_mask, learning_rate,
+                skip_masked=True,
                 sequence_ids=response.sequence_ids, num_sequences=response.num_sequences,
             )  # fmt: skip
             mask = response.response_mask
@@ -129,7 +150,10 @@ def replay(
 def recording(tmp_path_factory):
     return record(
         make_tiny_model(
-            tmp_path_factory.mktemp("model"), vocab_size=VOCAB, num_attention_heads=8, num_key_value_heads=4
+            tmp_path_factory.mktemp("model"),
+            vocab_size=VOCAB,
+            num_attention_heads=8,
+            num_key_value_heads=4,
         )
     )
 
@@ -144,7 +168,9 @@ FORMATS = [
 ]
 
 
-@pytest.mark.parametrize("all_sizes", [[(1, 2, 1)], [(2, 2, 1), (1, 2, 2), (1, 4, 1)]], ids=["2 ranks", "4 ranks"])
+@pytest.mark.parametrize(
+    "all_sizes", [[(1, 2, 1)], [(2, 2, 1), (1, 2, 2), (1, 4, 1)]], ids=["2 ranks", "4 ranks"]
+)
 def test_packed_fields_and_filter_equal_the_oracle(all_sizes, recording):
     cases = [(sizes, *form) for sizes in all_sizes for form in FORMATS]
     assert recording.margin > 1e-3
@@ -182,12 +208,15 @@ def contiguous_error() -> str:
     mpu.initialize_model_parallel(context_parallel_size=2)
     with pytest.raises(ValueError) as error:
         util.preprocess_thd_engine(
-            torch.nested.as_nested_tensor([torch.arange(8)], layout=torch.jagged), cp_layout="contiguous"
+            torch.nested.as_nested_tensor([torch.arange(8)], layout=torch.jagged),
+            cp_layout="contiguous",
         )
     return str(error.value)
 
 
 def test_documented_error_of_contiguous_slices():
-    """docs/parallelism.md quotes it; with a Megatron-Core that can do it, the layout has to move to test_layouts.py."""
+    """docs/parallelism.md quotes it; with a Megatron-Core that can do it, the layout has to move to
+    test_layouts.py.
+    """
     message = run_on_ranks(contiguous_error, 2, preload=PRELOAD)[0]
     assert message.startswith("cp_layout='contiguous' requires PackedSeqParams.cp_partition_mode")

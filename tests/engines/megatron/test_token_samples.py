@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The trainer's token samples through real engines: the same file from every layout, with the batch's own tokens in it."""
+"""The trainer's token samples through real engines: the same file from every layout, with the
+batch's own tokens in it.
+"""
 
 from __future__ import annotations
 
@@ -34,10 +36,26 @@ LAYOUTS = [
 
 
 def samples(layout: Any, model: str, folder: Path, steps: int = 2) -> list[dict[str, Any]]:
-    # Two mini-batches of one training step: the scheduler does not move. The first is sampled, on every rank.
-    knobs = {**KNOBS, "sample_tokens_every": 2, "sample_tokens": 8, "sample_tokens_dir": str(folder)}
+    # Two mini-batches of one training step: the scheduler does not move. The first is sampled, on
+    # every rank.
+    knobs = {
+        **KNOBS,
+        "sample_tokens_every": 2,
+        "sample_tokens": 8,
+        "sample_tokens_dir": str(folder),
+    }
     run = train if isinstance(layout, Layout) else train_fsdp
-    run_on_ranks(run, layout.world_size, layout, model, "capo", knobs, steps=steps, preload=PRELOAD, timeout=100)
+    run_on_ranks(
+        run,
+        layout.world_size,
+        layout,
+        model,
+        "capo",
+        knobs,
+        steps=steps,
+        preload=PRELOAD,
+        timeout=100,
+    )
     return [json.loads(line) for line in (folder / FILE).read_text().splitlines()]
 
 
@@ -52,7 +70,10 @@ def test_tokens_advantages_and_decisions_are_the_batchs(one_rank):
     for entry in one_rank:
         i = entry["sample"]
         ids = batch.ids[i].tolist()
-        assert (entry["prompt"]["ids"], entry["response"]["ids"]) == (ids[: PROMPTS[i]], ids[PROMPTS[i] :])
+        assert (entry["prompt"]["ids"], entry["response"]["ids"]) == (
+            ids[: PROMPTS[i]],
+            ids[PROMPTS[i] :],
+        )
         response, n = entry["response"], RESPONSES[i]
         assert response["advantage"] == pytest.approx([ADVANTAGES[i]] * n)
         assert response["mask"] == [1] * n

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Soft weights, adaptive thresholds and penalties inside verl's Megatron engine, against Hugging Face + the float64 filter."""
+"""Soft weights, adaptive thresholds and penalties inside verl's Megatron engine, against Hugging
+Face + the float64 filter.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +9,20 @@ import pytest
 
 from tests.cpu.megatron.engine_cases import Layout
 from tests.engines.megatron.capo_cases import train
-from tests.engines.megatron.capo_reference import Reference, check_meaningful, check_training, make_reference
+from tests.engines.megatron.capo_reference import (
+    Reference,
+    check_meaningful,
+    check_training,
+    make_reference,
+)
 from tests.engines.megatron.weighting_knobs import PENALTY, SOFT
 from tests.helpers.spawn import run_on_ranks
 
-PRELOAD = ("torch", "verl.workers.engine.megatron.transformer_impl", "capo_verl.cpu.megatron.bridge")
+PRELOAD = (
+    "torch",
+    "verl.workers.engine.megatron.transformer_impl",
+    "capo_verl.cpu.megatron.bridge",
+)
 TEMPERATURE = 0.7
 
 
@@ -23,23 +34,40 @@ def references(tiny_qwen2) -> dict[str, Reference]:
     }
 
 
-@pytest.mark.parametrize("layout", [Layout(), Layout(tp=2), Layout(pp=2), Layout(dp=2, packed=False)], ids=str)
+@pytest.mark.parametrize(
+    "layout", [Layout(), Layout(tp=2), Layout(pp=2), Layout(dp=2, packed=False)], ids=str
+)
 def test_soft_weights_with_an_adaptive_threshold(layout, references, tiny_qwen2):
-    ranks = run_on_ranks(train, layout.world_size, layout, tiny_qwen2, "capo", SOFT, TEMPERATURE, 2, preload=PRELOAD)
+    ranks = run_on_ranks(
+        train, layout.world_size, layout, tiny_qwen2, "capo", SOFT, TEMPERATURE, 2, preload=PRELOAD
+    )
     check_training(ranks, layout.dp, references["soft"])
     reports = next(rank["reports"] for rank in ranks if rank["reports"])
     # Two steps reject nothing: before there are moments, and before there is a quantile.
     weights, thresholds = (
-        [report.get(f"capo/{name}") for report in reports] for name in ("weight_mean", "policy_threshold")
+        [report.get(f"capo/{name}") for report in reports]
+        for name in ("weight_mean", "policy_threshold")
     )
     assert weights[0] == weights[1] == [1.0] and 0 < weights[2][0] < 1
     assert thresholds[:2] == [None, None] and thresholds[2][0] > 0
 
 
-@pytest.mark.parametrize("layout", [Layout(), Layout(tp=2), Layout(pp=2), Layout(dp=2, packed=False)], ids=str)
+@pytest.mark.parametrize(
+    "layout", [Layout(), Layout(tp=2), Layout(pp=2), Layout(dp=2, packed=False)], ids=str
+)
 def test_penalties(layout, references, tiny_qwen2):
     check_meaningful(references["penalty"])
-    ranks = run_on_ranks(train, layout.world_size, layout, tiny_qwen2, "capo", PENALTY, TEMPERATURE, 2, preload=PRELOAD)
+    ranks = run_on_ranks(
+        train,
+        layout.world_size,
+        layout,
+        tiny_qwen2,
+        "capo",
+        PENALTY,
+        TEMPERATURE,
+        2,
+        preload=PRELOAD,
+    )
     check_training(ranks, layout.dp, references["penalty"])
     reports = next(rank["reports"] for rank in ranks if rank["reports"])
     assert all(abs(report["capo/penalty_mean"][0]) > 1e-3 for report in reports)

@@ -83,7 +83,9 @@ def measure_naive(kind: Kind, tokens: int) -> dict[str, Usage]:
 def test_the_tensors_that_the_naive_formulation_holds_at_once(kind, tensors):
     usage = measure_naive(kind, N)
     assert kind.tensor_bytes(WORKLOAD, N) == tensors * TENSOR
-    assert tensors <= usage["evaluate"].peak / TENSOR < tensors + 0.2  # the rest: support, probabilities, results
+    assert (
+        tensors <= usage["evaluate"].peak / TENSOR < tensors + 0.2
+    )  # the rest: support, probabilities, results
     assert 1 <= usage["evaluate"].held / TENSOR < 1.2  # the gradient
     assert max(usage[stage].peak for stage in ("accumulate", "update")) < usage["evaluate"].peak
 
@@ -93,7 +95,8 @@ def test_several_batches_need_the_tensors_of_one(kind, monkeypatch):
     monkeypatch.setattr(contenders, "BATCH_TOKENS", N)
     one, usage = measure_naive(kind, N), measure_naive(kind, 2 * N + N // 2)
     assert list(usage) == [
-        "evaluate", "accumulate", "evaluate 2", "accumulate 2", "evaluate 3", "accumulate 3", "update",
+        "evaluate", "accumulate", "evaluate 2", "accumulate 2", "evaluate 3", "accumulate 3",
+        "update",
     ]  # fmt: skip
     sums = one["accumulate"].held
     assert 400 * H * 4 < sums < 500 * H * 4  # V rows, and the results

@@ -15,7 +15,9 @@ from tests.helpers.batches import Batch, inside
 from tests.helpers.oracle import Oracle, make_token
 
 V, H, K, N, LR = 40, 12, 6, 30, 0.05
-CONFIG = CapoConfig(top_k=K, policy_shift_max=2e-3, objective_shift_max=5e-2, betas=(0.8, 0.95), eps=1e-6)
+CONFIG = CapoConfig(
+    top_k=K, policy_shift_max=2e-3, objective_shift_max=5e-2, betas=(0.8, 0.95), eps=1e-6
+)
 
 
 REUSE = pytest.mark.parametrize("reuse", [False, True], ids=["as published", "temporaries reused"])
@@ -23,7 +25,9 @@ REUSE = pytest.mark.parametrize("reuse", [False, True], ids=["as published", "te
 
 @REUSE
 @pytest.mark.parametrize("batches", [1, 3])
-@pytest.mark.parametrize("config", [CONFIG, replace(CONFIG, objective_shift_min=0.0, policy_shift_max=None)])
+@pytest.mark.parametrize(
+    "config", [CONFIG, replace(CONFIG, objective_shift_min=0.0, policy_shift_max=None)]
+)
 def test_shifts_decisions_and_moments_over_four_steps(config, batches, reuse):
     rng = np.random.default_rng(0)
     naive = NaiveFilter(config, V, H, device="cpu", dtype=torch.float64, reuse_temporaries=reuse)
@@ -51,7 +55,9 @@ def test_shifts_decisions_and_moments_over_four_steps(config, batches, reuse):
         np.testing.assert_allclose(state["exp_avg"], oracle.exp_avg, rtol=1e-10, atol=1e-16)
         np.testing.assert_allclose(state["exp_avg_sq"], oracle.exp_avg_sq, rtol=1e-10, atol=1e-16)
         kept += accepted.sum()
-    assert 0 < kept < 4 * batch.mask.sum() and oracle.step_count > 1  # both outcomes, and P(g) != g, were seen
+    assert (
+        0 < kept < 4 * batch.mask.sum() and oracle.step_count > 1
+    )  # both outcomes, and P(g) != g, were seen
 
 
 @REUSE
@@ -75,7 +81,14 @@ def test_float32_inputs_in_a_float32_filter_stay_close_to_float64(reuse):
     assert out.policy_shift.dtype == torch.float32
     exact = [
         Oracle(V, H, top_k=K).token_shifts(
-            make_token(batch.hidden[0, i], batch.logits[0, i], batch.actions[0, i], batch.advantages[0, i], K), LR
+            make_token(
+                batch.hidden[0, i],
+                batch.logits[0, i],
+                batch.actions[0, i],
+                batch.advantages[0, i],
+                K,
+            ),
+            LR,
         )
         for i in range(N)
     ]
@@ -84,8 +97,10 @@ def test_float32_inputs_in_a_float32_filter_stay_close_to_float64(reuse):
 
 @pytest.mark.parametrize(("reuse", "tensors"), [(False, 7), (True, 4)])
 def test_the_tensors_of_the_papers_batch(reuse, tensors):
-    # 24 x 1024 tokens of a 7B model in bfloat16: 8.8 GB each. More tokens are several batches, one after the other.
+    # 24 x 1024 tokens of a 7B model in bfloat16: 8.8 GB each. More tokens are several batches, one
+    # after the other.
     whole, more, half = (
-        NaiveFilter.nbytes(n, 50, 3584, torch.bfloat16, reuse) for n in (BATCH_TOKENS, 65536, BATCH_TOKENS // 2)
+        NaiveFilter.nbytes(n, 50, 3584, torch.bfloat16, reuse)
+        for n in (BATCH_TOKENS, 65536, BATCH_TOKENS // 2)
     )
     assert whole == more == 2 * half == tensors * 8_808_038_400

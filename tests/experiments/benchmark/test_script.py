@@ -24,7 +24,19 @@ from capo_verl.experiments.benchmark.report import Report
 from capo_verl.experiments.benchmark.workload import Workload
 
 SCRIPT = Path(__file__).parents[3] / "capo_verl/experiments/benchmark/__main__.py"
-SMALL = ("--vocab-size", "500", "--hidden-size", "16", "--tokens", "64", "128", "--repeats", "2", "--device", "cpu")
+SMALL = (
+    "--vocab-size",
+    "500",
+    "--hidden-size",
+    "16",
+    "--tokens",
+    "64",
+    "128",
+    "--repeats",
+    "2",
+    "--device",
+    "cpu",
+)
 
 
 def script(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -87,7 +99,14 @@ def test_contenders_that_differ_are_not_timed(monkeypatch):
     workload = Workload("tiny", 500, 16, 1, 20, (64,), "cpu")
 
     def twice_the_learning_rate(batch):
-        return batch.hidden_states, batch.logits, batch.actions, 1.001 * batch.advantages, batch.response_mask, 3e-6
+        return (
+            batch.hidden_states,
+            batch.logits,
+            batch.actions,
+            1.001 * batch.advantages,
+            batch.response_mask,
+            3e-6,
+        )
 
     wrong = TORCH._replace(build=_built_with(twice_the_learning_rate))
     monkeypatch.setattr(agreement, "TORCH", wrong)
@@ -98,7 +117,10 @@ def test_contenders_that_differ_are_not_timed(monkeypatch):
 def _built_with(arguments):
     def build(workload, config, dtype):
         filter_ = TORCH.build(workload, config, dtype)
-        filter_.stages = lambda batch: {"evaluate": lambda: filter_.evaluate(*arguments(batch)), "step": filter_.step}
+        filter_.stages = lambda batch: {
+            "evaluate": lambda: filter_.evaluate(*arguments(batch)),
+            "step": filter_.step,
+        }
         return filter_
 
     return build
@@ -108,7 +130,11 @@ def test_the_naive_formulation_is_left_out_where_it_would_take_too_long(monkeypa
     workload = Workload("tiny", 500, 16, 1, 20, (64, 128), "cpu")
     monkeypatch.setattr(runner, "NAIVE_SECONDS", 1e-9)
     report = runner.run(workload, repeats=1, say=lambda text: None)
-    skipped = {(r.contender, r.tokens): r.skipped for r in report.results if r.contender != "triton" and r.skipped}
+    skipped = {
+        (r.contender, r.tokens): r.skipped
+        for r in report.results
+        if r.contender != "triton" and r.skipped
+    }
     assert skipped == dict.fromkeys([("naive", 128), ("naive_reused", 128)], "would take 0 s")
     assert report.result("torch", 128) and report.speedup(report.result("torch", 128)) is None
 
@@ -119,7 +145,11 @@ def test_batches_are_the_same_for_every_size_and_have_the_stated_support():
     assert torch.equal(batch.logits, again.logits) and torch.equal(batch.actions, again.actions)
     assert torch.equal(batch.support.long(), batch.logits.topk(20).indices)
     assert batch.part(slice(10)).logits.data_ptr() == batch.logits.data_ptr()
-    assert batch.distinct_rows == len(set(batch.support.flatten().tolist())) < 0.5 * batch.support.numel()
+    assert (
+        batch.distinct_rows
+        == len(set(batch.support.flatten().tolist()))
+        < 0.5 * batch.support.numel()
+    )
     inside = (batch.support == batch.actions[:, None]).any(-1).float().mean()
     assert 0.9 < inside < 1.0
     mass = batch.logits.softmax(-1).gather(1, batch.support.long()).sum(-1).mean()
@@ -129,5 +159,7 @@ def test_batches_are_the_same_for_every_size_and_have_the_stated_support():
 def test_a_tensor_parallel_rank_has_its_share_of_the_rows():
     workload = replace(Workload("tiny", 3000, 8, 1, 20, (64,), "cpu"), tp=8)
     assert workload.rows == 375
-    assert TORCH.build(workload, accept_all(workload), torch.float32).state_dict()["exp_avg"].shape == (375, 8)
+    assert TORCH.build(workload, accept_all(workload), torch.float32).state_dict()[
+        "exp_avg"
+    ].shape == (375, 8)
     assert int(make_batch(workload, 64, seed=0).support.max()) < 375

@@ -33,7 +33,9 @@ def frames(tmp_path_factory: pytest.TempPathFactory) -> dict[str, pd.DataFrame]:
 
     patch = pytest.MonkeyPatch()
     patch.setattr(warm_start, "base_policy", base_policy)
-    study = TinyStudy(tasks=("sort8",), seeds=(1, 2), lrs={"adam": (1e-3,)}, steps=14, every=2, warmup=4)
+    study = TinyStudy(
+        tasks=("sort8",), seeds=(1, 2), lrs={"adam": (1e-3,)}, steps=14, every=2, warmup=4
+    )
     seen = []
     results = run_tiny(study, seen.append)
     patch.undo()
@@ -59,12 +61,21 @@ def test_rows_and_phases(frames: dict[str, pd.DataFrame]) -> None:
 def test_tables_hold_the_means_of_the_steps(frames: dict[str, pd.DataFrame]) -> None:
     steps = frames["calibration"]
     text = evidence.markdown(frames)
-    chosen = steps[(steps["depth"] == "all") & (steps["target"] == "kl") & (steps["predictor"] == "entropy")]
+    chosen = steps[
+        (steps["depth"] == "all") & (steps["target"] == "kl") & (steps["predictor"] == "entropy")
+    ]
     row = next(line for line in text.splitlines() if line.startswith("| entropy"))
     assert row.startswith(f"| entropy | {chosen['spearman'].mean():.2f} [")
     tokens = frames["calibration_tokens"]
-    assert f"{spearman(tokens['policy_shift'].to_numpy(), tokens['kl'].to_numpy()):.2f} (sort8, Adam)" in text
-    own = steps[(steps["target"] == "kl") & (steps["predictor"] == "policy_shift") & (steps["depth"] == "head")]
+    assert (
+        f"{spearman(tokens['policy_shift'].to_numpy(), tokens['kl'].to_numpy()):.2f} (sort8, Adam)"
+        in text
+    )
+    own = steps[
+        (steps["target"] == "kl")
+        & (steps["predictor"] == "policy_shift")
+        & (steps["depth"] == "head")
+    ]
     middle = float(np.exp(np.log(own["ratio_50"].astype(float)).mean()))
     assert f"| sort8, Adam | ratio | {evidence.tables.magnitude(middle)} (" in text
 
@@ -72,7 +83,8 @@ def test_tables_hold_the_means_of_the_steps(frames: dict[str, pd.DataFrame]) -> 
 def test_figures_are_drawn(frames: dict[str, pd.DataFrame], tmp_path: Path) -> None:
     paths = evidence.draw(frames, tmp_path)
     assert [p.name for p in paths if p.suffix == ".png"] == [
-        "calibration_tokens.png", "calibration_predictors.png", "calibration_depth.png", "calibration_batch.png"
+        "calibration_tokens.png", "calibration_predictors.png", "calibration_depth.png",
+        "calibration_batch.png"
     ]  # fmt: skip
     assert all(p.stat().st_size > 5_000 for p in paths)
 

@@ -13,8 +13,8 @@ from capo_verl.experiments.study import warm_start
 from capo_verl.experiments.study.config import RunConfig
 
 SMALL: dict[str, Any] = {
-    "task": "sort8", "task_knobs": {"digits": 3}, "base": 0.15, "base_kind": "early", "steps": 6, "evaluations": 2,
-    "eval_prompts": 64, "hidden": 32, "lr": 1e-3, "kl_every": 1,
+    "task": "sort8", "task_knobs": {"digits": 3}, "base": 0.15, "base_kind": "early", "steps": 6,
+    "evaluations": 2, "eval_prompts": 64, "hidden": 32, "lr": 1e-3, "kl_every": 1,
 }  # fmt: skip
 
 

@@ -48,24 +48,37 @@ def test_every_shipped_study_can_be_read():
         for run in study.runs:
             if run.tier == "tiny":
                 # What a table records of a run is enough to make it again.
-                assert RunConfig.from_mapping(json.loads(worker.describe(run)["config"])) == run.config
+                assert (
+                    RunConfig.from_mapping(json.loads(worker.describe(run)["config"])) == run.config
+                )
                 knobs = run.config.capo_knobs()
                 if knobs is not None:
                     CapoConfig.from_mapping(knobs)  # raises
                     filtered.add(run.method)
     assert names == {
-        "base", "batch", "control", "long", "losses", "main", "noise", "presets", "sensitivity", "smoke", "tune", "verl",
+        "base", "batch", "control", "long", "losses", "main", "noise", "presets", "sensitivity",
+        "smoke", "tune", "verl",
     }  # fmt: skip
     assert {"capo", "capo adaptive", "soft", "kl_budget"} <= filtered
-    tuning = {run.config.seed for run in load_study(ROOT / "capo_verl/experiments/study/studies/tune.yaml").runs}
-    reported = {run.config.seed for run in load_study(ROOT / "capo_verl/experiments/study/studies/main.yaml").runs}
+    tuning = {
+        run.config.seed
+        for run in load_study(ROOT / "capo_verl/experiments/study/studies/tune.yaml").runs
+    }
+    reported = {
+        run.config.seed
+        for run in load_study(ROOT / "capo_verl/experiments/study/studies/main.yaml").runs
+    }
     assert min(tuning) > 100 > max(reported) and len(reported) >= 5
 
 
 def test_dotted_axes_reach_the_methods_that_have_them():
     study = parse_study(
         {
-            "methods": {"grpo": {}, "capo": {"capo": {"top_k": 4}}, "kl": {"capo": {"kl_budget": {"delta": 1.0}}}},
+            "methods": {
+                "grpo": {},
+                "capo": {"capo": {"top_k": 4}},
+                "kl": {"capo": {"kl_budget": {"delta": 1.0}}},
+            },
             "grid": {"capo.kl_budget.delta": [1e-5, 1e-4], "seed": [1], "lr": [1e-3]},
         }
     )
@@ -81,7 +94,15 @@ def test_dotted_axes_reach_the_methods_that_have_them():
 def test_identity_depends_on_what_differs_from_the_defaults_alone():
     assert RunConfig(lr=1e-3).run_id == RunConfig.from_mapping({"lr": "1e-3", "steps": 200}).run_id
     assert (
-        len({RunConfig().run_id, RunConfig(lr=1e-3).run_id, RunConfig(capo={}).run_id, RunConfig(seed=2).run_id}) == 4
+        len(
+            {
+                RunConfig().run_id,
+                RunConfig(lr=1e-3).run_id,
+                RunConfig(capo={}).run_id,
+                RunConfig(seed=2).run_id,
+            }
+        )
+        == 4
     )
 
 
@@ -122,10 +143,22 @@ def test_a_study_leaves_tables_and_failures(results):
     assert len(runs) == 12 and set(failed["method"]) == {"broken"}
     assert failed["error"].str.contains("no_such_loss").all()
     finished = runs[runs["status"] == "finished"]
-    assert {"final", "area", "collapsed", "commit", "machine", "config", "mean_kl", "accepted_tokens"} <= set(finished)
+    assert {
+        "final",
+        "area",
+        "collapsed",
+        "commit",
+        "machine",
+        "config",
+        "mean_kl",
+        "accepted_tokens",
+    } <= set(finished)
     assert json.loads(finished["config"].iloc[0])["task_knobs"] == {"digits": 3}
     curves = Store(folder).curves()
-    assert set(curves["run_id"]) == set(finished["run_id"]) and curves.groupby("run_id").size().eq(3).all()
+    assert (
+        set(curves["run_id"]) == set(finished["run_id"])
+        and curves.groupby("run_id").size().eq(3).all()
+    )
     assert not list((folder / "parts").iterdir())
 
 
@@ -144,7 +177,9 @@ def test_finished_runs_are_not_run_again_and_failed_ones_are(results, cache):
 def test_pack_and_page(results, tmp_path):
     study, folder, _ = results
     assert "12 runs of 1 studies" in pack([study], folder, tmp_path / "evidence")
-    runs, curves = (pd.read_parquet(tmp_path / "evidence" / n) for n in ("runs.parquet", "curves.parquet"))
+    runs, curves = (
+        pd.read_parquet(tmp_path / "evidence" / n) for n in ("runs.parquet", "curves.parquet")
+    )
     assert len(runs) == 12 and set(runs["control"]) == {"grpo"}
     frame = study_frame(study, Store(folder).runs())
     assert sorted(frame["run_id"]) == sorted(runs["run_id"])
@@ -174,9 +209,15 @@ def test_a_dead_worker_is_a_failed_run(tmp_path):
     from capo_verl.experiments.study.pool import _Pool
 
     ended = []
-    calls = [(str(tmp_path / "a"), False), (str(tmp_path / "b"), True), (str(tmp_path / "c"), False)]
+    calls = [
+        (str(tmp_path / "a"), False),
+        (str(tmp_path / "b"), True),
+        (str(tmp_path / "c"), False),
+    ]
     _Pool(2).map(
-        touch_or_die, calls, lambda arguments, result, error: ended.append((arguments[0][-1], result, bool(error)))
+        touch_or_die,
+        calls,
+        lambda arguments, result, error: ended.append((arguments[0][-1], result, bool(error))),
     )
     assert sorted(ended) == [("a", "done", False), ("b", None, True), ("c", "done", False)]
 
@@ -195,12 +236,18 @@ def test_ctrl_c_keeps_what_is_finished(tmp_path, cache):
     path = tmp_path / "many.yaml"
     path.write_text(yaml.safe_dump(many))
     command = [
-        sys.executable, str(ROOT / "scripts" / "study.py"), "run", str(path), "--jobs", "2", "--results", str(tmp_path / "r"),
-        "--cache", str(cache),
+        sys.executable, str(ROOT / "scripts" / "study.py"), "run", str(path), "--jobs", "2",
+        "--results", str(tmp_path / "r"), "--cache", str(cache),
     ]  # fmt: skip
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ)
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ
+    )
     deadline = time.monotonic() + 120
-    while not list((tmp_path / "r").glob("parts/*.json")) and process.poll() is None and time.monotonic() < deadline:
+    while (
+        not list((tmp_path / "r").glob("parts/*.json"))
+        and process.poll() is None
+        and time.monotonic() < deadline
+    ):
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tiny tier's training loop against naive versions: sampling, gradients, the filter, the budget, determinism."""
+"""The tiny tier's training loop against naive versions: sampling, gradients, the filter, the
+budget, determinism.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,9 @@ def fresh(config):
 
 
 def test_a_loss_that_draws_random_numbers_depends_on_the_seed_alone(cache):
-    """verl's clip_cov takes tokens at random from torch's own generator, which a worker has used for other runs before."""
+    """verl's clip_cov takes tokens at random from torch's own generator, which a worker has used
+    for other runs before.
+    """
     knobs = {"policy_loss": {"clip_cov_ratio": 0.2, "clip_cov_lb": -1e9, "clip_cov_ub": 1e9}}
     config = small(loss="verl:clip_cov", loss_knobs=knobs, steps=4)
     found = []
@@ -50,7 +54,9 @@ def test_a_loss_that_draws_random_numbers_depends_on_the_seed_alone(cache):
 
 
 def test_sampling_follows_the_policy():
-    """The cache gives the logits of the plain forward pass: frequencies of the second token fit its softmax."""
+    """The cache gives the logits of the plain forward pass: frequencies of the second token fit its
+    softmax.
+    """
     config = small()
     model, task = fresh(config)
     with torch.no_grad():
@@ -62,7 +68,9 @@ def test_sampling_follows_the_policy():
     with torch.no_grad():
         probs = model(torch.cat((prompt, torch.tensor([[first]])), 1))[1][0, -1].softmax(-1)
     found = torch.bincount(second, minlength=16) / len(second)
-    assert len(second) > 2000 and float((found - probs).abs().max()) < 4 * 0.5 / math.sqrt(len(second))
+    assert len(second) > 2000 and float((found - probs).abs().max()) < 4 * 0.5 / math.sqrt(
+        len(second)
+    )
 
 
 @pytest.mark.parametrize("kind", ["grpo", "dr_grpo", "reinforce"])
@@ -79,7 +87,9 @@ def test_advantages(kind):
     assert group_advantages(rewards, 4, kind).tolist() == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("aggregation", ["token-mean", "seq-mean-token-mean", "seq-mean-token-sum-norm"])
+@pytest.mark.parametrize(
+    "aggregation", ["token-mean", "seq-mean-token-mean", "seq-mean-token-sum-norm"]
+)
 def test_gradient_is_that_of_a_naive_loop(aggregation):
     config = small(aggregation=aggregation, grad_clip=0.0)
     model, task = fresh(config)
@@ -92,7 +102,8 @@ def test_gradient_is_that_of_a_naive_loop(aggregation):
     total = torch.zeros(())
     for i in range(b):
         own = [
-            -rollout.advantages[i] * log_probs[i, task.prompt_length - 1 + j, rollout.tokens[i, task.prompt_length + j]]
+            -rollout.advantages[i]
+            * log_probs[i, task.prompt_length - 1 + j, rollout.tokens[i, task.prompt_length + j]]
             for j in range(t)
             if rollout.mask[i, j]
         ]
@@ -110,11 +121,15 @@ def test_gradient_is_that_of_a_naive_loop(aggregation):
     # Adam's first step is the sign of the gradient, at the first rate of the warm-up.
     large = reference.flat.grad.abs() > 1e-4
     expected = -config.lr / config.warmup * reference.flat.grad.sign()
-    torch.testing.assert_close((model.flat.detach() - before)[large], expected[large], rtol=2e-3, atol=1e-9)
+    torch.testing.assert_close(
+        (model.flat.detach() - before)[large], expected[large], rtol=2e-3, atol=1e-9
+    )
 
 
 def test_filter_decides_as_the_oracle():
-    """Over several steps, so that the moments matter; the oracle sees what the loop gave the filter."""
+    """Over several steps, so that the moments matter; the oracle sees what the loop gave the
+    filter.
+    """
     config = small(lr=2e-2, warmup=1, capo={"policy_shift_max": 1e-3, "objective_shift_max": 5e-2})
     model, task = fresh(config)
     stepper = Stepper(config, model, task)
@@ -194,7 +209,9 @@ def test_line_search_keeps_the_square_root():
     assert measured["scale"] == pytest.approx(kept, rel=1e-3)
     assert float(measured["kl"]) < 1e-3 < float(without["kl"])
 
-    config = small(lr=1e-1, warmup=1, capo={"mode": "off", "kl_budget": budget | {"line_search": 1.0}})
+    config = small(
+        lr=1e-1, warmup=1, capo={"mode": "off", "kl_budget": budget | {"line_search": 1.0}}
+    )
     model, task = fresh(config)
     (further,) = Stepper(config, model, task).update(rollout)
     assert further["scale"] < 0.9 * kept  # far from the old policy one step back is not enough
@@ -228,7 +245,9 @@ def test_a_run_is_determined_by_its_seed(cache, knobs):
     config = small(**knobs)
     first, second = train(config, cache), train(config, cache)
     for a, b in zip(first[0], second[0], strict=True):
-        assert {k: v for k, v in a.items() if k != "seconds"} == {k: v for k, v in b.items() if k != "seconds"}
+        assert {k: v for k, v in a.items() if k != "seconds"} == {
+            k: v for k, v in b.items() if k != "seconds"
+        }
     assert first[1] == second[1]
     other = train(small(**{**knobs, "seed": 2, "base_seed": 1}), cache)
     assert [r["reward"] for r in other[0][1:]] != [r["reward"] for r in first[0][1:]]

@@ -17,7 +17,13 @@ from capo_verl.experiments.study.tables import frame_tables
 
 def curve(*accuracies: float, **columns: float):
     return [
-        {"step": 10 * i, "completions": 320 * i, "accepted_tokens": 2560 * i, "accuracy": a, **columns}
+        {
+            "step": 10 * i,
+            "completions": 320 * i,
+            "accepted_tokens": 2560 * i,
+            "accuracy": a,
+            **columns,
+        }
         for i, a in enumerate(accuracies)
     ]
 
@@ -59,7 +65,8 @@ def test_verdict_needs_both_intervals():
     assert compare.verdict([-0.10, -0.12, -0.11, -0.09, -0.10]) == "worse"
     assert compare.verdict([0.1, -0.1, 0.05, -0.06, 0.0]) == "same"
     assert compare.verdict([0.3, 0.3]) == "same"  # two seeds decide nothing
-    # The bootstrap of values of one sign always excludes 0; Student's interval, 0.21 +- 0.27, does not.
+    # The bootstrap of values of one sign always excludes 0; Student's interval, 0.21 +- 0.27, does
+    # not.
     values = [0.01, 0.02, 0.03, 0.45, 0.54]
     assert compare.interval(values)[1] > 0 and compare.verdict(values) == "same"
 
@@ -70,8 +77,10 @@ def frame(rows) -> pd.DataFrame:
     table["status"] = ["failed" if math.isnan(f) else "finished" for f in table["final"]]
     table["run_id"] = [f"r{i}" for i in range(len(table))]
     return table.assign(
-        study="s", control="grpo", error=["" if s == "finished" else "RuntimeError: broke\ntrace" for s in table["status"]],
-        collapsed=False, lowest=0.1, mean_kl=1e-4, mean_rejection=0.0, mean_scale=1.0, final_entropy=0.1, seconds=5.0,
+        study="s", control="grpo",
+        error=["" if s == "finished" else "RuntimeError: broke\ntrace" for s in table["status"]],
+        collapsed=False, lowest=0.1, mean_kl=1e-4, mean_rejection=0.0, mean_scale=1.0,
+        final_entropy=0.1, seconds=5.0,
     )  # fmt: skip
 
 
@@ -93,7 +102,9 @@ def table() -> pd.DataFrame:
 def test_differences_are_paired_by_seed():
     found = {json.loads(d.cell)["lr"]: d for d in compare.differences(table())}
     assert found["0.001"].estimate.mean == pytest.approx(0.102) and found["0.001"].seeds == 3
-    assert found["0.001"].verdict == found["0.01"].verdict == "better"  # although the seeds alone differ by 0.02
+    assert (
+        found["0.001"].verdict == found["0.01"].verdict == "better"
+    )  # although the seeds alone differ by 0.02
     assert found["0.001"].estimate.low == pytest.approx(0.101, abs=1e-6)
 
 
@@ -103,12 +114,15 @@ def test_a_failed_run_counts_as_accuracy_zero():
     rows.loc[worst, ["final", "status", "error"]] = [float("nan"), "failed", "RuntimeError: broke"]
     found = {json.loads(d.cell)["lr"]: d for d in compare.differences(rows)}
     assert found["0.0001"].estimate.mean == pytest.approx((-0.81 + 0.002 + 0.003) / 3)
-    assert "1 failed: 1 x RuntimeError: broke" in frame_tables(rows, pd.DataFrame({"run_id": [], "step": []}))
+    assert "1 failed: 1 x RuntimeError: broke" in frame_tables(
+        rows, pd.DataFrame({"run_id": [], "step": []})
+    )
 
 
 def test_area_between_methods_over_the_learning_rate():
     found = compare.over_rates(table()).iloc[0]
-    # Differences 0, 0.1, 0.6 at equal distances in log(lr), plus 0.001 seed: trapezoid (0.05 + 0.35) / 2.
+    # Differences 0, 0.1, 0.6 at equal distances in log(lr), plus 0.001 seed: trapezoid (0.05 +
+    # 0.35) / 2.
     assert found["mean"] == pytest.approx(0.2 + 0.002) and found["verdict"] == "better"
 
 
@@ -143,13 +157,17 @@ def test_rows_begin_with_the_control_and_rise_with_the_knob():
         '{"lr": "1"}',
         '{"capo.top_k": "2", "lr": "1"}',
     ]
-    frame = pd.DataFrame({"method": ["capo", "capo", "grpo", "capo"], "control": "grpo", "cell": cells})
+    frame = pd.DataFrame(
+        {"method": ["capo", "capo", "grpo", "capo"], "control": "grpo", "cell": cells}
+    )
     assert list(ordered(frame).index) == [2, 3, 0, 1]
 
 
 def test_cells_are_ordered_by_the_numbers_they_begin_with():
     cells = [
-        json.dumps({"name": name, "lr": lr}) for name in ("128 of", "16 of", "32 in 4") for lr in ("1e-3", "0.0001")
+        json.dumps({"name": name, "lr": lr})
+        for name in ("128 of", "16 of", "32 in 4")
+        for lr in ("1e-3", "0.0001")
     ]
     frame = pd.DataFrame({"method": "grpo", "control": "grpo", "cell": cells})
     assert list(ordered(frame).index) == [3, 2, 5, 4, 1, 0]

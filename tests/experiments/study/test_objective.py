@@ -12,7 +12,18 @@ from capo_verl.rivals import RIVALS
 from tests.experiments.study.conftest import small
 from tests.experiments.study.test_loop import fresh, rollout_of
 
-VERL = ("vanilla", "dppo_tv", "dppo_kl", "gspo", "sapo", "gpg", "clip_cov", "kl_cov", "geo_mean", "cispo")
+VERL = (
+    "vanilla",
+    "dppo_tv",
+    "dppo_kl",
+    "gspo",
+    "sapo",
+    "gpg",
+    "clip_cov",
+    "kl_cov",
+    "geo_mean",
+    "cispo",
+)
 
 
 def batch(ratio: float = 0.0) -> Batch:
@@ -44,11 +55,16 @@ def gradient(config: RunConfig, of: Batch, epoch: int = 0) -> torch.Tensor:
     return of.log_prob.grad.clone()
 
 
-@pytest.mark.parametrize("aggregation", ["token-mean", "seq-mean-token-mean", "seq-mean-token-sum-norm"])
+@pytest.mark.parametrize(
+    "aggregation", ["token-mean", "seq-mean-token-mean", "seq-mean-token-sum-norm"]
+)
 def test_plain_loss_is_verls(aggregation):
     """Also where tokens are filtered: the denominators are those of verl's engines."""
     pytest.importorskip("verl")
-    for spread, knobs in ((0.0, {}), (0.3, {"clip_ratio_low": 50.0, "clip_ratio_high": 50.0, "clip_ratio_c": 1e6})):
+    for spread, knobs in (
+        (0.0, {}),
+        (0.3, {"clip_ratio_low": 50.0, "clip_ratio_high": 50.0, "clip_ratio_c": 1e6}),
+    ):
         of = batch(spread)
         plain = gradient(small(aggregation=aggregation), of)
         verls = gradient(small(aggregation=aggregation, loss="verl:vanilla", loss_knobs=knobs), of)

@@ -21,7 +21,10 @@ def draw(name: str, n: int = 64, **knobs):
 @pytest.mark.parametrize("name", [n for n in TASKS if n != "gym"])
 def test_demonstrations_are_right_and_noise_is_wrong(name):
     task, problems, answers, random = draw(name)
-    assert answers.shape == (64, task.response_length) and problems.prompts.shape == (64, task.prompt_length)
+    assert answers.shape == (64, task.response_length) and problems.prompts.shape == (
+        64,
+        task.prompt_length,
+    )
     assert int(max(answers.max(), problems.prompts.max())) < task.vocab_size
     assert task.correct(problems, answers).eq(1).all()
     assert task.mask(answers).any(-1).all()
@@ -63,7 +66,9 @@ def test_fillers_are_ignored_wherever_they_stand():
     filler = answers >= FIRST_FILLER
     share = float((filler & task.mask(answers)).sum() / task.mask(answers).sum())
     assert 0.4 < share < 0.6
-    other = torch.where(filler, FIRST_FILLER + torch.randint(48, answers.shape, generator=random), answers)
+    other = torch.where(
+        filler, FIRST_FILLER + torch.randint(48, answers.shape, generator=random), answers
+    )
     assert task.correct(problems, other).eq(1).all()
     # The mask ends with the eighth digit.
     for row, mask in zip(answers.tolist(), task.mask(answers).tolist(), strict=True):
@@ -104,7 +109,8 @@ def test_gym_is_scored_by_its_own_scorer():
     assert task.correct(problems, answers).eq(1).all()
     held_out = task.problems(32, random, held_out=True)
     assert held_out.key.min() >= 18_000 > problems.key.max()
-    # Another arrangement of the halves is a palindrome as well; swapping two different letters is not.
+    # Another arrangement of the halves is a palindrome as well; swapping two different letters is
+    # not.
     entry = task.entries[int(problems.key[0, 0])]
     text = entry["answer"]
     half = len(text) // 2
@@ -118,7 +124,10 @@ def test_gym_is_scored_by_its_own_scorer():
     assert float(task.correct(one, response)) == 1
     assert float(task.scores(one, response)) == task.dataset.score_answer(swapped, entry) == 1
     response[0, 0] = (response[0, 0] + 1) % 26
-    assert float(task.scores(one, response)) == pytest.approx(0.02) and float(task.correct(one, response)) == 0
+    assert (
+        float(task.scores(one, response)) == pytest.approx(0.02)
+        and float(task.correct(one, response)) == 0
+    )
     response[:] = 0  # no end token
     assert float(task.scores(one, response)) == 0
 

@@ -22,21 +22,33 @@ def test_records_become_a_curve():
         {"step": 0, "data": {"val-core/x/acc/mean@1": 0.4}},
         {
             "step": 1,
-            "data": {"critic/score/mean": 0.5, "response_length/mean": 8.0, "capo/kl_mean": 1e-4, "perf/time_per_step": 2.0},
+            "data": {"critic/score/mean": 0.5, "response_length/mean": 8.0, "capo/kl_mean": 1e-4,
+                "perf/time_per_step": 2.0},
         },
         {
             "step": 2,
             "data": {
-                "critic/score/mean": 0.7, "response_length/mean": 6.0, "capo/kl_mean": 3e-4, "capo/rejection_rate": 0.25,
-                "capo/lr_scale": 0.5, "perf/time_per_step": 3.0, "val-core/x/acc/mean@1": 0.6, "actor/entropy": None,
+                "critic/score/mean": 0.7, "response_length/mean": 6.0, "capo/kl_mean": 3e-4,
+                "capo/rejection_rate": 0.25,
+                "capo/lr_scale": 0.5, "perf/time_per_step": 3.0, "val-core/x/acc/mean@1": 0.6,
+                "actor/entropy": None,
             },
         },
     ]  # fmt: skip
     base, row = read_curve(entries, completions=16, drops=True)
-    assert base == {"step": 0, "completions": 0, "tokens": 0, "accepted_tokens": 0, "seconds": 0, "accuracy": 0.4}
+    assert base == {
+        "step": 0,
+        "completions": 0,
+        "tokens": 0,
+        "accepted_tokens": 0,
+        "seconds": 0,
+        "accuracy": 0.4,
+    }
     assert row == {
-        "step": 2, "completions": 32, "tokens": 16 * 14, "accepted_tokens": 16 * 8 + 72, "seconds": 5.0, "accuracy": 0.6,
-        "reward": pytest.approx(0.6), "length": 7.0, "kl": pytest.approx(2e-4), "kl_max": 3e-4, "scale": 0.5, "rejection": 0.25,
+        "step": 2, "completions": 32, "tokens": 16 * 14, "accepted_tokens": 16 * 8 + 72,
+        "seconds": 5.0, "accuracy": 0.6,
+        "reward": pytest.approx(0.6), "length": 7.0, "kl": pytest.approx(2e-4), "kl_max": 3e-4,
+        "scale": 0.5, "rejection": 0.25,
     }  # fmt: skip
     assert read_curve(entries, completions=16, drops=False)[1]["accepted_tokens"] == 16 * 14
     assert summarise([base, row])["final"] == 0.6
@@ -50,7 +62,8 @@ def test_a_recorded_run_can_be_read():
 
 
 @pytest.mark.parametrize(
-    ("switch", "drops"), [("grpo", True), ("track", False), ("soft", False), ("kl_budget", False), (None, False)]
+    ("switch", "drops"),
+    [("grpo", True), ("track", False), ("soft", False), ("kl_budget", False), (None, False)],
 )
 def test_who_drops_tokens(switch, drops, tmp_path):
     from capo_verl.config import verl_knobs
@@ -69,7 +82,13 @@ def test_a_run_without_validation_is_an_error():
 
 def test_launcher_and_environment(tmp_path):
     config = VerlRunConfig(
-        launcher="smollm2", seed=3, lr=1e-5, steps=8, evaluations=2, overrides=["+capo=soft"], settings=["a=1"]
+        launcher="smollm2",
+        seed=3,
+        lr=1e-5,
+        steps=8,
+        evaluations=2,
+        overrides=["+capo=soft"],
+        settings=["a=1"],
     )
     found = command(config)
     assert (
@@ -85,7 +104,9 @@ def test_launcher_and_environment(tmp_path):
         "TEST_FREQ": "4",
         "VAL_BEFORE_TRAIN": "True",
     }
-    assert expected.items() <= given.items() and given["VERL_FILE_LOGGER_PATH"] == str(tmp_path / "metrics.jsonl")
+    assert expected.items() <= given.items() and given["VERL_FILE_LOGGER_PATH"] == str(
+        tmp_path / "metrics.jsonl"
+    )
 
 
 def test_bad_runs_are_refused():
@@ -94,4 +115,6 @@ def test_bad_runs_are_refused():
     with pytest.raises(ValueError, match="evaluations=3: must divide steps=20"):
         VerlRunConfig(evaluations=3)
     with pytest.raises(ValueError, match="methods.a: task is not a key of a verl run"):
-        parse_study({"tier": "verl", "control": "a", "methods": {"a": {}}, "grid": {"task": ["sort8"]}})
+        parse_study(
+            {"tier": "verl", "control": "a", "methods": {"a": {}}, "grid": {"task": ["sort8"]}}
+        )

@@ -10,7 +10,13 @@ import pytest
 from omegaconf import OmegaConf
 
 from capo_verl.launch.dry_run import compose, dry_run
-from capo_verl.plugin.checks.identity import FILE, SCHEDULE, check_identity, identity, record_identity
+from capo_verl.plugin.checks.identity import (
+    FILE,
+    SCHEDULE,
+    check_identity,
+    identity,
+    record_identity,
+)
 from capo_verl.plugin.state import REFUSED
 from capo_verl.utils import TRACKER
 from tests.launch.launchers import command_line
@@ -19,8 +25,8 @@ OPTIM = "actor_rollout_ref.actor.optim"
 RESTART = f"{OPTIM}.use_checkpoint_opt_param_scheduler"
 LOSS = "actor_rollout_ref.actor.policy_loss.loss_mode"
 COSINE = (
-    f"{OPTIM}.lr=3e-6", f"{OPTIM}.lr_decay_style=cosine", f"{OPTIM}.lr_warmup_steps_ratio=0.1", f"{RESTART}=True",
-    "trainer.total_training_steps=52",
+    f"{OPTIM}.lr=3e-6", f"{OPTIM}.lr_decay_style=cosine", f"{OPTIM}.lr_warmup_steps_ratio=0.1",
+    f"{RESTART}=True", "trainer.total_training_steps=52",
 )  # fmt: skip
 
 
@@ -30,7 +36,8 @@ def run(tmp_path, tiny_model):
 
     def make(*overrides, engine="megatron"):
         return compose([
-            f"model_engine={engine}", f"actor_rollout_ref.model.path='{tiny_model}'", "trainer.save_freq=1",
+            f"model_engine={engine}", f"actor_rollout_ref.model.path='{tiny_model}'",
+            "trainer.save_freq=1",
             "trainer.resume_mode=auto", f"trainer.default_local_dir='{tmp_path}/run'", *overrides,
         ])  # fmt: skip
 
@@ -49,12 +56,16 @@ def written(run, tmp_path):
 
 
 def test_what_is_remembered(run, tmp_path, tiny_model):
-    record_identity(run(*COSINE, "+capo=grpo", "data.train_batch_size=144", "actor_rollout_ref.rollout.n=8"))
+    record_identity(
+        run(*COSINE, "+capo=grpo", "data.train_batch_size=144", "actor_rollout_ref.rollout.n=8")
+    )
     remembered = json.loads((tmp_path / "run" / FILE).read_text())
     assert {key: value for key, value in remembered.items() if value is not None} == {
-        "actor_rollout_ref.model.path": str(tiny_model), "capo": "grpo", LOSS: "vanilla", f"{OPTIM}.lr": 3e-6,
+        "actor_rollout_ref.model.path": str(tiny_model), "capo": "grpo", LOSS: "vanilla",
+        f"{OPTIM}.lr": 3e-6,
         f"{OPTIM}.min_lr": 0.0, f"{OPTIM}.lr_decay_style": "cosine", f"{OPTIM}.lr_warmup_steps": -1,
-        f"{OPTIM}.lr_warmup_steps_ratio": 0.1, f"{OPTIM}.weight_decay": 0.01, "trainer.total_training_steps": 52,
+        f"{OPTIM}.lr_warmup_steps_ratio": 0.1, f"{OPTIM}.weight_decay": 0.01,
+        "trainer.total_training_steps": 52,
         "data.train_batch_size": 144, "actor_rollout_ref.rollout.n": 8,
     }  # fmt: skip
     assert identity(run())["capo"] == "off"
@@ -64,7 +75,9 @@ def test_knobs_that_differ_from_the_preset_tell_runs_apart(run, written):
     block = "actor_rollout_ref.actor.policy_loss.capo"
     written("+capo=grpo", f"{block}.sample_tokens_every=5")
     check_identity(run("+capo=grpo", f"{block}.batch_shift_every=1"))  # reports more, trains alike
-    with pytest.raises(ValueError, match="capo was grpo, is grpo, top_k=20, mode=track: set another OUTPUT_DIR"):
+    with pytest.raises(
+        ValueError, match="capo was grpo, is grpo, top_k=20, mode=track: set another OUTPUT_DIR"
+    ):
         check_identity(run("+capo=grpo", f"{block}.mode=track", f"{block}.top_k=20"))
     assert identity(run("trainer.total_epochs=7"))["trainer.total_epochs"] == 7
     for key in SCHEDULE:  # all are keys of one of verl's engines
@@ -83,17 +96,24 @@ def test_only_a_run_that_writes_checkpoints_is_remembered(run, tmp_path, monkeyp
 @pytest.mark.parametrize(
     ("then", "now", "message"),
     [
-        (["+capo=grpo"], [], "holds checkpoints of another run: capo was grpo, is off: set another OUTPUT_DIR"),
+        (["+capo=grpo"], [], "holds checkpoints of another run: capo was grpo, is off: set another "
+        "OUTPUT_DIR"),
         ([], ["+capo=grpo"], "capo was off, is grpo"),
         (["+capo=grpo"], ["+capo=track"], "capo was grpo, is track"),
         ([], [f"{LOSS}=gspo"], f"{LOSS} was vanilla, is gspo"),
-        ([], ["actor_rollout_ref.model.path=other/model"], "is other/model: set another OUTPUT_DIR .or delete .*run.json"),
-        (COSINE, [*COSINE, f"{OPTIM}.lr=1.5e-5"], f"{OPTIM}.lr was 3e-06 .* is 1.5e-05, and would have no effect"),
+        ([], ["actor_rollout_ref.model.path=other/model"], "is other/model: set another OUTPUT_DIR "
+        ".or delete .*run.json"),
+        (COSINE, [*COSINE, f"{OPTIM}.lr=1.5e-5"], f"{OPTIM}.lr was 3e-06 .* is 1.5e-05, and would "
+        "have no effect"),
         (COSINE, [*COSINE, "trainer.total_training_steps=100"],
-         f"steps was 52 .* is 100, .* set another OUTPUT_DIR, or {RESTART}=False to start the schedule anew"),
-        (COSINE, [*COSINE, f"{OPTIM}.lr_decay_style=constant"], "lr_decay_style was cosine .* is constant"),
-        (COSINE[:-1], [*COSINE[:-1], "trainer.total_epochs=3"], "trainer.total_epochs was 30 .* is 3"),
-        ([f"{RESTART}=True"], [f"{RESTART}=True", f"{OPTIM}.lr_warmup_steps=5"], "lr_warmup_steps was -1 .* is 5"),
+         f"steps was 52 .* is 100, .* set another OUTPUT_DIR, or {RESTART}=False to start the "
+         "schedule anew"),
+        (COSINE, [*COSINE, f"{OPTIM}.lr_decay_style=constant"], "lr_decay_style was cosine .* is "
+        "constant"),
+        (COSINE[:-1], [*COSINE[:-1], "trainer.total_epochs=3"], "trainer.total_epochs was 30 .* is "
+        "3"),
+        ([f"{RESTART}=True"], [f"{RESTART}=True", f"{OPTIM}.lr_warmup_steps=5"], "lr_warmup_steps "
+        "was -1 .* is 5"),
     ],
     ids=str,
 )  # fmt: skip
@@ -111,7 +131,8 @@ def test_refused(run, written, then, now, message):
         (COSINE, [*COSINE, f"{OPTIM}.lr=1e-5", f"{RESTART}=False"]),
         (COSINE, [*COSINE, "trainer.total_training_steps=100", f"{RESTART}=False"]),
         # Longer, at a constant rate, or with a decay whose length is given.
-        ([f"{RESTART}=True", "trainer.total_training_steps=4"], [f"{RESTART}=True", "trainer.total_training_steps=6"]),
+        ([f"{RESTART}=True", "trainer.total_training_steps=4"],
+            [f"{RESTART}=True", "trainer.total_training_steps=6"]),
         ([*COSINE, f"{OPTIM}.lr_decay_steps=52"],
          [*COSINE, f"{OPTIM}.lr_decay_steps=52", "trainer.total_training_steps=60"]),
         (["+capo=grpo"], ["trainer.resume_mode=disable"]),
@@ -124,7 +145,9 @@ def test_accepted(run, written, then, now, caplog):
     assert not caplog.records
 
 
-def test_fsdp_takes_the_rate_from_the_checkpoint_and_the_schedule_from_the_configuration(run, written):
+def test_fsdp_takes_the_rate_from_the_checkpoint_and_the_schedule_from_the_configuration(
+    run, written
+):
     written("trainer.total_training_steps=4", engine="dp")
     check_identity(run("trainer.total_training_steps=6", f"{OPTIM}.lr_warmup_steps=2", engine="dp"))
     with pytest.raises(ValueError, match="lr was 1e-06 .* is 1e-05, .* set another OUTPUT_DIR$"):
@@ -147,17 +170,23 @@ def test_fsdp_scheduler():
     second.load_state_dict(first.state_dict())
     second.optimizer.step()
     second.step()
-    assert second.get_last_lr() == pytest.approx([0.5 * (1 + torch.cos(torch.tensor(5 / 8 * torch.pi)).item())])
+    assert second.get_last_lr() == pytest.approx(
+        [0.5 * (1 + torch.cos(torch.tensor(5 / 8 * torch.pi)).item())]
+    )
 
 
 @pytest.mark.parametrize("restored", [True, False])
 def test_megatron_scheduler(run, restored):
-    """With the setting a longer run goes on at the cosine's end; without it verl does not load the scheduler at all."""
+    """With the setting a longer run goes on at the cosine's end; without it verl does not load the
+    scheduler at all.
+    """
     from verl.utils.config import omega_conf_to_dataclass
     from verl.utils.megatron.optimizer import get_megatron_optimizer_param_scheduler
 
     def made(steps, rate):
-        config = run(*COSINE, f"{OPTIM}.lr={rate}", f"{RESTART}={restored}").actor_rollout_ref.actor.optim
+        config = run(
+            *COSINE, f"{OPTIM}.lr={rate}", f"{RESTART}={restored}"
+        ).actor_rollout_ref.actor.optim
         config.total_training_steps = steps
         optimizer = SimpleNamespace(param_groups=[{"lr": 0.0, "weight_decay": 0.0}])
         return get_megatron_optimizer_param_scheduler(optimizer, omega_conf_to_dataclass(config))
@@ -167,7 +196,9 @@ def test_megatron_scheduler(run, restored):
     if restored:
         second.load_state_dict(first.state_dict())
     second.step(10)
-    assert second.optimizer.param_groups[0]["lr"] == pytest.approx(0.0 if restored else 1e-5, abs=1e-12)
+    assert second.optimizer.param_groups[0]["lr"] == pytest.approx(
+        0.0 if restored else 1e-5, abs=1e-12
+    )
 
 
 def test_another_batch_is_a_warning(run, written, caplog):
@@ -184,11 +215,15 @@ def test_nothing_is_compared_without_a_checkpoint_or_a_record(run, written, tmp_
     check_identity(run())
     for text in ("{", "[]"):
         (tmp_path / "run" / FILE).write_text(text)
-        with pytest.raises(ValueError, match="run.json is not what a run writes there.*: delete it"):
+        with pytest.raises(
+            ValueError, match="run.json is not what a run writes there.*: delete it"
+        ):
             check_identity(run())
 
 
-def test_verls_validation_compares_and_remembers_and_a_dry_run_only_compares(tmp_path, tiny_model, monkeypatch, capsys):
+def test_verls_validation_compares_and_remembers_and_a_dry_run_only_compares(
+    tmp_path, tiny_model, monkeypatch, capsys
+):
     import pyarrow
     import pyarrow.parquet
     from verl.utils.config import validate_config
@@ -196,10 +231,14 @@ def test_verls_validation_compares_and_remembers_and_a_dry_run_only_compares(tmp
     data = tmp_path / "data"
     data.mkdir()
     for split in ("train", "test"):
-        pyarrow.parquet.write_table(pyarrow.table({"prompt": [["x"]] * 8}), data / f"{split}.parquet")
+        pyarrow.parquet.write_table(
+            pyarrow.table({"prompt": [["x"]] * 8}), data / f"{split}.parquet"
+        )
 
     def overrides(capo):
-        return command_line("run_quickstart_cpu.sh", tmp_path, MODEL_PATH=tiny_model, SAVE_FREQ=1, CAPO=capo)[1:]
+        return command_line(
+            "run_quickstart_cpu.sh", tmp_path, MODEL_PATH=tiny_model, SAVE_FREQ=1, CAPO=capo
+        )[1:]
 
     file, tracker = tmp_path / "run/checkpoints" / FILE, tmp_path / "run/checkpoints" / TRACKER
     monkeypatch.setenv("DRY_RUN", "strict")

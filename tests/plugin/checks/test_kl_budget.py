@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``+capo=kl_budget`` on a verl command line: what it means, and what of it is refused before anything starts."""
+"""``+capo=kl_budget`` on a verl command line: what it means, and what of it is refused before
+anything starts.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ def command_line():
 
 @pytest.mark.parametrize("engine", ["megatron", "dp"])
 def test_the_preset_controls_the_learning_rate_and_nothing_else(command_line, engine):
-    config = command_line(f"model_engine={engine}", f"{BUDGET}.delta=3e-4", f"{BUDGET}.predictor=constant")
+    config = command_line(
+        f"model_engine={engine}", f"{BUDGET}.delta=3e-4", f"{BUDGET}.predictor=constant"
+    )
     check_config(config)
     capo = instantiate(config.actor_rollout_ref.actor.policy_loss, _convert_="partial").capo
     assert capo.mode == "off" and capo.kl_budget == KLBudgetConfig(delta=3e-4, predictor="constant")
@@ -39,7 +43,11 @@ def test_without_the_filter_any_optimizer_and_layout_will_do(command_line):
     )  # fmt: skip
     filtering = "actor_rollout_ref.actor.policy_loss.capo.mode=filter"
     with pytest.raises(ValueError, match="optimizer_model=adam models Adam"):
-        check_config(command_line("model_engine=megatron", "actor_rollout_ref.actor.optim.optimizer=sgd", filtering))
+        check_config(
+            command_line(
+                "model_engine=megatron", "actor_rollout_ref.actor.optim.optimizer=sgd", filtering
+            )
+        )
 
 
 @pytest.mark.parametrize("key", ["optimizer_cpu_offload", "use_precision_aware_optimizer"])
@@ -53,9 +61,13 @@ def test_line_search_needs_the_parameters_at_hand(command_line, key):
 def test_k3_reuses_the_actors_own_log_probs_only(command_line):
     bypass = ("model_engine=dp", "algorithm.rollout_correction.bypass_mode=True")
     check_config(command_line(*bypass))
-    with pytest.raises(ValueError, match="reuse_next_forward=True needs the actor's own old log-probs"):
+    with pytest.raises(
+        ValueError, match="reuse_next_forward=True needs the actor's own old log-probs"
+    ):
         check_config(command_line(*bypass, f"{BUDGET}.estimator=k3"))
-    check_config(command_line(*bypass, f"{BUDGET}.estimator=k3", f"{BUDGET}.reuse_next_forward=False"))
+    check_config(
+        command_line(*bypass, f"{BUDGET}.estimator=k3", f"{BUDGET}.reuse_next_forward=False")
+    )
 
 
 @pytest.mark.parametrize(

@@ -12,17 +12,27 @@ from capo_verl.plugin.checks.model_shape import KNOWN, ModelShape, find_shape, f
 
 MODEL_TYPE = {"qwen2.5": "qwen2", "qwen3": "qwen3", "smollm2": "llama", "llama": "llama"}
 # Model cards: Qwen2.5-7B 7.61 B (6.53 B without embeddings), Qwen2.5-32B 32.5 B, Qwen3-8B 8.2 B.
-PUBLISHED = {"Qwen2.5-Math-7B": 7.6e9, "Qwen2.5-32B": 32.5e9, "Qwen3-8B": 8.2e9, "SmolLM2-135M": 135e6}
+PUBLISHED = {
+    "Qwen2.5-Math-7B": 7.6e9,
+    "Qwen2.5-32B": 32.5e9,
+    "Qwen3-8B": 8.2e9,
+    "SmolLM2-135M": 135e6,
+}
 
 
 def hf_config(shape: ModelShape, **more):
     from transformers import AutoConfig
 
-    kind = next(kind for prefix, kind in MODEL_TYPE.items() if shape.name.lower().startswith(prefix))
+    kind = next(
+        kind for prefix, kind in MODEL_TYPE.items() if shape.name.lower().startswith(prefix)
+    )
     return AutoConfig.for_model(
-        kind, num_hidden_layers=shape.layers, hidden_size=shape.hidden, num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads, head_dim=shape.head_dim, intermediate_size=shape.intermediate,
-        vocab_size=shape.vocab, tie_word_embeddings=shape.tied, max_position_embeddings=shape.max_positions, **more,
+        kind, num_hidden_layers=shape.layers, hidden_size=shape.hidden,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads, head_dim=shape.head_dim,
+        intermediate_size=shape.intermediate,
+        vocab_size=shape.vocab, tie_word_embeddings=shape.tied,
+        max_position_embeddings=shape.max_positions, **more,
     )  # fmt: skip
 
 
@@ -44,7 +54,9 @@ def test_parameters_of_known_models(shape):
 
 
 def test_biases_of_llama_are_counted():
-    config = hf_config(dataclasses.replace(KNOWN["huggingfacetb/smollm2-135m"], layers=2), attention_bias=True)
+    config = hf_config(
+        dataclasses.replace(KNOWN["huggingfacetb/smollm2-135m"], layers=2), attention_bias=True
+    )
     shape = from_hf_config(config.to_dict(), "biased")
     assert shape.qkv_bias and shape.output_bias
     assert shape.parameters() == count(config)
@@ -62,7 +74,10 @@ def test_parts_add_up_to_the_model():
 
 def test_a_tied_head_is_a_second_copy_on_another_stage():
     tied = dataclasses.replace(KNOWN["qwen/qwen2.5-math-7b"], tied=True)
-    assert sum(tied.parameters(1, stage, 2) for stage in range(2)) - tied.parameters() == tied.vocab * tied.hidden
+    assert (
+        sum(tied.parameters(1, stage, 2) for stage in range(2)) - tied.parameters()
+        == tied.vocab * tied.hidden
+    )
 
 
 def test_shapes_are_found(tiny_model, tmp_path):

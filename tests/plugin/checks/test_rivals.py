@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``+rival=NAME`` on a verl command line, alone and with ``+capo``, and what is refused before anything starts."""
+"""``+rival=NAME`` on a verl command line, alone and with ``+capo``, and what is refused before
+anything starts.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,9 @@ def test_a_rival_needs_no_capo(command_line, name):
 
 
 @pytest.mark.parametrize(
-    "overrides", [["+rival=dcpo", "+capo=kl_budget"], ["+capo=kl_budget", "+rival=dcpo"]], ids=" ".join
+    "overrides",
+    [["+rival=dcpo", "+capo=kl_budget"], ["+capo=kl_budget", "+rival=dcpo"]],
+    ids=" ".join,
 )
 def test_a_rival_and_capo_compose_in_either_order(command_line, overrides):
     config = command_line(*overrides, f"{RIVAL}.eps_high=0.5")
@@ -64,7 +68,11 @@ def test_verl_lacks_these_losses():
         if isinstance(f, ast.FunctionDef)
         for d in f.decorator_list
     ]
-    names = {d.args[0].value for d in decorators if isinstance(d, ast.Call) and isinstance(d.args[0], ast.Constant)}
+    names = {
+        d.args[0].value
+        for d in decorators
+        if isinstance(d, ast.Call) and isinstance(d.args[0], ast.Constant)
+    }
     assert "cispo" in names and not names & RIVAL_SPECS.keys()
     assert RIVAL_SPECS.keys() <= core_algos.POLICY_LOSS_REGISTRY.keys()
 
@@ -72,16 +80,24 @@ def test_verl_lacks_these_losses():
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["+rival=dcpo", f"{RIVAL}.eps_lo=1"], "rival.eps_lo is not a knob of CAPO. Did you mean 'eps_low'"),
-        (["+rival=dcpo", f"{RIVAL}.eps_low=-1"], r"rival.eps_low=-1: expected a number in \(0, inf\)"),
-        (["+rival=dcpo", f"{RIVAL}.name=ppo"], "rival.name='ppo': expected one of entropy_mask, lopti"),
-        (["+rival=dcpo", f"{ACTOR}.policy_loss.loss_mode=vanilla"], r"loss_mode=vanilla: \+rival=dcpo needs loss_mode=dcpo"),
+        (["+rival=dcpo", f"{RIVAL}.eps_lo=1"], "rival.eps_lo is not a knob of CAPO. Did you mean "
+        "'eps_low'"),
+        (["+rival=dcpo", f"{RIVAL}.eps_low=-1"],
+            r"rival.eps_low=-1: expected a number in \(0, inf\)"),
+        (["+rival=dcpo", f"{RIVAL}.name=ppo"], "rival.name='ppo': expected one of entropy_mask, "
+        "lopti"),
+        (["+rival=dcpo", f"{ACTOR}.policy_loss.loss_mode=vanilla"],
+            r"loss_mode=vanilla: \+rival=dcpo needs loss_mode=dcpo"),
         ([f"+{RIVAL}.name=dcpo"], r"policy_loss.rival is set without the switch; add \+rival=dcpo"),
-        (["+rival=entropy_mask", f"{ACTOR}.calculate_entropy=False"], "entropy_mask needs entropies; set it to True"),
-        ([f"{ACTOR}.policy_loss.loss_mode=entropy_mask"], "entropy_mask needs entropies; set it to True"),
-        (["+rival=lopti", f"{ACTOR}.ppo_epochs=3"], "ppo_epochs=3: rival.part=alternate .*; set it to an even number"),
+        (["+rival=entropy_mask", f"{ACTOR}.calculate_entropy=False"], "entropy_mask needs "
+        "entropies; set it to True"),
+        ([f"{ACTOR}.policy_loss.loss_mode=entropy_mask"], "entropy_mask needs entropies; set it to "
+        "True"),
+        (["+rival=lopti", f"{ACTOR}.ppo_epochs=3"], "ppo_epochs=3: rival.part=alternate .*; set it "
+        "to an even number"),
         (["+rival=gtpo", "trainer.use_v1=False"], "trainer.use_v1=False: rival.name=gtpo"),
-        (["+rival=gtpo", "algorithm.rollout_correction.bypass_mode=True"], "bypass_mode=True: no entropies for rival.entropy_max"),
+        (["+rival=gtpo", "algorithm.rollout_correction.bypass_mode=True"], "bypass_mode=True: no "
+        "entropies for rival.entropy_max"),
     ],
 )  # fmt: skip
 def test_what_cannot_work_is_refused_in_one_sentence(command_line, overrides, message):

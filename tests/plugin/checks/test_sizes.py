@@ -14,7 +14,13 @@ from capo_verl.plugin.checks.sizes import problems
 
 SHAPE = KNOWN["qwen/qwen2.5-math-7b"]  # 28 layers, 28 heads, 4 key-value heads, 152,064 rows
 RUN = RunSpec(
-    gpus_per_node=8, tp=2, prompts=16, completions_per_prompt=8, mini_batch=16, micro_batch=4, log_prob_micro_batch=4
+    gpus_per_node=8,
+    tp=2,
+    prompts=16,
+    completions_per_prompt=8,
+    mini_batch=16,
+    micro_batch=4,
+    log_prob_micro_batch=4,
 )
 
 
@@ -29,9 +35,22 @@ RUN = RunSpec(
         {"pp": 8, "tp": 1, "uneven_stages": True},
         {"rollout_tp": 4},
         {"rollout_tp": 3, "rollout": "hf", "colocated": False},
-        {"nodes": 2, "rollout_tp": 14, "gpus_per_node": 7, "tp": 1, "mini_batch": 14, "prompts": 14, "rollout": "hf"},
+        {
+            "nodes": 2,
+            "rollout_tp": 14,
+            "gpus_per_node": 7,
+            "tp": 1,
+            "mini_batch": 14,
+            "prompts": 14,
+            "rollout": "hf",
+        },
         {"micro_batch": None, "log_prob_micro_batch": None, "tokens_per_gpu": 4096},
-        {"micro_batch": None, "log_prob_micro_batch": None, "tokens_per_gpu": 1536, "log_prob_tokens_per_gpu": 1536},
+        {
+            "micro_batch": None,
+            "log_prob_micro_batch": None,
+            "tokens_per_gpu": 1536,
+            "log_prob_tokens_per_gpu": 1536,
+        },
         {"micro_batch": None, "log_prob_micro_batch": None, "tokens_per_gpu": 384, "cp": 4},
         {"engine": "fsdp2", "tp": 1},
         {"prompts": 15},  # verl pads the batch
@@ -45,8 +64,12 @@ def test_accepted(change):
 
 
 def test_everything_that_does_not_divide_is_named():
-    """Seven divides the GPUs, the heads and, padded, the vocabulary, but neither the feed-forward rows nor the groups."""
-    run = dataclasses.replace(RUN, tp=7, gpus_per_node=7, rollout_tp=7, mini_batch=7, pads_vocab=True)
+    """Seven divides the GPUs, the heads and, padded, the vocabulary, but neither the feed-forward
+    rows nor the groups.
+    """
+    run = dataclasses.replace(
+        RUN, tp=7, gpus_per_node=7, rollout_tp=7, mini_batch=7, pads_vocab=True
+    )
     assert problems(run, SHAPE) == [
         "Qwen2.5-Math-7B has 18944 rows of the feed-forward layer, which do not divide by "
         "actor_rollout_ref.actor.megatron.tensor_model_parallel_size=7: choose another",
@@ -59,21 +82,30 @@ def test_everything_that_does_not_divide_is_named():
     ("change", "expected"),
     [
         ({"tp": 3}, "= 8 GPUs do not divide by .*tensor_model_parallel_size=3 x .* = 3: change"),
-        ({"nodes": 3, "pp": 7}, "trainer.nnodes=3 x trainer.n_gpus_per_node=8 = 24 GPUs do not divide by .* = 14"),
+        ({"nodes": 3, "pp": 7}, "trainer.nnodes=3 x trainer.n_gpus_per_node=8 = 24 GPUs do not "
+        "divide by .* = 14"),
         ({"tp": 8}, "28 attention heads, which do not divide by .*=8: choose another"),
-        ({"pp": 8, "tp": 1, "mini_batch": 8}, "28 layers, which do not divide by .*pipeline_model_parallel_size=8"),
+        ({"pp": 8, "tp": 1, "mini_batch": 8}, "28 layers, which do not divide by "
+        ".*pipeline_model_parallel_size=8"),
         ({"pp": 2, "vpp": 3}, "28 layers, .*=2 x virtual_pipeline_model_parallel_size=3"),
-        ({"tp": 1, "rollout_tp": 8}, "28 attention heads, which do not divide by .*rollout.tensor_model_parallel_size=8"),
+        ({"tp": 1, "rollout_tp": 8}, "28 attention heads, which do not divide by "
+        ".*rollout.tensor_model_parallel_size=8"),
         ({"rollout_tp": 3}, "8 GPUs do not divide by .*rollout: tensor_model_parallel_size=3"),
-        ({"nodes": 3, "rollout_tp": 12, "rollout": "hf", "mini_batch": 12}, "a replica of 12 GPUs does not fill whole nodes"),
-        ({"mini_batch": 5, "completions_per_prompt": 1}, "=5 x .*n=1 = 5 completions do not divide by the data-parallel size 4"),
-        ({"micro_batch": 5}, "on 4 data-parallel ranks are 32 each, .*ppo_micro_batch_size_per_gpu=5"),
+        ({"nodes": 3, "rollout_tp": 12, "rollout": "hf", "mini_batch": 12}, "a replica of 12 GPUs "
+        "does not fill whole nodes"),
+        ({"mini_batch": 5, "completions_per_prompt": 1}, "=5 x .*n=1 = 5 completions do not divide "
+        "by the data-parallel size 4"),
+        ({"micro_batch": 5}, "on 4 data-parallel ranks are 32 each, "
+        ".*ppo_micro_batch_size_per_gpu=5"),
         ({"log_prob_micro_batch": 5}, "are 32 each, .*log_prob_micro_batch_size_per_gpu=5"),
         ({"max_model_len": 5000}, "max_model_len=5000 is more than the 4096 positions"),
         ({"tp": 0}, "tensor_model_parallel_size=0: set it to a positive integer"),
-        ({"tokens_per_gpu": 1535}, "=512 .*=1024 = 1536 tokens are more .*ppo_max_token_len_per_gpu=1535: .* least 1536"),
-        ({"log_prob_tokens_per_gpu": 383, "cp": 4}, "log_prob_max_token_len_per_gpu=383 x 4 context-.*: .* least 384"),
-        ({"engine": "fsdp2", "cp": 3}, "8 GPUs do not divide by .*ulysses_sequence_parallel_size=3"),
+        ({"tokens_per_gpu": 1535}, "=512 .*=1024 = 1536 tokens are more "
+        ".*ppo_max_token_len_per_gpu=1535: .* least 1536"),
+        ({"log_prob_tokens_per_gpu": 383, "cp": 4}, "log_prob_max_token_len_per_gpu=383 x 4 "
+        "context-.*: .* least 384"),
+        ({"engine": "fsdp2", "cp": 3},
+            "8 GPUs do not divide by .*ulysses_sequence_parallel_size=3"),
     ],
     ids=str,
 )  # fmt: skip
@@ -96,8 +128,9 @@ def test_megatron_core_agrees():
 
     def config(tp=1, pp=1, **more):
         return TransformerConfig(
-            num_layers=28, hidden_size=3584, num_attention_heads=28, num_query_groups=4, kv_channels=128,
-            tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp, pipeline_dtype="float32", **more,
+            num_layers=28, hidden_size=3584, num_attention_heads=28, num_query_groups=4,
+            kv_channels=128, tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp,
+            pipeline_dtype="float32", **more,
         )  # fmt: skip
 
     config(tp=4, pp=4)
@@ -105,5 +138,7 @@ def test_megatron_core_agrees():
         with pytest.raises(ValueError, match="num_attention_heads|num_query_groups"):
             config(tp=tp)
     assert get_num_layers_to_build(config(pp=4), pp_rank=0) == 7
-    with pytest.raises(AssertionError, match="num_layers should be divisible by pipeline_model_parallel_size"):
+    with pytest.raises(
+        AssertionError, match="num_layers should be divisible by pipeline_model_parallel_size"
+    ):
         get_num_layers_to_build(config(pp=8), pp_rank=0)

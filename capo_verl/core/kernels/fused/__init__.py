@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The kernels in Triton: float32 arithmetic on float32, bfloat16 or float16 tensors, nothing waits for the device.
+"""The kernels in Triton: float32 arithmetic on float32, bfloat16 or float16 tensors, nothing waits
+for the device.
 
-What they do not cover goes to ``plain``: float64, the whole vocabulary as support, and supports of more than 1,024 tokens.
+What they do not cover goes to ``plain``: float64, the whole vocabulary as support, and supports of
+more than 1,024 tokens.
 """
 
 from __future__ import annotations
@@ -23,14 +25,24 @@ def best_keys(logits: LogitRows, k: int, shard: VocabShard) -> Tensor:
     """See ``plain``."""
     if k > MAX_K or shard.real_rows == 0 or logits.logits.stride(-1) != 1:
         return plain.best_keys(logits, k, shard)
-    temperature = None if logits.temperature is None else logits.temperature.to(logits.dtype).contiguous()
-    with torch.cuda.device_of(logits.logits):  # Triton launches on the current device; no matter on a CPU
-        candidates = launch_best_keys(logits.logits, logits.positions, temperature, k, shard.real_rows, shard.start)
+    temperature = (
+        None if logits.temperature is None else logits.temperature.to(logits.dtype).contiguous()
+    )
+    with torch.cuda.device_of(
+        logits.logits
+    ):  # Triton launches on the current device; no matter on a CPU
+        candidates = launch_best_keys(
+            logits.logits, logits.positions, temperature, k, shard.real_rows, shard.start
+        )
     return candidates.topk(k).values
 
 
 def partial_sums(
-    hidden: Tensor, advantages: Tensor, support: Support, moments: Moments, directions: Tensor | None = None
+    hidden: Tensor,
+    advantages: Tensor,
+    support: Support,
+    moments: Moments,
+    directions: Tensor | None = None,
 ) -> Tensor:
     """See ``plain``."""
     if not isinstance(support, TopKSupport) or advantages.dtype == torch.float64:
@@ -58,7 +70,9 @@ def add_row_sums(entries: RowEntries, hidden: Tensor, sums: Tensor) -> None:
         launch_row_sums(entries, None, hidden, sums, add=True)
 
 
-def move(moments: Moments, columns: slice, rows: Tensor | None, sums: Tensor, counts: Tensor) -> None:
+def move(
+    moments: Moments, columns: slice, rows: Tensor | None, sums: Tensor, counts: Tensor
+) -> None:
     """See ``plain``."""
     if sums.dtype == torch.float64:
         plain.move(moments, columns, rows, sums, counts)

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Precondition-dot: hidden states, supports and moments in, three sums per token out; no row of ``P(g)`` is ever stored."""
+"""Precondition-dot: hidden states, supports and moments in, three sums per token out; no row of
+``P(g)`` is ever stored.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +19,10 @@ _TILE = 2048
 
 @triton.jit
 def _partial_sums_kernel(
-    hidden, hidden_stride, ids, probs, actions, advantages, exp_avg, exp_avg_sq, moments_stride, corrected, steps, sums, directions,
-    first_row, rows, eps,
-    K: tl.constexpr, H: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_H: tl.constexpr, KEEP: tl.constexpr,
+    hidden, hidden_stride, ids, probs, actions, advantages, exp_avg, exp_avg_sq, moments_stride,
+    corrected, steps, sums, directions, first_row, rows, eps,
+    K: tl.constexpr, H: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_H: tl.constexpr,
+    KEEP: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     action, advantage = tl.load(actions + token), tl.load(advantages + token)
@@ -73,7 +76,11 @@ def blocks(k: int, hidden_size: int) -> tuple[int, int]:
 
 
 def launch_partial_sums(
-    hidden: Tensor, advantages: Tensor, support: TopKSupport, moments: Moments, directions: Tensor | None = None
+    hidden: Tensor,
+    advantages: Tensor,
+    support: TopKSupport,
+    moments: Moments,
+    directions: Tensor | None = None,
 ) -> Tensor:
     """Arguments and result of ``plain.partial_sums`` in float32 arithmetic; one program per token."""
     n, k = support.ids.shape
@@ -87,9 +94,12 @@ def launch_partial_sums(
     corrected = torch.stack(moments.corrected((moments.steps + 1).double())).float()
     block_k, block_h = blocks(k, hidden.shape[1])
     _partial_sums_kernel[(n,)](
-        hidden, hidden.stride(0), support.ids.contiguous(), support.probs.contiguous(), support.actions.contiguous(),
-        advantages.contiguous(), moments.exp_avg, moments.exp_avg_sq, moments.exp_avg.stride(0), corrected, moments.steps,
-        sums, sums if directions is None else directions, support.shard.start, support.shard.rows, moments.eps,
+        hidden, hidden.stride(0), support.ids.contiguous(), support.probs.contiguous(),
+        support.actions.contiguous(),
+        advantages.contiguous(), moments.exp_avg, moments.exp_avg_sq, moments.exp_avg.stride(0),
+        corrected, moments.steps,
+        sums, sums if directions is None else directions, support.shard.start, support.shard.rows,
+        moments.eps,
         K=k, H=hidden.shape[1], BLOCK_K=block_k, BLOCK_H=block_h, KEEP=directions is not None,
     )  # fmt: skip
     return sums

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sums of the accepted gradients per vocabulary row, and the moments moved by their means.
 
-A program owns some columns of one row. It adds the row's entries in their order, so results do not vary from run to run and
-nothing is added atomically; a row without entries costs it the look at two offsets.
+A program owns some columns of one row. It adds the row's entries in their order, so results do not
+vary from run to run and nothing is added atomically; a row without entries costs it the look at two
+offsets.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ from capo_verl.core.kernels.moments import Moments
 BLOCK_ENTRIES = 16
 BLOCK_H = 256
 
-_ROW, _COLUMN, _STEP, _SALT = (tl.constexpr(x) for x in (rounding.ROW, rounding.COLUMN, rounding.STEP, rounding.SALT))
+_ROW, _COLUMN, _STEP, _SALT = (
+    tl.constexpr(x) for x in (rounding.ROW, rounding.COLUMN, rounding.STEP, rounding.SALT)
+)
 _MIX1, _MIX2 = tl.constexpr(rounding.MIX1), tl.constexpr(rounding.MIX2)
 
 
@@ -53,12 +56,17 @@ def _rounded(x, row, column, step, SALT: tl.constexpr):
 
 @triton.jit
 def _move_row(
-    g, exp_avg, exp_avg_sq, stride, row, first_row, column, first_column, columns, beta1, rest1, beta2, rest2, steps,
-    STOCHASTIC: tl.constexpr,
+    g, exp_avg, exp_avg_sq, stride, row, first_row, column, first_column, columns, beta1, rest1,
+    beta2, rest2, steps, STOCHASTIC: tl.constexpr,
 ):  # fmt: skip
     at = row * stride + first_column + column
-    first = beta1 * tl.load(exp_avg + at, mask=column < columns, other=0.0).to(tl.float32) + rest1 * g
-    second = beta2 * tl.load(exp_avg_sq + at, mask=column < columns, other=0.0).to(tl.float32) + rest2 * g * g
+    first = (
+        beta1 * tl.load(exp_avg + at, mask=column < columns, other=0.0).to(tl.float32) + rest1 * g
+    )
+    second = (
+        beta2 * tl.load(exp_avg_sq + at, mask=column < columns, other=0.0).to(tl.float32)
+        + rest2 * g * g
+    )
     if STOCHASTIC:
         step = tl.load(steps)
         first = _rounded(first, first_row + row, first_column + column, step, 0)
@@ -80,7 +88,8 @@ def _row_sums_kernel(
     column = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     if (not ADD) | (start < end):
         total = _sum_of_row(
-            token, weight, hidden, hidden_stride, start, end, column, columns, BLOCK_ENTRIES, BLOCK_H
+            token, weight, hidden, hidden_stride, start, end, column, columns, BLOCK_ENTRIES,
+            BLOCK_H
         )  # fmt: skip
         at = sums + out * sums_stride + column
         if ADD:
@@ -99,12 +108,13 @@ def _update_kernel(
     if start < end:
         column = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
         total = _sum_of_row(
-            token, weight, hidden, hidden_stride, start, end, column, columns, BLOCK_ENTRIES, BLOCK_H
+            token, weight, hidden, hidden_stride, start, end, column, columns, BLOCK_ENTRIES,
+            BLOCK_H
         )  # fmt: skip
         mean = total / (end - start).to(tl.float32)
         _move_row(
-            mean, exp_avg, exp_avg_sq, stride, row, first_row, column, first_column, columns, beta1, rest1, beta2, rest2, steps,
-            STOCHASTIC,
+            mean, exp_avg, exp_avg_sq, stride, row, first_row, column, first_column, columns, beta1,
+            rest1, beta2, rest2, steps, STOCHASTIC,
         )  # fmt: skip
 
 
@@ -123,19 +133,24 @@ def _move_kernel(
         column = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
         total = tl.load(sums + source * sums_stride + column, mask=column < columns, other=0.0)
         _move_row(
-            total / count.to(tl.float32), exp_avg, exp_avg_sq, stride, row, first_row, column, first_column, columns,
-            beta1, rest1, beta2, rest2, steps, STOCHASTIC,
+            total / count.to(tl.float32), exp_avg, exp_avg_sq, stride, row, first_row, column,
+            first_column, columns, beta1, rest1, beta2, rest2, steps, STOCHASTIC,
         )  # fmt: skip
 
 
-def launch_row_sums(entries: RowEntries, rows: Tensor | None, hidden: Tensor, sums: Tensor, add: bool) -> None:
-    """``sums [R, c]`` become, or with ``add`` grow by, the sums of ``rows`` (None: all). ``hidden [N, c]``."""
+def launch_row_sums(
+    entries: RowEntries, rows: Tensor | None, hidden: Tensor, sums: Tensor, add: bool
+) -> None:
+    """``sums [R, c]`` become, or with ``add`` grow by, the sums of ``rows`` (None: all).
+
+    ``hidden [N, c]``.
+    """
     if len(sums) == 0:
         return
     hidden = _columns_contiguous(hidden)
     _row_sums_kernel[_grid(len(sums), hidden.shape[1])](
-        entries.token, entries.weight, entries.offsets, rows, hidden, hidden.stride(0), hidden.shape[1],
-        sums, sums.stride(0),
+        entries.token, entries.weight, entries.offsets, rows, hidden, hidden.stride(0),
+        hidden.shape[1], sums, sums.stride(0),
         ALL_ROWS=rows is None, ADD=add, BLOCK_ENTRIES=BLOCK_ENTRIES, BLOCK_H=BLOCK_H,
     )  # fmt: skip
 
@@ -144,25 +159,33 @@ def launch_update(moments: Moments, columns: slice, entries: RowEntries, hidden:
     """Arguments as ``plain.update``: every row with entries, sums and moments in one go."""
     hidden = _columns_contiguous(hidden)
     _update_kernel[_grid(len(moments.exp_avg), hidden.shape[1])](
-        entries.token, entries.weight, entries.offsets, hidden, hidden.stride(0), hidden.shape[1], columns.start,
-        moments.exp_avg, moments.exp_avg_sq, moments.exp_avg.stride(0), moments.first_row, *_decay(moments), moments.steps,
+        entries.token, entries.weight, entries.offsets, hidden, hidden.stride(0), hidden.shape[1],
+        columns.start,
+        moments.exp_avg, moments.exp_avg_sq, moments.exp_avg.stride(0), moments.first_row,
+        *_decay(moments), moments.steps,
         STOCHASTIC=_is_stochastic(moments), BLOCK_ENTRIES=BLOCK_ENTRIES, BLOCK_H=BLOCK_H,
     )  # fmt: skip
 
 
-def launch_move(moments: Moments, columns: slice, rows: Tensor | None, sums: Tensor, counts: Tensor) -> None:
+def launch_move(
+    moments: Moments, columns: slice, rows: Tensor | None, sums: Tensor, counts: Tensor
+) -> None:
     """Arguments as ``plain.move``."""
     if len(sums) == 0:
         return
     _move_kernel[_grid(len(sums), sums.shape[1])](
         sums, sums.stride(0), counts, rows, sums.shape[1], columns.start,
-        moments.exp_avg, moments.exp_avg_sq, moments.exp_avg.stride(0), moments.first_row, *_decay(moments), moments.steps,
+        moments.exp_avg, moments.exp_avg_sq, moments.exp_avg.stride(0), moments.first_row,
+        *_decay(moments), moments.steps,
         ALL_ROWS=rows is None, STOCHASTIC=_is_stochastic(moments), BLOCK_H=BLOCK_H,
     )  # fmt: skip
 
 
 def _decay(moments: Moments) -> tuple[float, float, float, float]:
-    """beta and 1 - beta of both moments. Subtracted in float32, as the kernel would, 1 - 0.999 is off by 1e-5 of itself."""
+    """beta and 1 - beta of both moments.
+
+    Subtracted in float32, as the kernel would, 1 - 0.999 is off by 1e-5 of itself.
+    """
     beta1, beta2 = moments.betas
     return beta1, 1 - beta1, beta2, 1 - beta2
 

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Support: the candidates for the k largest logits of a token, in two passes over its logits and without a sort of them.
+"""Support: the candidates for the k largest logits of a token, in two passes over its logits and
+without a sort of them.
 
-The first pass takes the maxima of interleaved groups of columns. The k-th largest of these is a bound that at least k
-logits reach, and with groups many times k hardly more do: the second pass collects them. Should they not fit, which takes
-logits that are large at a regular distance or nearly all equal, the bound is raised by bisection over the 64-bit keys,
-which are distinct.
+The first pass takes the maxima of interleaved groups of columns. The k-th largest of these is a
+bound that at least k logits reach, and with groups many times k hardly more do: the second pass
+collects them. Should they not fit, which takes logits that are large at a regular distance or
+nearly all equal, the bound is raised by bisection over the 64-bit keys, which are distinct.
 """
 
 from __future__ import annotations
@@ -66,7 +67,8 @@ def _kth_largest(x, K: tl.constexpr):
 @triton.jit
 def _best_keys_kernel(
     logits, logits_stride, positions, temperatures, keys, first_id,
-    ROWS: tl.constexpr, K: tl.constexpr, WANTED: tl.constexpr, CAPACITY: tl.constexpr, BLOCK: tl.constexpr, LOWEST: tl.constexpr,
+    ROWS: tl.constexpr, K: tl.constexpr, WANTED: tl.constexpr, CAPACITY: tl.constexpr,
+    BLOCK: tl.constexpr, LOWEST: tl.constexpr,
     NON_FINITE: tl.constexpr, HAS_POSITIONS: tl.constexpr, HAS_TEMPERATURE: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
@@ -114,7 +116,11 @@ def _best_keys_kernel(
         count = 0
         for first in range(0, ROWS, BLOCK):
             inside = first + lanes < ROWS
-            x = _cooled(tl.load(logits + first + lanes, mask=inside, other=0.0), temperature, HAS_TEMPERATURE)
+            x = _cooled(
+                tl.load(logits + first + lanes, mask=inside, other=0.0),
+                temperature,
+                HAS_TEMPERATURE,
+            )
             token_id = first_id + first + lanes
             chosen = inside & ((x > bound) | ((x == bound) & (token_id <= bound_id)))
             found = tl.sum(chosen.to(tl.int32), 0)
@@ -131,7 +137,9 @@ def _best_keys_kernel(
         tl.debug_barrier()  # what follows writes slots again that other threads have written
     if not usable:
         count = 0
-    tl.store(keys + slots, tl.where((slots == 0) & (count == 0), NON_FINITE, LOWEST), mask=slots >= count)
+    tl.store(
+        keys + slots, tl.where((slots == 0) & (count == 0), NON_FINITE, LOWEST), mask=slots >= count
+    )
 
 
 def constants(k: int, rows: int) -> dict[str, int]:
@@ -141,7 +149,12 @@ def constants(k: int, rows: int) -> dict[str, int]:
 
 
 def launch_best_keys(
-    logits: Tensor, positions: Tensor | None, temperature: Tensor | None, k: int, rows: int, first_id: int
+    logits: Tensor,
+    positions: Tensor | None,
+    temperature: Tensor | None,
+    k: int,
+    rows: int,
+    first_id: int,
 ) -> Tensor:
     """Keys of the candidates of each token, among them the k best.
 
@@ -151,14 +164,16 @@ def launch_best_keys(
         temperature: ``[N]`` in the dtype of the logits.
 
     Returns:
-        ``[N, c]`` int64 with c >= k, in no order; ``NON_FINITE`` is among them where a logit is not finite.
+        ``[N, c]`` int64 with c >= k, in no order; ``NON_FINITE`` is among them where a logit is not
+        finite.
     """
     n = len(logits if positions is None else positions)
     sizes = constants(k, rows)
     keys = torch.empty(n, sizes["CAPACITY"], device=logits.device, dtype=torch.int64)
     if n:
         _best_keys_kernel[(n,)](
-            logits, logits.stride(0), positions, temperature, keys, first_id, **sizes, LOWEST=LOWEST,
-            NON_FINITE=NON_FINITE, HAS_POSITIONS=positions is not None, HAS_TEMPERATURE=temperature is not None,
+            logits, logits.stride(0), positions, temperature, keys, first_id, **sizes,
+            LOWEST=LOWEST, NON_FINITE=NON_FINITE, HAS_POSITIONS=positions is not None,
+            HAS_TEMPERATURE=temperature is not None,
         )  # fmt: skip
     return keys

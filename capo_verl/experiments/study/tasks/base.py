@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a task of the tiny tier is: problems of one length, demonstrations, a score and the end of a response."""
+"""What a task of the tiny tier is: problems of one length, demonstrations, a score and the end of a
+response.
+"""
 
 from __future__ import annotations
 
@@ -33,13 +35,19 @@ class Task(ABC):
     end: int | None = None
     """Token that ends a response early, if the task has one."""
     competence: float | None = None
-    """Accuracy of the model that ``noisy`` warm starts begin with, where the recipe's is out of reach."""
+    """Accuracy of the model that ``noisy`` warm starts begin with, where the recipe's is out of
+    reach.
+    """
     graded: bool = False
     """Whether the reward has values between 0 and 1."""
 
     @abstractmethod
     def problems(self, n: int, generator: torch.Generator, held_out: bool = False) -> Problems:
-        """Draw ``n`` problems. ``held_out``: from those which training never shows, where the task is small enough to need it."""
+        """Draw ``n`` problems.
+
+        ``held_out``: from those which training never shows, where the task is small enough to need
+        it.
+        """
 
     @abstractmethod
     def demonstrations(self, problems: Problems, generator: torch.Generator) -> Tensor:

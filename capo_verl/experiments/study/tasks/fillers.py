@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``fillers``: sorting in which most rare tokens carry no signal: filler tokens between the digits, which the reward ignores."""
+"""``fillers``: sorting in which most rare tokens carry no signal: filler tokens between the digits,
+which the reward ignores.
+"""
 
 from __future__ import annotations
 
@@ -15,11 +17,12 @@ FIRST_FILLER = 16
 
 
 class Fillers(Task):
-    """Prompt: digits and a separator. Response: the digits sorted, with fillers from a heavy-tailed distribution between them.
+    """Prompt: digits and a separator. Response: the digits sorted, with fillers from a heavy-tailed
+    distribution between them.
 
-    A response ends with its last digit (or when its room is used up: then it is wrong); which fillers stand where does not
-    matter. Demonstrations hold a filler with probability ``share`` at every place, number ``i`` of them with probability
-    proportional to ``1 / (i + 1) ** tail``.
+    A response ends with its last digit (or when its room is used up: then it is wrong); which
+    fillers stand where does not matter. Demonstrations hold a filler with probability ``share`` at
+    every place, number ``i`` of them with probability proportional to ``1 / (i + 1) ** tail``.
 
     Args:
         digits: how many.
@@ -39,13 +42,17 @@ class Fillers(Task):
         expected = digits / (1 - share)
         # Four standard deviations of the negative binomial above its mean.
         self.response_length = (
-            digits if share == 0 else math.ceil(expected + 4 * math.sqrt(expected * share / (1 - share)))
+            digits
+            if share == 0
+            else math.ceil(expected + 4 * math.sqrt(expected * share / (1 - share)))
         )
         self.weights = (torch.arange(fillers) + 1.0) ** -tail
 
     def problems(self, n: int, generator: torch.Generator, held_out: bool = False) -> Problems:
         digits = torch.randint(10, (n, self.digits), generator=generator)
-        return Problems(torch.cat((digits, torch.full((n, 1), SEPARATOR)), 1), digits.sort(-1).values)
+        return Problems(
+            torch.cat((digits, torch.full((n, 1), SEPARATOR)), 1), digits.sort(-1).values
+        )
 
     def demonstrations(self, problems: Problems, generator: torch.Generator) -> Tensor:
         n, t = len(problems.key), self.response_length
@@ -55,7 +62,10 @@ class Fillers(Task):
         late = filler & (filler.flip(-1).cumsum(-1).flip(-1) <= missing[:, None])
         filler &= ~late
         place = ((~filler).cumsum(-1) - 1).clamp(0, self.digits - 1)
-        drawn = torch.multinomial(self.weights, n * t, replacement=True, generator=generator).view(n, t) + FIRST_FILLER
+        drawn = (
+            torch.multinomial(self.weights, n * t, replacement=True, generator=generator).view(n, t)
+            + FIRST_FILLER
+        )
         return torch.where(filler, drawn, problems.key.gather(1, place))
 
     def mask(self, responses: Tensor) -> Tensor:

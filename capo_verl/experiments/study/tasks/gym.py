@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``gym``: reasoning-gym's ``palindrome_generation``, one character per token, scored by the family's own scorer."""
+"""``gym``: reasoning-gym's ``palindrome_generation``, one character per token, scored by the
+family's own scorer.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +19,11 @@ POOL, HELD_OUT = 20_000, 2_000
 
 
 class Palindromes(Task):
-    """Prompt: scrambled letters, padded on the left; response: a palindrome of exactly these letters, and an end token.
+    """Prompt: scrambled letters, padded on the left; response: a palindrome of exactly these
+    letters, and an end token.
 
-    Many answers are right. The family scores 1 for those, and 0.02 to 0.05 for consolation; :meth:`correct` counts the 1s.
+    Many answers are right. The family scores 1 for those, and 0.02 to 0.05 for consolation;
+    :meth:`correct` counts the 1s.
 
     Args:
         letters: longest palindrome; the shortest has 4.
@@ -42,7 +46,9 @@ class Palindromes(Task):
         """reasoning-gym's data set of :data:`POOL` problems."""
         import reasoning_gym
 
-        return reasoning_gym.create_dataset(FAMILY, size=POOL, seed=0, min_length=4, max_length=self.letters)
+        return reasoning_gym.create_dataset(
+            FAMILY, size=POOL, seed=0, min_length=4, max_length=self.letters
+        )
 
     @cached_property
     def entries(self) -> list[dict[str, Any]]:

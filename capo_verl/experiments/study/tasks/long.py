@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``long``: insertion sort written out pass by pass, 120 tokens by default. Only the last list is rewarded."""
+"""``long``: insertion sort written out pass by pass, 120 tokens by default.
+
+Only the last list is rewarded.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +15,11 @@ SEPARATOR = 10
 
 
 class InsertionSort(Task):
-    """Prompt: digits and a separator; response: after each of ``digits - 1`` passes the whole list and a separator.
+    """Prompt: digits and a separator; response: after each of ``digits - 1`` passes the whole list
+    and a separator.
 
-    Pass i inserts digit i into the sorted digits before it. The reward looks at the last list alone, as the reward of a long
-    chain of thought looks at the answer.
+    Pass i inserts digit i into the sorted digits before it. The reward looks at the last list
+    alone, as the reward of a long chain of thought looks at the answer.
 
     Args:
         digits: list length n; a response has (n - 1) (n + 1) tokens.

@@ -12,7 +12,8 @@ SEPARATOR = 10
 
 
 class Sorting(Task):
-    """Prompt: ``digits`` digits and a separator; response: the digits sorted. Tokens 11-15 exist and are never right.
+    """Prompt: ``digits`` digits and a separator; response: the digits sorted. Tokens 11-15 exist
+    and are never right.
 
     Args:
         digits: how many.
@@ -28,7 +29,9 @@ class Sorting(Task):
 
     def problems(self, n: int, generator: torch.Generator, held_out: bool = False) -> Problems:
         digits = torch.randint(10, (n, self.response_length), generator=generator)
-        return Problems(torch.cat((digits, torch.full((n, 1), SEPARATOR)), 1), digits.sort(-1).values)
+        return Problems(
+            torch.cat((digits, torch.full((n, 1), SEPARATOR)), 1), digits.sort(-1).values
+        )
 
     def demonstrations(self, problems: Problems, generator: torch.Generator) -> Tensor:
         return problems.key
@@ -37,4 +40,8 @@ class Sorting(Task):
         return (responses == problems.key).all(-1).float()
 
     def reward(self, problems: Problems, responses: Tensor) -> Tensor:
-        return (responses == problems.key).float().mean(-1) if self.graded else self.correct(problems, responses)
+        return (
+            (responses == problems.key).float().mean(-1)
+            if self.graded
+            else self.correct(problems, responses)
+        )

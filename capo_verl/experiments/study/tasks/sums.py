@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``sums``: add several digits, writing every intermediate result. Only the last result is rewarded."""
+"""``sums``: add several digits, writing every intermediate result.
+
+Only the last result is rewarded.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,8 @@ PLUS, EQUALS, END = 10, 11, 12
 
 
 class Sums(Task):
-    """Prompt ``3+4+8=``; response: the running sums in two digits each, ``07`` ``15``, and an end token.
+    """Prompt ``3+4+8=``; response: the running sums in two digits each, ``07`` ``15``, and an end
+    token.
 
     The reward looks at the number before the end token: a response may take fewer or other steps.
 
@@ -25,7 +29,9 @@ class Sums(Task):
 
     def __init__(self, terms: int = 5):
         if not 2 <= terms <= 11:
-            raise ValueError(f"task_knobs.terms={terms!r}: expected 2 to 11, so that sums have two digits")
+            raise ValueError(
+                f"task_knobs.terms={terms!r}: expected 2 to 11, so that sums have two digits"
+            )
         self.terms = terms
         self.prompt_length = 2 * terms
         self.response_length = 2 * (terms - 1) + 1

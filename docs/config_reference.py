@@ -87,7 +87,10 @@ def rival(name: str) -> Iterator[str]:
     told = descriptions(spec.knobs)
     yield f"| `{name}` | `name` | | | {spec.description} (arXiv {spec.paper}){sets(spec.verl)} |"
     for field in fields(spec.knobs):
-        yield f"| | `{field.name}` | `{value(field.default)}` | {allowed(field)} | {told[field.name]} |"
+        yield (
+            f"| | `{field.name}` | `{value(field.default)}` | {allowed(field)} | "
+            f"{told[field.name]} |"
+        )
 
 
 def sets(verl: dict[str, Any]) -> str:

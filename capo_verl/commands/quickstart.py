@@ -14,7 +14,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     """Add the sub-command."""
     parser = subparsers.add_parser(
         "quickstart",
-        help="train a small model with CAPO or GRPO through verl and Megatron on this machine's CPU",
+        help="train a small model with CAPO or GRPO through verl and Megatron on a CPU",
         description="Train a small model on a reasoning-gym task through verl's main_ppo and "
         "Megatron (TP2), on a CPU.",
         epilog="Example: capo-verl quickstart GRPO trainer.total_training_steps=40",
@@ -87,5 +87,8 @@ def _problem(algorithm: str, overrides: list[str], runner: object) -> str | None
         return f"{wrong[0]!r} is not a Hydra override; write key=value"
     launcher = runner.LAUNCHER  # type: ignore[attr-defined]
     if not launcher.exists():
-        return f"{launcher} is missing: install a checkout of the repository in place, pip install -e '.[cpu]'"
+        return (
+            f"{launcher} is missing: install a checkout of the repository in place, pip install -e "
+            "'.[cpu]'"
+        )
     return None

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The knobs of the filter, ``policy_loss.capo``: the one place where they are defined and checked."""
+"""The knobs of the filter, ``policy_loss.capo``: the one place where they are defined and
+checked.
+"""
 
 from __future__ import annotations
 

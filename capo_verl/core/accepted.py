@@ -128,7 +128,9 @@ class AcceptedTokens:
         count: Tensor,
         groups: Sequence[collectives.Group],
     ) -> None:
-        """Of the rows that any rank touched, as many columns at a time as one reduction may hold."""
+        """Of the rows that any rank touched, as many columns at a time as one reduction may
+        hold.
+        """
         # The one place that waits for the device: the number of rows, without which all of them
         # would be reduced.
         rows = count.nonzero()[:, 0]
@@ -212,5 +214,7 @@ class AcceptedTokens:
 
 
 def _version(x: Tensor) -> int:
-    """Of the tensor's storage, as autograd counts its modifications; inference tensors have none."""
+    """Of the tensor's storage, as autograd counts its modifications; inference tensors have
+    none.
+    """
     return 0 if x.is_inference() else x._version

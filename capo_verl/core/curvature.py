@@ -3,9 +3,9 @@
 
 With ``u = P(g) h``, ``d = v.u``, ``e = sum_j pi_j u_j`` and ``s = sum_j pi_j u_j^2``:
 
-    m_H = lr * A * d + lr^2/2 * A * (d^2 - (s - e^2))        gradient and Hessian term
-    m_F = lr^2/2 * d^2                                       sampled Fisher form, ~ KL
-    m_F = lr^2/2 * (s - e^2)                                 exact: its expectation over the policy's actions
+    m_H = lr * A * d + lr^2/2 * A * (d^2 - (s - e^2))     gradient and Hessian term
+    m_F = lr^2/2 * d^2                                    sampled Fisher form, ~ KL
+    m_F = lr^2/2 * (s - e^2)                              exact: expectation over the actions
 
 (arXiv 2510.00819, sections 3 and 4, in closed form.) As ``d = u_a - e`` for the taken token ``a``
 (``u_a = 0`` outside the support), the sums ``u_a, e, s`` over this rank's rows and one all-reduce

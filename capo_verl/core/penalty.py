@@ -5,7 +5,9 @@ along a fixed direction.
 With ``u = P(g) h`` held fixed and pi the softmax of the logits z over the support (``curvature.py``
 for d, e, s):
 
-    d e / d z_j = pi_j (u_j - e)      d s / d z_j = pi_j (u_j^2 - s)      d d / d z_j = -pi_j (u_j - e)
+    d e / d z_j = pi_j (u_j - e)
+    d s / d z_j = pi_j (u_j^2 - s)
+    d d / d z_j = -pi_j (u_j - e)
 
 so the gradient of either shift is ``a de/dz + b ds/dz`` with two numbers per token:
 

@@ -17,7 +17,9 @@ from capo_verl.core import collectives
 
 
 def soft_weights(policy_shift: Tensor, tau: float | Tensor) -> Tensor:
-    """``min(1, sqrt(tau / m_F))``, of the shape and dtype of ``policy_shift``; 0 where that is NaN."""
+    """``min(1, sqrt(tau / m_F))``, of the shape and dtype of ``policy_shift``; 0 where that is
+    NaN.
+    """
     inside = policy_shift <= tau
     root = tau.to(policy_shift.dtype).sqrt() if isinstance(tau, Tensor) else math.sqrt(tau)
     return torch.where(inside, 1.0, root / policy_shift.sqrt()).nan_to_num(nan=0.0)

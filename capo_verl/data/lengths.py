@@ -40,7 +40,9 @@ def load_tokenizer(path: str, option: str = "--tokenizer") -> Any:
 
 
 def measure(rows: Iterable[Row], tokenizer: Any, limit: int) -> Lengths:
-    """Lengths with the chat template and the generation prompt, as verl's data set measures them."""
+    """Lengths with the chat template and the generation prompt, as verl's data set measures
+    them.
+    """
     counts = sorted(
         len(tokenizer(tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True,
             tokenize=False),

@@ -50,7 +50,9 @@ class Duplicates:
 
 @dataclass
 class Overlap:
-    """Between a training and a test file: pairs (row of the training file, row of the test file)."""
+    """Between a training and a test file: pairs (row of the training file, row of the test
+    file).
+    """
 
     exact: list[tuple[int, int]] = field(default_factory=list)
     near: list[tuple[int, int]] = field(default_factory=list)

@@ -220,7 +220,9 @@ def _drop(
 
 
 def write_parquet(rows: Sequence[Row], path: Path) -> None:
-    """One parquet file, whole or not at all; the same bytes for the same rows and the same pyarrow."""
+    """One parquet file, whole or not at all; the same bytes for the same rows and the same
+    pyarrow.
+    """
     import pyarrow as pa
     import pyarrow.parquet as parquet
 

@@ -11,7 +11,9 @@ import torch
 
 
 class Stopwatch:
-    """Adds up the time of the blocks run under it: CUDA events on a GPU, the wall clock on a CPU."""
+    """Adds up the time of the blocks run under it: CUDA events on a GPU, the wall clock on a
+    CPU.
+    """
 
     def __init__(self, device: torch.device):
         self._on_gpu = device.type == "cuda"

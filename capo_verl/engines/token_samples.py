@@ -63,11 +63,12 @@ class TokenSamples:
         self.discard()
 
     def begin(self, step: int) -> None:
-        """Before the first micro-batch of an optimizer step; ``step``: training steps made so far."""
+        """Before the first micro-batch of an optimizer step; ``step``: training steps made so
+        far.
+        """
         every = self._config.sample_tokens_every
-        self.active = (
-            self._participates and every is not None and step % every == 0 and step != self._sampled_step
-        )  # fmt: skip
+        due = every is not None and step % every == 0
+        self.active = self._participates and due and step != self._sampled_step
         self._step = step
 
     def discard(self) -> None:

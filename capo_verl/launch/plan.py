@@ -186,7 +186,10 @@ def _advice(run: RunSpec, phase: str) -> str:
     if run.cpu:
         return "use a smaller model or micro-batch, or another machine"
     if phase == "rollout":
-        return f"lower {ROLLOUT}.gpu_memory_utilization={run.rollout_memory}, or offload parameters and optimizer"
+        return (
+            f"lower {ROLLOUT}.gpu_memory_utilization={run.rollout_memory}, or offload parameters "
+            "and optimizer"
+        )
     return (
         f"raise the tensor (now {run.tp}) or pipeline (now {run.pp}) parallel size, add nodes (now "
         f"{run.nodes}), or give a micro-batch fewer tokens"

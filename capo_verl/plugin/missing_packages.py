@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One sentence for a package that is not installed: which program needs it, and what installs it."""
+"""One sentence for a package that is not installed: which program needs it, and what installs
+it.
+"""
 
 from __future__ import annotations
 

@@ -172,8 +172,10 @@ def check(
     ]
     steps = [f"use Python {python_range}"] if interpreter.status != "ok" else []
     if lacking:
-        quoted = " ".join(f"'{r.name}{'[' + ','.join(sorted(r.extras)) + ']' if r.extras else ''}{r.specifier}'"
-                          for r in lacking)  # fmt: skip
+        extras = (f"[{','.join(sorted(r.extras))}]" if r.extras else "" for r in lacking)
+        quoted = " ".join(
+            f"'{r.name}{extra}{r.specifier}'" for r, extra in zip(lacking, extras, strict=True)
+        )
         steps += [
             step.format(lacking=quoted, verl=requirements["verl"].specifier)
             for step in stack.install

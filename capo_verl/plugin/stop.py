@@ -50,7 +50,9 @@ class Progress:
         return self.step >= self.total_steps and not self.stopped
 
     def write(self, folder: str | os.PathLike[str]) -> None:
-        """Replace the file in ``folder``, which is made if missing; a reader never sees half of it."""
+        """Replace the file in ``folder``, which is made if missing; a reader never sees half
+        of it.
+        """
         path = Path(folder) / PROGRESS
         path.parent.mkdir(parents=True, exist_ok=True)
         replace_text(path, json.dumps(asdict(self)) + "\n")

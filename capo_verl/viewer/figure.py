@@ -135,7 +135,9 @@ def _few_ticks() -> Any:
 
 
 def _readable_log_axis(place: Axes) -> None:
-    """Ticks at powers of ten; where the values lie within less than two, some between them as well."""
+    """Ticks at powers of ten; where the values lie within less than two, some between them as
+    well.
+    """
     from matplotlib.ticker import LogLocator, NullFormatter
 
     values = [v for line in place.lines for v in line.get_ydata() if v > 0]

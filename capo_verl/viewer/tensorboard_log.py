@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""TensorBoard's event files, as verl's ``tensorboard`` logger writes them: scalars by metric name."""
+"""TensorBoard's event files, as verl's ``tensorboard`` logger writes them: scalars by metric
+name.
+"""
 
 from __future__ import annotations
 

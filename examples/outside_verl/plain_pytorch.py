@@ -91,7 +91,10 @@ for step in range(args.steps):
         1 - decision.accepted.sum() / mask.sum(),
         decision.policy_shift[mask].mean(),
     )
-    line = f"step {step:3d}  reward {reward.mean():.3f}  rejected {rejected:.3f}  m_F {policy_shift:.2e}"
+    line = (
+        f"step {step:3d}  reward {reward.mean():.3f}  rejected {rejected:.3f}  m_F "
+        f"{policy_shift:.2e}"
+    )
     if budget:
         with torch.no_grad():
             new_logits = forward(tokens)[1]

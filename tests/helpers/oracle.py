@@ -121,7 +121,9 @@ class Oracle:
         return float(m_h), float(m_f)
 
     def update(self, tokens: list[Token]) -> None:
-        """Moments after one optimizer step on the accepted tokens; rows nobody touched keep theirs."""
+        """Moments after one optimizer step on the accepted tokens; rows nobody touched keep
+        theirs.
+        """
         if not tokens:
             return
         gradient, count = self.mean_gradient(tokens)

@@ -7,7 +7,9 @@ from tests.cpu.megatron.engine_cases import Layout, make_engine, train_step
 
 
 def held_bytes(layout: Layout, model_path: str) -> dict[str, int]:
-    """Bytes of parameters, gradient buffers and Adam's state, and how many parameters the rank has."""
+    """Bytes of parameters, gradient buffers and Adam's state, and how many parameters the rank
+    has.
+    """
     from megatron.core import mpu
 
     engine = make_engine(layout, model_path, optimizer="adam", lr=1e-3)

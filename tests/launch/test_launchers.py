@@ -176,7 +176,10 @@ def gpus(tmp_path, monkeypatch):
     return plan
 
 
-TWO_SIZES = "[ \"$*\" = '--query-gpu=memory.total --format=csv,noheader,nounits' ] && printf '143771\\n81559\\n'"
+TWO_SIZES = (
+    "[ \"$*\" = '--query-gpu=memory.total --format=csv,noheader,nounits' ] && printf "
+    "'143771\\n81559\\n'"
+)
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,10 @@ LITTER = ("outputs/run/metrics.jsonl", "data/train.parquet", ".venv/lib/module.p
           "capo_verl/config/capo.py.orig", "capo_quickstart/log.jsonl")  # fmt: skip
 """What lies about in a checkout that is worked in."""
 
-BUILD = "import sys; from setuptools import build_meta; print(getattr(build_meta, sys.argv[1])(sys.argv[2]))"
+BUILD = (
+    "import sys; from setuptools import build_meta; print(getattr(build_meta, "
+    "sys.argv[1])(sys.argv[2]))"
+)
 
 
 def build(kind: str, source: Path, output: Path) -> Path:

@@ -100,7 +100,10 @@ def _rivals() -> Iterator[str]:
     from capo_verl.config.rivals import RIVAL_SPECS
 
     for name, spec in RIVAL_SPECS.items():
-        yield f"+rival={name} arXiv {spec.paper}, needs {', '.join(sorted(spec.needs)) or 'nothing else'}"
+        yield (
+            f"+rival={name} arXiv {spec.paper}, needs "
+            f"{', '.join(sorted(spec.needs)) or 'nothing else'}"
+        )
         yield from (f"+rival={name} {knob}={value!r}" for knob, value in spec.defaults().items())
         yield from (f"+rival={name} {path}={value!r}" for path, value in spec.verl.items())
 
@@ -183,7 +186,10 @@ def _fields(cls: type[Any]) -> Iterator[str]:
         default = "" if f.default is MISSING else f" = {f.default!r}"
         if f.default_factory is not MISSING:
             default = f" = {f.default_factory()!r}"
-        yield f"{cls.__name__}.{f.name}: {f.type if isinstance(f.type, str) else f.type.__name__}{default}"
+        yield (
+            f"{cls.__name__}.{f.name}: "
+            f"{f.type if isinstance(f.type, str) else f.type.__name__}{default}"
+        )
 
 
 def _members(cls: type[Any]) -> Iterator[str]:

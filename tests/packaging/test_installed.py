@@ -156,7 +156,10 @@ def test_commit_is_unknown_outside_a_checkout(installed):
 
 
 def test_stack_reads_the_wheels_metadata(installed):
-    code = "from capo_verl.plugin import stack; print(stack.declared('cpu')[0]); print(*stack.declared('cpu')[1], sep='\\n')"
+    code = (
+        "from capo_verl.plugin import stack; print(stack.declared('cpu')[0]); "
+        "print(*stack.declared('cpu')[1], sep='\\n')"
+    )
     done = installed.run("-c", code)
     python, *requirements = done.stdout.splitlines()
     assert set(python.split(",")) == {">=3.10", "<3.13"}

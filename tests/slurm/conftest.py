@@ -91,7 +91,10 @@ class Job:
                 "TIMEOUT",
                 "NODE_FAIL",
             )
-            about = f"{state['JobState']} {state['ExitCode']}\n{self.printed}\n{self.cluster.log(self.number)}"
+            about = (
+                f"{state['JobState']} "
+                f"{state['ExitCode']}\n{self.printed}\n{self.cluster.log(self.number)}"
+            )
             assert not ended or ended_is_fine, about
             assert time.monotonic() < deadline, about
             time.sleep(0.3)

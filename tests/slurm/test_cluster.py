@@ -98,8 +98,14 @@ def test_the_drivers_exit_code_is_the_jobs(submit, tmp_path):
 
 def test_array_of_seeds_with_a_cluster_each(submit, tmp_path):
     """Two tasks at once, on a node each: own seeds, outputs, ports and tokens."""
-    report = "env | grep -E '^(SEED|OUTPUT_DIR|RAY_ADDRESS|RAY_AUTH_TOKEN|NNODES|NGPUS_PER_NODE)=' >$OUTPUT_DIR/seen\n"
-    ask_ray = "python3 -c 'import ray; ray.init(log_to_driver=False); print(len(ray.nodes()))' >$OUTPUT_DIR/nodes\n"
+    report = (
+        "env | grep -E '^(SEED|OUTPUT_DIR|RAY_ADDRESS|RAY_AUTH_TOKEN|NNODES|NGPUS_PER_NODE)=' "
+        ">$OUTPUT_DIR/seen\n"
+    )
+    ask_ray = (
+        "python3 -c 'import ray; ray.init(log_to_driver=False); print(len(ray.nodes()))' "
+        ">$OUTPUT_DIR/nodes\n"
+    )
     job = submit(
         options=(*ONE_NODE, "--array=3-4"), script=script(tmp_path, report + ask_ray), name="array"
     )
@@ -165,7 +171,9 @@ def test_preempted_by_a_job_of_higher_priority(submit, cluster, tmp_path):
 
 
 def test_chain_continues_a_stopped_job_and_is_dropped_after_a_complete_one(submit, tmp_path):
-    """Three jobs of one run: the first is warned, the second completes it, the third is not needed."""
+    """Three jobs of one run: the first is warned, the second completes it, the third is not
+    needed.
+    """
     job = submit(options=(*ONE_NODE, "--chain=3"), script=script(tmp_path, STEPS), name="chain")
     starts = job.output / "starts"
     job.wait_until(starts.exists, 60)

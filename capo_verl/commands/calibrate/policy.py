@@ -50,7 +50,9 @@ class Policy:
         )
 
     def hidden(self, rollouts: Rollouts) -> Tensor:
-        """``[N, H]``, the input of the LM head at the positions that predict the response tokens."""
+        """``[N, H]``, the input of the LM head at the positions that predict the response
+        tokens.
+        """
         return self.body(rollouts.input_ids)[rollouts.positions]
 
     def is_head(self, name: str) -> bool:

@@ -232,7 +232,9 @@ def report(settings: Settings, found: Calibration) -> list[str]:
 
 
 def write(settings: Settings, found: Calibration) -> list[Path]:
-    """``calibration.json``, ``calibration.png`` and ``.svg`` in ``settings.output``; their paths."""
+    """``calibration.json``, ``calibration.png`` and ``.svg`` in ``settings.output``; their
+    paths.
+    """
     import pandas as pd
 
     from capo_verl.commands.calibrate import figure
@@ -243,7 +245,10 @@ def write(settings: Settings, found: Calibration) -> list[Path]:
     table = tables.aggregate(rows, ("depth", "target", "predictor"))
     kept = _used(found.measurements)
     tokens = pd.concat([tables.token_rows(m, 4096, draw=i) for i, m in kept])
-    title = f"{Path(settings.model).name}, learning rate {settings.lr:g}, {len(kept)} steps of {settings.batch} completions"
+    title = (
+        f"{Path(settings.model).name}, learning rate {settings.lr:g}, {len(kept)} steps of "
+        f"{settings.batch} completions"
+    )
     paths = figure.save(figure.draw(tokens, table, title), settings.output / "calibration")
     content = {
         "version": __version__,

@@ -72,7 +72,9 @@ def log_slope(predicted: np.ndarray, true: np.ndarray) -> float:
 def ratio_quantiles(
     predicted: np.ndarray, true: np.ndarray, at: Sequence[float] = (0.1, 0.5, 0.9)
 ) -> tuple[float, ...]:
-    """Quantiles of true / predicted over the tokens where both are positive; NaN if there are none."""
+    """Quantiles of true / predicted over the tokens where both are positive; NaN if there are
+    none.
+    """
     both = (predicted > 0) & (true > 0)
     if not both.any():
         return tuple(float("nan") for _ in at)

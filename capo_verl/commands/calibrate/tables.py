@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measured steps as rows: how well each predictor did, per step and depth, and what the batch did."""
+"""Measured steps as rows: how well each predictor did, per step and depth, and what the batch
+did.
+"""
 
 from __future__ import annotations
 

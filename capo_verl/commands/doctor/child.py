@@ -21,7 +21,9 @@ GRACE = 10.0
 
 
 def last_line(text: str) -> str:
-    """The last line of a text that is not empty, such as the message of a traceback; "" if all are."""
+    """The last line of a text that is not empty, such as the message of a traceback; "" if all
+    are.
+    """
     return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "")
 
 

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``capo-verl doctor``: is everything in place for a run with CAPO, and if not, what is to be done?"""
+"""``capo-verl doctor``: is everything in place for a run with CAPO, and if not, what is to be
+done?
+"""
 
 from __future__ import annotations
 
@@ -103,7 +105,10 @@ def _problem(args: argparse.Namespace) -> str | None:
             f"{args.overrides[0]!r} is an override for an example: name its launcher with --example"
         )
     if args.example is not None and not args.example.is_file():
-        return f"--example {args.example} does not exist: name a launcher such as examples/run_quickstart_cpu.sh"
+        return (
+            f"--example {args.example} does not exist: name a launcher such as "
+            "examples/run_quickstart_cpu.sh"
+        )
     wrong = [
         override
         for override in args.overrides

@@ -120,13 +120,22 @@ def plugin_problem(seen: dict[str, Any]) -> str | None:
     """Why verl does not load the plugin; None if it does."""
     errors, policy = seen["errors"], seen["policy"]
     if "verl" in errors:
-        return f"verl cannot be imported ({errors['verl']}): scripts/check_stack.py says what to install"
+        return (
+            f"verl cannot be imported ({errors['verl']}): scripts/check_stack.py says what to "
+            "install"
+        )
     if not seen["entry_points"]:
-        return f"no entry point of group {GROUP} names capo_verl.plugin.register: install the package there (pip install .)"
+        return (
+            f"no entry point of group {GROUP} names capo_verl.plugin.register: install the package "
+            "there (pip install .)"
+        )
     if not seen["loaded"]:
         name = seen["entry_points"][0]
         if "capo_verl.plugin.register" in errors:
-            return f"capo_verl.plugin.register cannot be imported ({errors['capo_verl.plugin.register']}): repair that, then try again"
+            return (
+                "capo_verl.plugin.register cannot be imported "
+                f"({errors['capo_verl.plugin.register']}): repair that, then try again"
+            )
         return f"{POLICY}={policy} keeps verl from loading {name}: unset it, or add {name} to it"
     return None
 
@@ -140,7 +149,10 @@ def registration_problem(seen: dict[str, Any]) -> str | None:
         return f"{module} cannot be imported ({error}): scripts/check_stack.py says what to install"
     if seen["failures"]:
         reasons = "; ".join(f"{what}: {error}" for what, error in seen["failures"].items())
-        return f"capo_verl could not register with verl ({reasons}): install a supported stack (scripts/check_stack.py)"
+        return (
+            f"capo_verl could not register with verl ({reasons}): install a supported stack "
+            "(scripts/check_stack.py)"
+        )
     if seen["missing"]:
         return (
             f"verl lacks {' and '.join(seen['missing'])}: install capo_verl again (pip install .)"
@@ -154,7 +166,10 @@ def engine_problem(seen: dict[str, Any], backend: str) -> str | None:
     if found is None:
         return f"verl has no engines here: {registration_problem(seen)}"
     if "error" in found:
-        return f"verl has no {backend} engine here ({found['error']}): install {ENGINES[backend]} (scripts/check_stack.py)"
+        return (
+            f"verl has no {backend} engine here ({found['error']}): install {ENGINES[backend]} "
+            "(scripts/check_stack.py)"
+        )
     if not found["ours"]:
         why = plugin_problem(seen) or (
             f"something registered it over this project's: name only capo_verl in {POLICY} and "

@@ -28,7 +28,10 @@ ATTEMPTS, TOO_SLOW = 6, "timed out during startup"
 """Ray gives itself 30 s to start (``ray/_private/node.py``); a busy machine needs more, until the
 checks beside this one end.
 """
-TOKEN = "it asks for a token: set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH if that is not ~/.ray/auth_token"
+TOKEN = (
+    "it asks for a token: set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH if that is not "
+    "~/.ray/auth_token"
+)
 STORE_BYTES = 80 << 20
 FORWARDED = ("VERL_PLATFORM",)
 

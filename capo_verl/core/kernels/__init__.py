@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The four inner loops of the filter, twice: in Triton for GPUs, in plain torch for everything
-else.
+"""The inner loops of the filter, twice: in Triton for GPUs, in plain torch for everything else.
 
-    best_keys       the k best rows of every token                                            -> support
-    partial_sums    u = P(A v h) h and its three sums per token, no row of it materialised     -> m_H, m_F
-    row_sums, add_row_sums    sums of the accepted gradients per vocabulary row, deterministic -> moments
-    move, update    moments moved by the mean gradients of the touched rows                    -> moments
+    best_keys       the k best rows of every token                             -> support
+    partial_sums    u = P(A v h) h and its three sums per token, no row of it  -> m_H, m_F
+    row_sums, add_row_sums    sums of the accepted gradients per row           -> moments
+    move, update    moments moved by the mean gradients of the touched rows    -> moments
 
 Both modules offer the same functions on the same tensors; ``plain`` documents them. Triton's wait
 for nothing.

@@ -263,7 +263,9 @@ def move(
 
 
 def update(moments: Moments, columns: slice, entries: RowEntries, hidden: Tensor) -> None:
-    """Move the moments' ``columns`` by the mean gradients of the entries alone; ``hidden [N, c]``."""
+    """Move the moments' ``columns`` by the mean gradients of the entries alone; ``hidden [N,
+    c]``.
+    """
     counts = entries.counts
     for rows in _touched(counts, hidden):
         _move_rows(moments, columns, rows, row_sums(entries, rows, hidden).div_(counts[rows, None]))

@@ -54,7 +54,9 @@ class RMSNorm(torch.nn.RMSNorm):
 
 
 def _local_layer_spec(config: Any, vp_stage: int | None) -> Any:
-    """Megatron-Core's decoder block without Transformer Engine, with our core attention and norms."""
+    """Megatron-Core's decoder block without Transformer Engine, with our core attention and
+    norms.
+    """
     block = get_gpt_decoder_block_spec(
         config, use_transformer_engine=False, normalization="RMSNorm", vp_stage=vp_stage
     )

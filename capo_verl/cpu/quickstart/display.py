@@ -91,7 +91,10 @@ class Phase:
             self._progress.update(self._task_id, completed=fraction, note=note)
 
 
-HEADER = f"{'step':>9} {'completions':>12} {'training':>9} {'held-out':>9} {'rejected':>9} {'m_F':>9} {'s/step':>7}"
+HEADER = (
+    f"{'step':>9} {'completions':>12} {'training':>9} {'held-out':>9} {'rejected':>9} {'m_F':>9} "
+    f"{'s/step':>7}"
+)
 
 
 def step_line(record: Record, completions: int | None, total_steps: int | None) -> str:

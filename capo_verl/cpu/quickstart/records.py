@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What verl's ``file`` logger wrote: one JSON object per step, read while the run is still writing."""
+"""What verl's ``file`` logger wrote: one JSON object per step, read while the run is still
+writing.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The quickstart from start to end: data, warm start, the launcher as a child process, the figure."""
+"""The quickstart from start to end: data, warm start, the launcher as a child process, the
+figure.
+"""
 
 from __future__ import annotations
 

@@ -77,7 +77,9 @@ def buckets(
 
 
 class HFServerAdapter(BaseRollout):
-    """In every trainer rank; the first rank of a replica sends the weights to the replica's server."""
+    """In every trainer rank; the first rank of a replica sends the weights to the replica's
+    server.
+    """
 
     def __init__(
         self, config: Any, model_config: Any, device_mesh: Any, replica_rank: int = -1

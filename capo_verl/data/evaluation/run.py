@@ -199,7 +199,9 @@ def load_reward(path: str | None, name: str) -> scoring.Reward:
 def table(
     groups: dict[str, dict[str, list[float]]], results: dict[str, dict[str, statistics.Estimate]]
 ) -> str:
-    """One line per data source: problems, accuracies and passes with their intervals, in per cent."""
+    """One line per data source: problems, accuracies and passes with their intervals, in per
+    cent.
+    """
     shown = [
         m
         for m in next(iter(results.values()))

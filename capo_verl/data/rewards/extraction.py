@@ -43,7 +43,9 @@ def final_answer(response: str, answer_format: str = "boxed") -> str | None:
 
 
 def last_box(text: str) -> str | None:
-    r"""What stands in the last complete ``\boxed{...}`` or ``\fbox{...}``; nested boxes are opened."""
+    r"""What stands in the last complete ``\boxed{...}`` or ``\fbox{...}``; nested boxes are
+    opened.
+    """
     found = _last_box(text)
     return found[0].strip() if found else None
 

@@ -24,7 +24,8 @@ OPERATORS = {
         "derivative": rf"\\[dt]?frac\s*\{{?\s*{_D}[^{{}}]*\}}?\s*\{{\s*{_D}\s*[a-zA-Z\\]",
         "divisor": r"(?<![a-zA-Z])(?:gcd|lcm|hcf)(?![a-zA-Z])",
         # A factorial, but neither LaTeX's space, nor "not equal", nor the end of a sentence.
-        "binomial": rf"\\[dt]?binom{_END}|\\choose{_END}|(?:[\d)}}\]]|(?<![a-zA-Z])[a-zA-Z])\s*!(?!=)",
+        "binomial": rf"\\[dt]?binom{_END}|\\choose{_END}|"
+        r"(?:[\d)}\]]|(?<![a-zA-Z])[a-zA-Z])\s*!(?!=)",
         # "30 \min" is a time
         "extremum": r"\\(?:max|min|sup|inf)\s*(?:\\left\s*)?(?:[({\[_]|\\\{)",
         "determinant": rf"\\det{_END}|\\begin\s*\{{[vV]matrix\}}",

@@ -126,7 +126,9 @@ def _result(
 
 
 def _spelling(text: str) -> str:
-    r"""A text without what cannot matter: spaces, ``\text{}``, a full stop; and the case of words."""
+    r"""A text without what cannot matter: spaces, ``\text{}``, a full stop; and the case of
+    words.
+    """
     text = re.sub(r"\\(?:text|mathrm|textbf)\{([^{}]*)\}", r"\1", text.strip().strip("$"))
     text = "".join(text.split()).rstrip(".")
     return text.casefold() if re.fullmatch(r"[^\W\d_]{2,}.*", text) and "\\" not in text else text

@@ -50,7 +50,9 @@ def output_layer_of(model: nn.Module) -> nn.Module:
     model_type="language_model", backend="megatron", device="cuda", vendor="nvidia"
 )
 class CapoMegatronEngineWithLMHead(CapoEngineMixin, MegatronEngineWithLMHead):
-    """``MegatronEngineWithLMHead`` that filters tokens on the last pipeline stage while it trains."""
+    """``MegatronEngineWithLMHead`` that filters tokens on the last pipeline stage while it
+    trains.
+    """
 
     _accepted: Tensor | None = None
     """1 where a token stays in the loss, at the position that predicts it, of the micro-batch in
@@ -157,7 +159,9 @@ class CapoMegatronEngineWithLMHead(CapoEngineMixin, MegatronEngineWithLMHead):
     def _penalise(
         self, logits: Tensor, labels: Tensor, batch: TensorDict, data_format: str
     ) -> None:
-        """The penalty of every token just evaluated, if there is one, as a function of the logits."""
+        """The penalty of every token just evaluated, if there is one, as a function of the
+        logits.
+        """
         terms = self._step.take_penalty_terms()
         if terms is not None:
             at = self._token_positions(labels, batch, data_format)

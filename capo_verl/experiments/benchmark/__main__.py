@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
-"""Time, memory and bandwidth of the filter against the formulation as published: table, JSON,
-Markdown and PNG.
+"""Time, memory and bandwidth of the filter against the formulation as published.
 
-python -m capo_verl.experiments.benchmark [--preset NAME] [--tp N] [--tokens N ...] [--write-docs]     what it means: docs/performance.md
+python -m capo_verl.experiments.benchmark [--preset NAME] [--tp N] [--tokens N ...] [--write-docs]
+
+Writes a table, JSON, Markdown and PNG; docs/performance.md says what they mean.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The calibration study: what m_F and m_H predict, what happened, tables and figures.
 
-python -m capo_verl.experiments.calibration run capo_verl/experiments/calibration/study.yaml
---output outputs/calibration_study
-python -m capo_verl.experiments.calibration draw docs/evidence --insert docs/evidence.md     # from the tables that are there
+python -m capo_verl.experiments.calibration run capo_verl/experiments/calibration/study.yaml \\
+    --output outputs/calibration_study
+python -m capo_verl.experiments.calibration draw docs/evidence --insert docs/evidence.md
 """
 
 import sys

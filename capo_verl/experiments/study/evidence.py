@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The tables in ``docs/evidence.md`` and the figures beside it, from the packed results alone.
 
-    python -m capo_verl.experiments.study.evidence [docs/evidence.md]      # default: the page of the checkout
+    python -m capo_verl.experiments.study.evidence [docs/evidence.md]
 
 Between ``<!-- study NAME -->`` and ``<!-- end NAME -->`` the page's text is replaced by that
 study's tables; what is written outside stays. A marker without results gets one sentence which says

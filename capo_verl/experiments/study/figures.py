@@ -52,7 +52,9 @@ def styles(frame: pd.DataFrame) -> dict[str, dict[str, Any]]:
 
 
 def over_learning_rate(frame: pd.DataFrame, path: Path) -> None:
-    """Final accuracy (mean and 95 % interval over seeds) over the learning rate, a panel per cell."""
+    """Final accuracy (mean and 95 % interval over seeds) over the learning rate, a panel per
+    cell.
+    """
     frame = scores(frame, "final").copy()
     frame["rest"] = [_rest(c) for c in frame["cell"]]
     look = styles(frame)

@@ -108,4 +108,7 @@ def pack(studies: Sequence[Study], results: Path, output: Path) -> str:
             f"{output}: {size} bytes are too many for a repository (limit {PACKED_LIMIT}); pack "
             "fewer studies"
         )
-    return f"{len(packed)} runs of {packed['study'].nunique()} studies, {size / 1e6:.2f} MB in {output}"
+    return (
+        f"{len(packed)} runs of {packed['study'].nunique()} studies, {size / 1e6:.2f} MB in "
+        f"{output}"
+    )

@@ -9,14 +9,15 @@ methods:                       # name -> keys of a run
   grpo: {}
   kl_budget: {capo: {mode: "off", kl_budget: {delta: 1.0e-4}}}
 grid:                          # any key of a run -> values
-  task: [sort8, {name: half fillers, task: fillers, task_knobs: {share: 0.5}}]  # a mapping sets
-      several keys at once
+  # a mapping sets several keys at once
+  task: [sort8, {name: half fillers, task: fillers, task_knobs: {share: 0.5}}]
   lr: [1.0e-4, 1.0e-3]
   seed: [1, 2, 3, 4, 5]
-  capo.kl_budget.delta: [1.0e-5, 1.0e-4]  # a dotted key goes into the methods that have such a
-      mapping, and leaves the others
+  # a dotted key goes into the methods that have such a mapping, and leaves the others
+  capo.kl_budget.delta: [1.0e-5, 1.0e-4]
 control: grpo                  # what methods are compared with
-grids: [...]                   # instead of `grid`: several, each with its own `grid`, `methods` (names) and `defaults`
+# instead of `grid`: several, each with its own `grid`, `methods` (names) and `defaults`
+grids: [...]
 ```
 """
 

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One rollout's optimizer steps: loss, filter, KL budget, controls, and what is measured of them."""
+"""One rollout's optimizer steps: loss, filter, KL budget, controls, and what is measured of
+them.
+"""
 
 from __future__ import annotations
 

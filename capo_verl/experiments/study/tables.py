@@ -147,7 +147,10 @@ def efficiency_table(frame: pd.DataFrame, curves: pd.DataFrame) -> str:
                     f"({got['accepted_tokens'].median() / 1000:.0f}k) {len(got)}/{len(at)}"
                 )
         body.append([rest, method, *cells])
-    title = f"Completions (accepted tokens) to {SHARE:.0%} of the tuned control ({tuned}); runs that got there"
+    title = (
+        f"Completions (accepted tokens) to {SHARE:.0%} of the tuned control ({tuned}); runs that "
+        "got there"
+    )
     return _titled(title, ["cell", "method", *(f"lr {r:g}" for r in rates)], body)
 
 

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The verl tier: real ``main_ppo`` runs by this repository's launchers, read into the same curves."""
+"""The verl tier: real ``main_ppo`` runs by this repository's launchers, read into the same
+curves.
+"""
 
 from __future__ import annotations
 

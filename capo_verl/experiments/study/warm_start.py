@@ -141,7 +141,9 @@ def _adam(model: TinyTransformer, lr: float) -> torch.optim.Optimizer:
 def _train_until(
     model: TinyTransformer, task: Task, random: torch.Generator, seed: int, target: float
 ) -> tuple[Tensor, float]:
-    """Supervised training until an accuracy; the parameters of the check before, and the accuracy."""
+    """Supervised training until an accuracy; the parameters of the check before, and the
+    accuracy.
+    """
     optimizer = _adam(model, RECIPE["lr"])
     before, accuracy = model.flat.detach().clone(), 0.0
     for step in range(RECIPE["max_steps"]):

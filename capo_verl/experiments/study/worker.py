@@ -30,7 +30,9 @@ def start_worker() -> None:
 
 
 def prepare(run: PlannedRun, cache: Path | None, competent: bool = False) -> str | None:
-    """Build the base policy of a run, or only the competent one below it; the error, if it failed."""
+    """Build the base policy of a run, or only the competent one below it; the error, if it
+    failed.
+    """
     from capo_verl.experiments.study.warm_start import base_policy, competent_policy
 
     try:

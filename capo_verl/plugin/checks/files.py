@@ -60,7 +60,10 @@ def model_problems(config: DictConfig) -> Iterator[str]:
             continue  # then config.json is taken from there
         if folder.is_dir():
             if not (folder / "config.json").is_file():
-                yield f"{what} has no config.json: set it to a model's folder, or to its name on the hub"
+                yield (
+                    f"{what} has no config.json: set it to a model's folder, or to its name on the "
+                    "hub"
+                )
         elif is_path:
             yield f"{what} does not exist: set it to a model's folder, or to its name on the hub"
 
@@ -143,7 +146,10 @@ def _too_few(config: DictConfig, rows: int) -> Iterator[str]:
     limit: Any = OmegaConf.select(config, "data.train_max_samples") or -1
     used = rows if limit < 0 else min(rows, limit)
     if used < batch:
-        yield f"data.train_files have {used} prompts, less than one data.train_batch_size={batch}: lower it, or give more"
+        yield (
+            f"data.train_files have {used} prompts, less than one data.train_batch_size={batch}: "
+            "lower it, or give more"
+        )
 
 
 def output_problems(config: DictConfig) -> Iterator[str]:
@@ -156,8 +162,14 @@ def output_problems(config: DictConfig) -> Iterator[str]:
             with tempfile.TemporaryFile(dir=folder):
                 pass
         except OSError as e:
-            yield f"trainer.default_local_dir={folder} cannot be written to ({e.strerror}): set it to a folder of yours"
+            yield (
+                f"trainer.default_local_dir={folder} cannot be written to ({e.strerror}): set it "
+                "to a folder of yours"
+            )
     if trainer.resume_mode == "resume_path":
         path = trainer.resume_from_path
         if not isinstance(path, str) or "global_step_" not in path or not Path(path).is_dir():
-            yield f"trainer.resume_from_path={path}: set it to the folder global_step_N of a checkpoint"
+            yield (
+                f"trainer.resume_from_path={path}: set it to the folder global_step_N of a "
+                "checkpoint"
+            )

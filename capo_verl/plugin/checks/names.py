@@ -31,7 +31,9 @@ def _unknown(config: DictConfig) -> Iterator[str]:
         yield f"{ACTOR}.policy_loss.loss_mode={loss}: choose one of {choices}"
     rollout = OmegaConf.select(config, f"{ROLLOUT}.name")
     if rollout == "hf" and not on_cpu():
-        yield f"{ROLLOUT}.name=hf runs on CPUs only: set VERL_PLATFORM=cpu, or choose vllm or sglang"
+        yield (
+            f"{ROLLOUT}.name=hf runs on CPUs only: set VERL_PLATFORM=cpu, or choose vllm or sglang"
+        )
     elif (
         rollout and (rollout, OmegaConf.select(config, f"{ROLLOUT}.mode")) not in _ROLLOUT_REGISTRY
     ):

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The sizes of a run: what the plan and the start-up checks need to know of verl's configuration."""
+"""The sizes of a run: what the plan and the start-up checks need to know of verl's
+configuration.
+"""
 
 from __future__ import annotations
 

@@ -95,7 +95,10 @@ def _ranks(run: RunSpec) -> Iterator[str]:
     """``megatron/core/parallel_state.py`` (initialize_model_parallel),
     ``verl/workers/engine_workers.py:659``.
     """
-    total = f"trainer.nnodes={run.nodes} x trainer.n_gpus_per_node={run.gpus_per_node} = {run.world} GPUs"
+    total = (
+        f"trainer.nnodes={run.nodes} x trainer.n_gpus_per_node={run.gpus_per_node} = {run.world} "
+        "GPUs"
+    )
     if run.world % run.model_parallel:
         if run.engine == "megatron":
             sizes = (
@@ -128,9 +131,15 @@ def _batches(run: RunSpec) -> Iterator[str]:
     if run.dynamic_cp:
         return
     mini, dp = run.mini_batch * run.completions_per_prompt, run.dp
-    of_mini = f"{ACTOR}.ppo_mini_batch_size={run.mini_batch} x {ROLLOUT}.n={run.completions_per_prompt} = {mini}"
+    of_mini = (
+        f"{ACTOR}.ppo_mini_batch_size={run.mini_batch} x {ROLLOUT}.n={run.completions_per_prompt} "
+        f"= {mini}"
+    )
     if mini % dp:
-        yield f"{of_mini} completions do not divide by the data-parallel size {dp}: change ppo_mini_batch_size"
+        yield (
+            f"{of_mini} completions do not divide by the data-parallel size {dp}: change "
+            "ppo_mini_batch_size"
+        )
         return
     if run.micro_batch and mini // dp % run.micro_batch:
         yield (
@@ -169,7 +178,10 @@ def _micro_batches(run: RunSpec) -> Iterator[str]:
         if limit is not None and limit * run.cp < run.sequence_length:
             spread = f" x {run.cp} context-parallel ranks" if run.cp > 1 else ""
             needed = -(-run.sequence_length // run.cp)
-            yield f"{longest} are more than a micro-batch holds, {key}={limit}{spread}: set it to at least {needed}"
+            yield (
+                f"{longest} are more than a micro-batch holds, {key}={limit}{spread}: set it to at "
+                f"least {needed}"
+            )
 
 
 def _model(run: RunSpec, shape: ModelShape) -> Iterator[str]:

@@ -18,7 +18,10 @@ def doctor(
     Args:
         before: Python code that runs first, in the same process.
     """
-    code = f"import sys\n{before}\nfrom capo_verl.commands.main import main\nsys.exit(main(['doctor', *sys.argv[1:]]))"
+    code = (
+        f"import sys\n{before}\nfrom capo_verl.commands.main import main\nsys.exit(main(['doctor', "
+        "*sys.argv[1:]]))"
+    )
     env = {
         name: value
         for name, value in os.environ.items()

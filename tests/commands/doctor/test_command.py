@@ -118,7 +118,10 @@ def test_excluded_from_verls_plugins_in_driver_and_worker():
     done = doctor("--json", VERL_USE_EXTERNAL_PLUGINS="none")
     assert done.returncode == 1
     found = rows(done)
-    why = "VERL_USE_EXTERNAL_PLUGINS=none keeps verl from loading capo_verl: unset it, or add capo_verl to it"
+    why = (
+        "VERL_USE_EXTERNAL_PLUGINS=none keeps verl from loading capo_verl: unset it, or add "
+        "capo_verl to it"
+    )
     assert found["plugin installed"] == ("FAIL", why)
     assert found["Ray worker"] == ("FAIL", f"in a worker of a Ray of its own: {why}")
     assert found["registered with verl"] == ("FAIL", f"nothing is registered: {why}")

@@ -94,7 +94,10 @@ def test_nodes_of_a_cluster(seen):
     here = seen["versions"]
     good = {"seen": seen}
     outcome = workers.judge(Answer({"a": good, "b": good}), "head:6379", here)
-    engines = "capo_verl.cpu.megatron.engine.CpuMegatronEngine and capo_verl.cpu.fsdp.engine.CpuFsdpEngine"
+    engines = (
+        "capo_verl.cpu.megatron.engine.CpuMegatronEngine and "
+        "capo_verl.cpu.fsdp.engine.CpuFsdpEngine"
+    )
     assert (outcome.status, outcome.message) == (
         "ok", f"workers on 2 nodes of the Ray at head:6379: policy loss 'capo', {engines}",
     )  # fmt: skip
@@ -156,7 +159,10 @@ def test_a_child_that_crashes_or_hangs(module):
         pytest.raises(Broken, match="^about to crash .exit code -6.$"),
     ):
         child.answer(60)
-    hang = "import sys, time; print('waiting', file=sys.stderr, flush=True); print(1, flush=True); time.sleep(600)"
+    hang = (
+        "import sys, time; print('waiting', file=sys.stderr, flush=True); print(1, flush=True); "
+        "time.sleep(600)"
+    )
     with Child("asked", environment=module(hang)) as child:
         while not child._said():
             pass

@@ -36,7 +36,10 @@ RUN = RunSpec(
 158 of the host.
 """
 NODE = Here(gpus=8, gpu_memory=79.6, gpu_free=79.0, memory=1000.0, memory_free=900.0)
-ESTIMATE = "estimated: 53.8 GiB per GPU (rollout, with 6 in reserve) of 79.6, and 158 GiB of host memory per node"
+ESTIMATE = (
+    "estimated: 53.8 GiB per GPU (rollout, with 6 in reserve) of 79.6, and 158 GiB of host memory "
+    "per node"
+)
 
 
 def look(here, run=RUN):

@@ -26,7 +26,9 @@ def seed():
 
 @pytest.fixture(autouse=True)
 def poisoned_memory():
-    """torch.empty() gives NaN and the largest integers: a place that a kernel leaves out is seen."""
+    """torch.empty() gives NaN and the largest integers: a place that a kernel leaves out is
+    seen.
+    """
     torch.use_deterministic_algorithms(True, warn_only=True)
     before, torch.utils.deterministic.fill_uninitialized_memory = (
         torch.utils.deterministic.fill_uninitialized_memory,

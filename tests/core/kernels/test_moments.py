@@ -123,7 +123,9 @@ def test_half_precision_hidden_states_are_summed_in_float32(hidden_dtype, device
 
 
 def test_stochastic_rounding_draws_the_same_bits_in_both(device):
-    """Sums of one entry leave no room for another order of summation: all moments agree to the bit."""
+    """Sums of one entry leave no room for another order of summation: all moments agree to the
+    bit.
+    """
     row = torch.arange(6, device=device)[:, None]
     weight, hidden = torch.randn(6, 1, device=device), torch.randn(6, 30, device=device)
     entries = sort_by_row(row, weight, torch.ones(6, device=device).bool(), 6)

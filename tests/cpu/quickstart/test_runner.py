@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The runner with a stand-in for the launcher: success, failure, Ctrl-C, and nothing left running."""
+"""The runner with a stand-in for the launcher: success, failure, Ctrl-C, and nothing left
+running.
+"""
 
 from __future__ import annotations
 

@@ -235,7 +235,10 @@ CONFINED = {
 def test_confinement(tmp_path, attempt):
     """What an evaluated answer could do, if there were a way to have one evaluated after all."""
     path = tmp_path / "canary"
-    code = "import os, socket, subprocess, sys\nfrom capo_verl.data.rewards.guard import confine\npath = sys.argv[1]\nconfine()\n"
+    code = (
+        "import os, socket, subprocess, sys\nfrom capo_verl.data.rewards.guard import "
+        "confine\npath = sys.argv[1]\nconfine()\n"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code + attempt, str(path)],
         capture_output=True,

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""CAPO training steps of the FSDP engine on one rank: what ``test_engine.py`` runs on gloo ranks."""
+"""CAPO training steps of the FSDP engine on one rank: what ``test_engine.py`` runs on gloo
+ranks.
+"""
 
 from __future__ import annotations
 

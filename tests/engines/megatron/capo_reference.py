@@ -131,7 +131,9 @@ def check_training(ranks: list[dict[str, Any]], dp: int, expected: Reference) ->
 
 
 def check_untouched(ours: list[dict], verls: list[dict]) -> None:
-    """Without the switch: verl's own training bit for bit, and nothing of CAPO in what is reported."""
+    """Without the switch: verl's own training bit for bit, and nothing of CAPO in what is
+    reported.
+    """
     for a, b in zip(ours, verls, strict=True):
         assert a["weights"].keys() == b["weights"].keys()
         assert all(torch.equal(a["weights"][name], b["weights"][name]) for name in a["weights"])

@@ -220,7 +220,9 @@ def at_scale(case: Case, model_path: str, knobs: dict, scale: float) -> dict:
 
 @pytest.mark.parametrize("layout", [Layout(tp=2), Layout(packed=False)], ids=str)
 def test_a_budget_that_never_binds_trains_bit_for_bit_like_verls_engine(layout, models):
-    """Probes and scaling by 1 leave no trace; nor does ``mode=off`` alone, which reports nothing."""
+    """Probes and scaling by 1 leave no trace; nor does ``mode=off`` alone, which reports
+    nothing.
+    """
     case = Case(layout)
     loose, off, plain = (
         on_ranks(train, case, models["untied"], knobs)

@@ -93,7 +93,10 @@ def test_resuming_continues_bit_exactly_and_under_another_layout(
     assert after["capo/policy_shift_max"][0] == pytest.approx(
         before["capo/policy_shift_max"][0], rel=1e-3
     )
-    sizes = f"was saved with (pipeline, tensor) parallel sizes (1, 2) and is loaded with ({layout.pp}, 1)"
+    sizes = (
+        f"was saved with (pipeline, tensor) parallel sizes (1, 2) and is loaded with ({layout.pp}, "
+        "1)"
+    )
     assert sizes in resumed[0]["said"]
 
 

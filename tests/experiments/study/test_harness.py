@@ -183,7 +183,10 @@ def test_pack_and_page(results, tmp_path):
     assert len(runs) == 12 and set(runs["control"]) == {"grpo"}
     frame = study_frame(study, Store(folder).runs())
     assert sorted(frame["run_id"]) == sorted(runs["run_id"])
-    page = "Intro\n<!-- study tiny -->\nold\n<!-- end tiny -->\nEnd\n<!-- study other -->\n<!-- end other -->\n"
+    page = (
+        "Intro\n<!-- study tiny -->\nold\n<!-- end tiny -->\nEnd\n<!-- study other -->\n<!-- end "
+        "other -->\n"
+    )
     found = render(page, runs, curves)
     assert found.startswith("Intro\n") and "old" not in found and "No results yet." in found
     assert "| kl_budget |" in found and "4 failed: 4 x ValueError: loss='no_such_loss'" in found

@@ -189,7 +189,9 @@ def test_what_verl_refuses_itself_is_one_line_too(data, tiny_model, tmp_path):
 
 
 def test_a_worker_of_ray_raises_instead(run):
-    """verl's legacy trainer validates in a Ray actor, where only an exception reaches the driver."""
+    """verl's legacy trainer validates in a Ray actor, where only an exception reaches the
+    driver.
+    """
     program = (
         "from verl.utils.config import validate_config;import ray; ray.is_initialized = lambda: "
         "True;from capo_verl.launch.dry_run import "

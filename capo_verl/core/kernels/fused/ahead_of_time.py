@@ -32,7 +32,9 @@ ALIGNED = (
 
 
 def variants() -> dict[str, tuple[Any, dict[str, str], dict[str, Any]]]:
-    """Name -> (kernel, types of its arguments, constants), at the shapes of Qwen2.5-7B with TP 1."""
+    """Name -> (kernel, types of its arguments, constants), at the shapes of Qwen2.5-7B with TP
+    1.
+    """
     curvature = {
         "hidden": BF16, "ids": I64, "probs": F32, "actions": I64, "advantages": F32,
         "corrected": F32, "steps": I64, "sums": F32, "directions": F32, "eps": "fp32",

@@ -82,7 +82,9 @@ def launch_partial_sums(
     moments: Moments,
     directions: Tensor | None = None,
 ) -> Tensor:
-    """Arguments and result of ``plain.partial_sums`` in float32 arithmetic; one program per token."""
+    """Arguments and result of ``plain.partial_sums`` in float32 arithmetic; one program per
+    token.
+    """
     n, k = support.ids.shape
     sums = torch.empty(n, 3, device=hidden.device, dtype=torch.float32)
     if n == 0:

@@ -13,7 +13,9 @@ from torch import Tensor
 
 
 class Problems(NamedTuple):
-    """A batch of problems; both tensors are int64, and repeat over completions by plain indexing."""
+    """A batch of problems; both tensors are int64, and repeat over completions by plain
+    indexing.
+    """
 
     prompts: Tensor
     """``[N, prompt_length]`` token ids, padded by tokens the model sees."""

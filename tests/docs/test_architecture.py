@@ -3,81 +3,70 @@
 
 from __future__ import annotations
 
-import ast
-import sys
+import shutil
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-PACKAGE = ROOT / "capo_verl"
-CONFIG = {
-    "capo_verl.config",
-    "capo_verl.config.kl_budget",
-    "capo_verl.config.checks",
-    "capo_verl.config.rivals",
-}
+import pytest
+
+from tests import architecture
+from tests.architecture import PACKAGE, imports, modules, outside, room
 
 
-def imports(path: Path) -> set[str]:
-    """Modules that a file imports, at its top or inside functions; those for type checkers left
-    out.
-    """
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    for node in ast.walk(tree):
-        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
-            node.body = []
-    found: set[str] = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            found |= {f"{node.module}.{alias.name}" for alias in node.names}
-    return {name for name in found if name.split(".")[0] not in sys.stdlib_module_names}
+def test_imports_go_down_and_never_in_a_circle() -> None:
+    assert architecture.problems() == []
 
 
-def outside(path: Path, *allowed: str) -> set[str]:
-    return {
-        name
-        for name in imports(path)
-        if not any(name == a or name.startswith(a + ".") for a in allowed)
-    }
+def test_every_room_is_in_the_table() -> None:
+    assert {room(name) for name in modules()} == set(architecture.ALLOWED)
+    assert not any("experiments" in allowed for allowed in architecture.ALLOWED.values())
 
 
-def python_files(folder: str) -> list[Path]:
-    files = sorted((PACKAGE / folder).rglob("*.py"))
-    assert files, f"no Python files in {folder}: a folder that was moved would hold to everything"
-    return files
+@pytest.fixture
+def copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the package that the table is asked about, instead of the package."""
+    folder = tmp_path / "capo_verl"
+    shutil.copytree(PACKAGE, folder, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(architecture, "PACKAGE", folder)
+    for cached in (modules, imports):
+        cached.cache_clear()
+    yield folder
+    for cached in (modules, imports):
+        cached.cache_clear()
+
+
+def test_a_forbidden_import_a_circle_and_one_entry_too_many_are_seen(copy: Path) -> None:
+    (copy / "core" / "chunks.py").write_text("from capo_verl.experiments.study import grid\n")
+    (copy / "config" / "checks.py").write_text("def f():\n    from capo_verl.config import capo\n")
+    (copy / "loose.py").touch()
+    problems = "\n".join(architecture.problems())
+    assert (
+        "capo_verl.core.chunks imports capo_verl.experiments.study.grid: core may not import "
+        "experiments" in problems
+    )
+    assert "rooms import each other: " in problems
+    assert "modules import each other: capo_verl.config.capo, capo_verl.config.checks, " in problems
+    assert "capo_verl/ holds 16 entries, at most 15 are allowed" in problems
+    assert architecture.main() == 1
 
 
 def test_the_method_imports_torch_and_its_own_configuration_only() -> None:
-    files = python_files("core")
-    assert len(files) > 20
-    allowed = ("torch", "triton", "capo_verl.core", *CONFIG)
-    assert {str(f.relative_to(ROOT)): bad for f in files if (bad := outside(f, *allowed))} == {}
+    allowed = {"core": ("torch", "triton"), "rivals": ("torch",), "config": (), "utils": ()}
+    for name, path in modules().items():
+        if room(name) in allowed:
+            own = ("capo_verl.config", f"capo_verl.{room(name)}")
+            assert outside(path, *allowed[room(name)], *own) == set(), name
 
 
 def test_only_one_file_of_the_method_communicates() -> None:
     users = {
-        f.name for f in python_files("core") if any("torch.distributed" in i for i in imports(f))
+        name
+        for name, path in modules().items()
+        if room(name) == "core" and any("torch.distributed" in i for i in imports(path))
     }
-    assert users == {"collectives.py"}
+    assert users == {"capo_verl.core.collectives"}
 
 
-def test_the_configuration_imports_nothing() -> None:
-    # verl's dataclass is behind a lazy import of config.py.
-    lazy = {"capo_verl.plugin.policy_loss.CapoPolicyLossConfig"}
-    for name in CONFIG:
-        assert outside(ROOT / f"{name.replace('.', '/')}.py", *CONFIG) <= lazy
-
-
-def test_rivals_need_torch_only() -> None:
-    for path in python_files("algorithms/rivals"):
-        assert outside(path, "torch", "capo_verl.rivals", *CONFIG) == set(), path.name
-
-
-def test_nothing_depends_on_the_embedded_default() -> None:
-    """Deleting cpu/ would not touch the method nor the engines: verl's registry and the plugin load
-    it by name.
-    """
-    for folder in ("core", "megatron", "fsdp", "algorithms", "rewards", "data"):
-        for path in python_files(folder):
-            assert not [i for i in imports(path) if i.startswith("capo_verl.cpu")], path
+@pytest.mark.parametrize("folder", ["plugin", "engines", "commands"])
+def test_a_room_of_the_plugin_does_nothing_when_it_is_imported(folder: str) -> None:
+    text = (PACKAGE / folder / "__init__.py").read_text()
+    assert [line for line in text.splitlines() if not line.startswith("#")] == []

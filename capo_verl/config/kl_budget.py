@@ -11,14 +11,14 @@ from dataclasses import dataclass
 from capo_verl.config.checks import between, number, one_of
 
 ESTIMATORS = ("exact", "k3")
-PREDICTORS = ("none", "constant", "fisher_exact", "fisher_sampled")
 
 
 @dataclass(frozen=True)
 class KLBudgetConfig:
-    """After each optimizer step the mean token KL(old || new) on a share of its batch moves the
-    scale ``s`` of the learning
-    rate: ``log s += eta * clip(log(delta / KL) / 2, -1, 1)``, ``scale_min <= s <= 1``.
+    """The budget of one optimizer step, and how its KL is measured.
+
+    After each step the mean token KL(old || new) on a share of its batch moves the scale ``s`` of
+    the learning rate: ``log s += eta * clip(log(delta / KL) / 2, -1, 1)``, ``scale_min <= s <= 1``.
 
     Raises:
         ValueError: naming the knob, the value found and what is allowed.
@@ -41,15 +41,6 @@ class KLBudgetConfig:
 
     ``k3``: from the taken tokens' log-probabilities, exp(r) - 1 - r (Schulman 2020).
     """
-    reuse_next_forward: bool = True
-    """With ``k3`` and several mini-batches per rollout, take the KL from the next mini-batch's own
-    forward pass, for free.
-    """
-    predictor: str = "none"
-    """Bounds the step in advance as well, by calibration * prediction: ``constant`` predicts 1,
-    ``fisher_exact`` and ``fisher_sampled`` the batch's policy shift (which needs
-    ``capo.mode=filter`` or ``track``).
-    """
     line_search: float | None = None
     """Steps back if a step's KL exceeds ``line_search * delta``, to where it would meet ``delta``.
     Costs a copy of the parameters this rank optimises. None = off.
@@ -57,7 +48,6 @@ class KLBudgetConfig:
 
     def __post_init__(self) -> None:
         one_of("kl_budget.estimator", self.estimator, ESTIMATORS)
-        one_of("kl_budget.predictor", self.predictor, PREDICTORS)
         number("kl_budget.delta", self.delta)
         if self.delta <= 0:
             raise ValueError(
@@ -65,11 +55,6 @@ class KLBudgetConfig:
             )
         for name in ("eta", "scale_min", "probe_share"):
             between(f"kl_budget.{name}", getattr(self, name), 0, 1, low_open=True)
-        if not isinstance(self.reuse_next_forward, bool):
-            raise ValueError(
-                f"capo.kl_budget.reuse_next_forward={self.reuse_next_forward!r}: expected True or "
-                "False"
-            )
         if self.line_search is not None:
             number("kl_budget.line_search", self.line_search)
             if self.line_search < 1:
@@ -77,8 +62,3 @@ class KLBudgetConfig:
                     f"capo.kl_budget.line_search={self.line_search!r}: expected a factor >= 1, or "
                     "null"
                 )
-
-    @property
-    def predicts_by_curvature(self) -> bool:
-        """Whether the prediction comes from the filter."""
-        return self.predictor.startswith("fisher")

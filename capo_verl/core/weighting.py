@@ -16,15 +16,11 @@ from capo_verl.config import CapoConfig, TargetRejection
 from capo_verl.core import collectives
 from capo_verl.core.adaptive_threshold import AdaptiveThreshold
 from capo_verl.core.rejection_guard import RejectionGuard
-from capo_verl.core.soft_weights import SignBalance, soft_weights
+from capo_verl.core.soft_weights import soft_weights
 
-STATE_KEYS = (
-    "policy_threshold",
-    "balance_positive",
-    "balance_negative",
-    "filter_stopped",
-    "rejection_streak",
-)
+STATE_KEYS = ("policy_threshold", "filter_stopped", "rejection_streak")
+RETIRED = ("balance_positive", "balance_negative")
+"""Keys in the state of releases before 0.2 that mean nothing any more."""
 
 
 class Weights(NamedTuple):
@@ -40,7 +36,7 @@ class Weights(NamedTuple):
 
 
 class Weighting:
-    """Holds the threshold, the balance of signs and the guard, as far as the config asks for them.
+    """The threshold and the guard, as far as the config asks for them.
 
     Args:
         groups: data- and context-parallel groups over which the tokens of a step are spread.
@@ -55,7 +51,6 @@ class Weighting:
         self._threshold = (
             AdaptiveThreshold(tau, device, groups) if isinstance(tau, TargetRejection) else None
         )
-        self._balance = SignBalance(device, groups) if config.weighting == "soft_balanced" else None
         self._guard = (
             None
             if config.max_rejection is None
@@ -63,8 +58,8 @@ class Weighting:
         )
 
     @property
-    def _adaptive(self) -> list[AdaptiveThreshold | SignBalance | RejectionGuard]:
-        return [x for x in (self._threshold, self._balance, self._guard) if x is not None]
+    def _adaptive(self) -> list[AdaptiveThreshold | RejectionGuard]:
+        return [x for x in (self._threshold, self._guard) if x is not None]
 
     @property
     def policy_shift_max(self) -> float | Tensor | None:
@@ -95,9 +90,6 @@ class Weighting:
             trusted = verdict.to(policy_shift.dtype)
         if self._threshold is not None:
             self._threshold.add(policy_shift, mask)
-        if self._balance is not None:
-            self._balance.add(trusted, advantages, mask)
-            trusted = self._balance.balanced(trusted, advantages)
         if self._guard is not None:
             self._guard.add(trusted, mask)
         whole = mask.to(trusted.dtype)
@@ -116,8 +108,6 @@ class Weighting:
         """
         if self._threshold is not None:
             self._threshold.step(comparable, dtype)
-        if self._balance is not None:
-            self._balance.step()
         if self._guard is not None:
             self._guard.step()
 
@@ -148,7 +138,7 @@ class Weighting:
     def load(self, state: dict[str, float]) -> None:
         """See ``CapoFilter.load_adaptive_state``."""
         for name, value in state.items():
-            if name not in STATE_KEYS:
+            if name not in (*STATE_KEYS, *RETIRED):
                 raise ValueError(
                     f"CAPO adaptive state: {name} is unknown; expected some of "
                     f"{', '.join(STATE_KEYS)}"

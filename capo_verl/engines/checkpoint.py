@@ -7,12 +7,17 @@ from __future__ import annotations
 
 import logging
 import re
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from capo_verl.config import CapoConfig
 from capo_verl.engines import checkpoint_files
-from capo_verl.engines.filter_step import FilteredStep
+from capo_verl.engines.filter_step import FilterStep
 from capo_verl.engines.kl_control import KLControl
+
+if TYPE_CHECKING:
+    from verl.workers.engine.base import BaseEngine
+else:
+    BaseEngine = object  # the engine class brings verl's
 
 logger = logging.getLogger(__name__)
 
@@ -20,7 +25,7 @@ State = dict[str, Any]
 """``CapoFilter.state_dict()``; empty on ranks that hold no LM head."""
 
 
-class CapoCheckpointMixin:
+class CapoCheckpointMixin(BaseEngine):
     """The checkpoint part of :class:`capo_verl.engines.mixin.CapoEngineMixin`.
 
     What is loaded waits for the first training step, which says whether this is a run with CAPO;
@@ -28,7 +33,7 @@ class CapoCheckpointMixin:
     """
 
     _capo: CapoConfig | None
-    _step: FilteredStep | None
+    _step: FilterStep | None
     _kl: KLControl | None
     _steps_before: int = 0
     """Training steps before a resume which the learning-rate scheduler does not know of."""

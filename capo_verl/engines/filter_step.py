@@ -18,7 +18,8 @@ from capo_verl.config import CapoConfig
 from capo_verl.core import CapoFilter, ProjectedLogits
 from capo_verl.core.metrics import StepMetrics
 from capo_verl.core.penalty import PenaltyTerms
-from capo_verl.engines.nonfinite import Health
+from capo_verl.engines.lm_head import HiddenStatesTap
+from capo_verl.engines.nonfinite import NonFinite
 from capo_verl.engines.response import (
     SAMPLE,
     PackedResponse,
@@ -26,7 +27,7 @@ from capo_verl.engines.response import (
     mask_rejected,
     weigh_advantages,
 )
-from capo_verl.engines.timer import Stopwatch
+from capo_verl.engines.timer import Timer
 from capo_verl.engines.token_samples import TokenSamples
 
 logger = logging.getLogger(__name__)
@@ -44,19 +45,27 @@ PENALTY = "capo_penalty"
 LossFunction = Callable[..., tuple[Tensor, dict[str, Any]]]
 
 
-class FilteredStep:
+class FilterStep:
     """Holds the filter and what accumulates between two optimizer steps.
 
     Args:
         capo: the filter.
         config: its knobs.
-        device: where the training runs, for the stopwatch.
-        health: where NaN and infinity are noted.
+        device: where the training runs, for the timer.
+        nonfinite: where NaN and infinity are noted.
+        tap: picks up the hidden states of the micro-batch in flight.
     """
 
-    def __init__(self, capo: CapoFilter, config: CapoConfig, device: torch.device, health: Health):
-        self.capo, self.config, self._health = capo, config, health
-        self._stopwatch = Stopwatch(device)
+    def __init__(
+        self,
+        capo: CapoFilter,
+        config: CapoConfig,
+        device: torch.device,
+        nonfinite: NonFinite,
+        tap: HiddenStatesTap,
+    ):
+        self.capo, self.config, self._nonfinite, self.tap = capo, config, nonfinite, tap
+        self._timer = Timer(device)
         self.samples = TokenSamples(config, capo)
         self._steps_without_tokens = 0
         self._told_of_stop = False
@@ -74,7 +83,7 @@ class FilteredStep:
         """Gradients were zeroed: forget what was evaluated since the last optimizer step."""
         self.capo.discard()
         self._metrics = StepMetrics(self.capo.dp_group, self.capo.cp_group)
-        self._stopwatch.reset()
+        self._timer.reset()
         self.samples.discard()
 
     @torch.no_grad()
@@ -98,7 +107,7 @@ class FilteredStep:
             ``[b, s]`` float32, the factor of each token's loss: 0 or 1, or in between with soft
             weights.
         """
-        with self._stopwatch.running():
+        with self._timer.running():
             out = self.capo.evaluate(
                 hidden_states, logits, labels, response.advantages, response.response_mask,
                 learning_rate, temperature=temperature, skip_masked=True,
@@ -107,7 +116,7 @@ class FilteredStep:
                 max_tokens=None if labels.device.type == "cpu" else response.max_tokens,
                 check_values=False,
             )  # fmt: skip
-            self._health.note_tokens(out.problems, response.samples[response.sequence_ids])
+            self._nonfinite.note_tokens(out.problems, response.samples[response.sequence_ids])
             self._metrics.add(
                 out,
                 response.advantages,
@@ -146,7 +155,7 @@ class FilteredStep:
             self.samples.add(model_output.get("log_probs"), data)
             if self.config.mode == "track":
                 loss, metrics = loss_function(model_output=model_output, data=data, **kwargs)
-                self._health.note_loss(loss, data, data[SAMPLE])
+                self._nonfinite.note_loss(loss, data, data[SAMPLE])
                 return loss, metrics
             kept = weigh(data, accepted_response(weights, data))
             with torch.no_grad():
@@ -157,7 +166,7 @@ class FilteredStep:
                 loss = loss + aggregated_penalty(
                     accepted_response(penalty, data), kept, actor_config
                 )
-            self._health.note_loss(loss, data, data[SAMPLE])
+            self._nonfinite.note_loss(loss, data, data[SAMPLE])
             return loss, metrics
 
         return filtered
@@ -171,7 +180,7 @@ class FilteredStep:
         """
         diagnostics: dict[str, Tensor] = {}
         if self.capo.keep_for_batch_shifts:
-            with self._stopwatch.running():
+            with self._timer.running():
                 batch_shifts = self.capo.batch_shifts()
             for when, shifts in zip(("before", "after"), batch_shifts, strict=True):
                 diagnostics[f"capo/batch_objective_shift_{when}"] = shifts.objective
@@ -218,14 +227,14 @@ class FilteredStep:
 
         Returns the seconds spent in the filter for this step, without the reduction of the metrics.
         """
-        with self._stopwatch.running():
+        with self._timer.running():
             self.capo.step()
         self.samples.write()
         return self.seconds()
 
     def seconds(self) -> float:
         """Spent in the filter since the last optimizer step. Waits for the device."""
-        return self._stopwatch.seconds()
+        return self._timer.seconds()
 
 
 def aggregated_penalty(penalty: Tensor, kept: TensorDict, actor_config: Any) -> Tensor:

@@ -2,14 +2,12 @@
 """One optimizer step under a KL budget, as any engine of verl drives it: look, step at a scaled
 learning rate, look again.
 
-Every rank comes to the same scale: what is measured or predicted is made known to all before it is
-used.
+Every rank comes to the same scale: what is measured is made known to all before it is used.
 """
 
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
@@ -21,17 +19,9 @@ from torch import Tensor
 
 from capo_verl.config import CapoConfig
 from capo_verl.core.kl_budget import STEPS_BACK, KLBudget
-from capo_verl.engines.filter_step import FilteredStep
-from capo_verl.engines.kl_probe import (
-    AFTER,
-    BEFORE,
-    Head,
-    KLProbe,
-    MeasuredKL,
-    everywhere,
-    probe_batch,
-)
-from capo_verl.engines.timer import Stopwatch
+from capo_verl.engines.kl_probe import AFTER, BEFORE, KLProbe, MeasuredKL, probe_batch
+from capo_verl.engines.lm_head import LMHead
+from capo_verl.engines.timer import Timer
 
 logger = logging.getLogger(__name__)
 
@@ -45,189 +35,99 @@ AT_THE_FLOOR = (
 
 
 class ProbedEngine(Protocol):
-    """What the control needs of an engine."""
+    """The part of an engine that the control drives."""
 
     optimizer: Any
 
     def infer_batch(self, data: TensorDict, loss_function: Any = None) -> Any: ...
 
     def _evaluating(self) -> AbstractContextManager[None]:
-        """Within, the model is in evaluation mode; afterwards it trains, and holds no gathered
-        copies of sharded weights.
+        """A context in which the model is in evaluation mode.
+
+        Afterwards it trains, and holds no gathered copies of sharded weights.
         """
 
     def _micro_batch_groups(self) -> int:
-        """The number of micro-batches has to be a multiple of this."""
+        """The number of which the number of micro-batches has to be a multiple."""
 
     def _optimised(self) -> list[Tensor]:
-        """What this rank's optimizer writes to, in an order that does not change."""
+        """The tensors that this rank's optimizer writes to, in an order that does not change."""
 
     def _spread_parameters(self) -> None:
-        """Make the model follow after what :meth:`_optimised` returns was written to.
+        """Make the model follow after the tensors of :meth:`_optimised` were written to.
 
         Collective.
         """
 
 
 class KLControl:
-    """Holds the controller and what is known of the optimizer step in progress.
+    """The controller, and what is known of the optimizer step in progress.
 
     Args:
         engine: whose optimizer it is.
         config: CAPO's knobs, with a KL budget.
         head: this rank's part of the LM head, if it holds one.
         device: where the training runs.
+
+    Attributes:
+        stepped: True once the optimizer has made its step; the engine sets it.
     """
 
     def __init__(
-        self, engine: ProbedEngine, config: CapoConfig, head: Head | None, device: torch.device
+        self, engine: ProbedEngine, config: CapoConfig, head: LMHead | None, device: torch.device
     ):
         assert config.kl_budget is not None
         self._engine, self.config = engine, config.kl_budget
-        self._tracks, self._device = config.mode == "track", device
-        self.budget, self.probe = (
-            KLBudget(self.config),
-            KLProbe(head, self.config.estimator, device),
-        )
-        self._stopwatch = Stopwatch(device)
-        self._first_of_rollout = True
+        self.budget = KLBudget(self.config)
+        self.probe = KLProbe(head, self.config.estimator, device)
+        self._timer = Timer(device)
         self._warned = False
-        self._awaits = False
-        """Whether the last step's KL is to come from this mini-batch's training pass."""
-        self._begin()
-
-    def _begin(self) -> None:
         self._batch: TensorDict | None = None
         self._before_step: list[Tensor] | None = None
-        self._predicted: float | None = None
-        self._factor: float | None = None
         self._metrics: dict[str, list[float]] = {}
-        self._stopwatch.reset()
-
-    @property
-    def scale(self) -> float:
-        """Of the learning rate, for what is computed before the optimizer steps."""
-        return self.budget.scale
+        self.stepped = False
 
     def before(self, data: TensorDict) -> None:
-        """Look at the policy before a mini-batch is trained on. On every rank.
-
-        With k3 and ``reuse_next_forward`` the first of several mini-batches of a rollout needs no
-        look: its old policy is the one of ``old_log_probs``, and the next mini-batch's own forward
-            pass is one of the policy after the step.
-        """
-        from verl.utils import tensordict_utils as tu
-
-        self._begin()
-        first = self._first_of_rollout
-        # verl moves the learning-rate schedule on after the last mini-batch of a rollout.
-        last = bool(tu.get_non_tensor_data(data, key="update_lr_scheduler", default=True))
-        self._first_of_rollout = last
-        reuses = (
-            self.config.estimator == "k3"
-            and self.config.reuse_next_forward
-            and self.config.line_search is None
-        )
-        self._defers = reuses and first and not last and data.get("old_log_probs", None) is not None
-        if not self._defers:
-            self._batch = probe_batch(
-                data, self.config.probe_share, self._engine._micro_batch_groups()
-            )
-            self._look(BEFORE)
-
-    def watch(self, loss_function: Any) -> Any:
-        """The loss function of the training pass; picks up the log-probabilities if the last step's
-        KL is to come from them.
-        """
-        if not self._awaits:
-            return loss_function
-
-        def watched(
-            model_output: dict[str, Tensor], data: TensorDict, **kwargs: Any
-        ) -> tuple[Tensor, dict[str, Any]]:
-            self.probe.see_training(model_output, data)
-            return loss_function(model_output=model_output, data=data, **kwargs)
-
-        return watched
-
-    def predict(self, step: FilteredStep | None, metrics: dict[str, float]) -> None:
-        """Take the prediction for the coming step from the filter: the policy shift of what will be
-        stepped along. Collective.
-
-        Args:
-            step: None on a rank without LM head.
-            metrics: what it reports; nothing in a step that is not measured, which then has no
-                bound.
-        """
-        if not self.config.predicts_by_curvature:
-            return
-        whole = self._tracks or metrics.get("capo/filter_stopped")  # the step is not filtered
-        kind, when = self.config.predictor.removeprefix("fisher_"), "before" if whole else "after"
-        if step is None or not metrics:
-            shift = torch.tensor(math.nan, device=self._device)
-        elif step.config.policy_shift == kind:
-            shift = torch.tensor(
-                metrics[f"capo/batch_policy_shift_{when}"], device=self._device, dtype=torch.float64
-            )
-        else:
-            shift = getattr(step.capo.batch_shifts(policy_shift=kind), when).policy
-        # It was evaluated at the scaled learning rate and is proportional to its square.
-        (self._predicted,) = everywhere(
-            [shift.double() / self.scale**2], step is not None and bool(metrics)
-        )
-
-    def end_awaited(self, usable: bool = True) -> None:
-        """After the training pass: the last step's KL, if it was to come from it. Collective.
-
-        Args:
-            usable: False if this mini-batch is left out for NaN or infinity; then nothing was
-                measured.
-        """
-        if self._awaits:
-            self._awaits = False
-            kl = self.probe.result() if usable else None
-            self._learn(kl if kl and kl.tokens else None)
+        """Look at the policy before a mini-batch is trained on. On every rank."""
+        self._metrics, self.stepped = {}, False
+        self._timer.reset()
+        groups = self._engine._micro_batch_groups()
+        self._batch = probe_batch(data, self.config.probe_share, groups)
+        self._look(BEFORE)
 
     @contextmanager
     def scaled(self) -> Iterator[None]:
-        """Around the optimizer's step: its learning rates times this step's factor; afterwards they
-        are as before, bit for bit.
+        """A context around a training step, in which the optimizer's learning rates are scaled.
+
+        Whoever asks for the coming step's learning rate reads it there. Afterwards they are as
+        before, bit for bit.
         """
         groups = self._engine.optimizer.param_groups
-        self._factor = self.budget.begin_step(self._predicted)
-        if self.config.line_search is not None and self._batch is not None:
-            self._before_step = [x.detach().clone() for x in self._engine._optimised()]
         rates = [group["lr"] for group in groups]
+        factor = self.budget.begin_step()
         for group in groups:
-            group["lr"] = group["lr"] * self._factor
+            group["lr"] = group["lr"] * factor
         try:
             yield
         finally:
             for group, rate in zip(groups, rates, strict=True):
                 group["lr"] = rate
 
-    def cancel(self) -> None:
-        """The optimizer did not step."""
-        self.budget.cancel_step()
-        self._factor = None
+    def keep_parameters(self) -> None:
+        """Copy what the optimizer is about to change, if the step may have to be shortened."""
+        if self.config.line_search is not None:
+            self._before_step = [x.detach().clone() for x in self._engine._optimised()]
 
     def after(self) -> dict[str, list[float]]:
         """Look again, step back if needed, learn. Collective over all ranks.
 
         Returns:
-            The metrics, the same on all ranks; a KL of the step before comes first.
+            The metrics, the same on all ranks.
         """
-        if self._factor is not None:
-            self._report(lr_scale=self._factor)
-            if self._predicted is not None and not math.isnan(self._predicted):
-                self._report(kl_predicted=self._predicted)
-            if self._defers:
-                self._awaits = True
-            elif self._batch is not None:
-                self._measure()
-        self._report(kl_budget_scale=self.budget.scale, kl_probe_seconds=self._stopwatch.seconds())
-        if self.budget.calibration is not None:
-            self._report(kl_calibration=self.budget.calibration)
+        if self.stepped:
+            self._report(lr_scale=self.budget.scale)
+            self._measure()
+        self._report(kl_budget_scale=self.budget.scale, kl_probe_seconds=self._timer.seconds())
         self._batch, self._before_step = None, None
         self.probe.discard()
         return self._metrics
@@ -250,24 +150,17 @@ class KLControl:
             self._report(kl_step_kept=kept)
             if whole.tokens:
                 self._report(kl_whole_step=whole.mean)
+        if not whole.tokens:
+            return
         # From the whole step, which is what the learning rate made.
-        self._learn(whole if whole.tokens else None, reported=kl)
+        self.budget.end_step(whole.mean)
+        self._warn_at_the_floor(whole)
+        self._report(kl_mean=kl.mean, kl_p99=kl.p99)
 
-    def _learn(self, kl: MeasuredKL | None, reported: MeasuredKL | None = None) -> None:
-        self.budget.end_step(None if kl is None else kl.mean)
-        self._warn_at_the_floor(kl)
-        reported = reported or kl
-        if kl is not None and reported is not None:
-            self._report(kl_mean=reported.mean, kl_p99=reported.p99)
-
-    def _warn_at_the_floor(self, kl: MeasuredKL | None) -> None:
-        """Once: a run at the floor hardly trains, and nothing else would say so."""
-        if (
-            kl is None
-            or self._warned
-            or self.budget.scale > self.config.scale_min
-            or kl.mean <= self.config.delta
-        ):
+    def _warn_at_the_floor(self, kl: MeasuredKL) -> None:
+        """Warn once: a run at the floor hardly trains, and nothing else would say so."""
+        at_floor = self.budget.scale <= self.config.scale_min and kl.mean > self.config.delta
+        if self._warned or not at_floor:
             return
         self._warned = True
         if not dist.is_initialized() or dist.get_rank() == 0:
@@ -275,7 +168,7 @@ class KLControl:
 
     def _look(self, which: str) -> MeasuredKL:
         assert self._batch is not None
-        with self._stopwatch.running():
+        with self._timer.running():
             self._pass(which)
             if which == BEFORE and self.probe.settle():
                 self._pass(which)
@@ -287,7 +180,10 @@ class KLControl:
 
     @torch.no_grad()
     def _step_back(self, keep: float) -> None:
-        """To ``old + keep * (new - old)``. The optimizer's moments stay those of the whole step."""
+        """Go to ``old + keep * (new - old)``.
+
+        The optimizer's moments stay those of the whole step.
+        """
         assert self._before_step is not None
         for now, old in zip(self._engine._optimised(), self._before_step, strict=True):
             now.copy_(old + keep * (now - old))

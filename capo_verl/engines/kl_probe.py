@@ -21,10 +21,9 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from capo_verl.core import ProjectedLogits, collectives
-from capo_verl.core.logits import VocabShard
 from capo_verl.core.order_statistics import nearest_rank, ordered_keys
 from capo_verl.core.token_kl import k3, token_kl
-from capo_verl.engines.lm_head import HeadCall, reproduces
+from capo_verl.engines.lm_head import LMHead, LMHeadCall, reproduces
 from capo_verl.engines.response import SAMPLE, PackedResponse, accepted_response
 
 logger = logging.getLogger(__name__)
@@ -38,15 +37,6 @@ ROUNDED = (
     "about 2e-3 may be out of reach, and the learning rate would fall to scale_min. Choose delta "
     "from capo/kl_mean of a run with delta=1e9, or set capo.kl_budget.estimator=k3"
 )
-
-
-class Head(NamedTuple):
-    """This rank's part of the LM head, and the groups over which the tokens are spread."""
-
-    shard: VocabShard
-    tp_group: collectives.Group
-    dp_group: collectives.Group
-    cp_group: collectives.Group
 
 
 class MeasuredKL(NamedTuple):
@@ -107,7 +97,7 @@ class KLProbe:
         device: where the training runs.
     """
 
-    def __init__(self, head: Head | None, estimator: str, device: torch.device):
+    def __init__(self, head: LMHead | None, estimator: str, device: torch.device):
         self._head, self._estimator, self._device = head, estimator, device
         self._pass: str | None = None
         self._recomputes = True
@@ -156,7 +146,7 @@ class KLProbe:
             self._pass = None
 
     @torch.no_grad()
-    def see_head(self, call: HeadCall, response: PackedResponse) -> None:
+    def see_head(self, call: LMHeadCall, response: PackedResponse) -> None:
         """The LM head of the micro-batch which :meth:`see` is shown next, in the same layout.
 
         Its weight is read now.
@@ -210,7 +200,7 @@ class KLProbe:
         not rounded by its LM head.
         """
         (recomputed, made), self._call = self._call or (None, None), None
-        if recomputed is None:
+        if recomputed is None or made is None:
             # A copy: the trainer goes on to overwrite the logits. Float32 ones were rounded if
             # their LM head is in half precision.
             whole = made is None and logits.dtype.itemsize >= 4
@@ -242,7 +232,7 @@ class KLProbe:
     @torch.no_grad()
     def _see_log_probs(
         self, model_output: dict[str, Tensor], data: TensorDict, **kwargs: Any
-    ) -> tuple[Tensor, dict]:
+    ) -> tuple[Tensor, dict[str, Any]]:
         """In the place of a loss: one micro-batch's log-probabilities of the taken tokens."""
         seen = _response_values(model_output["log_probs"], data)
         if self._pass == BEFORE:
@@ -250,17 +240,6 @@ class KLProbe:
         else:
             self._found.append((k3(self._old[len(self._found)], seen), self._counted(data)))
         return torch.zeros((), device=seen.device), {}
-
-    @torch.no_grad()
-    def see_training(self, model_output: dict[str, Tensor], data: TensorDict) -> None:
-        """One micro-batch of a training forward pass: how far the policy is from that of
-        ``data["old_log_probs"]``.
-        """
-        old = data["old_log_probs"]
-        old = (old.values() if old.is_nested else old.flatten()).detach()
-        self._found.append(
-            (k3(old, _response_values(model_output["log_probs"], data)), self._counted(data))
-        )
 
     def _counted(self, data: TensorDict) -> Tensor:
         """``[R]`` bool: the tokens of the response mask.
@@ -289,8 +268,8 @@ class KLProbe:
             total, count = collectives.sum_(sums, groups).unbind()
             p99 = nearest_rank(ordered_keys(kl, valid)[None], count, (0.99,), groups)[0, 0]
             values = [total / count.clamp(min=1), p99, count]
-        mean, p99, tokens = everywhere(values, self._head is not None)
-        return MeasuredKL(mean, p99, int(tokens))
+        mean, nearly_worst, tokens = everywhere(values, self._head is not None)
+        return MeasuredKL(mean, nearly_worst, int(tokens))
 
 
 def everywhere(values: Sequence[Tensor], known: bool) -> list[float]:

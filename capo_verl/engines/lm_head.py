@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The LM head at work: what it is given and what it makes of it, seen while its weight is whole.
+"""The LM head: this rank's part of it, and what it is given and makes of that while it works.
 
 In half precision its output is rounded: of a logit near 16, bfloat16 keeps steps of 1/16. Whoever
 compares two policies that are closer than that needs the product again, in float32.
@@ -9,17 +9,52 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from capo_verl.core import ProjectedLogits
+from capo_verl.config import CapoConfig
+from capo_verl.core import CapoFilter, ProjectedLogits, collectives
 from capo_verl.core.chunks import chunk_slices, scratch_elements
+from capo_verl.core.logits import VocabShard
 
 
-class HeadCall(NamedTuple):
+@dataclass(frozen=True)
+class LMHead:
+    """This rank's part of the LM head, and the ranks over which vocabulary and tokens are spread.
+
+    An engine makes it once; the filter, the hook on the hidden states and the KL probe come from
+    it.
+    """
+
+    module: nn.Module
+    """The LM head as the model calls it, with adapters around it if there are any."""
+    linear: nn.Module
+    """The same without adapters; its first argument is the hidden states."""
+    shard: VocabShard
+    hidden_size: int
+    tp_group: collectives.Group = None
+    dp_group: collectives.Group = None
+    cp_group: collectives.Group = None
+
+    def make_filter(self, config: CapoConfig, device: torch.device) -> CapoFilter:
+        """A filter for these rows, whose moments live on ``device``."""
+        return CapoFilter(
+            config,
+            vocab_size=self.shard.vocab_size,
+            hidden_size=self.hidden_size,
+            device=device,
+            tp_group=self.tp_group,
+            dp_group=self.dp_group,
+            cp_group=self.cp_group,
+            padded_vocab_size=self.shard.rows * collectives.size(self.tp_group),
+        )
+
+
+class LMHeadCall(NamedTuple):
     """One call of the LM head, in its layout."""
 
     hidden_states: Tensor
@@ -33,7 +68,7 @@ class HeadCall(NamedTuple):
 
 
 def watch_half_precision(
-    lm_head: nn.Module, wanted: Callable[[], bool], look: Callable[[HeadCall], None]
+    lm_head: nn.Module, wanted: Callable[[], bool], look: Callable[[LMHeadCall], None]
 ) -> None:
     """Show every call of an LM head whose output is in half precision to ``look``, as long as
     ``wanted()``.
@@ -51,7 +86,7 @@ def watch_half_precision(
         hidden_states = args[0] if args else next(iter(kwargs.values()))
         given = args[1] if len(args) > 1 else kwargs.get("weight")
         head = _matrix(module, given, made) if next(module.children(), None) is None else None
-        look(HeadCall(hidden_states.detach(), head, made.detach()))
+        look(LMHeadCall(hidden_states.detach(), head, made.detach()))
 
     # First of all hooks: FSDP2 frees the weight in one.
     lm_head.register_forward_hook(see, with_kwargs=True, prepend=True)

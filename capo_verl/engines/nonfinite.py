@@ -35,18 +35,18 @@ class Finding(NamedTuple):
 
     rank: int
     what: str
-    count: int
-    """Tokens; of the loss, micro-batches."""
+    times: int
+    """Number of tokens; of the loss, number of micro-batches."""
     sample: int | None
     """Index of the first sample concerned in that rank's share of the mini-batch."""
 
     def __str__(self) -> str:
-        places = f" in {self.count} places" if self.count > 1 else ""
+        places = f" in {self.times} places" if self.times > 1 else ""
         where = "" if self.sample is None else f", first in sample {self.sample} of its mini-batch"
         return f"rank {self.rank}: {self.what}{places}{where}"
 
 
-class Health:
+class NonFinite:
     """What is wrong on this rank since the last :meth:`clear`.
 
     Args:

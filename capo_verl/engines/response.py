@@ -5,7 +5,7 @@ responses.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from tensordict import TensorDict
@@ -113,7 +113,7 @@ def accepted_response(accepted: Tensor, data: TensorDict) -> Tensor:
             per sequence.)
     """
     response_mask, values = data["response_mask"], accepted.values()
-    at = _response_positions(data, accepted.offsets(), len(values))
+    at = _response_positions(data, _offsets(accepted), len(values))
     # Moved to its token, with a 0 for padding; what the very last position says is about no token.
     values = torch.nn.functional.pad(values[:-1], (1, 1))[at]
     if response_mask.is_nested:
@@ -162,6 +162,12 @@ def max_response_tokens(batch: TensorDict) -> int:
     padded.
     """
     return _flat(batch["response_mask"]).shape[0]
+
+
+def _offsets(nested: Any) -> Tensor:
+    """``[b + 1]`` int64; torch declares them on no class that a checker knows."""
+    offsets: Tensor = nested.offsets()
+    return offsets
 
 
 def _flat(field: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import torch
 
 
-class Stopwatch:
+class Timer:
     """Adds up the time of the blocks run under it: CUDA events on a GPU, the wall clock on a
     CPU.
     """

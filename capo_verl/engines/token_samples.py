@@ -23,11 +23,11 @@ from torch import Tensor
 from capo_verl.config import CapoConfig
 from capo_verl.core import CapoFilter, CapoOutput, collectives
 from capo_verl.engines.response import SAMPLE, next_token_fields
+from capo_verl.viewer.samples import FILE
 from capo_verl.viewer.token_text import token_pieces
 
 logger = logging.getLogger(__name__)
 
-FILE = "capo_tokens.jsonl"
 FILTER_COLUMNS = ("policy_shift", "objective_shift", "in_trust_region", "weights")
 """What is kept of :class:`~capo_verl.core.output.CapoOutput`."""
 

@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one module that knows versions: the supported stacks, and what differs between their
-packages.
+"""The one module that knows versions: the supported stacks, and their differences.
 
 Everything else in the project is written against what the versions have in common. Importing this
 module imports nothing but the standard library; ``capo_verl.plugin.stack`` compares the stacks with
@@ -23,8 +22,9 @@ class Stack:
 
     name: str
     install: tuple[str, ...]
-    """How to install it, one step per line; ``{lacking}``: the requirements not met, ``{verl}``:
-    the specifier of verl.
+    """Steps of its installation, one per line.
+
+    ``{lacking}`` is replaced by the requirements not met, ``{verl}`` by the specifier of verl.
     """
     python: str = ""
     """Specifier (PEP 440); empty: the project's ``requires-python``."""
@@ -77,8 +77,9 @@ STACKS = {stack.name: stack for stack in (CPU, GPU)}
 
 
 def shim_mbridge() -> None:
-    """mbridge 0.15.1 reads ``ModelType.encoder_and_decoder`` (``mbridge/core/util.py:83``), gone in
-    mcore 0.17.
+    """Give mbridge 0.15.1 the ``ModelType.encoder_and_decoder`` that mcore 0.17 dropped.
+
+    mbridge reads it in ``mbridge/core/util.py:83``.
     """
     from mbridge.core import util
     from megatron.core.enums import ModelType
@@ -91,8 +92,10 @@ def shim_mbridge() -> None:
 
 
 def shim_trl(verl_module: Any) -> None:
-    """verl's FSDP engine patches a class of trl wherever trl is installed
-    (``monkey_patch.py:352``), which TRL 1.16 no longer has.
+    """Let verl's FSDP engine leave a trl alone that lacks what it patches.
+
+    It patches a class wherever trl is installed (``monkey_patch.py:352``), which TRL 1.16 no longer
+    has.
 
     A trl without it is none to verl. What else asks this module's ``is_trl_available`` wants the
     same class.
@@ -115,8 +118,9 @@ def _has(name: str, module: str) -> bool:
 
 
 def import_checkpoint_modules() -> None:
-    """Import now what megatron-core >= 0.19 imports at the first save, so that ``torch_view`` sees
-    those modules.
+    """Import now the modules that megatron-core >= 0.19 imports at the first save.
+
+    ``torch_view`` sees only modules that are loaded.
     """
     for name in ("state_dict_saver", "filesystem_async", "fully_parallel", "torch"):
         name = f"megatron.core.dist_checkpointing.strategies.{name}"
@@ -125,8 +129,9 @@ def import_checkpoint_modules() -> None:
 
 
 def rope_type(hf_config: Any) -> str:
-    """The kind of rotary embedding, ``default`` if unscaled: ``rope_parameters`` since transformers
-    5, else ``rope_scaling``.
+    """The kind of rotary embedding, ``default`` if unscaled.
+
+    It is in ``rope_parameters`` since transformers 5, else in ``rope_scaling``.
     """
     rope = (
         getattr(hf_config, "rope_parameters", None)
@@ -137,8 +142,9 @@ def rope_type(hf_config: Any) -> str:
 
 
 def shim_rope_theta(hf_config: Any) -> None:
-    """mbridge 0.15.1 reads ``hf_config.rope_theta``, which transformers >= 5 keeps in
-    ``rope_parameters``.
+    """Give a configuration the ``rope_theta`` that mbridge 0.15.1 reads.
+
+    transformers >= 5 keeps it in ``rope_parameters``.
     """
     if not hasattr(hf_config, "rope_theta"):
         from verl.utils.megatron_utils import get_hf_rope_theta

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The switches as Hydra config groups: ``capo``, the presets of ``capo_verl.config``, and
-``rival``, the rival losses.
-"""
+"""The switches as Hydra config groups: ``capo``, the presets, and ``rival``, the rival losses."""
 
 from __future__ import annotations
 
@@ -15,16 +13,18 @@ from capo_verl.config.rivals import RIVAL_SPECS
 
 POLICY_LOSS = "actor_rollout_ref.actor.policy_loss"
 TARGET = "capo_verl.plugin.policy_loss.CapoPolicyLossConfig"
-"""``policy_loss._target_`` of a run with ``+capo`` or ``+rival``: the dataclass that carries their
-knobs to the workers.
+"""Value of ``policy_loss._target_`` in a run with ``+capo`` or ``+rival``.
+
+It is the dataclass that carries their knobs to the workers.
 """
 TARGETS = (TARGET, "capo_verl.config.CapoPolicyLossConfig")
-"""Its names; the second is that of releases before 0.2."""
+"""Names of that dataclass; the second is that of releases before 0.2."""
 
 
 def preset_node(name: str) -> DictConfig:
-    """What ``+capo=NAME`` adds to verl's config: the dataclass that carries the knobs, the knobs,
-    the matching settings.
+    """The part of verl's config that ``+capo=NAME`` adds.
+
+    It has the dataclass that carries the knobs, the knobs, and the matching settings.
     """
     node = OmegaConf.create({})
     for path, value in PRESETS[name].verl.items():
@@ -42,8 +42,9 @@ def preset_node(name: str) -> DictConfig:
 
 
 def rival_node(name: str) -> DictConfig:
-    """What ``+rival=NAME`` adds to verl's config: the loss, its knobs, and the dataclass that
-    carries them.
+    """The part of verl's config that ``+rival=NAME`` adds.
+
+    It has the loss, its knobs, and the dataclass that carries them.
     """
     spec = RIVAL_SPECS[name]
     node = OmegaConf.create({})

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The paper's policy objective and its advantages without a baseline, registered with verl as they
-are imported.
-"""
+"""The paper's policy objective and advantages, registered with verl at import."""
 
 from __future__ import annotations
 
@@ -15,7 +13,7 @@ from verl.trainer.ppo.core_algos import agg_loss, register_adv_est, register_pol
 _MAX_LOG_RATIO = 20.0  # as verl's own losses: exp() of more is no useful weight
 
 
-@register_policy_loss("capo")
+@register_policy_loss("capo")  # type: ignore[untyped-decorator]  # verl has no types
 def compute_policy_loss_capo(
     old_log_prob: Tensor,
     log_prob: Tensor,
@@ -25,8 +23,9 @@ def compute_policy_loss_capo(
     config: Any = None,
     rollout_is_weights: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Any]]:
-    """``-A * pi/pi_old`` per token, without clipping: the trust region is the filter's (arXiv
-    2510.00819, section 4).
+    """Policy loss ``-A * pi/pi_old`` per token, without clipping (arXiv 2510.00819, section 4).
+
+    The trust region is the filter's.
 
     ``response_mask`` holds the accepted tokens; with ``seq-mean-token-mean`` each sequence divides
     by its own. With one update per batch the ratio is 1 and the gradient is that of REINFORCE, GRPO
@@ -52,13 +51,12 @@ def compute_policy_loss_capo(
     return loss, {"actor/ppo_kl": verl_F.masked_mean(-log_ratio, response_mask).detach().item()}
 
 
-@register_adv_est("reinforce")
+@register_adv_est("reinforce")  # type: ignore[untyped-decorator]
 @torch.no_grad()
 def compute_reinforce_outcome_advantage(
     token_level_rewards: Tensor, response_mask: Tensor, **_: Any
 ) -> tuple[Tensor, Tensor]:
-    """REINFORCE without baseline: every response token's advantage is its sequence's reward
-    (ReinCAPO).
+    """Advantages of ReinCAPO: every response token's is its sequence's reward, no baseline.
 
     Args:
         token_level_rewards: ``[B, T]``.

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One sentence for a package that is not installed: which program needs it, and what installs
-it.
-"""
+"""One sentence for a missing package: the program that needs it, and its installation."""
 
 from __future__ import annotations
 
@@ -9,14 +7,14 @@ import importlib
 import sys
 
 EXTRAS = ("cpu", "smollm2", "data", "viewer", "trl", "study")
-"""Where a package is looked for, in this order, if the program's own extra does not install it."""
+"""Extras in which a package is looked for, if the program's own does not install it."""
 DISTRIBUTIONS = {"megatron": "megatron-core", "yaml": "pyyaml"}
 """Import name -> distribution, where the two differ by more than ``_`` and ``-``."""
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 
 
 def run(program: str, module: str, extra: str) -> int:
-    """What a script does: import ``module`` and run its ``main()``.
+    """Run a script: import ``module`` and call its ``main()``.
 
     Args:
         program: name for messages.
@@ -57,8 +55,9 @@ def missing(program: str, error: ImportError, extra: str) -> str:
 
 
 def home_of(package: str, first: str) -> str | None:
-    """The extra that installs a package, by its import name: ``first`` if that does; "" for a
-    dependency of the project itself.
+    """The extra that installs a package, by its import name.
+
+    ``first`` if that does; "" for a dependency of the project itself.
 
     None if nothing of this project installs it.
     """

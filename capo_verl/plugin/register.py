@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Entry point of group ``verl.plugins``: verl imports this module in the driver and in every Ray
-worker.
+"""Entry point of group ``verl.plugins``, imported in the driver and in every Ray worker.
 
 Nothing heavy happens here. Each registration waits for the verl module that owns the registry, so a
 process pays only for what it uses. verl swallows exceptions of plugins at DEBUG level; ours are
@@ -20,6 +19,7 @@ from typing import Any
 
 import wrapt
 
+from capo_verl import config
 from capo_verl.plugin import compat, stop
 from capo_verl.plugin.state import FAILURES, REFUSED, on_cpu, refusal
 
@@ -53,11 +53,12 @@ def _keep_metric_names(module: ModuleType) -> None:
     """verl prefixes everything the actor reports with ``actor/``; ours arrive as ``capo/...``."""
     rename_dict = module.rename_dict
 
-    def rename(data: dict, prefix: str = "") -> dict:
-        return {**rename_dict({k: v for k, v in data.items() if not k.startswith("capo/")}, prefix),
-                **{k: v for k, v in data.items() if k.startswith("capo/")}}  # fmt: skip
+    def rename(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+        ours = {key: value for key, value in data.items() if key.startswith("capo/")}
+        verls = {key: value for key, value in data.items() if key not in ours}
+        return {**rename_dict(verls, prefix), **ours}
 
-    module.rename_dict = rename
+    module.rename_dict = rename  # type: ignore[attr-defined]
 
 
 def _check_before_start(module: ModuleType) -> None:
@@ -86,21 +87,19 @@ def _check_before_start(module: ModuleType) -> None:
             print(refusal(e), file=sys.stderr)
             raise SystemExit(REFUSED) from e
 
-    module.validate_config = validate
+    module.validate_config = validate  # type: ignore[attr-defined]
 
 
-def _keep_old_target(_: ModuleType) -> None:
-    """Configurations written for earlier releases name ``capo_verl.config.CapoPolicyLossConfig`` as
-    their ``_target_``.
-    """
-    config, policy_loss = (
-        importlib.import_module(f"capo_verl.{name}") for name in ("config", "plugin.policy_loss")
-    )
-    config.CapoPolicyLossConfig = policy_loss.CapoPolicyLossConfig  # type: ignore[attr-defined]
+def _old_name(name: str) -> object:
+    """The class that is named ``capo_verl.config.CapoPolicyLossConfig`` in old configurations."""
+    if name != "CapoPolicyLossConfig":
+        raise AttributeError(f"module 'capo_verl.config' has no attribute {name!r}")
+    return importlib.import_module("capo_verl.plugin.policy_loss").CapoPolicyLossConfig
 
 
 def register() -> None:
     """Register everything, lazily. Called once, at import."""
+    config.__getattr__ = _old_name  # type: ignore[method-assign]  # of release 0.1
     inputs, trainer = "capo_verl.plugin.rival_inputs", "verl.trainer.ppo.v1"
     for module, what, action in (
         (
@@ -108,7 +107,6 @@ def register() -> None:
             "policy losses and advantage estimators",
             _import("capo_verl.plugin.losses", "capo_verl.plugin.rivals"),
         ),
-        ("verl.workers.config.actor", "dataclass of the policy loss", _keep_old_target),
         ("verl.utils.py_functional", "metric names", _keep_metric_names),
         ("verl.utils.config", "start-up checks", _check_before_start),
         (f"{trainer}.trainer_sync", "stop requests", stop.install),

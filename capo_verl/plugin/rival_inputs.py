@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What rival losses need of verl beyond its four tensors.
+"""Inputs of rival losses that verl does not hand to its policy losses.
 
 verl's ``ppo_loss`` knows entropies, the epoch and the ranks and does not hand them to the policy
 loss it calls: a context does. GTPO's advantages need whole groups, which are at hand in verl's
@@ -9,11 +9,11 @@ trainer.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -21,18 +21,16 @@ from omegaconf import OmegaConf
 from tensordict import TensorDict
 from torch import Tensor
 
-from capo_verl.config.rivals import RIVAL_SPECS, RivalConfig
+from capo_verl.config.rivals import RIVAL_SPECS, GtpoKnobs, RivalConfig
 from capo_verl.rivals.gtpo import gtpo_advantages
 
 EPOCH = "capo_epoch"
-"""Key of a mini-batch: how often the batch it was taken from was used before, in this training
-step.
-"""
+"""Key of a mini-batch: how often its batch was used before in this training step."""
 
 
 @dataclass(frozen=True)
 class LossInputs:
-    """Of the micro-batch whose loss is being computed."""
+    """Inputs of the micro-batch whose loss is being computed."""
 
     model_output: dict[str, Tensor]
     data: TensorDict
@@ -40,7 +38,7 @@ class LossInputs:
 
     @property
     def entropy(self) -> Tensor:
-        """``[B, T]``, of the current policy, without gradient (nats).
+        """Entropy of the current policy (nats), ``[B, T]``, without gradient.
 
         Raises:
             ValueError: if the engine did not compute it.
@@ -69,13 +67,13 @@ def current() -> LossInputs | None:
 
 
 def hand_on(losses: ModuleType) -> None:
-    """Wrap ``verl.workers.utils.losses.ppo_loss``; for other losses than the rivals it does what it
-    did.
-    """
+    """Wrap ``verl.workers.utils.losses.ppo_loss``, which changes nothing but for rival losses."""
     ppo_loss = losses.ppo_loss
 
     @functools.wraps(ppo_loss)
-    def with_inputs(config, model_output, data, dp_group=None):  # type: ignore[no-untyped-def]
+    def with_inputs(
+        config: Any, model_output: dict[str, Tensor], data: TensorDict, dp_group: Any = None
+    ) -> Any:
         if config.policy_loss.get("loss_mode", "vanilla") not in RIVAL_SPECS:
             return ppo_loss(config, model_output, data, dp_group)
         token = _CURRENT.set(LossInputs(model_output, data, dp_group))
@@ -84,30 +82,28 @@ def hand_on(losses: ModuleType) -> None:
         finally:
             _CURRENT.reset(token)
 
-    losses.ppo_loss = with_inputs
+    losses.ppo_loss = with_inputs  # type: ignore[attr-defined]
 
 
 def count_epochs(tensordict_utils: ModuleType) -> None:
-    """Wrap ``verl.utils.tensordict_utils.make_iterator`` so that every mini-batch carries its
-    epoch.
-    """
+    """Let ``verl.utils.tensordict_utils.make_iterator`` number the epochs of mini-batches."""
     make_iterator = tensordict_utils.make_iterator
 
     @functools.wraps(make_iterator)
     def counting(
         tensordict: TensorDict, mini_batch_size: int, epochs: int, *args: Any, **kwargs: Any
-    ) -> Iterator:
+    ) -> Iterator[TensorDict]:
         iterator = make_iterator(tensordict, mini_batch_size, epochs, *args, **kwargs)
         per_epoch = max(1, tensordict.batch_size[0] // mini_batch_size)
 
-        def numbered() -> Iterator:
+        def numbered() -> Iterator[TensorDict]:
             for i, mini_batch in enumerate(iterator):
                 tensordict_utils.assign_non_tensor(mini_batch, **{EPOCH: i // per_epoch})
                 yield mini_batch
 
         return numbered()
 
-    tensordict_utils.make_iterator = counting
+    tensordict_utils.make_iterator = counting  # type: ignore[attr-defined]
 
 
 _FIELDS = ("uid", "responses", "response_mask", "advantages")
@@ -140,8 +136,9 @@ def weigh(data: TensorDict, config: RivalConfig) -> tuple[torch.Tensor, dict[str
 
 
 def follow_advantages(trainer_base: ModuleType) -> None:
-    """Wrap ``_compute_advantage`` of verl's trainer: with ``loss_mode=gtpo`` it goes on to GTPO's,
-    else nothing changes.
+    """Wrap ``_compute_advantage`` of verl's trainer.
+
+    With ``loss_mode=gtpo`` it goes on to GTPO's advantages, else nothing changes.
     """
     trainer, queue = trainer_base.PPOTrainer, trainer_base.tq
     compute_advantage = trainer._compute_advantage
@@ -155,8 +152,9 @@ def follow_advantages(trainer_base: ModuleType) -> None:
         block = OmegaConf.to_container(
             OmegaConf.create(policy_loss.get("rival") or {"name": "gtpo"}), resolve=True
         )
-        config = RivalConfig.from_mapping(block)
-        fields = [*_FIELDS, *(["entropy"] if config.knobs.entropy_max is not None else [])]  # type: ignore[attr-defined]
+        config = RivalConfig.from_mapping(cast("Mapping[str, Any]", block))
+        needs_entropy = cast(GtpoKnobs, config.knobs).entropy_max is not None
+        fields = [*_FIELDS, *(["entropy"] if needs_entropy else [])]
         data = queue.kv_batch_get(
             keys=batch.keys, partition_id=batch.partition_id, select_fields=fields
         )

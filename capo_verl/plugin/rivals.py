@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The rivals as policy losses of verl: ``actor_rollout_ref.actor.policy_loss.loss_mode=NAME``,
-knobs in ``policy_loss.rival``.
+"""The rivals as policy losses of verl: ``policy_loss.loss_mode=NAME``.
+
+Their knobs are in ``policy_loss.rival``.
 """
 
 from __future__ import annotations

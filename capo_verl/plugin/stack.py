@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which of the supported stacks (``capo_verl.plugin.compat.STACKS``) is installed, and what is
-missing.
+"""Comparison of the supported stacks (``plugin.compat.STACKS``) with what is installed.
 
 Runs in an environment that lacks everything: only the standard library and ``packaging`` are
 imported, and installed packages are looked up in their metadata, never imported.
@@ -44,7 +43,7 @@ class Finding:
 
     @property
     def status(self) -> str:
-        """``ok``, ``missing`` or ``wrong`` (another version, or one that is not PEP 440)."""
+        """Verdict: ``ok``, ``missing`` or ``wrong`` (another version, or not one of PEP 440)."""
         if self.found is None:
             return "missing"
         try:
@@ -70,7 +69,7 @@ class Report:
     python: Finding
     packages: tuple[Finding, ...]
     install: tuple[str, ...]
-    """What to do, one step per line; empty if the stack is complete."""
+    """Steps that complete the stack, one per line; empty if it is complete."""
 
     @property
     def problems(self) -> list[Finding]:
@@ -81,7 +80,7 @@ class Report:
         return not self.problems
 
     def as_dict(self) -> dict[str, Any]:
-        """What ``--json`` prints for this stack."""
+        """The stack as ``--json`` prints it."""
         return {
             "stack": self.stack,
             "complete": self.complete,
@@ -100,8 +99,7 @@ def installed_version(package: str) -> str | None:
 
 
 def declared(extra: str) -> tuple[str, list[Requirement]]:
-    """What this project declares for itself: the Python range, and its dependencies with those of
-    ``extra`` ("" for none).
+    """Python range and dependencies that this project declares, with those of ``extra``.
 
     Read from the installed metadata, or from ``pyproject.toml`` in a checkout that is not
     installed.
@@ -127,8 +125,8 @@ def _read_pyproject() -> dict[str, Any]:
     if sys.version_info < (3, 11) or not PYPROJECT.exists():  # tomllib came with 3.11
         raise RuntimeError(
             f"{PROJECT} is not installed, and Python {platform.python_version()} found no "
-            f"{PYPROJECT.name} it can read; "
-            "run `pip install .` in a checkout first, or use Python 3.11 or 3.12"
+            f"{PYPROJECT.name} it can read; run `pip install .` in a checkout first, or use "
+            "Python 3.11 or 3.12"
         )
     import tomllib
 
@@ -136,8 +134,9 @@ def _read_pyproject() -> dict[str, Any]:
 
 
 def wanted(stack: Stack) -> tuple[str, dict[str, Requirement]]:
-    """The Python range and the requirements of a stack, by canonical name; the stack's own win over
-    the project's.
+    """The Python range and the requirements of a stack, by canonical name.
+
+    The stack's own win over the project's.
     """
     python, requirements = declared(stack.extra)
     by_name: dict[str, Requirement] = {
@@ -216,7 +215,7 @@ def render(reports: Sequence[Report]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """``scripts/check_stack.py``: print the reports; 0 if a stack is complete, 1 if none is."""
+    """Print the reports of ``scripts/check_stack.py``; 0 if a stack is complete, 1 if none is."""
     parser = argparse.ArgumentParser(
         prog="check_stack.py",
         description="Which supported stack is installed, and what is missing? Exit code 0 if one "

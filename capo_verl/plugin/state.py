@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is known of the plugin in this process: what failed to register, and whether the embedded
-CPU default is selected.
-"""
+"""State of the plugin in this process: failed registrations, and the platform."""
 
 from __future__ import annotations
 
@@ -9,19 +7,20 @@ import os
 import sys
 
 ENTRY_POINT = "capo_verl.plugin.register"
-"""What verl imports in the driver and in every worker."""
+"""Module that verl imports in the driver and in every worker."""
 
 FAILURES: dict[str, Exception] = {}
-"""What could not be registered in this process, and why."""
+"""Registrations that failed in this process, with their errors."""
 
 REFUSED = 2
-"""Exit code of a run, or of a command, that was refused before it started: another try would be
-refused as well.
+"""Exit code of a run, or of a command, that was refused before it started.
+
+Another try would be refused as well.
 """
 
 
 def on_cpu() -> bool:
-    """Whether the embedded CPU default is selected (``VERL_PLATFORM=cpu``)."""
+    """True if the embedded CPU default is selected (``VERL_PLATFORM=cpu``)."""
     return os.environ.get("VERL_PLATFORM", "").strip().lower() == "cpu"
 
 

@@ -33,7 +33,7 @@ _STATE = "_capo_verl_progress"
 
 @dataclass(frozen=True)
 class Progress:
-    """After a training step."""
+    """Progress of a run after a training step."""
 
     step: int
     """The last step that was trained, counted from 1."""
@@ -50,8 +50,9 @@ class Progress:
         return self.step >= self.total_steps and not self.stopped
 
     def write(self, folder: str | os.PathLike[str]) -> None:
-        """Replace the file in ``folder``, which is made if missing; a reader never sees half
-        of it.
+        """Replace the file in ``folder``, which is made if missing.
+
+        A reader never sees half of it.
         """
         path = Path(folder) / PROGRESS
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -59,7 +60,7 @@ class Progress:
 
     @classmethod
     def read(cls, folder: str | os.PathLike[str]) -> Progress | None:
-        """What the last step left; None before the first one.
+        """State that the last step left; None before the first one.
 
         Raises:
             ValueError: if the file holds something else.
@@ -76,9 +77,7 @@ class Progress:
 
 
 def install(module: ModuleType) -> None:
-    """Let verl's synchronous trainer look for the request at the end of each step, and write how
-    far it has come.
-    """
+    """Let verl's synchronous trainer look for the request after each step, and write its state."""
     trainer = module.PPOTrainerSync
     on_step_begin, on_step_end = trainer.on_step_begin, trainer.on_step_end
 

@@ -24,10 +24,9 @@ SOFT = {"top_k": K, "objective_shift_max": None, "policy_shift_max": 2e-4}
 CASES: dict[str, dict[str, Any]] = {
     "soft": {**SOFT, "weighting": "soft"},
     "soft_exact": {**SOFT, "weighting": "soft", "policy_shift": "exact"},
-    "soft_balanced": {**SOFT, "weighting": "soft_balanced"},
     "adaptive": {"top_k": K, "objective_shift_max": None,
         "policy_shift_max": {"target_rejection": 0.2, "memory": 0.6}},
-    "adaptive_soft": {**SOFT, "weighting": "soft_balanced",
+    "adaptive_soft": {**SOFT, "weighting": "soft",
         "policy_shift_max": {"target_rejection": 0.3, "memory": 0.0}},
     "adaptive_track": {**SOFT, "mode": "track", "policy_shift_max": {"target_rejection": 0.2}},
     "adaptive_sgd": {**SOFT, "optimizer_model": "sgd",
@@ -97,13 +96,12 @@ class Naive:
         target = config.policy_shift_max
         self.adaptive = target if not isinstance(target, float) else None
         self.tau = np.inf if self.adaptive else target
-        self.factor, self.streak, self.stopped = {1: 1.0, -1: 1.0}, 0, False
+        self.streak, self.stopped = 0, False
 
     def step(self, batch: Batch) -> dict[str, Any]:
         config, shape = self.config, batch.mask.shape
         tokens = batch.tokens(K)
         trusted, applied, m_f = np.zeros(shape), np.zeros(shape), []
-        kept, mass = {1: 0.0, -1: 0.0}, {1: 0.0, -1: 0.0}
         for at in zip(*np.nonzero(batch.mask), strict=True):
             token = tokens[at[0]][at[1]]
             _, shift = self.oracle.token_shifts(token, LR)
@@ -112,11 +110,6 @@ class Naive:
                 w = float(shift < self.tau)
             else:
                 w = 1.0 if shift <= self.tau else np.sqrt(self.tau / shift)
-                sign = int(np.sign(token.advantage))
-                if sign:
-                    kept[sign] += w * abs(token.advantage)
-                    mass[sign] += abs(token.advantage)
-                    w *= self.factor[sign] if config.weighting == "soft_balanced" else 1.0
             trusted[at] = w
             applied[at] = 1.0 if self.stopped or config.mode == "track" else w
         soft = config.weighting != "hard"
@@ -140,11 +133,6 @@ class Naive:
                 if np.isinf(tau)
                 else np.exp(memory * np.log(tau) + (1 - memory) * np.log(found))
             )
-        if config.weighting == "soft_balanced":
-            share = {sign: kept[sign] / mass[sign] if mass[sign] else np.nan for sign in mass}
-            self.factor = {
-                s: min(1.0, share[-s] / share[s]) if all(mass.values()) else 1.0 for s in share
-            }
         if config.max_rejection is not None:
             self.streak = (
                 self.streak + 1
@@ -189,7 +177,6 @@ def test_equals_the_rules_written_down_naively(name):
     assert float(weights.min()) < 1
     if config.weighting != "hard":
         assert ((weights > 0) & (weights < 1)).any() and float(weights.max()) == 1
-        assert naive.factor == {1: 1.0, -1: 1.0} or min(naive.factor.values()) < 0.999
     if config.max_rejection is not None:
         assert naive.stopped and found["state"]["filter_stopped"] == 1.0
     if config.optimizer_model == "adam":
@@ -255,19 +242,14 @@ def test_state_round_trip_goes_on_alike(name):
 def test_what_cannot_be_a_state_is_refused_and_changes_nothing():
     capo = CapoFilter(CapoConfig(**CASES["adaptive_soft"], max_rejection=0.5), V, H)
     before = capo.adaptive_state()
-    assert before == {
-        "balance_positive": 1,
-        "balance_negative": 1,
-        "filter_stopped": 0,
-        "rejection_streak": 0,
-    }
+    assert before == {"filter_stopped": 0, "rejection_streak": 0}
     for state, message in (
         (
             {"threshold": 1.0},
-            "threshold is unknown; expected some of policy_threshold, balance_positive",
+            "threshold is unknown; expected some of policy_threshold, filter_stopped",
         ),
         (
-            {"balance_positive": 0.5, "policy_threshold": float("nan")},
+            {"rejection_streak": 2, "policy_threshold": float("nan")},
             "policy_threshold=nan is not a finite number >= 0",
         ),
         ({"rejection_streak": -1.0}, "rejection_streak=-1.0 is not a finite number"),
@@ -276,9 +258,10 @@ def test_what_cannot_be_a_state_is_refused_and_changes_nothing():
         with pytest.raises(ValueError, match=message):
             capo.load_adaptive_state(state)
         assert capo.adaptive_state() == before
+    # Of a run that adapted, and of a release with balanced weights.
     CapoFilter(CapoConfig(top_k=K), V, H).load_adaptive_state(
-        {"policy_threshold": 1e-4}
-    )  # of a run that adapted
+        {"policy_threshold": 1e-4, "balance_positive": 0.5, "balance_negative": 1.0}
+    )
 
 
 def test_discarded_mini_batches_leave_no_trace():

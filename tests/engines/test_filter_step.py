@@ -13,8 +13,9 @@ from verl.workers.utils.padding import no_padding_2_padding, response_from_neste
 
 from capo_verl import CapoConfig, CapoFilter
 from capo_verl.core.validation import TOKEN_PROBLEMS
-from capo_verl.engines.filter_step import ACCEPTED, PENALTY, FilteredStep
-from capo_verl.engines.nonfinite import Health, describe
+from capo_verl.engines.filter_step import ACCEPTED, PENALTY, FilterStep
+from capo_verl.engines.lm_head import HiddenStatesTap
+from capo_verl.engines.nonfinite import NonFinite, describe
 from capo_verl.engines.response import (
     SAMPLE,
     PackedResponse,
@@ -110,9 +111,8 @@ def test_verls_metrics_describe_all_tokens_and_the_loss_the_accepted_ones(batch)
     assert ACCEPTED not in output  # dropped before Megatron stores the output
 
 
-@pytest.mark.parametrize("weighting", ["soft", "soft_balanced"])
-def test_soft_weights_scale_the_advantages_and_leave_the_mask(batch, weighting):
-    step = make_step(policy_shift_max=1.0, weighting=weighting)
+def test_soft_weights_scale_the_advantages_and_leave_the_mask(batch):
+    step = make_step(policy_shift_max=1.0, weighting="soft")
     seen, lengths = [], []
 
     def loss_function(model_output, data):
@@ -198,17 +198,17 @@ def test_the_penalty_is_aggregated_like_the_policy_loss(batch, loss_agg_mode):
 
 
 def test_what_the_loss_reads_is_looked_at_inside_the_mask_only(batch):
-    health = Health(torch.device("cpu"))
-    health.note_loss(torch.tensor(1.0), batch, batch[SAMPLE])
-    assert health.agree(None) == []
+    nonfinite = NonFinite(torch.device("cpu"))
+    nonfinite.note_loss(torch.tensor(1.0), batch, batch[SAMPLE])
+    assert nonfinite.agree(None) == []
     old = batch["old_log_probs"]
     (old.values()[3:] if old.is_nested else old[1]).fill_(
         -torch.inf
     )  # the second sample's only token
-    health.note_loss(torch.tensor(NAN), batch, batch[SAMPLE])
-    health.note_gradients([torch.ones(3), torch.tensor([1.0, NAN])])
-    found = health.agree(None)
-    assert [(f.what, f.count, f.sample) for f in found] == [
+    nonfinite.note_loss(torch.tensor(NAN), batch, batch[SAMPLE])
+    nonfinite.note_gradients([torch.ones(3), torch.tensor([1.0, NAN])])
+    found = nonfinite.agree(None)
+    assert [(f.what, f.times, f.sample) for f in found] == [
         ("old_log_probs are not finite", 1, 1),
         ("the loss is not finite", 1, 1),
         ("gradients are not finite", 1, None),
@@ -217,12 +217,12 @@ def test_what_the_loss_reads_is_looked_at_inside_the_mask_only(batch):
         "optimizer step 7 is not usable: rank 0: old_log_probs are not finite, first in sample 1 "
         "of its mini-batch"
     )
-    health.clear()
-    assert health.agree(None) == []
+    nonfinite.clear()
+    assert nonfinite.agree(None) == []
 
 
 def test_problems_of_tokens_are_noted_with_the_first_sample_concerned():
-    health = Health(torch.device("cpu"))
+    nonfinite = NonFinite(torch.device("cpu"))
     none = torch.zeros(2, 3, dtype=torch.bool)
     problems = dict.fromkeys(TOKEN_PROBLEMS, none) | {
         "logits are not finite": torch.tensor([[0, 1, 0], [0, 1, 1]]).bool(),
@@ -230,29 +230,29 @@ def test_problems_of_tokens_are_noted_with_the_first_sample_concerned():
     }
     with recorded_syncs() as syncs:
         for samples in ([[5, 4, 5], [9, 9, 9]], [[8, 8, 8], [2, 7, 6]]):
-            health.note_tokens(problems, torch.as_tensor(samples))
-        health.note_tokens(dict.fromkeys(TOKEN_PROBLEMS, none[:, :0]), none[:, :0].long())
+            nonfinite.note_tokens(problems, torch.as_tensor(samples))
+        nonfinite.note_tokens(dict.fromkeys(TOKEN_PROBLEMS, none[:, :0]), none[:, :0].long())
     assert {sync.operation for sync in syncs} == {"as_tensor"}  # this test's own
-    assert [(f.what, f.count, f.sample) for f in health.agree(None)] == [
+    assert [(f.what, f.times, f.sample) for f in nonfinite.agree(None)] == [
         ("logits are not finite", 6, 4),
         ("sequence_ids are out of range", 2, 2),
     ]
 
 
 def test_a_gradient_norm_that_overflows_counts():
-    health = Health(torch.device("cpu"))
-    health.note_gradients([torch.full((4,), 3e38)])
-    assert [f.what for f in health.agree(None)] == ["gradients are not finite"]
+    nonfinite = NonFinite(torch.device("cpu"))
+    nonfinite.note_gradients([torch.full((4,), 3e38)])
+    assert [f.what for f in nonfinite.agree(None)] == ["gradients are not finite"]
 
 
-def make_step(**knobs) -> FilteredStep:
+def make_step(**knobs) -> FilterStep:
     config = CapoConfig(**{"top_k": 4, "objective_shift_max": None, **knobs})
-    return FilteredStep(
-        CapoFilter(config, 8, 3), config, torch.device("cpu"), Health(torch.device("cpu"))
-    )
+    cpu = torch.device("cpu")
+    tap = HiddenStatesTap(torch.nn.Identity())
+    return FilterStep(CapoFilter(config, 8, 3), config, cpu, NonFinite(cpu), tap)
 
 
-def evaluate_something(step: FilteredStep) -> torch.Tensor:
+def evaluate_something(step: FilterStep) -> torch.Tensor:
     response = PackedResponse(
         torch.ones(1, 5),
         torch.ones(1, 5, dtype=torch.bool),

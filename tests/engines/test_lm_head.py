@@ -11,7 +11,7 @@ import verl  # noqa: F401  plugins first
 from torch import nn
 
 from capo_verl.core import ProjectedLogits
-from capo_verl.engines.lm_head import HeadCall, reproduces, watch_half_precision
+from capo_verl.engines.lm_head import LMHeadCall, reproduces, watch_half_precision
 
 GENERATOR = torch.Generator().manual_seed(0)
 HIDDEN = (3 * torch.randn(2, 10, 64, generator=GENERATOR)).bfloat16()
@@ -25,8 +25,8 @@ def lm_head(bias: bool = False) -> nn.Linear:
     return layer
 
 
-def calls(module: nn.Module, wanted: bool = True) -> list[HeadCall]:
-    seen: list[HeadCall] = []
+def calls(module: nn.Module, wanted: bool = True) -> list[LMHeadCall]:
+    seen: list[LMHeadCall] = []
     watch_half_precision(module, lambda: wanted, seen.append)
     return seen
 

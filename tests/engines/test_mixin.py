@@ -6,9 +6,10 @@ from __future__ import annotations
 import verl  # noqa: F401  plugins first
 from torch import nn
 
-from capo_verl import CapoConfig, CapoFilter
+from capo_verl import CapoConfig
+from capo_verl.core.logits import VocabShard
 from capo_verl.engines import mixin
-from capo_verl.engines.lm_head import HiddenStatesTap
+from capo_verl.engines.lm_head import LMHead
 from capo_verl.engines.mixin import CapoEngineMixin
 
 
@@ -23,8 +24,8 @@ class Engine:
 
 
 class CapoEngine(CapoEngineMixin, Engine):
-    def _make_filter(self, config, device):
-        return CapoFilter(config, 8, 3, device=device), HiddenStatesTap(nn.Identity())
+    def _find_lm_head(self):
+        return LMHead(nn.Identity(), nn.Identity(), VocabShard(8, 8, 0), 3)
 
 
 def where(engine: CapoEngine) -> set[str]:

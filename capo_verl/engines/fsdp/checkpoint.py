@@ -9,6 +9,7 @@ ranks.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -59,11 +60,13 @@ def load(checkpoint: str, shape: tuple[int, int], device: torch.device) -> State
     ):
         try:
             state = _read(path, shape)
-        except (
-            Exception
-        ) as e:  # whatever the reason: all ranks have to learn of it before any of them stops
+        except Exception as e:
+            # Whatever the reason: all ranks have to learn of it before any of them stops.
             problem = f"{type(e).__name__}: {e}"
-    header = [problem, None if state is None else (state["step"], state["exp_avg"].dtype)]
+    header: list[Any] = [
+        problem,
+        None if state is None else (state["step"], state["exp_avg"].dtype),
+    ]
     dist.broadcast_object_list(header, src=0)
     problem, found = header
     if problem:

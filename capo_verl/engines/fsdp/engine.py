@@ -27,22 +27,20 @@ from verl.workers.engine.base import EngineRegistry
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
 from capo_verl.config import CapoConfig
-from capo_verl.core import CapoFilter, ProjectedLogits, curvature_penalty
+from capo_verl.core import ProjectedLogits, curvature_penalty
 from capo_verl.core.logits import VocabShard
 from capo_verl.engines.checkpoint import State
 from capo_verl.engines.filter_step import ACCEPTED, PENALTY
 from capo_verl.engines.fsdp import checkpoint
 from capo_verl.engines.fsdp.packing import from_padded, packed_response, padded_response, to_padded
-from capo_verl.engines.kl_probe import Head
 from capo_verl.engines.lm_head import (
     NOT_CALLED,
     FusedCall,
-    HeadCall,
-    HiddenStatesTap,
+    LMHead,
+    LMHeadCall,
     before_each_call,
     of_fused_linear,
     of_linear_cross_entropy,
-    watch_half_precision,
 )
 from capo_verl.engines.mixin import CapoEngineMixin
 from capo_verl.engines.response import PackedResponse
@@ -95,14 +93,13 @@ class CapoFSDPEngineWithLMHead(CapoEngineMixin, FSDPEngineWithLMHead):
     """The micro-batch in flight that the KL probe looks at."""
 
     def forward_step(self, micro_batch: TensorDict, loss_function: Any, forward_only: bool) -> Any:
-        if self._probing:
+        probing = self._probing is not None
+        if probing:
             self._probed = micro_batch = micro_batch.to(get_device_id())
-        if not (self._filtering or self._probing) or not _is_fused(micro_batch):
+        if not (self._filtering or probing) or not _is_fused(micro_batch):
             return super().forward_step(micro_batch, loss_function, forward_only)
         micro_batch = micro_batch.to(get_device_id())
-        look = partial(
-            self._probe_fused if self._probing else self._evaluate_fused, batch=micro_batch
-        )
+        look = partial(self._probe_fused if probing else self._evaluate_fused, batch=micro_batch)
         with (
             before_each_call(FusedLinearForPPO, "forward", of_fused_linear, look),
             before_each_call(
@@ -118,12 +115,13 @@ class CapoFSDPEngineWithLMHead(CapoEngineMixin, FSDPEngineWithLMHead):
         micro_batch: TensorDict,
         logits_processor_func: Any,
     ) -> dict[str, Tensor]:
-        if self._probing and not _is_fused(micro_batch):
+        probe, step = self._probing, self._filtering
+        if probe is not None and not _is_fused(micro_batch):
             labels, temperature = self._labels(output.logits, output_args, micro_batch)
-            self._kl.probe.see(
+            probe.see(
                 output.logits, None, temperature, self._response(labels.shape[1], micro_batch)
             )
-        if not self._filtering:
+        if step is None:
             return super().prepare_model_outputs(
                 output, output_args, micro_batch, logits_processor_func
             )
@@ -132,7 +130,10 @@ class CapoFSDPEngineWithLMHead(CapoEngineMixin, FSDPEngineWithLMHead):
             if accepted is None:
                 raise RuntimeError(NOT_CALLED)
         else:
-            accepted = self._evaluate_logits(output.logits, output_args, micro_batch)
+            labels, temperature = self._labels(output.logits, output_args, micro_batch)
+            accepted = self._evaluate(
+                step.tap.take(), output.logits, labels, temperature, micro_batch
+            )
 
         def to_sequences(values: Tensor) -> Tensor:
             if _is_packed(micro_batch):
@@ -140,8 +141,8 @@ class CapoFSDPEngineWithLMHead(CapoEngineMixin, FSDPEngineWithLMHead):
             return from_padded(values, micro_batch)
 
         accepted = to_sequences(accepted)
-        self._step.samples.lay_out(to_sequences)
-        terms = self._step.take_penalty_terms()
+        step.samples.lay_out(to_sequences)
+        terms = step.take_penalty_terms()
         # Now: verl divides the logits by the temperature in place.
         penalty = None if terms is None else to_sequences(curvature_penalty(output.logits, terms))
         model_output = super().prepare_model_outputs(
@@ -152,12 +153,6 @@ class CapoFSDPEngineWithLMHead(CapoEngineMixin, FSDPEngineWithLMHead):
         if penalty is not None:
             model_output[PENALTY] = torch.nested.nested_tensor_from_jagged(penalty, offsets)
         return model_output
-
-    def _evaluate_logits(
-        self, logits: Tensor, output_args: dict[str, Any], batch: TensorDict
-    ) -> Tensor:
-        labels, temperature = self._labels(logits, output_args, batch)
-        return self._evaluate(self._tap.take(), logits, labels, temperature, batch)
 
     def _labels(
         self, logits: Tensor, output_args: dict[str, Any], batch: TensorDict
@@ -175,14 +170,13 @@ class CapoFSDPEngineWithLMHead(CapoEngineMixin, FSDPEngineWithLMHead):
         )
 
     def _probe_fused(self, call: FusedCall, batch: TensorDict) -> None:
+        assert self._probing is not None
         response = self._response(call.labels.shape[1], batch)
-        self._kl.probe.see(call.logits(), call.hidden_states, call.temperatures(), response)
+        self._probing.see(call.logits(), call.hidden_states, call.temperatures(), response)
 
-    def _watch_head(self) -> None:
-        def look(call: HeadCall) -> None:
-            self._kl.probe.see_head(call, self._response(call.output.shape[1], self._probed))
-
-        watch_half_precision(self._lm_head(), lambda: self._kl.probe.sees_head, look)
+    def _see_lm_head(self, call: LMHeadCall) -> None:
+        assert self._probing is not None and self._probed is not None
+        self._probing.see_head(call, self._response(call.output.shape[1], self._probed))
 
     def _response(self, length: int, batch: TensorDict) -> PackedResponse:
         """Of logits ``[b, length, V]``."""
@@ -195,54 +189,33 @@ class CapoFSDPEngineWithLMHead(CapoEngineMixin, FSDPEngineWithLMHead):
         """1 where a token stays in the loss, at the position that predicts it; float32 in the
         layout of the model.
         """
+        assert self._step is not None
         response = self._response(labels.shape[1], batch)
         return self._step.evaluate(
-            hidden_states, logits, labels, temperature, response, self._scaled_learning_rate()
+            hidden_states, logits, labels, temperature, response, self._learning_rate()
         )
 
-    def _lm_head(self) -> nn.Module:
-        """Also through the wrappers of FSDP and PEFT, which forward what they do not have
-        themselves.
-        """
-        return self.module.get_output_embeddings()
-
-    def _lm_head_shape(self) -> tuple[int, int]:
-        """Rows and hidden size of the whole LM head; its weight is sharded."""
-        lm_head: Any = self._lm_head()
-        return int(lm_head.out_features), int(lm_head.in_features)
-
-    def _make_filter(
-        self, config: CapoConfig, device: torch.device
-    ) -> tuple[CapoFilter, HiddenStatesTap]:
-        self._refuse_loss_scaler()
-        rows, hidden_size = self._lm_head_shape()
-        capo = CapoFilter(
-            config,
-            vocab_size=self._vocab_size(),
-            hidden_size=hidden_size,
-            device=device,
+    def _find_lm_head(self) -> LMHead:
+        # Also through the wrappers of FSDP and PEFT, which forward what they do not have
+        # themselves. The weight is sharded, so its sizes are asked of the module.
+        module: Any = self.module.get_output_embeddings()
+        vocab_size = int(self.model_config.hf_config.get_text_config().vocab_size)
+        return LMHead(
+            module,
+            module,
+            VocabShard(vocab_size, int(module.out_features), 0),
+            int(module.in_features),
             dp_group=self.get_data_parallel_group(),
             cp_group=self.ulysses_parallel_group,
-            padded_vocab_size=rows,
         )
-        return capo, HiddenStatesTap(self._lm_head())
 
-    def _refuse_loss_scaler(self) -> None:
+    def _check_supported(self, config: CapoConfig) -> None:
         if self.scaler is not None:
             raise ValueError(
                 "CAPO does not support float16 with FSDP: the loss scaler skips optimizer steps "
                 "that CAPO would count; set "
                 "actor_rollout_ref.actor.fsdp_config.mixed_precision.param_dtype=bf16"
             )
-
-    def _vocab_size(self) -> int:
-        return int(self.model_config.hf_config.get_text_config().vocab_size)
-
-    def _head(self) -> Head:
-        self._refuse_loss_scaler()
-        rows, _ = self._lm_head_shape()
-        shard = VocabShard(self._vocab_size(), rows, 0)
-        return Head(shard, None, self.get_data_parallel_group(), self.ulysses_parallel_group)
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
@@ -255,9 +228,8 @@ class CapoFSDPEngineWithLMHead(CapoEngineMixin, FSDPEngineWithLMHead):
 
     def _optimised(self) -> list[Tensor]:
         # verl gives it all parameters; those without gradients, as around LoRA's, stay as they are.
-        parameters = (
-            p for group in self.optimizer.param_groups for p in group["params"] if p.requires_grad
-        )
+        groups: list[dict[str, Any]] = self.optimizer.param_groups
+        parameters = (p for group in groups for p in group["params"] if p.requires_grad)
         return [p.detach().to_local() if isinstance(p, DTensor) else p.data for p in parameters]
 
     def _spread_parameters(self) -> None:
@@ -280,9 +252,10 @@ class CapoFSDPEngineWithLMHead(CapoEngineMixin, FSDPEngineWithLMHead):
         checkpoint.save(checkpoint_path, state)
 
     def _load_state(self, checkpoint_path: str) -> State | None:
-        return checkpoint.load(
-            checkpoint_path, self._lm_head_shape(), torch.device(get_device_id())
-        )
+        head = self.lm_head
+        assert head is not None
+        shape = (head.shard.rows, head.hidden_size)
+        return checkpoint.load(checkpoint_path, shape, torch.device(get_device_id()))
 
 
 def reshard(module: nn.Module) -> None:

@@ -24,13 +24,12 @@ from verl.workers.engine.base import EngineRegistry
 from verl.workers.engine.megatron.transformer_impl import MegatronEngineWithLMHead
 
 from capo_verl.config import CapoConfig
-from capo_verl.core import CapoFilter, ProjectedLogits, curvature_penalty
+from capo_verl.core import ProjectedLogits, curvature_penalty
 from capo_verl.core.logits import VocabShard
 from capo_verl.engines import lm_head
 from capo_verl.engines.checkpoint import State
 from capo_verl.engines.filter_step import ACCEPTED, PENALTY
-from capo_verl.engines.kl_probe import Head
-from capo_verl.engines.lm_head import HeadCall, HiddenStatesTap, watch_half_precision
+from capo_verl.engines.lm_head import LMHead, LMHeadCall
 from capo_verl.engines.megatron import checkpoint, parameters
 from capo_verl.engines.megatron.packing import label_layout, pack_response, token_positions, unpack
 from capo_verl.engines.mixin import CapoEngineMixin
@@ -42,8 +41,9 @@ def output_layer_of(model: nn.Module) -> nn.Module:
     """The LM head of an unwrapped Megatron model, text-only or multi-modal, without adapters around
     it.
     """
-    output_layer = getattr(model, "language_model", model).output_layer
-    return getattr(output_layer, "to_wrap", output_layer)
+    output_layer: Any = getattr(model, "language_model", model).output_layer
+    linear: nn.Module = getattr(output_layer, "to_wrap", output_layer)
+    return linear
 
 
 @EngineRegistry.register(
@@ -60,7 +60,7 @@ class CapoMegatronEngineWithLMHead(CapoEngineMixin, MegatronEngineWithLMHead):
     """
     _penalty: Tensor | None = None
     """Likewise each token's penalty, part of the graph, if there is one."""
-    _head_call: HeadCall | None = None
+    _head_call: LMHeadCall | None = None
     """Of the micro-batch in flight, if the KL probe wants to see it."""
 
     def forward_step(
@@ -70,12 +70,13 @@ class CapoMegatronEngineWithLMHead(CapoEngineMixin, MegatronEngineWithLMHead):
         logits_processor_func: Any,
         postprocess_micro_batch_func: Any,
     ) -> Any:
-        if not (self._filtering or self._probing):
+        probing = self._probing is not None
+        if not probing and self._filtering is None:
             return super().forward_step(
                 batch_iter, model, logits_processor_func, postprocess_micro_batch_func
             )
         batch = next(batch_iter).to(get_device_id())
-        self._accepted, look = None, self._probe if self._probing else self._evaluate
+        self._accepted, look = None, self._probe if probing else self._evaluate
         with lm_head.before_each_call(
             model_forward_fused, "linear_cross_entropy", lm_head.of_linear_cross_entropy,
             lambda call: look(
@@ -86,7 +87,7 @@ class CapoMegatronEngineWithLMHead(CapoEngineMixin, MegatronEngineWithLMHead):
             output, postprocess = super().forward_step(
                 iter((batch,)), model, logits_processor_func, postprocess_micro_batch_func
             )
-        if self._probing:
+        if probing:
             return output, postprocess
         if unwrap_model(model).post_process:
             if self._accepted is None:
@@ -100,9 +101,9 @@ class CapoMegatronEngineWithLMHead(CapoEngineMixin, MegatronEngineWithLMHead):
     def _lm_head_logits_processor(
         self, logits: Tensor, label: Tensor, temperature: Tensor, **kwargs: Any
     ) -> Any:
-        if self._probing:
+        if self._probing is not None:
             self._probe(None, logits, label, temperature, kwargs["batch"], kwargs["data_format"])
-        if self._filtering:
+        if self._filtering is not None:
             # Before verl's own processing, which divides the logits by the temperature and
             # overwrites them.
             batch, data_format = kwargs["batch"], kwargs["data_format"]
@@ -120,17 +121,19 @@ class CapoMegatronEngineWithLMHead(CapoEngineMixin, MegatronEngineWithLMHead):
         batch: TensorDict,
         data_format: str,
     ) -> None:
+        step = self._filtering
+        assert step is not None
         at = self._token_positions(labels, batch, data_format)
-        accepted = self._step.evaluate(
+        accepted = step.evaluate(
             hidden_states,
             logits,
             labels,
             temperature,
             pack_response(batch, at),
-            self._scaled_learning_rate(),
+            self._learning_rate(),
         )
         self._accepted = unpack(accepted, batch, at)
-        self._step.samples.lay_out(lambda values: unpack(values, batch, at).values())
+        step.samples.lay_out(lambda values: unpack(values, batch, at).values())
 
     @torch.no_grad()
     def _probe(
@@ -142,14 +145,14 @@ class CapoMegatronEngineWithLMHead(CapoEngineMixin, MegatronEngineWithLMHead):
         batch: TensorDict,
         data_format: str,
     ) -> None:
+        probe = self._probing
+        assert probe is not None
         response = pack_response(batch, self._token_positions(labels, batch, data_format))
         call, self._head_call = self._head_call, None
         if call is not None:
             hidden = self._gathered(call.hidden_states)
-            self._kl.probe.see_head(
-                HeadCall(hidden, call.head, call.output.transpose(0, 1)), response
-            )
-        self._kl.probe.see(logits, hidden_states, temperature, response)
+            probe.see_head(LMHeadCall(hidden, call.head, call.output.transpose(0, 1)), response)
+        probe.see(logits, hidden_states, temperature, response)
 
     def _token_positions(self, labels: Tensor, batch: TensorDict, data_format: str) -> Tensor:
         return token_positions(
@@ -162,6 +165,7 @@ class CapoMegatronEngineWithLMHead(CapoEngineMixin, MegatronEngineWithLMHead):
         """The penalty of every token just evaluated, if there is one, as a function of the
         logits.
         """
+        assert self._step is not None
         terms = self._step.take_penalty_terms()
         if terms is not None:
             at = self._token_positions(labels, batch, data_format)
@@ -170,7 +174,8 @@ class CapoMegatronEngineWithLMHead(CapoEngineMixin, MegatronEngineWithLMHead):
     @torch.no_grad()
     def _hidden_states(self) -> Tensor:
         """``[b, s, H]`` of the micro-batch in flight, gathered over the sequence-parallel group."""
-        return self._gathered(self._tap.take())
+        assert self._step is not None
+        return self._gathered(self._step.tap.take())
 
     @torch.no_grad()
     def _gathered(self, hidden_states: Tensor) -> Tensor:
@@ -181,51 +186,24 @@ class CapoMegatronEngineWithLMHead(CapoEngineMixin, MegatronEngineWithLMHead):
             )
         return hidden_states.transpose(0, 1)
 
-    def _lm_head_shape(self) -> tuple[int, int]:
-        """Rows and hidden size of this rank's shard of the LM head; 0 rows before the last pipeline
-        stage.
-        """
+    def _find_lm_head(self) -> LMHead | None:
         model = unwrap_model(self.module[-1])
         if not model.post_process:
-            return 0, self.tf_config.hidden_size
-        return output_layer_of(model).output_size_per_partition, self.tf_config.hidden_size
-
-    def _make_filter(
-        self, config: CapoConfig, device: torch.device
-    ) -> tuple[CapoFilter, HiddenStatesTap] | None:
-        rows, hidden_size = self._lm_head_shape()
-        if not rows:
             return None
-        capo = CapoFilter(
-            config,
-            vocab_size=self._vocab_size(),
-            hidden_size=hidden_size,
-            device=device,
-            tp_group=mpu.get_tensor_model_parallel_group(),
-            dp_group=mpu.get_data_parallel_group(),
-            cp_group=mpu.get_context_parallel_group(),
-            padded_vocab_size=rows * mpu.get_tensor_model_parallel_world_size(),
-        )
-        return capo, HiddenStatesTap(output_layer_of(unwrap_model(self.module[-1])))
-
-    def _head(self) -> Head | None:
-        rows, _ = self._lm_head_shape()
-        if not rows:
-            return None
-        return Head(
+        linear: Any = output_layer_of(model)
+        rows = int(linear.output_size_per_partition)
+        return LMHead(
+            getattr(model, "language_model", model).output_layer,
+            linear,
             VocabShard(self._vocab_size(), rows, rows * mpu.get_tensor_model_parallel_rank()),
+            self.tf_config.hidden_size,
             mpu.get_tensor_model_parallel_group(),
             mpu.get_data_parallel_group(),
             mpu.get_context_parallel_group(),
         )
 
-    def _watch_head(self) -> None:
-        def keep(call: HeadCall) -> None:
-            self._head_call = call  # the layout of the batch is known where the logits are seen
-
-        model = unwrap_model(self.module[-1])
-        lm_head = getattr(model, "language_model", model).output_layer
-        watch_half_precision(lm_head, lambda: self._kl.probe.sees_head, keep)
+    def _see_lm_head(self, call: LMHeadCall) -> None:
+        self._head_call = call  # the layout of the batch is known where the logits are seen
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
@@ -247,8 +225,9 @@ class CapoMegatronEngineWithLMHead(CapoEngineMixin, MegatronEngineWithLMHead):
     def _spread_parameters(self) -> None:
         parameters.spread(self.optimizer, self.module)
 
-    def _check_line_search(self) -> None:
-        parameters.check_reachable(self.optimizer)
+    def _check_supported(self, config: CapoConfig) -> None:
+        if config.kl_budget is not None and config.kl_budget.line_search is not None:
+            parameters.check_reachable(self.optimizer)
 
     def _vocab_size(self) -> int:
         return self.model_config.hf_config.get_text_config().vocab_size
@@ -293,4 +272,6 @@ class CapoMegatronEngineWithLMHead(CapoEngineMixin, MegatronEngineWithLMHead):
         checkpoint.save(checkpoint_path, state, self._vocab_size())
 
     def _load_state(self, checkpoint_path: str) -> State | None:
-        return checkpoint.load(checkpoint_path, *self._lm_head_shape(), self._vocab_size())
+        head = self.lm_head
+        rows, hidden_size = (0, 0) if head is None else (head.shard.rows, head.hidden_size)
+        return checkpoint.load(checkpoint_path, rows, hidden_size, self._vocab_size())

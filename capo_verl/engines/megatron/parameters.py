@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
-from torch import Tensor, nn
+from torch import Tensor
 
 
 def optimised(optimizer: Any) -> list[Tensor]:
-    """What the inner optimizers write to."""
+    """The tensors that the inner optimizers write to."""
     return [
         p.data
         for part in _parts(optimizer)
@@ -28,7 +28,7 @@ def optimised(optimizer: Any) -> list[Tensor]:
 
 
 @torch.no_grad()
-def spread(optimizer: Any, module: Sequence[nn.Module]) -> None:
+def spread(optimizer: Any, module: Sequence[Any]) -> None:
     """After :func:`optimised` was written to: copy to the model's parameters, gather the shards.
 
     Collective.

@@ -74,9 +74,9 @@ def _globals(pickled: bytes) -> list[tuple[str, str]]:
         elif opcode.name == "MEMOIZE":
             memo[len(memo)] = stack[-1] if stack else None
         elif opcode.name in ("PUT", "BINPUT", "LONG_BINPUT"):
-            memo[int(argument)] = stack[-1] if stack else None
+            memo[int(str(argument))] = stack[-1] if stack else None
         elif opcode.name in ("GET", "BINGET", "LONG_BINGET"):
-            stack.append(memo.get(int(argument)))
+            stack.append(memo.get(int(str(argument))))
         else:
             stack.append(argument if isinstance(argument, str) else None)
     return found

@@ -29,8 +29,7 @@ def check_config(config: DictConfig) -> None:
 
 
 def before_start(config: DictConfig) -> None:
-    """Check a run that is about to start on this machine: its config, its files, and the
-    checkpoints that it would continue.
+    """Check a run that is about to start: its config, its files, and its earlier checkpoints.
 
     Raises:
         ValueError: naming key or file, the value, and what to set.

@@ -131,7 +131,8 @@ def _warn_of_another_variant(config: DictConfig, preset: str) -> None:
     resolved = OmegaConf.create(
         {"expected": PRESETS[preset].verl, "data": OmegaConf.select(config, "data")}
     )
-    for path, expected in OmegaConf.to_container(resolved, resolve=True)["expected"].items():
+    variant: Any = OmegaConf.to_container(resolved, resolve=True)
+    for path, expected in variant["expected"].items():
         found = OmegaConf.select(config, path)
         if found != expected:
             logger.warning(
@@ -145,14 +146,6 @@ def _check_kl_budget(config: DictConfig, capo: CapoConfig) -> None:
     budget = capo.kl_budget
     if budget is None:
         return
-    if budget.estimator == "k3" and budget.reuse_next_forward:
-        bypass = "algorithm.rollout_correction.bypass_mode"
-        if OmegaConf.select(config, bypass):
-            raise ValueError(
-                f"{POLICY_LOSS}.capo.kl_budget.reuse_next_forward=True needs the actor's own old "
-                "log-probs, and with "
-                f"{bypass}=True they are the rollout engine's; set one of them to False"
-            )
     if (
         budget.line_search is not None
         and OmegaConf.select(config, f"{ACTOR}.strategy") == "megatron"

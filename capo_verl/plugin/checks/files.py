@@ -25,14 +25,15 @@ OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
 
 
 def sees_files() -> bool:
-    """Whether this process may judge the workers' files by its own."""
+    """True if this process may judge the workers' files by its own."""
     return os.environ.get("CAPO_PREFLIGHT") != "0" and not os.environ.get(
         "RAY_ADDRESS", ""
     ).startswith("ray://")
 
 
 def check_files(config: DictConfig) -> None:
-    """
+    """Check the model, the data files and the output directory of a run.
+
     Raises:
         ValueError: for a model, data file or output directory that cannot be used.
     """
@@ -105,8 +106,9 @@ def data_problems(config: DictConfig) -> Iterator[str]:
 
 
 def _data_file(what: str, name: str, column: str) -> tuple[str | None, int | None]:
-    """What is wrong with one file, and how many rows it has; None for each that is nothing, or
-    cannot be told.
+    """Problem of one data file, and its number of rows.
+
+    Either is None if there is none, or it cannot be told.
     """
     path = Path(name).expanduser()
     if "://" in name or any(c in name for c in "*?[") or path.is_dir():
@@ -139,8 +141,9 @@ def _data_file(what: str, name: str, column: str) -> tuple[str | None, int | Non
 
 
 def _too_few(config: DictConfig, rows: int) -> Iterator[str]:
-    """verl leaves out an incomplete batch, and divides by the number of batches
-    (``trainer_base.py:765``).
+    """Problem of a data set that is smaller than a batch.
+
+    verl leaves out an incomplete batch, and divides by their number (``trainer_base.py:765``).
     """
     batch = OmegaConf.select(config, "data.train_batch_size")
     limit: Any = OmegaConf.select(config, "data.train_max_samples") or -1

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which run the checkpoints in a folder are of: one small file beside them, so that no other run
-continues their weights.
+"""Identity of the run whose checkpoints are in a folder.
+
+One small file beside them keeps other runs from continuing their weights.
 
 What a resumed run takes from the checkpoint, whatever its configuration says, is compared as well:
 Megatron's scheduler with ``use_checkpoint_opt_param_scheduler`` (``_check_and_set`` in
@@ -14,7 +15,7 @@ import json
 import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -29,15 +30,13 @@ logger = logging.getLogger(__name__)
 FILE = "run.json"
 OPTIM = f"{ACTOR}.optim"
 RESTART = f"{OPTIM}.use_checkpoint_opt_param_scheduler"
-CAPO, STEPS, EPOCHS, RATE = (
-    "capo",
-    "trainer.total_training_steps",
-    "trainer.total_epochs",
-    f"{OPTIM}.lr",
-)
+CAPO = "capo"
+STEPS = "trainer.total_training_steps"
+EPOCHS = "trainer.total_epochs"
+RATE = f"{OPTIM}.lr"
 
 EXPERIMENT = (f"{MODEL}.path", CAPO, f"{ACTOR}.policy_loss.loss_mode")
-"""With another one of these it is another experiment."""
+"""Keys with another value of which a run is another experiment."""
 SCHEDULE = tuple(
     f"{OPTIM}.{key}"
     for key in (
@@ -52,8 +51,9 @@ BATCH = ("data.train_batch_size", f"{ROLLOUT}.n")
 
 
 def identity(config: DictConfig) -> dict[str, Any]:
-    """What is remembered of a run: keys of verl's configuration, and ``capo``: ``off``, or the
-    preset and what differs from it.
+    """Keys of verl's configuration that tell one run from another, with their values.
+
+    ``capo`` is ``off``, or the preset and what differs from it.
     """
     found = {
         key: OmegaConf.select(config, key) for key in (*EXPERIMENT, *SCHEDULE, *LENGTH, *BATCH)
@@ -68,7 +68,7 @@ def _method(config: DictConfig) -> str:
     block = OmegaConf.select(config, f"{ACTOR}.policy_loss.capo")
     if block is None:
         return "off"
-    knobs: dict[str, Any] = OmegaConf.to_container(block, resolve=True)  # type: ignore[assignment]
+    knobs = cast("dict[str, Any]", OmegaConf.to_container(block, resolve=True))
     preset = knobs.pop("preset", None)
     usual = verl_knobs(preset) if preset else {}
     own = (
@@ -100,14 +100,14 @@ def check_identity(config: DictConfig) -> None:
     for key in _changed(EXPERIMENT, then, now):
         raise ValueError(
             f"{folder} holds checkpoints of another run: {key} was {then[key]}, is {now[key]}: set "
-            "another OUTPUT_DIR "
-            f"(or delete {folder / FILE} if that is only another name for the same)"
+            f"another OUTPUT_DIR (or delete {folder / FILE} if that is only another name for the "
+            "same)"
         )
     for key in _without_effect(config, then, now):
         raise ValueError(
             f"{key} was {then[key]} when the checkpoints in {folder} were written, is {now[key]}, "
-            "and would have no effect, "
-            f"since the schedule is taken from there: set another OUTPUT_DIR"
+            "and would have no effect, since the schedule is taken from there: set another "
+            "OUTPUT_DIR"
             + (f", or {RESTART}=False to start the schedule anew" if _is_megatron(config) else "")
         )
     for key in _changed(BATCH, then, now):
@@ -151,7 +151,7 @@ def _read(path: Path) -> dict[str, Any] | None:
 def _changed(
     keys: tuple[str, ...], then: Mapping[str, Any], now: Mapping[str, Any]
 ) -> Iterator[str]:
-    """Of ``keys``, those whose values differ; a key that was not remembered says nothing."""
+    """Keys among ``keys`` whose values differ; one that was not remembered says nothing."""
     return (key for key in keys if key in then and then[key] != now[key])
 
 

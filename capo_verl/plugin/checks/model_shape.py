@@ -30,7 +30,7 @@ class ModelShape:
     intermediate: int
     vocab: int
     tied: bool = False
-    """Whether the LM head is the embedding (``tie_word_embeddings``)."""
+    """True if the LM head is the embedding (``tie_word_embeddings``)."""
     qkv_bias: bool = False
     output_bias: bool = False
     """Bias of the attention's output projection: Llama's ``attention_bias`` means both."""
@@ -39,8 +39,9 @@ class ModelShape:
     """0: not known."""
 
     def layer_parameters(self, tp: int = 1) -> int:
-        """Of one layer on one tensor-parallel rank: matrices are split, norms and the output's bias
-        are not.
+        """Parameters of one layer on one tensor-parallel rank.
+
+        Matrices are split; norms and the output's bias are not.
         """
         queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
         split = (
@@ -52,7 +53,7 @@ class ModelShape:
         return split // tp + whole
 
     def parameters(self, tp: int = 1, stage: int = 0, stages: int = 1) -> int:
-        """Of one tensor-parallel rank of pipeline stage ``stage``; of the whole model by default.
+        """Parameters of one rank in ``tp``, of pipeline stage ``stage``; by default of the model.
 
         The embedding is on the first stage, the final norm and the LM head on the last. A tied LM
         head is a copy of the embedding there, if that is not the same stage
@@ -134,13 +135,16 @@ KNOWN: dict[str, ModelShape] = {
         ),
     )
 }
-"""From ``config.json`` on the hub. ``-Instruct`` and ``-Base`` have the same sizes; of their
-``max_position_embeddings`` the smaller is taken.
+"""Shapes from ``config.json`` on the hub.
+
+``-Instruct`` and ``-Base`` have the same sizes; of their ``max_position_embeddings`` the smaller is
+taken.
 """
 
 
 def from_hf_config(config: Mapping[str, Any], name: str) -> ModelShape:
-    """
+    """The shape that a Hugging Face configuration describes.
+
     Args:
         config: the contents of a Hugging Face ``config.json``.
 
@@ -176,8 +180,10 @@ def from_hf_config(config: Mapping[str, Any], name: str) -> ModelShape:
 
 
 def find_shape(model: str) -> ModelShape | None:
-    """The shape of a local folder with a ``config.json``, of a model in Hugging Face's cache, or of
-    a known name.
+    """The shape of a model; None if it is not known.
+
+    It is found for a local folder with a ``config.json``, a model in Hugging Face's cache, or a
+    known name.
 
     Returns:
         None if it is none of them.
@@ -198,15 +204,13 @@ def find_shape(model: str) -> ModelShape | None:
 
 
 def local_config(model: str) -> Path | None:
-    """The ``config.json`` of a model folder, or of a model in Hugging Face's cache; None if there
-    is none.
-    """
+    """The ``config.json`` of a model folder, or of a model in Hugging Face's cache; else None."""
     path = Path(model).expanduser() / "config.json"
     if path.is_file():
         return path
     try:
         from huggingface_hub import try_to_load_from_cache
-        from huggingface_hub.utils import HFValidationError
+        from huggingface_hub.errors import HFValidationError
     except ImportError:
         return None
     try:

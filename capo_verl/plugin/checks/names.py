@@ -12,7 +12,8 @@ from capo_verl.plugin.state import on_cpu
 
 
 def check_names(config: DictConfig) -> None:
-    """
+    """Check the names of the loss, of the rollout engine and of the way to resume.
+
     Raises:
         ValueError: for an unknown loss, rollout engine or way to resume, with those there are.
     """

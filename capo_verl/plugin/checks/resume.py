@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which checkpoint ``resume_mode=auto`` continues from, after a run that was killed at the wrong
-moment.
+"""Checkpoint that ``resume_mode=auto`` continues from, after a run was killed while saving.
 
 verl keeps that number in a file which it first empties and then writes
 (``verl/trainer/ppo/v1/trainer_base.py``, ``_save_checkpoint``). Killed in between, or with the
@@ -22,7 +21,7 @@ from capo_verl.utils import TRACKER, replace_text
 logger = logging.getLogger(__name__)
 
 LAST_FILE = "data.pt"
-"""What verl writes last into a checkpoint, after all ranks have written theirs."""
+"""File that verl writes last into a checkpoint, after all ranks have written theirs."""
 
 
 def complete_steps(folder: Path) -> list[int]:
@@ -37,8 +36,7 @@ def complete_steps(folder: Path) -> list[int]:
 
 
 def repair_tracker(folder: Path) -> int | None:
-    """Let the tracker name the newest complete checkpoint, if it is empty or names one that is not
-    there.
+    """Let the tracker name the newest complete checkpoint, if it names none that is there.
 
     Returns:
         The step it names now, None if there is nothing to resume from.
@@ -70,13 +68,13 @@ def repair_tracker(folder: Path) -> int | None:
 
 
 def checkpoint_folder(config: DictConfig) -> Path | None:
-    """Where a run's checkpoints are; None if that is not on a file system."""
+    """Folder of a run's checkpoints; None if that is not on a file system."""
     folder = OmegaConf.select(config, "trainer.default_local_dir")
     return Path(folder).absolute() if folder and "://" not in folder else None
 
 
 def check_resume(config: DictConfig) -> None:
-    """:func:`repair_tracker` for a run that would resume by itself.
+    """Call :func:`repair_tracker` for a run that would resume by itself.
 
     Raises:
         ValueError: see there.

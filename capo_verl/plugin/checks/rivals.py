@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is refused before a run with a rival loss starts."""
+"""Refusals before a run with a rival loss starts."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ def check_rival(config: DictConfig) -> None:
     ):
         raise ValueError(
             f"{actor}.ppo_epochs={value(f'{actor}.ppo_epochs')}: rival.part=alternate trains on "
-            "the low-probability tokens "
-            "in one epoch and on the others in the next; set it to an even number"
+            "the low-probability tokens in one epoch and on the others in the next; set it to an "
+            "even number"
         )
     if name == "gtpo":
         if value("trainer.use_v1") is False:

@@ -1,13 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The sizes of a run: what the plan and the start-up checks need to know of verl's
-configuration.
-"""
+"""The sizes of a run that the plan and the start-up checks read in verl's configuration."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -34,16 +32,15 @@ class RunSpec:
     pp: int = 1
     vpp: int = 1
     cp: int = 1
-    """Context parallelism; with FSDP Ulysses' sequence parallelism, which splits a sequence
-    likewise.
-    """
+    """Ranks of context parallelism; with FSDP, of Ulysses' sequence parallelism."""
     sequence_parallel: bool = True
     distributed_optimizer: bool = True
     pads_vocab: bool = True
-    """Whether the vocabulary is padded to a multiple of ``tp``; the mbridge backend does not."""
+    """True if the vocabulary is padded to a multiple of ``tp``; the mbridge backend does not."""
     uneven_stages: bool = False
-    """Whether Megatron was told how to split the layers; then the plan's even split is an
-    approximation.
+    """True if Megatron was told how to split the layers.
+
+    The plan's even split is then an approximation.
     """
 
     prompts: int = 1
@@ -60,8 +57,9 @@ class RunSpec:
     """``ppo_max_token_len_per_gpu``; None without ``use_dynamic_bsz``."""
     log_prob_tokens_per_gpu: int | None = None
     dynamic_cp: bool = False
-    """``megatron.dynamic_context_parallel``: ranks share sequences by length, batches have other
-    sizes.
+    """``megatron.dynamic_context_parallel``.
+
+    Ranks share sequences by length, and batches have other sizes.
     """
     has_critic: bool = False
     keeps_entropy_graph: bool = False
@@ -80,15 +78,16 @@ class RunSpec:
     rollout_memory: float = 0.5
     """``gpu_memory_utilization``"""
     colocated: bool = True
-    """Whether the rollout engine runs on the trainer's GPUs (verl's mode ``sync``)."""
+    """True if the rollout engine runs on the trainer's GPUs (verl's mode ``sync``)."""
     rollout_sleeps: bool = True
     """``free_cache_engine``: the engine gives its memory back while the actor trains."""
     max_model_len: int | None = None
     sync_bucket_bytes: int = 2048 << 20
 
     capo: Mapping[str, Any] | None = field(default=None)
-    """``mode``, ``moments_dtype``, ``top_k``, ``batch_shift_tokens``, ``kl_budget``; None without
-    CAPO.
+    """Knobs of CAPO; None without it.
+
+    Read are ``mode``, ``moments_dtype``, ``top_k``, ``batch_shift_tokens`` and ``kl_budget``.
     """
 
     @property
@@ -116,7 +115,8 @@ class RunSpec:
 
 
 def from_config(config: DictConfig, cpu: bool) -> RunSpec:
-    """
+    """The sizes in verl's configuration.
+
     Args:
         config: verl's whole configuration.
         cpu: whether ``VERL_PLATFORM=cpu`` selects the embedded CPU default.
@@ -194,5 +194,7 @@ def from_config(config: DictConfig, cpu: bool) -> RunSpec:
             f"{ROLLOUT}.checkpoint_engine.update_weights_bucket_megabytes", 2048
         )
         << 20,
-        capo=OmegaConf.to_container(capo, resolve=True) if capo is not None else None,
+        capo=None
+        if capo is None
+        else cast("Mapping[str, Any]", OmegaConf.to_container(capo, resolve=True)),
     )

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sizes that do not divide: the one place with the rules of Megatron-Core, verl and the rollout
-engines about sizes.
+"""Sizes that do not divide.
+
+The one place with the rules of Megatron-Core, verl and the rollout engines about sizes.
 
 Every rule is one that some part of the stack enforces, after minutes of starting up, and says
 where. The start-up checks and the plan both ask :func:`problems`.
@@ -23,7 +24,8 @@ PLANNED = ("megatron", "fsdp", "fsdp2")
 
 
 def check_sizes(config: DictConfig) -> None:
-    """
+    """Check the sizes of a run, and of its model if that is known.
+
     Raises:
         ValueError: the first thing that does not divide.
     """
@@ -39,8 +41,9 @@ def check_sizes(config: DictConfig) -> None:
 
 
 def check_warmup(config: DictConfig) -> None:
-    """Check what Megatron's scheduler asserts after all workers have started
-    (``optimizer_param_scheduler.py:157``).
+    """Check the warm-up, which Megatron asserts after all workers have started.
+
+    (``optimizer_param_scheduler.py:157``)
 
     Raises:
         ValueError: for a warm-up that is as long as the run.
@@ -92,7 +95,9 @@ def _positive(run: RunSpec) -> Iterator[str]:
 
 
 def _ranks(run: RunSpec) -> Iterator[str]:
-    """``megatron/core/parallel_state.py`` (initialize_model_parallel),
+    """Ranks that the parallel sizes do not divide.
+
+    ``megatron/core/parallel_state.py`` (initialize_model_parallel),
     ``verl/workers/engine_workers.py:659``.
     """
     total = (
@@ -103,8 +108,8 @@ def _ranks(run: RunSpec) -> Iterator[str]:
         if run.engine == "megatron":
             sizes = (
                 f"{MEGATRON}: tensor_model_parallel_size={run.tp} x "
-                f"pipeline_model_parallel_size={run.pp} "
-                f"x context_parallel_size={run.cp} = {run.model_parallel}"
+                f"pipeline_model_parallel_size={run.pp} x context_parallel_size={run.cp} = "
+                f"{run.model_parallel}"
             )
         else:
             sizes = f"{ACTOR}.fsdp_config.ulysses_sequence_parallel_size={run.cp}"
@@ -127,7 +132,10 @@ def _ranks(run: RunSpec) -> Iterator[str]:
 
 
 def _batches(run: RunSpec) -> Iterator[str]:
-    """``verl/workers/engine_workers.py:267``, ``verl/workers/engine/utils.py:125``."""
+    """Batch sizes that do not divide.
+
+    ``verl/workers/engine_workers.py:267``, ``verl/workers/engine/utils.py:125``.
+    """
     if run.dynamic_cp:
         return
     mini, dp = run.mini_batch * run.completions_per_prompt, run.dp
@@ -161,8 +169,10 @@ def _batches(run: RunSpec) -> Iterator[str]:
 
 
 def _micro_batches(run: RunSpec) -> Iterator[str]:
-    """``verl/utils/seqlen_balancing.py:384`` asserts it for the lengths that occur, at whichever
-    step they do.
+    """Micro-batches that do not hold the longest sequence.
+
+    ``verl/utils/seqlen_balancing.py:384`` asserts it for the lengths that occur, at whichever step
+    they do.
     """
     if run.dynamic_cp:  # it has its own scheduler
         return
@@ -185,8 +195,9 @@ def _micro_batches(run: RunSpec) -> Iterator[str]:
 
 
 def _model(run: RunSpec, shape: ModelShape) -> Iterator[str]:
-    """``megatron/core/transformer/transformer_config.py``,
-    ``megatron/core/tensor_parallel/utils.py``.
+    """Sizes of the model that the parallel sizes do not divide.
+
+    ``megatron/core/transformer/transformer_config.py``, ``megatron/core/tensor_parallel/utils.py``.
     """
     if run.engine != "megatron":
         return
@@ -211,8 +222,9 @@ def _model(run: RunSpec, shape: ModelShape) -> Iterator[str]:
 
 
 def _rollout_model(run: RunSpec, shape: ModelShape) -> Iterator[str]:
-    """vLLM's and SGLang's own checks of a model (``verify_with_parallel_config`` in
-    ``vllm/config/model.py``).
+    """Sizes of the model that vLLM and SGLang refuse.
+
+    (``verify_with_parallel_config`` in ``vllm/config/model.py``)
     """
     if run.rollout in ("vllm", "sglang") and shape.heads % run.rollout_tp:
         yield (

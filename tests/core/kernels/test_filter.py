@@ -152,7 +152,7 @@ def test_nothing_waits_for_the_device(folded, optimizer_model, moments_dtype, de
 @pytest.mark.parametrize(
     "knobs",
     [
-        {"weighting": "soft_balanced", "policy_shift": "exact"},
+        {"weighting": "soft", "policy_shift": "exact"},
         {"policy_penalty": 1.0, "objective_penalty": 1.0},
     ],
     ids=["soft", "penalties"],

@@ -24,10 +24,9 @@ from tests.engines.megatron.capo_reference import (
     make_reference,
 )
 from tests.engines.megatron.test_faults import stops, with_and_without
-from tests.helpers.spawn import run_on_ranks
+from tests.helpers.spawn import ENGINE_MODULES, run_on_ranks
 from tests.helpers.tiny_model import make_tiny_model
 
-PRELOAD = ("torch", "verl.workers.engine.fsdp.transformer_impl")
 LAYOUTS = [
     *(
         FsdpLayout(strategy, dp, packed)
@@ -78,7 +77,14 @@ def test_training_equals_hugging_face_with_the_float64_filter(
     layout, temperature, references, tiny_qwen2
 ):
     ranks = run_on_ranks(
-        train, layout.world_size, layout, tiny_qwen2, "capo", KNOBS, temperature, preload=PRELOAD
+        train,
+        layout.world_size,
+        layout,
+        tiny_qwen2,
+        "capo",
+        KNOBS,
+        temperature,
+        preload=ENGINE_MODULES,
     )
     check_training(ranks, layout.dp, references[temperature])
     for rank in ranks[1:]:
@@ -96,7 +102,9 @@ def test_training_equals_hugging_face_with_the_float64_filter(
 )
 def test_tied_embeddings_with_fused_kernels(layout, tied_qwen2):
     path, reference = tied_qwen2
-    ranks = run_on_ranks(train, layout.world_size, layout, path, "capo", KNOBS, preload=PRELOAD)
+    ranks = run_on_ranks(
+        train, layout.world_size, layout, path, "capo", KNOBS, preload=ENGINE_MODULES
+    )
     for rank in ranks:  # exported under both names
         assert torch.equal(
             rank["weights"].pop("lm_head.weight"), rank["weights"]["model.embed_tokens.weight"]
@@ -105,11 +113,12 @@ def test_tied_embeddings_with_fused_kernels(layout, tied_qwen2):
 
 
 def test_fsdp_decides_like_megatron(tiny_qwen2):
-    ours = run_on_ranks(train, 2, FsdpLayout(dp=2), tiny_qwen2, "capo", KNOBS, preload=PRELOAD)
+    ours = run_on_ranks(
+        train, 2, FsdpLayout(dp=2), tiny_qwen2, "capo", KNOBS, preload=ENGINE_MODULES
+    )
     theirs = run_on_ranks(
         megatron.train, 2, Layout(tp=2), tiny_qwen2, "capo", KNOBS,
-        preload=("torch", "verl.workers.engine.megatron.transformer_impl",
-            "capo_verl.cpu.megatron.bridge"),
+        preload=ENGINE_MODULES,
     )  # fmt: skip
     for a, b in zip(ours[0]["reports"], theirs[0]["reports"], strict=True):
         assert a["capo/accepted_tokens"] == b["capo/accepted_tokens"]
@@ -123,7 +132,7 @@ def test_fsdp_decides_like_megatron(tiny_qwen2):
 def test_padding_to_a_bucket_changes_nothing(references, tiny_qwen2):
     bucket = {"pad_to_length": True, "pad_to_length_bucket": 32}
     ranks = run_on_ranks(
-        train, 2, FsdpLayout(dp=2), tiny_qwen2, "capo", KNOBS, preload=PRELOAD, **bucket
+        train, 2, FsdpLayout(dp=2), tiny_qwen2, "capo", KNOBS, preload=ENGINE_MODULES, **bucket
     )
     check_training(ranks, 2, references[1.0])
 
@@ -144,7 +153,7 @@ def test_lora(layout, tiny_qwen2, tmp_path):
     reference = make_reference(tiny_qwen2, 1.0, adapter)
     check_meaningful(reference)
     ranks = run_on_ranks(
-        train, layout.world_size, layout, tiny_qwen2, "capo", KNOBS, preload=PRELOAD,
+        train, layout.world_size, layout, tiny_qwen2, "capo", KNOBS, preload=ENGINE_MODULES,
         model={"lora_rank": 4, "lora_alpha": 8, "lora_adapter_path": adapter},
     )  # fmt: skip
     check_training(ranks, layout.dp, reference)
@@ -165,7 +174,7 @@ def test_without_the_switch_it_is_verls_engine_bit_for_bit(layout, tiny_qwen2):
             "vanilla",
             None,
             own_engine=own,
-            preload=PRELOAD,
+            preload=ENGINE_MODULES,
         )
         for own in (True, False)
     )
@@ -174,7 +183,9 @@ def test_without_the_switch_it_is_verls_engine_bit_for_bit(layout, tiny_qwen2):
 
 def test_tracking_trains_bit_for_bit_like_no_switch_and_measures(tiny_qwen2):
     tracked, plain = (
-        run_on_ranks(train, 2, FsdpLayout(dp=2), tiny_qwen2, "vanilla", knobs, preload=PRELOAD)
+        run_on_ranks(
+            train, 2, FsdpLayout(dp=2), tiny_qwen2, "vanilla", knobs, preload=ENGINE_MODULES
+        )
         for knobs in ({**KNOBS, "mode": "track"}, None)
     )
     for a, b in zip(tracked, plain, strict=True):
@@ -186,7 +197,7 @@ def test_tracking_trains_bit_for_bit_like_no_switch_and_measures(tiny_qwen2):
 def test_the_filter_does_not_run_under_autocast(layout, tiny_qwen2):
     """verl's forward pass does; the decisions are those of float64 on the logits that it made."""
     ((found, expected, dtype),) = run_on_ranks(
-        filter_under_autocast, 1, layout, tiny_qwen2, preload=PRELOAD
+        filter_under_autocast, 1, layout, tiny_qwen2, preload=ENGINE_MODULES
     )
     assert dtype == torch.bfloat16
     torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-9)
@@ -200,14 +211,14 @@ def test_all_ranks_stop_when_one_meets_nan(where, layout, tiny_qwen2):
         "gradient": "rank 0: gradients are not finite",
         "weight": "rank 1: hidden_states are not finite",
     }[where]
-    first, second = run_on_ranks(stops, 2, layout, tiny_qwen2, [where], preload=PRELOAD)
+    first, second = run_on_ranks(stops, 2, layout, tiny_qwen2, [where], preload=ENGINE_MODULES)
     assert first == second
     assert place in first[0] and "Nothing was updated." in first[0]
 
 
 def test_a_skipped_batch_leaves_no_trace(tiny_qwen2):
     for plain, skipped in run_on_ranks(
-        with_and_without, 2, FsdpLayout(dp=2), tiny_qwen2, preload=PRELOAD
+        with_and_without, 2, FsdpLayout(dp=2), tiny_qwen2, preload=ENGINE_MODULES
     ):
         assert skipped["reports"][1] == {"skipped": [1.0], "grad_norm": 0.0}
         assert plain["reports"] == [skipped["reports"][0], skipped["reports"][2]]

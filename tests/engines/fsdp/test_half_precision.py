@@ -8,10 +8,8 @@ import pytest
 from tests.cpu.fsdp.engine_cases import FsdpLayout
 from tests.engines.megatron.half_precision_cases import measured
 from tests.engines.megatron.test_half_precision import check_exact, check_fallen_back
-from tests.helpers.spawn import run_on_ranks
+from tests.helpers.spawn import ENGINE_MODULES, run_on_ranks
 from tests.helpers.tiny_model import make_tiny_qwen2
-
-PRELOAD = ("torch", "verl.workers.engine.fsdp.transformer_impl")
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +30,7 @@ def tied(tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_logits_are_computed_again_in_float32(layout, model, request):
     path = request.getfixturevalue(model)
     check_exact(
-        run_on_ranks(measured, layout.world_size, layout, path, preload=PRELOAD),
+        run_on_ranks(measured, layout.world_size, layout, path, preload=ENGINE_MODULES),
         reporting=layout.dp,
     )
 
@@ -45,5 +43,5 @@ def test_an_adapter_on_the_lm_head(tiny_qwen2):
     """At first it adds nothing, and the logits alone would not tell."""
     layout = FsdpLayout("fsdp", 2, lora_rank=4)
     check_fallen_back(
-        run_on_ranks(adapted_head, layout.world_size, layout, tiny_qwen2, preload=PRELOAD)
+        run_on_ranks(adapted_head, layout.world_size, layout, tiny_qwen2, preload=ENGINE_MODULES)
     )

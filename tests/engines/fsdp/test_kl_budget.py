@@ -11,9 +11,8 @@ from tests.cpu.fsdp.engine_cases import FsdpLayout
 from tests.engines.megatron.kl_cases import PROBED, knobs_of, train
 from tests.engines.megatron.test_kl_budget import check
 from tests.helpers.kl_recording import SGD_LR, record_kl
-from tests.helpers.spawn import run_on_ranks
+from tests.helpers.spawn import ENGINE_MODULES, run_on_ranks
 
-PRELOAD = ("torch", "verl.workers.engine.fsdp.transformer_impl")
 LAYOUTS = [
     FsdpLayout(packed=False),
     FsdpLayout(dp=2),
@@ -32,7 +31,9 @@ def recording(tiny_qwen2):
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_layout(layout, recording, tiny_qwen2):
-    ranks = run_on_ranks(train, layout.world_size, layout, tiny_qwen2, knobs_of(), preload=PRELOAD)
+    ranks = run_on_ranks(
+        train, layout.world_size, layout, tiny_qwen2, knobs_of(), preload=ENGINE_MODULES
+    )
     check(ranks, layout.dp, recording, SGD_LR)
 
 
@@ -46,6 +47,11 @@ def test_line_search_steps_back_to_the_budget(layout, tiny_qwen2):
     expected = record_kl(tiny_qwen2, PROBED, optimizer="sgd", line_search=1.2)
     assert sum(step.kept < 0.9 for step in expected.steps) >= 2
     ranks = run_on_ranks(
-        train, layout.world_size, layout, tiny_qwen2, knobs_of(line_search=1.2), preload=PRELOAD
+        train,
+        layout.world_size,
+        layout,
+        tiny_qwen2,
+        knobs_of(line_search=1.2),
+        preload=ENGINE_MODULES,
     )
     check(ranks, layout.dp, expected, SGD_LR)

@@ -17,14 +17,13 @@ from tests.cpu.fsdp.engine_cases import FsdpLayout
 from tests.engines.megatron.capo_cases import KNOBS
 from tests.engines.megatron.state_cases import in_turn, load_only, refusals, resume, save_and_go_on
 from tests.engines.megatron.test_state import check_bit_exact
-from tests.helpers.spawn import run_on_ranks
+from tests.helpers.spawn import ENGINE_MODULES, run_on_ranks
 
-PRELOAD = ("torch", "verl.workers.engine.fsdp.transformer_impl")
 SAVED = FsdpLayout(dp=2)
 
 
 def on_ranks(function: Callable, layout: FsdpLayout, *args: object) -> list:
-    return run_on_ranks(function, layout.world_size, layout, *args, preload=PRELOAD)
+    return run_on_ranks(function, layout.world_size, layout, *args, preload=ENGINE_MODULES)
 
 
 @pytest.fixture(scope="module")

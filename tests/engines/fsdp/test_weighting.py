@@ -11,9 +11,8 @@ from tests.cpu.fsdp.engine_cases import FsdpLayout
 from tests.engines.fsdp.capo_cases import train
 from tests.engines.megatron.capo_reference import check_training, make_reference
 from tests.engines.megatron.weighting_knobs import PENALTY, SOFT
-from tests.helpers.spawn import run_on_ranks
+from tests.helpers.spawn import ENGINE_MODULES, run_on_ranks
 
-PRELOAD = ("torch", "verl.workers.engine.fsdp.transformer_impl")
 TEMPERATURE = 0.7
 
 
@@ -33,7 +32,14 @@ def test_training_equals_the_reference(layout, name, tiny_qwen2):
     knobs = {"soft": SOFT, "penalty": PENALTY}[name]
     reference = make_reference(tiny_qwen2, TEMPERATURE, knobs=knobs)
     ranks = run_on_ranks(
-        train, layout.world_size, layout, tiny_qwen2, "capo", knobs, TEMPERATURE, preload=PRELOAD
+        train,
+        layout.world_size,
+        layout,
+        tiny_qwen2,
+        "capo",
+        knobs,
+        TEMPERATURE,
+        preload=ENGINE_MODULES,
     )
     check_training(ranks, layout.dp, reference)
     report = next(rank["reports"] for rank in ranks if rank["reports"])[-1]
@@ -49,5 +55,11 @@ def test_penalties_without_logits_or_with_split_sequences_are_refused(tiny_qwen2
     ):
         with pytest.raises(RuntimeError, match=message):
             run_on_ranks(
-                train, layout.world_size, layout, tiny_qwen2, "capo", PENALTY, preload=PRELOAD
+                train,
+                layout.world_size,
+                layout,
+                tiny_qwen2,
+                "capo",
+                PENALTY,
+                preload=ENGINE_MODULES,
             )

@@ -18,13 +18,7 @@ from tests.engines.megatron.capo_reference import (
     check_untouched,
     make_reference,
 )
-from tests.helpers.spawn import run_on_ranks
-
-PRELOAD = (
-    "torch",
-    "verl.workers.engine.megatron.transformer_impl",
-    "capo_verl.cpu.megatron.bridge",
-)
+from tests.helpers.spawn import ENGINE_MODULES, run_on_ranks
 
 
 @pytest.mark.parametrize("layout", [Layout(), Layout(tp=2)], ids=str)
@@ -32,7 +26,9 @@ def test_training_equals_the_reference_that_fsdp_is_held_to(layout, tiny_qwen2):
     reference = make_reference(tiny_qwen2, temperature=1.0)
     check_meaningful(reference)
     check_training(
-        run_on_ranks(train, layout.world_size, layout, tiny_qwen2, "capo", KNOBS, preload=PRELOAD),
+        run_on_ranks(
+            train, layout.world_size, layout, tiny_qwen2, "capo", KNOBS, preload=ENGINE_MODULES
+        ),
         layout.dp,
         reference,
     )
@@ -52,7 +48,7 @@ def test_padding_of_the_vocabulary_is_never_in_the_support(odd_vocabulary):
             "capo",
             everything,
             steps=1,
-            preload=PRELOAD,
+            preload=ENGINE_MODULES,
         )
         for layout in (Layout(), Layout(tp=2))
     )
@@ -82,7 +78,7 @@ def test_without_the_switch_it_is_verls_engine_bit_for_bit(layout, tiny_qwen2):
             "vanilla",
             None,
             own_engine=own,
-            preload=PRELOAD,
+            preload=ENGINE_MODULES,
         )
         for own in (True, False)
     )
@@ -92,7 +88,7 @@ def test_without_the_switch_it_is_verls_engine_bit_for_bit(layout, tiny_qwen2):
 def test_tracking_trains_bit_for_bit_like_no_switch_and_measures(tiny_qwen2):
     layout = Layout(tp=2, packed=False)
     tracked, plain = (
-        run_on_ranks(train, 2, layout, tiny_qwen2, "vanilla", knobs, preload=PRELOAD)
+        run_on_ranks(train, 2, layout, tiny_qwen2, "vanilla", knobs, preload=ENGINE_MODULES)
         for knobs in ({**KNOBS, "mode": "track"}, None)
     )
     for a, b in zip(tracked, plain, strict=True):
@@ -105,7 +101,7 @@ def test_every_loss_of_verl_composes_with_the_filter(tiny_qwen2):
 
     Then a step with no token left.
     """
-    results = run_on_ranks(_every_loss, 1, tiny_qwen2, preload=PRELOAD, timeout=400)[0]
+    results = run_on_ranks(_every_loss, 1, tiny_qwen2, preload=ENGINE_MODULES, timeout=400)[0]
     assert {
         "vanilla",
         "gspo",

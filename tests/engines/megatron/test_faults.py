@@ -13,13 +13,8 @@ import torch
 from tests.cpu.megatron.engine_cases import Layout, export
 from tests.engines.megatron.capo_cases import KNOBS, make_batch, make_loss
 from tests.engines.megatron.state_cases import moments, new_engine, step
-from tests.helpers.spawn import run_on_ranks
+from tests.helpers.spawn import ENGINE_MODULES, run_on_ranks
 
-PRELOAD = (
-    "torch",
-    "verl.workers.engine.megatron.transformer_impl",
-    "capo_verl.cpu.megatron.bridge",
-)
 NAN = float("nan")
 
 
@@ -91,7 +86,7 @@ def stops(layout: Layout, model: str, places: list[str]) -> list[str]:
     ids=str,
 )
 def test_all_ranks_stop_with_the_place_in_the_message(layout, expected, tiny_qwen2):
-    ranks = run_on_ranks(stops, 2, layout, tiny_qwen2, list(expected), preload=PRELOAD)
+    ranks = run_on_ranks(stops, 2, layout, tiny_qwen2, list(expected), preload=ENGINE_MODULES)
     assert ranks[0] == ranks[1]  # the same on every rank
     for message, place in zip(ranks[0], expected.values(), strict=True):
         assert message.startswith("optimizer step ") and place in message
@@ -117,7 +112,7 @@ def with_and_without(layout: Layout, model: str) -> tuple[dict[str, Any], dict[s
 
 def test_a_skipped_batch_leaves_no_trace(tiny_qwen2):
     """The step after it is, bit for bit, the one that would have come without it."""
-    for a, b in run_on_ranks(with_and_without, 2, Layout(dp=2), tiny_qwen2, preload=PRELOAD):
+    for a, b in run_on_ranks(with_and_without, 2, Layout(dp=2), tiny_qwen2, preload=ENGINE_MODULES):
         assert b["reports"][1] == {"skipped": [1.0], "grad_norm": 0.0}
         assert a["reports"] == [b["reports"][0], b["reports"][2]]
         assert a["reports"][0]["capo/batch_skipped"] == [0.0]

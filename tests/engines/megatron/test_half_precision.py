@@ -13,14 +13,8 @@ from capo_verl.engines.kl_probe import ROUNDED
 from tests.cpu.megatron.engine_cases import Layout
 from tests.engines.megatron.half_precision_cases import measured
 from tests.engines.megatron.replay_cases import Case
-from tests.helpers.spawn import run_on_ranks
+from tests.helpers.spawn import ENGINE_MODULES, run_on_ranks
 from tests.helpers.tiny_model import make_tiny_model
-
-PRELOAD = (
-    "torch",
-    "verl.workers.engine.megatron.transformer_impl",
-    "capo_verl.cpu.megatron.bridge",
-)
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +63,7 @@ CASES = [
 @pytest.mark.parametrize(("case", "model"), CASES, ids=str)
 def test_logits_are_computed_again_in_float32(case, model, models):
     check_exact(
-        run_on_ranks(measured, case.layout.world_size, case, models[model], preload=PRELOAD),
+        run_on_ranks(measured, case.layout.world_size, case, models[model], preload=ENGINE_MODULES),
         reporting=1,
     )
 
@@ -80,6 +74,11 @@ def test_logits_are_computed_again_in_float32(case, model, models):
 def test_a_model_that_changes_its_logits_is_measured_from_them(layout, change, models):
     check_fallen_back(
         run_on_ranks(
-            measured, layout.world_size, Case(layout), models["untied"], change, preload=PRELOAD
+            measured,
+            layout.world_size,
+            Case(layout),
+            models["untied"],
+            change,
+            preload=ENGINE_MODULES,
         )
     )

@@ -9,8 +9,6 @@ import numpy as np
 import pytest
 import torch
 
-from capo_verl.config import KLBudgetConfig
-from capo_verl.core.kl_budget import KLBudget
 from tests.cpu.megatron.engine_cases import Layout
 from tests.engines.megatron.kl_cases import PROBED, Trained, adaptive, knobs_of, mini_batches, train
 from tests.engines.megatron.replay_cases import Case, once_per_model
@@ -24,13 +22,8 @@ from tests.helpers.kl_recording import (
     mean_k3,
     record_kl,
 )
-from tests.helpers.spawn import run_on_ranks
+from tests.helpers.spawn import ENGINE_MODULES, run_on_ranks
 
-PRELOAD = (
-    "torch",
-    "verl.workers.engine.megatron.transformer_impl",
-    "capo_verl.cpu.megatron.bridge",
-)
 CASES = [
     Case(Layout()),
     Case(Layout(packed=False), temperature=0.7),
@@ -59,9 +52,7 @@ def recording_of(models):
 
 @pytest.fixture(scope="module")
 def trained_with(request, models):
-    return launch_by_size(
-        request, train, lambda case: (case, models[case.model], knobs_of()), preload=PRELOAD
-    )
+    return launch_by_size(request, train, lambda case: (case, models[case.model], knobs_of()))
 
 
 def check(ranks: list[Trained], dp: int, recording: KLRecording, lr: float = ADAM_LR) -> None:
@@ -96,7 +87,7 @@ def test_layout(case: Case, trained_with, recording_of) -> None:
 
 
 def on_ranks(function, case: Case, *args):
-    return run_on_ranks(function, case.layout.world_size, case, *args, preload=PRELOAD)
+    return run_on_ranks(function, case.layout.world_size, case, *args, preload=ENGINE_MODULES)
 
 
 @pytest.mark.parametrize(
@@ -112,76 +103,22 @@ def test_line_search_steps_back_to_the_budget(layout, models):
 
 @pytest.mark.parametrize("layout", [Layout(tp=2), Layout(cp=2), Layout(pp=2)], ids=str)
 def test_k3_of_several_mini_batches(layout, models):
-    """The first step's KL comes from the second mini-batch's own forward pass; the others from
-    probes.
-    """
     start = log_probs_of(models["untied"])
     ranks = on_ranks(mini_batches, Case(layout), models["untied"], [x.float() for x in start])
     weights = next(rank["weights"] for rank in ranks if rank["weights"])["all"]
     policies = [log_probs_of(models["untied"], each) for each in weights]
-    first = mean_k3(policies[0], policies[1], (4, 5, 6, 7))
+    first = mean_k3(policies[0], policies[1], (0, 2))
     second = mean_k3(policies[1], policies[2], (4, 6))
     third = mean_k3(policies[2], policies[3], (0, 2))
     (reports,) = [rank["reports"] for rank in ranks if rank["reports"][0]]
-    assert "capo/kl_mean" not in reports[0]
-    assert reports[1]["capo/kl_mean"] == [
-        pytest.approx(first, rel=1e-3),
-        pytest.approx(second, rel=1e-3),
-    ]
-    assert reports[2]["capo/kl_mean"] == [pytest.approx(third, rel=1e-3)]
+    found = [report["capo/kl_mean"] for report in reports]
+    assert found == [[pytest.approx(kl, rel=1e-3)] for kl in (first, second, third)]
     scales = [1.0]
     for kl in (first, second, third):
         scales.append(min(1.0, scales[-1] * np.exp(ETA * np.clip(0.5 * np.log(DELTA / kl), -1, 1))))
     assert len({rank["scale"] for rank in ranks}) == 1
     assert ranks[0]["scale"] == pytest.approx(scales[3], rel=1e-3)
     assert [report["capo/lr_scale"][0] for report in reports] == pytest.approx(scales[:3], rel=1e-3)
-
-
-@pytest.mark.parametrize("layout", [Layout(pp=2), Layout(dp=2)], ids=str)
-@pytest.mark.parametrize("mode", ["track", "filter"])
-def test_a_prediction_bounds_the_step(layout, mode, models):
-    when = "before" if mode == "track" else "after"
-    knobs = {
-        **knobs_of(predictor="fisher_sampled", eta=0.05), "mode": mode, "top_k": 20,
-        "policy_shift_max": 2e-2, "objective_shift_max": None, "batch_shift_every": 3,
-    }  # fmt: skip
-    ranks = on_ranks(adaptive, Case(layout), models["untied"], knobs)
-    budget = KLBudget(KLBudgetConfig(**knobs["kl_budget"]))
-    bounded = False
-    for steps in zip(*ranks, strict=True):
-        report = next(one["report"] for one in steps if one["report"])
-        predicted = report[f"capo/batch_policy_shift_{when}"][0] / budget.scale**2
-        assert report["capo/kl_predicted"] == [pytest.approx(predicted, rel=1e-9)]
-        factor = budget.begin_step(predicted)
-        bounded |= factor < 0.9 * budget.scale
-        assert report["capo/lr_scale"] == [pytest.approx(factor, rel=1e-9)]
-        budget.end_step(report["capo/kl_mean"][0])
-        assert all(one["state"] == pytest.approx(budget.state_dict(), rel=1e-9) for one in steps)
-        assert len({str(one["state"]) for one in steps}) == 1
-    assert bounded
-
-
-def test_the_exact_fisher_prediction_is_the_filters(models):
-    """The same run with m_F exact reports what the other predicts."""
-    knobs = {**knobs_of(predictor="fisher_exact"), "mode": "track", "top_k": 20}
-    (sampled,), (exact,) = (
-        on_ranks(
-            adaptive,
-            Case(Layout()),
-            models["untied"],
-            {**knobs, "policy_shift": shift, "batch_shift_every": 1},
-            2,
-        )
-        for shift in ("sampled", "exact")
-    )
-    for a, b in zip(sampled, exact, strict=True):
-        assert a["report"]["capo/kl_predicted"] == pytest.approx(
-            b["report"]["capo/kl_predicted"], rel=1e-9
-        )
-        assert (
-            a["report"]["capo/batch_policy_shift_before"]
-            != b["report"]["capo/batch_policy_shift_before"]
-        )
 
 
 def test_the_filter_sees_the_scaled_learning_rate(models):

@@ -17,20 +17,17 @@ from tests.cpu.megatron.engine_cases import Layout
 from tests.engines.megatron.kl_cases import knobs_of, load_control, resumed
 from tests.engines.megatron.replay_cases import Case
 from tests.engines.megatron.state_cases import resume, save_and_go_on
-from tests.helpers.spawn import run_on_ranks
+from tests.helpers.spawn import ENGINE_MODULES, run_on_ranks
 from tests.helpers.tiny_model import make_tiny_model
 
-PRELOAD = (
-    "torch",
-    "verl.workers.engine.megatron.transformer_impl",
-    "capo_verl.cpu.megatron.bridge",
-)
 FILTER: dict[str, Any] = {"mode": "filter", "top_k": 20, "objective_shift_max": None}
 
 
 def on_ranks(function, case: Any, *args):
     layout = case.layout if isinstance(case, Case) else case
-    return run_on_ranks(function, layout.world_size, case, *args, preload=PRELOAD, timeout=300)
+    return run_on_ranks(
+        function, layout.world_size, case, *args, preload=ENGINE_MODULES, timeout=300
+    )
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +43,7 @@ def four_layers(tmp_path_factory) -> str:
 @pytest.mark.parametrize(
     ("case", "knobs"),
     [
-        (Case(Layout(tp=2)), knobs_of(predictor="constant", line_search=1.2)),
+        (Case(Layout(tp=2)), knobs_of(line_search=1.2)),
         (Case(Layout(dp=2, distributed_optimizer=True)), knobs_of(line_search=1.2)),
         # The first rank writes, and here it holds no LM head.
         (

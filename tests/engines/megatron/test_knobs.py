@@ -15,14 +15,8 @@ from tests.cpu.fsdp.engine_cases import FsdpLayout
 from tests.cpu.megatron.engine_cases import Layout
 from tests.engines.megatron.capo_cases import KNOBS
 from tests.engines.megatron.knob_cases import all_of
-from tests.helpers.spawn import run_on_ranks
+from tests.helpers.spawn import ENGINE_MODULES, run_on_ranks
 
-PRELOAD = (
-    "torch",
-    "verl.workers.engine.megatron.transformer_impl",
-    "verl.workers.engine.fsdp.transformer_impl",
-    "capo_verl.cpu.megatron.bridge",
-)
 ENGINES = pytest.mark.parametrize("layout", [Layout(packed=False), FsdpLayout()], ids=str)
 BATCH_SHIFTS = {
     "capo/batch_objective_shift_before", "capo/batch_objective_shift_after",
@@ -31,7 +25,7 @@ BATCH_SHIFTS = {
 
 
 def results(layout: Any, model: str, runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return run_on_ranks(all_of, 1, layout, model, runs, preload=PRELOAD, timeout=400)[0]
+    return run_on_ranks(all_of, 1, layout, model, runs, preload=ENGINE_MODULES, timeout=400)[0]
 
 
 def check_same_training(a: dict[str, Any], b: dict[str, Any]) -> None:

@@ -20,11 +20,6 @@ from tests.engines.megatron.replay_cases import Case, once_per_model, replay
 from tests.helpers.grouped import launch_by_size
 from tests.helpers.recording import Recording, record
 
-PRELOAD = (
-    "torch",
-    "verl.workers.engine.megatron.transformer_impl",
-    "capo_verl.cpu.megatron.bridge",
-)
 CASES = [
     Case(Layout()),
     Case(Layout(packed=False)),
@@ -126,8 +121,7 @@ def replays_of(request, models, recording_of):
     return launch_by_size(
         request,
         replay,
-        lambda case: (case, recording_of(case).batch, models[case.model]),
-        preload=PRELOAD,
+        lambda case: (case, recording_of(case).batch, models[case.model])
     )
 
 

@@ -24,15 +24,10 @@ from tests.helpers.recording import (
     RecordedStep,
     record,
 )
-from tests.helpers.spawn import run_on_ranks
+from tests.helpers.spawn import ENGINE_MODULES, run_on_ranks
 from tests.helpers.syncs import recorded_syncs
 from tests.helpers.tiny_model import make_tiny_model
 
-PRELOAD = (
-    "torch",
-    "verl.workers.engine.megatron.transformer_impl",
-    "capo_verl.cpu.megatron.bridge",
-)
 VOCAB, HIDDEN = 125, 64  # two and four tensor-parallel ranks hold padding
 
 
@@ -176,7 +171,7 @@ def test_packed_fields_and_filter_equal_the_oracle(all_sizes, recording):
     assert recording.margin > 1e-3
     world = int(np.prod(all_sizes[0]))
     calls = [(*case, recording.batch, recording.steps) for case in cases]
-    ranks = run_on_ranks(in_turn, world, replay, calls, preload=PRELOAD)
+    ranks = run_on_ranks(in_turn, world, replay, calls, preload=ENGINE_MODULES)
     for at, (sizes, *form) in enumerate(cases):
         for number, step in enumerate(recording.steps):
             index = {np.float32(advantage): i for i, advantage in enumerate(step.advantages)}
@@ -218,5 +213,5 @@ def test_documented_error_of_contiguous_slices():
     """docs/parallelism.md quotes it; with a Megatron-Core that can do it, the layout has to move to
     test_layouts.py.
     """
-    message = run_on_ranks(contiguous_error, 2, preload=PRELOAD)[0]
+    message = run_on_ranks(contiguous_error, 2, preload=ENGINE_MODULES)[0]
     assert message.startswith("cp_layout='contiguous' requires PackedSeqParams.cp_partition_mode")

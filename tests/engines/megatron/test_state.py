@@ -20,18 +20,15 @@ from tests.engines.megatron.state_cases import (
     resume,
     save_and_go_on,
 )
-from tests.helpers.spawn import run_on_ranks
+from tests.helpers.spawn import ENGINE_MODULES, run_on_ranks
 
-PRELOAD = (
-    "torch",
-    "verl.workers.engine.megatron.transformer_impl",
-    "capo_verl.cpu.megatron.bridge",
-)
 SAVED = Layout(tp=2)
 
 
 def on_ranks(function, layout: Layout, *args):
-    return run_on_ranks(function, layout.world_size, layout, *args, preload=PRELOAD, timeout=300)
+    return run_on_ranks(
+        function, layout.world_size, layout, *args, preload=ENGINE_MODULES, timeout=300
+    )
 
 
 def rows_of(

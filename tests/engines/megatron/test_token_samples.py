@@ -16,14 +16,8 @@ from tests.cpu.fsdp.engine_cases import FsdpLayout
 from tests.cpu.megatron.engine_cases import Layout
 from tests.engines.fsdp.capo_cases import train as train_fsdp
 from tests.engines.megatron.capo_cases import ADVANTAGES, KNOBS, PROMPTS, RESPONSES, recorded, train
-from tests.helpers.spawn import run_on_ranks
+from tests.helpers.spawn import ENGINE_MODULES, run_on_ranks
 
-PRELOAD = (
-    "torch",
-    "verl.workers.engine.megatron.transformer_impl",
-    "verl.workers.engine.fsdp.transformer_impl",
-    "capo_verl.cpu.megatron.bridge",
-)
 LAYOUTS = [
     Layout(tp=2),
     Layout(cp=2),
@@ -53,7 +47,7 @@ def samples(layout: Any, model: str, folder: Path, steps: int = 2) -> list[dict[
         "capo",
         knobs,
         steps=steps,
-        preload=PRELOAD,
+        preload=ENGINE_MODULES,
         timeout=100,
     )
     return [json.loads(line) for line in (folder / FILE).read_text().splitlines()]

@@ -16,13 +16,8 @@ from tests.engines.megatron.capo_reference import (
     make_reference,
 )
 from tests.engines.megatron.weighting_knobs import PENALTY, SOFT
-from tests.helpers.spawn import run_on_ranks
+from tests.helpers.spawn import ENGINE_MODULES, run_on_ranks
 
-PRELOAD = (
-    "torch",
-    "verl.workers.engine.megatron.transformer_impl",
-    "capo_verl.cpu.megatron.bridge",
-)
 TEMPERATURE = 0.7
 
 
@@ -39,7 +34,15 @@ def references(tiny_qwen2) -> dict[str, Reference]:
 )
 def test_soft_weights_with_an_adaptive_threshold(layout, references, tiny_qwen2):
     ranks = run_on_ranks(
-        train, layout.world_size, layout, tiny_qwen2, "capo", SOFT, TEMPERATURE, 2, preload=PRELOAD
+        train,
+        layout.world_size,
+        layout,
+        tiny_qwen2,
+        "capo",
+        SOFT,
+        TEMPERATURE,
+        2,
+        preload=ENGINE_MODULES,
     )
     check_training(ranks, layout.dp, references["soft"])
     reports = next(rank["reports"] for rank in ranks if rank["reports"])
@@ -66,7 +69,7 @@ def test_penalties(layout, references, tiny_qwen2):
         PENALTY,
         TEMPERATURE,
         2,
-        preload=PRELOAD,
+        preload=ENGINE_MODULES,
     )
     check_training(ranks, layout.dp, references["penalty"])
     reports = next(rank["reports"] for rank in ranks if rank["reports"])

@@ -9,7 +9,7 @@ from tests.engines.megatron.capo_cases import KNOBS
 
 SOFT: dict[str, Any] = {
     **KNOBS,
-    "weighting": "soft_balanced",
+    "weighting": "soft",
     "policy_shift": "exact",
     "policy_shift_max": {"target_rejection": 0.3, "memory": 0.5},
 }

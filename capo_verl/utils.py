@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 TRACKER = "latest_checkpointed_iteration.txt"
-"""In a run's folder of checkpoints: the step of the newest one. verl writes it."""
+"""File in a run's folder of checkpoints that names the step of the newest one; verl writes it."""
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every knob, its default and its check. Standard library only: Hydra reads the presets in every
-process.
+"""Every knob, its default and its check.
+
+Standard library only: Hydra reads the presets in every process.
 
 ``capo``       the filter's knobs
 ``kl_budget``  those of the KL budget that controls the learning rate

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The knobs of the filter, ``policy_loss.capo``: the one place where they are defined and
-checked.
-"""
+"""The knobs of the filter, ``policy_loss.capo``: defined and checked here alone."""
 
 from __future__ import annotations
 
@@ -23,8 +21,9 @@ ON_NONFINITE = ("error", "skip_batch")
 
 @dataclass(frozen=True)
 class TargetRejection:
-    """A threshold that sets itself: the running quantile of m_F above which ``target_rejection`` of
-    the tokens lie.
+    """A threshold that sets itself: the running quantile of m_F.
+
+    ``target_rejection`` of the tokens lie above it.
 
     Raises:
         ValueError: naming the knob, the value found and what is allowed.
@@ -33,7 +32,7 @@ class TargetRejection:
     target_rejection: float
     """Share of the response tokens to reject, in (0, 1)."""
     memory: float = 0.9
-    """How much of the old threshold's logarithm a step keeps, in [0, 1)."""
+    """Share of the old threshold's logarithm that a step keeps, in [0, 1)."""
 
     def __post_init__(self) -> None:
         for name in ("target_rejection", "memory"):
@@ -55,7 +54,7 @@ class CapoConfig:
     """
 
     optimizer_model: str = "adam"
-    """What the optimizer makes of a gradient: ``adam`` (row-wise moments of the LM head) or ``sgd``
+    """The optimizer's step for a gradient: ``adam`` (row-wise moments of the LM head) or ``sgd``
     (the gradient itself).
     """
     top_k: int | None = 50
@@ -70,7 +69,7 @@ class CapoConfig:
     of the second: before it has moments its m_F is on another scale).
     """
     policy_shift: str = "sampled"
-    """Which m_F: ``sampled``, lr^2/2 d^2 of the taken token (the paper's), or ``exact``, its
+    """Form of m_F: ``sampled``, lr^2/2 d^2 of the taken token (the paper's), or ``exact``, its
     expectation over the policy.
     """
     weighting: str = "hard"
@@ -83,7 +82,7 @@ class CapoConfig:
     off.
     """
     max_rejection_steps: int = 5
-    """See ``max_rejection``."""
+    """Steps in a row of ``max_rejection``."""
     objective_shift_max: float | None = 1e-2
     """tau_H: a token is accepted only if m_H < tau_H (units of the advantage).
 
@@ -94,8 +93,8 @@ class CapoConfig:
     variant) or None.
     """
     granularity: str | tuple[str, ...] = "token"
-    """What is accepted or rejected as one: ``token``, ``sequence``, ``batch``, or several, applied
-    in turn.
+    """Units that are accepted or rejected as one: ``token``, ``sequence``, ``batch``, or several,
+    applied in turn.
     """
     mode: str = "filter"
     """``filter`` removes rejected tokens from the loss; ``track`` measures and changes nothing;
@@ -107,13 +106,13 @@ class CapoConfig:
     loss of every token that is kept. Needs ``granularity=token``; ignored with ``mode=track``.
     """
     objective_penalty: float = 0.0
-    """lambda_H: adds -lambda_H * m_H, likewise."""
+    """lambda_H: adds -lambda_H * m_H to the loss of every token that is kept."""
     betas: tuple[float, float] = (0.9, 0.999)
     """Adam's decay rates. Inside verl they come from the actor's optimizer instead."""
     eps: float = 1e-8
     """Adam's epsilon. Inside verl it comes from the actor's optimizer instead."""
     moments_dtype: str = "float32"
-    """How the moments are stored: ``float32``, or ``bfloat16`` for half the memory (rounded
+    """Storage of the moments: ``float32``, or ``bfloat16`` for half the memory (rounded
     stochastically).
     """
     on_nonfinite: str = "error"
@@ -122,8 +121,8 @@ class CapoConfig:
     the engines; ``CapoFilter`` alone always raises.
     """
     batch_shift_tokens: int | None = 65536
-    """How many tokens per rank are kept between optimizer steps for ``batch_shifts()`` (each costs
-    one hidden state of memory). 0 switches the batch-level diagnostics off, None keeps all.
+    """Number of tokens per rank that are kept between optimizer steps for ``batch_shifts()`` (each
+    costs one hidden state of memory). 0 switches the batch-level diagnostics off, None keeps all.
     """
     batch_shift_every: int = 10
     """Batch-level diagnostics in every n-th step (of those measured, with ``track_every``),
@@ -139,7 +138,7 @@ class CapoConfig:
     every n-th training step, beginning with the first. None = never. Read by the engines.
     """
     sample_tokens: int = 4
-    """How many sequences; half of them are those with most rejected tokens."""
+    """Number of sequences; half of them are those with most rejected tokens."""
     sample_tokens_dir: str | None = None
     """Folder of the file ``capo_tokens.jsonl``.
 
@@ -271,7 +270,7 @@ class CapoConfig:
                 )
 
     def _check_mode(self) -> None:
-        """What somebody who asks for it would miss: ``mode=off`` leaves out everything but the KL
+        """Refuse knobs that have no effect: ``mode=off`` leaves out everything but the KL
         budget.
         """
         if self.mode != "track" and self.track_every != 1:
@@ -318,13 +317,11 @@ class CapoConfig:
         return (self.granularity,) if isinstance(self.granularity, str) else self.granularity
 
     def measures(self, step: int) -> bool:
-        """Whether anything is looked at in training step ``step``, counted from 0 and from the
-        start of the run.
-        """
+        """True if training step ``step``, counted from 0 over the whole run, is looked at."""
         return step % self.track_every == 0
 
     def takes_batch_shifts(self, step: int) -> bool:
-        """Whether training step ``step`` reports the batch-level diagnostics."""
+        """True if training step ``step`` reports the batch-level diagnostics."""
         return (
             self.batch_shift_tokens != 0
             and self.measures(step)

@@ -29,7 +29,7 @@ class KLBudgetConfig:
     should cause (nats).
     """
     eta: float = 0.2
-    """How fast the scale follows, in (0, 1]."""
+    """Speed at which the scale follows, in (0, 1]."""
     scale_min: float = 1e-3
     """Floor of the scale, in (0, 1]."""
     probe_share: float = 0.125

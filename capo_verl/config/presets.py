@@ -16,7 +16,7 @@ from capo_verl.config.kl_budget import KLBudgetConfig
 
 @dataclass(frozen=True)
 class Preset:
-    """One value of the switch ``+capo=NAME``: CAPO's knobs and the verl settings which belong to
+    """A value of the switch ``+capo=NAME``: CAPO's knobs and the verl settings that belong to
     the variant.
     """
 

@@ -83,7 +83,7 @@ class EntropyMaskKnobs(Clip):
     top_share: float = _number(0.2, 0, 1, low_open=True)
     """Share of the response tokens, those of the highest entropy, that stay in the loss."""
     normalise_by: str = _choice("selected", "selected", "all")
-    """Whether the mean runs over the selected tokens (the authors' code) or over all response
+    """The tokens over which the mean runs: the selected ones (the authors' code) or all response
     tokens.
     """
     dual_clip: float = _number(10.0, 1, low_open=True)
@@ -96,9 +96,9 @@ class LoptiKnobs(Clip):
     eta: float = _number(0.5, 0, 1, low_open=True)
     """Tokens less probable than this under the old policy are updated apart, and first."""
     alpha: float = _number(0.0, 0, 1)
-    """Of advantage reweighting, on top; 0 = off."""
+    """Strength of advantage reweighting, on top; 0 = off."""
     part: str = _choice("alternate", "alternate", "low", "high", "both")
-    """Which tokens a step trains on. ``alternate``: low-probability ones in even epochs over the
+    """Tokens that a step trains on. ``alternate``: low-probability ones in even epochs over the
     batch, the others in odd ones (``+rival=lopti`` sets ``ppo_epochs=2``).
     """
     dual_clip: float = _number(10.0, 1, low_open=True)
@@ -117,9 +117,9 @@ class AdvantageReweightingKnobs(Clip):
 @dataclass(frozen=True)
 class DcpoKnobs(Knobs):
     eps_low: float = _number(0.16, 0, low_open=True)
-    """Of the lower bound 1/2 + sqrt(max(0, 1 - 4 eps_low / q)) / 2, q the old probability."""
+    """Width of the lower bound 1/2 + sqrt(max(0, 1 - 4 eps_low / q)) / 2, q the old probability."""
     eps_high: float = _number(0.2, 0, low_open=True)
-    """Of the upper bound 1/2 + sqrt(1 + 4 eps_high / q) / 2."""
+    """Width of the upper bound 1/2 + sqrt(1 + 4 eps_high / q) / 2."""
     ratio_max: float = _number(10.0, 1, low_open=True)
     """No ratio counts for more, whatever its bound and the sign of its advantage."""
 
@@ -178,7 +178,7 @@ class SpoKnobs(Knobs):
 @dataclass(frozen=True)
 class PspoKnobs(Knobs):
     alpha: float = _number(0.1, 0, 1)
-    """How far the new probability is smoothed towards the old one."""
+    """Strength of the smoothing of the new probability towards the old one."""
 
 
 @dataclass(frozen=True)
@@ -190,8 +190,8 @@ class MinproKnobs(Knobs):
 @dataclass(frozen=True)
 class GtpoKnobs(Knobs):
     conflict_weight: float = _number(2.0, 0)
-    """Of a token in conflict in a response of positive advantage; in one of negative advantage its
-    weight is 0.
+    """Weight of a token in conflict in a response of positive advantage; in one of negative
+    advantage its weight is 0.
     """
     entropy_max: float | None = _number(0.7, 0, null=True)
     """A response of higher mean entropy (nats) is left out. null: none is, and no entropies are
@@ -207,7 +207,7 @@ class GtpoKnobs(Knobs):
 
 @dataclass(frozen=True)
 class RivalSpec:
-    """What is known of a rival without its loss function."""
+    """A rival without its loss function."""
 
     paper: str
     """arXiv number."""
@@ -218,7 +218,7 @@ class RivalSpec:
     ``epoch``.
     """
     verl: dict[str, Any] = field(default_factory=dict)
-    """What else ``+rival=NAME`` sets. Dotted verl config path -> value."""
+    """Further settings of ``+rival=NAME``. Dotted verl config path -> value."""
 
     def defaults(self) -> dict[str, Any]:
         return asdict(self.knobs())

@@ -41,7 +41,7 @@ class _MicroBatch(NamedTuple):
 
 
 class AcceptedTokens:
-    """What :class:`AdamModel` learns from, on one rank.
+    """The tokens that :class:`AdamModel` learns from, on one rank.
 
     Args:
         rows: vocabulary rows of this rank.
@@ -92,7 +92,7 @@ class AcceptedTokens:
         self._kept = []
 
     def move(self, device: torch.device | None = None, dtype: torch.dtype | None = None) -> None:
-        """To another device or dtype. Micro-batches stay where they are."""
+        """Move the sums to another device or dtype. Micro-batches stay where they are."""
         self.dtype = dtype or self.dtype
         self._count = self._count.to(device=device)
         if self._sums is not None:
@@ -128,8 +128,8 @@ class AcceptedTokens:
         count: Tensor,
         groups: Sequence[collectives.Group],
     ) -> None:
-        """Of the rows that any rank touched, as many columns at a time as one reduction may
-        hold.
+        """Reduce the rows that any rank touched, as many columns at a time as one reduction
+        holds.
         """
         # The one place that waits for the device: the number of rows, without which all of them
         # would be reduced.
@@ -214,7 +214,5 @@ class AcceptedTokens:
 
 
 def _version(x: Tensor) -> int:
-    """Of the tensor's storage, as autograd counts its modifications; inference tensors have
-    none.
-    """
+    """Version of the tensor's storage, as autograd counts it; inference tensors have none."""
     return 0 if x.is_inference() else x._version

@@ -21,7 +21,7 @@ class BatchShifts(NamedTuple):
     before: Shifts
     """All response tokens."""
     after: Shifts
-    """Those inside the trust region; with soft weights all, with the gradients weighted."""
+    """Shifts of the tokens inside the trust region; of all, weighted, with soft weights."""
 
 
 class RetainedTokens:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How much scratch memory one pass may use, and how work is cut so that it does not grow with the
+"""Limits of scratch memory for one pass, and the cutting of work so that it does not grow with the
 number of tokens.
 """
 

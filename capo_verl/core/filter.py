@@ -31,7 +31,7 @@ _Method = TypeVar("_Method", bound=Callable[..., Any])
 
 
 def _exact(method: _Method) -> _Method:
-    """Without gradients, and without autocast, which would compute some sums in half precision."""
+    """Run without gradients and autocast, which would compute some sums in half precision."""
 
     @wraps(method)
     def wrapper(self: CapoFilter, *args: Any, **kwargs: Any) -> Any:
@@ -137,7 +137,7 @@ class CapoFilter:
         self._weighting = Weighting(config, device, (dp_group, cp_group))
         self._retained = RetainedTokens(config.batch_shift_tokens)
         self.keep_for_batch_shifts = True
-        """Whether :meth:`evaluate` keeps what :meth:`batch_shifts` needs; set to False for steps
+        """True if :meth:`evaluate` keeps what :meth:`batch_shifts` needs; set to False for steps
         that will not ask.
         """
 
@@ -347,7 +347,7 @@ class CapoFilter:
         self.model.load_state_dict(state)
 
     def adaptive_state(self) -> dict[str, float]:
-        """What adapts besides the moments: threshold, balance of signs, guard. Empty if nothing
+        """State of what adapts besides the moments: threshold and guard. Empty if nothing
         does.
 
         Equal on all ranks. Waits for the device.

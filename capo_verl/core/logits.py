@@ -65,7 +65,7 @@ class LogitRows:
         return values / temperature.view(-1, *[1] * (values.dim() - 1))
 
     def part(self, tokens: slice) -> LogitRows:
-        """Those of some tokens; nothing is copied."""
+        """The rows of some tokens; nothing is copied."""
         temperature = None if self.temperature is None else self.temperature[tokens]
         if self.positions is None:
             return LogitRows(self.logits[tokens], None, temperature)
@@ -175,12 +175,12 @@ class ProjectedRows(LogitRows):
         )
 
     def part(self, tokens: slice) -> ProjectedRows:
-        """Those of some tokens; nothing is computed yet."""
+        """The rows of some tokens; nothing is computed yet."""
         temperature = None if self.temperature is None else self.temperature[tokens]
         return ProjectedRows(self._projection, self._hidden[tokens], temperature)
 
     def blocks(self) -> Iterator[LogitRows]:
-        """One after the other, each with the logits of a run of tokens."""
+        """Blocks, one after the other, each with the logits of a run of tokens."""
         rows = len(self._projection.weight)
         runs = (
             chunk_slices(len(self), max(1, block_elements(self.device) // rows))

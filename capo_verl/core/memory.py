@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the filter keeps on a rank that holds rows of the LM head, in bytes."""
+"""Bytes that the filter keeps on a rank that holds rows of the LM head."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What one optimizer step's filtering looked like, as numbers for the loggers."""
+"""Metrics of one optimizer step's filtering, for the loggers."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class StepMetrics:
         sequence_ids: Tensor,
         num_sequences: int,
     ) -> None:
-        """One micro-batch. Does not wait for the device.
+        """Add a micro-batch. Does not wait for the device.
 
         Shapes as in ``CapoFilter.evaluate``; ``advantages`` have the shape of the mask.
         """

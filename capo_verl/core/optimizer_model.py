@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the optimizer will make of a gradient of the LM head: ``P(g)``, per unit learning rate.
+"""The step that the optimizer makes of a gradient of the LM head: ``P(g)`` per learning rate.
 
 ``sgd``: ``P(g) = g``. ``adam``: row-wise first and second moments of the mean accepted gradient,
     kept beside the real
@@ -35,7 +35,7 @@ class SgdModel:
 
     @property
     def is_settled(self) -> bool:
-        """Whether P(g) is on the scale that it will have from now on."""
+        """True once P(g) is on the scale that it keeps."""
         return True
 
     def partial_sums(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the filter says about every token of a call."""
+"""The filter's verdict on every token of a call."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from capo_verl.core.penalty import PenaltyTerms
 
 
 class Stage(NamedTuple):
-    """What one granularity measured and decided; every tensor has the shape of ``actions``."""
+    """The measurements and verdict of one granularity, each of the shape of ``actions``."""
 
     granularity: str
     objective_shift: Tensor
@@ -46,7 +46,7 @@ class CapoOutput:
     ``accepted``, with soft weights in 0..1.
     """
     trust_weights: Tensor
-    """What ``weights`` would be if the filter did not only track and had not been stopped."""
+    """``weights`` as they were if the filter did not only track and had not been stopped."""
     in_trust_region: Tensor
     """bool, the verdict of all stages, inside the response mask.
 
@@ -55,11 +55,11 @@ class CapoOutput:
     in_support: Tensor
     """bool, whether the taken token is among the top k."""
     problems: dict[str, Tensor] = field(repr=False)
-    """What is wrong with the inputs -> bool, where inside the response mask.
+    """Problem of the inputs -> bool, true where it is found inside the response mask.
 
     All False unless ``check_values=False``.
     """
     stages: tuple[Stage, ...] = field(repr=False)
-    """One entry per granularity, in the order in which they were applied."""
+    """The granularities in the order in which they were applied."""
     penalty_terms: PenaltyTerms | None = field(default=None, repr=False)
     """For ``curvature_penalty``; None unless the config asks for a penalty."""

@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The shifts as a penalty: ``lambda_F m_F - lambda_H m_H`` of every token, a function of its logits
-along a fixed direction.
+"""The shifts as a penalty on the logits: ``lambda_F m_F - lambda_H m_H`` of every token.
 
 With ``u = P(g) h`` held fixed and pi the softmax of the logits z over the support (``curvature.py``
 for d, e, s):
@@ -53,7 +52,7 @@ class PenaltyTerms(NamedTuple):
 
 
 def penalises(config: CapoConfig) -> bool:
-    """Whether the config asks for a penalty; a filter that only tracks adds none."""
+    """True if the config asks for a penalty; a filter that only tracks adds none."""
     return config.mode == "filter" and (config.policy_penalty > 0 or config.objective_penalty > 0)
 
 
@@ -160,7 +159,7 @@ def token_shifts_and_terms(
 
 
 def joined_terms(parts: list[PenaltyTerms], inputs: Inputs) -> PenaltyTerms:
-    """Of all N tokens, from their blocks in order."""
+    """Join the terms of all N tokens from their blocks in order."""
     value, gradient, index = (
         torch.cat(x)
         for x in ([getattr(p, name) for p in parts] for name in PenaltyTerms._fields[:3])

@@ -154,7 +154,7 @@ class FullSupport:
         self.inside = torch.ones_like(finite)
 
     def pairs(self, include: Tensor) -> Pairs:
-        """As :meth:`TopKSupport.pairs`."""
+        """The pairs of the tokens (:meth:`TopKSupport.pairs`)."""
         token, rows = include.nonzero()[:, 0], self.shard.real_rows
         row = torch.arange(rows, device=self.logits.device)
         probs, taken = self._probs(token), row == (self.actions[token, None] - self.shard.start)
@@ -163,7 +163,7 @@ class FullSupport:
         )
 
     def blocks(self, entries: int, dense: bool = False) -> Iterator[Block]:
-        """As :meth:`TopKSupport.blocks`; all entries are held here."""
+        """Blocks of tokens (:meth:`TopKSupport.blocks`); all entries are held here."""
         row = torch.arange(self.shard.real_rows, device=self.logits.device)
         for tokens, probs, taken in self.all_rows():
             for part in chunk_slices(len(probs), max(1, entries // max(1, len(row)))):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How far a policy moved at every token: KL(old || new), over the whole vocabulary or from the
+"""KL(old || new) of a policy at every token, over the whole vocabulary or from the
 taken token alone.
 
 Both are sums of ``phi(d) = exp(d) - 1 - d``, which is never negative. With ``d_j = log q_j - log

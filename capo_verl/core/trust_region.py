@@ -15,7 +15,7 @@ from capo_verl.core.curvature import Shifts
 
 
 class Verdict(NamedTuple):
-    """Which of the two tests were passed; both have the shape of the shifts."""
+    """The verdicts of the two tests, each of the shape of the shifts."""
 
     objective_ok: Tensor
     policy_ok: Tensor

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One clear error for bad input, before anything is updated."""
+"""Checks of the filter's input: one clear error, before anything is updated."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TOKEN_PROBLEMS = (
     "sequence_ids are out of range",
     "there are more response tokens than max_tokens",
 )
-"""What can be wrong with the values of a token."""
+"""The problems that values of a token can have."""
 
 _SHOWN = 5
 
@@ -63,7 +63,7 @@ class Inputs(NamedTuple):
         return torch.float64 if wide else torch.float32
 
     def part(self, tokens: slice) -> Inputs:
-        """Those of some of the N tokens; nothing is copied. Logits are read elsewhere."""
+        """The inputs of some of the N tokens; nothing is copied. Logits are read elsewhere."""
         return self._replace(
             hidden=self.hidden[tokens],
             positions=None if self.positions is None else self.positions[tokens],
@@ -180,7 +180,7 @@ def check_inputs(
 
 
 def _positions(mask: Tensor, max_tokens: int | None) -> Tensor:
-    """Where the mask is set.
+    """Indices at which the mask is set.
 
     Their number is not known without waiting for a GPU, so there as many places as there may be.
     """
@@ -191,7 +191,7 @@ def _positions(mask: Tensor, max_tokens: int | None) -> Tensor:
 
 
 def find_problems(inputs: Inputs, finite_logits: Tensor, shard: VocabShard) -> dict[str, Tensor]:
-    """What is wrong with the values inside the mask: one of ``TOKEN_PROBLEMS`` -> ``[N]`` bool.
+    """Problems of the values inside the mask: one of ``TOKEN_PROBLEMS`` -> ``[N]`` bool.
     Does not wait for the device.
 
     Args:
@@ -217,7 +217,7 @@ def find_problems(inputs: Inputs, finite_logits: Tensor, shard: VocabShard) -> d
 
 
 def raise_for(problems: dict[str, Tensor], inputs: Inputs, shard: VocabShard) -> None:
-    """One synchronisation with the device for all problems.
+    """Check all problems with one synchronisation with the device.
 
     Raises:
         ValueError: if there is any: what, how many, where.

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From the verdict of the trust region to the weight of every token, and what adapts from one
-optimizer step to the next.
-"""
+"""The weight of every token, from the verdict of the trust region and whatever adapts."""
 
 from __future__ import annotations
 
@@ -24,13 +22,12 @@ RETIRED = ("balance_positive", "balance_negative")
 
 
 class Weights(NamedTuple):
-    """Of some tokens, ``[N]`` each."""
+    """Weights of some tokens, ``[N]`` each."""
 
     trusted: Tensor
-    """What the trust region says: 0 or 1, or soft; 0 outside the mask."""
+    """The verdict of the trust region: 0 or 1, or soft; 0 outside the mask."""
     applied: Tensor
-    """What the loss gets: likewise, but 1 inside the mask if the filter only tracks or was stopped.
-    """
+    """The weights for the loss: 1 inside the mask if the filter only tracks or was stopped."""
     accepted: Tensor
     """bool, the tokens that stay in the mask of the loss."""
 
@@ -68,9 +65,7 @@ class Weighting:
 
     @property
     def stopped(self) -> Tensor | None:
-        """Scalar bool on the device, whether the guard has ended the filtering; None without a
-        guard.
-        """
+        """Scalar bool on the device: the guard has ended the filtering; None without a guard."""
         return None if self._guard is None else self._guard.stopped
 
     def weigh(
@@ -132,11 +127,11 @@ class Weighting:
         return found
 
     def state(self) -> dict[str, float]:
-        """See ``CapoFilter.adaptive_state``."""
+        """State of the parts, for ``CapoFilter.adaptive_state``."""
         return {name: value for part in self._adaptive for name, value in part.state().items()}
 
     def load(self, state: dict[str, float]) -> None:
-        """See ``CapoFilter.load_adaptive_state``."""
+        """Take over a state, for ``CapoFilter.load_adaptive_state``."""
         for name, value in state.items():
             if name not in (*STATE_KEYS, *RETIRED):
                 raise ValueError(

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an engine with CAPO adds to verl's checkpoints, and takes back: moments, and the state of
-whatever adapts.
-"""
+"""CAPO's part of verl's checkpoints: moments, and the state of whatever adapts."""
 
 from __future__ import annotations
 

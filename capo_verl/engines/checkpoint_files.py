@@ -21,10 +21,10 @@ VERSION = 1
 
 
 class Control(NamedTuple):
-    """What the file holds."""
+    """The contents of the file."""
 
     moments: bool
-    """Whether moments were saved beside it."""
+    """True if moments were saved beside it."""
     kl_budget: dict[str, float] | None
     """``KLBudget.state_dict()``; None in a run without."""
     filter: dict[str, float]
@@ -38,7 +38,7 @@ def path_of(checkpoint: str) -> Path:
 def gather(
     moments: bool, kl_budget: dict[str, float] | None, filter_state: dict[str, float]
 ) -> Control | None:
-    """What to save, on every rank; None if there is nothing. Collective over all ranks.
+    """Collect the contents to save, on every rank; None if there are none. Collective.
 
     Args:
         filter_state: of this rank's filter, empty if it has none: the first rank need not hold the
@@ -90,7 +90,7 @@ def load(checkpoint: str) -> Control | None:
 
 
 def has_no_moments(checkpoint: str) -> bool:
-    """Whether a checkpoint says that it was written without moments.
+    """True if a checkpoint says that it was written without moments.
 
     Asked of a file that :func:`load` has accepted.
     """

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One optimizer step under CAPO, as any engine of verl drives it: evaluate, mask the loss, report,
-update the moments.
-"""
+"""One optimizer step under CAPO, on any engine: evaluate, mask the loss, report, update moments."""
 
 from __future__ import annotations
 
@@ -73,8 +71,10 @@ class FilterStep:
         self.discard()
 
     def begin(self, step: int) -> None:
-        """Before the first micro-batch of an optimizer step; ``step``: the engine's count of
-        training steps.
+        """Begin an optimizer step, before its first micro-batch.
+
+        Args:
+            step: the engine's count of training steps.
         """
         self.capo.keep_for_batch_shifts = self.config.takes_batch_shifts(step)
         self.samples.begin(step)
@@ -129,8 +129,9 @@ class FilterStep:
         return out.weights.float()
 
     def take_penalty_terms(self) -> PenaltyTerms | None:
-        """Those of the micro-batch just evaluated, for ``curvature_penalty``; None unless the
-        config asks for a penalty.
+        """Hand on the terms of the micro-batch just evaluated, for ``curvature_penalty``.
+
+        None unless the config asks for a penalty.
         """
         terms, self._penalty_terms = self._penalty_terms, None
         return terms
@@ -173,10 +174,9 @@ class FilterStep:
 
     @torch.no_grad()
     def metrics(self) -> dict[str, float]:
-        """Of the micro-batches since the last optimizer step. Call it before that step, on every
-        rank.
+        """The metrics of the micro-batches since the last optimizer step.
 
-        Waits for the device once.
+        Called before that step, on every rank. Waits for the device once.
         """
         diagnostics: dict[str, Tensor] = {}
         if self.capo.keep_for_batch_shifts:

@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One optimizer step under a KL budget, as any engine of verl drives it: look, step at a scaled
-learning rate, look again.
+"""One optimizer step under a KL budget: look, step at a scaled learning rate, look again.
 
 Every rank comes to the same scale: what is measured is made known to all before it is used.
 """

@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How far an optimizer step moved the policy, measured on some samples of its mini-batch: before
-the step, and after it.
+"""The KL divergence that an optimizer step causes, measured on some samples of its mini-batch.
 
 Both are forward passes over the same samples, cut into the same micro-batches, so what the first
 one saw and what the second one sees lie at the same places, in whatever layout the engine has. The
@@ -40,7 +39,7 @@ ROUNDED = (
 
 
 class MeasuredKL(NamedTuple):
-    """Of one optimizer step, the same on all ranks of the run."""
+    """The KL divergence of one optimizer step, the same on all ranks of the run."""
 
     mean: float
     """Nats per response token."""
@@ -49,8 +48,9 @@ class MeasuredKL(NamedTuple):
 
 
 def probe_samples(samples: int, share: float, multiple: int = 1) -> list[int]:
-    """Which of a rank's ``samples`` are probed: at least one, evenly spread, a multiple of
-    ``multiple`` if there are as many.
+    """Indices of a rank's ``samples`` that are probed, evenly spread.
+
+    At least one, and a multiple of ``multiple`` if there are as many.
     """
     count = max(1, math.ceil(samples * share - 1e-9))
     count = min(samples, -(-count // multiple) * multiple)
@@ -101,27 +101,26 @@ class KLProbe:
         self._head, self._estimator, self._device = head, estimator, device
         self._pass: str | None = None
         self._recomputes = True
-        """Whether logits in half precision are replaced; until it is settled, each micro-batch says
-        if they can be.
+        """True if logits in half precision are replaced.
+
+        Until it is settled, each micro-batch says if they can be.
         """
         self._settled = estimator != "exact"
         self.discard()
 
     @property
     def sees_logits(self) -> bool:
-        """Whether a pass is under way that has to be shown this rank's logits."""
+        """True in a pass that has to be shown this rank's logits."""
         return self._pass is not None and self._estimator == "exact" and self._head is not None
 
     @property
     def sees_head(self) -> bool:
-        """Whether the pass has to be shown the LM head at work as well, if its output is in half
-        precision.
-        """
+        """True in a pass that has to be shown the calls of an LM head in half precision as well."""
         return self.sees_logits and self._recomputes
 
     @property
     def loss_function(self) -> Any:
-        """What the forward passes have to be given for a loss function: with ``k3`` it picks up the
+        """The loss function of the forward passes: with ``k3`` it picks up the
         log-probabilities.
         """
         return self._see_log_probs if self._estimator == "k3" else None
@@ -135,7 +134,9 @@ class KLProbe:
 
     @contextmanager
     def running(self, which: str) -> Iterator[None]:
-        """Around a pass; ``BEFORE`` starts anew, ``AFTER`` measures and may be repeated."""
+        """A context around a pass; ``BEFORE`` starts anew, ``AFTER`` measures and may be
+        repeated.
+        """
         self._found, self._call, self._verdicts = [], None, []
         if which == BEFORE:
             self._old = []
@@ -147,7 +148,7 @@ class KLProbe:
 
     @torch.no_grad()
     def see_head(self, call: LMHeadCall, response: PackedResponse) -> None:
-        """The LM head of the micro-batch which :meth:`see` is shown next, in the same layout.
+        """Take the LM head's call of the micro-batch that :meth:`see` gets next, in its layout.
 
         Its weight is read now.
         """
@@ -165,7 +166,7 @@ class KLProbe:
         self, logits: Tensor | ProjectedLogits, hidden_states: Tensor | None, temperature: Tensor,
         response: PackedResponse
     ) -> None:  # fmt: skip
-        """One micro-batch, in the order in which they run; inside :meth:`running`.
+        """Take the logits of one micro-batch, in the order in which they run; in :meth:`running`.
 
         Args:
             logits: ``[b, s, rows]`` before temperature, this rank's rows; or the LM head, with the
@@ -209,14 +210,12 @@ class KLProbe:
         return recomputed, usable if self._settled else reproduces(recomputed, made, logits, at)
 
     def settle(self) -> bool:
-        """After a pass ``BEFORE``: all ranks agree whether logits in half precision can be
-        recomputed, once tokens were seen.
+        """Agree on all ranks if logits in half precision can be recomputed, once tokens were seen.
 
-        Collective over all ranks until then.
+        Called after a pass ``BEFORE``; collective over all ranks until it is settled.
 
         Returns:
-            Whether the pass has to be repeated, because what it kept is not what the following ones
-            will compare with.
+            True if the pass has to be repeated: the following ones compare with something else.
         """
         if self._settled:
             return False
@@ -233,7 +232,7 @@ class KLProbe:
     def _see_log_probs(
         self, model_output: dict[str, Tensor], data: TensorDict, **kwargs: Any
     ) -> tuple[Tensor, dict[str, Any]]:
-        """In the place of a loss: one micro-batch's log-probabilities of the taken tokens."""
+        """Take one micro-batch's log-probabilities of the taken tokens, in the place of a loss."""
         seen = _response_values(model_output["log_probs"], data)
         if self._pass == BEFORE:
             self._old.append(seen)
@@ -253,7 +252,10 @@ class KLProbe:
 
     @torch.no_grad()
     def result(self) -> MeasuredKL:
-        """Of the last pass. Collective over all ranks of the run; waits for the device once."""
+        """The measurement of the last pass.
+
+        Collective over all ranks; waits for the device once.
+        """
         values = [torch.zeros((), device=self._device)] * 3
         if self._head is not None:
             groups = (self._head.dp_group, self._head.cp_group)
@@ -273,8 +275,9 @@ class KLProbe:
 
 
 def everywhere(values: Sequence[Tensor], known: bool) -> list[float]:
-    """What the ranks with ``known`` agree upon, on every rank of the run; NaN if there is none.
-    Waits for the device once.
+    """The values of the ranks with ``known``, on every rank of the run; NaN if there is none.
+
+    Collective, waits for the device once.
 
     Args:
         values: scalars, as many on every rank.

@@ -110,8 +110,7 @@ def _matrix(module: nn.Module, given: Tensor | None, made: Tensor) -> ProjectedL
 
 
 def reproduces(recomputed: Tensor, made: Tensor, logits: Tensor, at: Tensor) -> Tensor:
-    """Whether the model's logits are the LM head's output, and that is what was recomputed: bool,
-    on the device.
+    """True on the device if the model's logits are the LM head's output, as recomputed.
 
     The model may cap or scale what the LM head returns: then the two differ. What was recomputed
     may differ from the output by its rounding, whose root mean square is 0.2 of the dtype's step,
@@ -147,7 +146,7 @@ class FusedCall(NamedTuple):
     temperature: float
 
     def logits(self) -> ProjectedLogits:
-        """In the dtype in which the LM head would compute them here."""
+        """The logits, in the dtype in which the LM head would compute them here."""
         weight, device = self.weight.detach(), self.weight.device.type
         return ProjectedLogits(
             weight.to(torch.get_autocast_dtype(device))
@@ -156,7 +155,7 @@ class FusedCall(NamedTuple):
         )
 
     def temperatures(self) -> Tensor:
-        """One for each label, float32."""
+        """The temperature of each label, float32."""
         return torch.full(self.labels.shape, self.temperature, device=self.labels.device)
 
 
@@ -184,8 +183,9 @@ def of_fused_linear(
 def before_each_call(
     owner: Any, name: str, named: Callable[..., FusedCall], look: Callable[[FusedCall], None]
 ) -> Iterator[None]:
-    """Within, every call of ``owner.name`` is first shown to ``look``; the call itself is as
-    before.
+    """A context in which every call of ``owner.name`` is first shown to ``look``.
+
+    The call itself is as before.
 
     Args:
         owner: a module or a class.

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One training step of an engine of verl with CAPO: what does not depend on which engine it is,
-checkpoints aside.
-"""
+"""One training step of an engine of verl with CAPO, the same for all engines."""
 
 from __future__ import annotations
 
@@ -83,7 +81,7 @@ class CapoEngineMixin(CapoCheckpointMixin):
         raise NotImplementedError
 
     def _evaluating(self) -> AbstractContextManager[None]:
-        """See :class:`capo_verl.engines.kl_control.ProbedEngine`, for this and the next three."""
+        """The context of :class:`capo_verl.engines.kl_control.ProbedEngine`, as the next three."""
         raise NotImplementedError
 
     def _micro_batch_groups(self) -> int:

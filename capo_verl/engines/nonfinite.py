@@ -47,7 +47,7 @@ class Finding(NamedTuple):
 
 
 class NonFinite:
-    """What is wrong on this rank since the last :meth:`clear`.
+    """The problems on this rank since the last :meth:`clear`.
 
     Args:
         device: where the training runs.
@@ -69,7 +69,7 @@ class NonFinite:
         self._note(PROBLEMS.index(what), bad[None], samples)
 
     def note_tokens(self, problems: Mapping[str, Tensor], samples: Tensor) -> None:
-        """All of ``TOKEN_PROBLEMS`` of a micro-batch at once, ``[...]`` bool each.
+        """Note all of ``TOKEN_PROBLEMS`` of a micro-batch at once, ``[...]`` bool each.
 
         Does not wait for the device.
         """
@@ -84,7 +84,7 @@ class NonFinite:
             self._sample[rows] = torch.minimum(self._sample[rows], concerned)
 
     def note_loss(self, loss: Tensor, data: TensorDict, samples: Tensor) -> None:
-        """The loss of a micro-batch and what it was computed from. ``samples [b]`` int64."""
+        """Note the loss of a micro-batch and its inputs. ``samples [b]`` int64."""
         for name in LOSS_INPUTS:
             if data.get(name, None) is not None:
                 values, of = masked_values(data, name)
@@ -92,15 +92,14 @@ class NonFinite:
         self.note(LOSS, ~loss.detach().isfinite().reshape(1), samples.min().reshape(1))
 
     def note_gradients(self, gradients: Iterable[Tensor]) -> None:
-        """The gradients of this rank; a norm that overflows counts, because it could not be
-        clipped.
-        """
+        """Note this rank's gradients; a norm that overflows could not be clipped, and counts."""
         norm = torch.nn.utils.get_total_norm(list(gradients))
         self.note(GRADIENTS, ~norm.isfinite().to(self._device))
 
     def agree(self, group: collectives.Group) -> list[Finding]:
-        """What was found on any rank of ``group``, the same list on all of them; empty if all is
-        well. Collective.
+        """The findings of all ranks of ``group``, the same list on each; empty if all is well.
+
+        Collective.
         """
         mine = torch.stack((self._count, self._sample), dim=-1).flatten()
         table = collectives.gather(mine, group).view(-1, len(PROBLEMS), 2)
@@ -113,9 +112,7 @@ class NonFinite:
 
 
 def describe(findings: list[Finding], step: int) -> str:
-    """One sentence for logs and errors: what, on which rank, in which sample, in which optimizer
-    step.
-    """
+    """A sentence for logs and errors: problem, rank, sample and optimizer step."""
     shown = "; ".join(str(finding) for finding in findings[:_SHOWN])
     more = f"; and {len(findings) - _SHOWN} more" if len(findings) > _SHOWN else ""
     return f"optimizer step {step} is not usable: {shown}{more}"

@@ -36,7 +36,8 @@ class PackedResponse(NamedTuple):
 
     @classmethod
     def of(cls, fields: Tensor, batch: TensorDict) -> PackedResponse:
-        """From the columns of :func:`next_token_fields`, ``[3, ...]``, laid out as the labels are.
+        """Make it of the columns of :func:`next_token_fields`, ``[3, ...]``, laid out as the
+        labels.
 
         Args:
             batch: the micro-batch they are of, with :data:`SAMPLE`.
@@ -158,9 +159,7 @@ def mask_rejected(data: TensorDict, accepted: Tensor) -> TensorDict:
 
 
 def max_response_tokens(batch: TensorDict) -> int:
-    """Of a micro-batch, from shapes alone: tokens of the responses, with their padding if they are
-    padded.
-    """
+    """Tokens of a micro-batch's responses, and their padding if there is any, from shapes alone."""
     return _flat(batch["response_mask"]).shape[0]
 
 
@@ -176,8 +175,7 @@ def _flat(field: Tensor) -> Tensor:
 
 
 def _response_positions(batch: TensorDict, offsets: Tensor, total: int) -> Tensor:
-    """Where each response value belongs among the flat tokens: ``[R]`` int64, ``total`` for
-    padding.
+    """Position of each response value among the flat tokens: ``[R]`` int64, ``total`` for padding.
 
     Args:
         offsets: ``[b + 1]`` int64, of the sequences; total: number of their tokens.

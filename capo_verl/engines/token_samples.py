@@ -29,7 +29,7 @@ from capo_verl.viewer.token_text import token_pieces
 logger = logging.getLogger(__name__)
 
 FILTER_COLUMNS = ("policy_shift", "objective_shift", "in_trust_region", "weights")
-"""What is kept of :class:`~capo_verl.core.output.CapoOutput`."""
+"""The fields of :class:`~capo_verl.core.output.CapoOutput` that are kept."""
 
 
 class TokenSamples:
@@ -59,13 +59,11 @@ class TokenSamples:
         self._sampled_step: int | None = None
         self._columns: Tensor | None = None
         self.active = False
-        """Whether the optimizer step in progress is sampled."""
+        """True if the optimizer step in progress is sampled."""
         self.discard()
 
     def begin(self, step: int) -> None:
-        """Before the first micro-batch of an optimizer step; ``step``: training steps made so
-        far.
-        """
+        """Begin an optimizer step, after ``step`` training steps."""
         every = self._config.sample_tokens_every
         due = every is not None and step % every == 0
         self.active = self._participates and due and step != self._sampled_step
@@ -77,7 +75,7 @@ class TokenSamples:
         self._others: list[dict[str, Any]] = []
 
     def keep(self, out: CapoOutput) -> None:
-        """What the filter found in a micro-batch, until :meth:`add`.
+        """Keep the filter's findings in a micro-batch until :meth:`add`.
 
         Does not wait for the device.
         """

@@ -156,7 +156,9 @@ def partial_sums(
 def identity_sums(
     hidden: Tensor, advantages: Tensor, support: Support, directions: Tensor | None = None
 ) -> Tensor:
-    """As :func:`partial_sums` for ``P(g) = g``, where ``u = A |h|^2 v``: no work per entry on H."""
+    """The sums of :func:`partial_sums` for ``P(g) = g``: ``u = A |h|^2 v``, no work per entry
+    on H.
+    """
     sums = torch.zeros(len(advantages), 3, device=hidden.device, dtype=advantages.dtype)
     norms = _squared_norms(hidden, advantages.dtype)
     for block in support.blocks(BLOCK_ENTRIES):
@@ -200,7 +202,7 @@ class _Tile:
         self._memory = torch.empty(2, 0, hidden_size, device=device, dtype=dtype)
 
     def tokens(self, entries: int) -> int:
-        """How many tokens of so many entries to work on at a time."""
+        """Number of tokens of so many entries to work on at a time."""
         return max(1, TILE_ELEMENTS // (entries * self._hidden_size))
 
     def gather(self, moments: Moments, row: Tensor) -> tuple[Tensor, Tensor]:

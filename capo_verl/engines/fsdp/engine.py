@@ -86,8 +86,9 @@ class CapoFSDPEngineWithLMHead(CapoEngineMixin, FSDPEngineWithLMHead):
         super().__init__(model_config, engine_config, *args, **kwargs)
 
     _fused_accepted: Tensor | None = None
-    """What the fused forward pass of the micro-batch in flight has come to; the gathered LM head
-    exists only within it.
+    """The verdict on the micro-batch in flight, from its fused forward pass.
+
+    The gathered LM head exists only within that.
     """
     _probed: TensorDict | None = None
     """The micro-batch in flight that the KL probe looks at."""
@@ -179,7 +180,7 @@ class CapoFSDPEngineWithLMHead(CapoEngineMixin, FSDPEngineWithLMHead):
         self._probing.see_head(call, self._response(call.output.shape[1], self._probed))
 
     def _response(self, length: int, batch: TensorDict) -> PackedResponse:
-        """Of logits ``[b, length, V]``."""
+        """The response fields in the layout of logits ``[b, length, V]``."""
         return packed_response(self, batch) if _is_packed(batch) else padded_response(batch, length)
 
     def _evaluate(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From verl's response-only fields to the layout in which the FSDP engine has the logits.
+"""The layout in which the FSDP engine has the logits, from verl's response-only fields.
 
 verl's batches hold prompts and responses of different lengths without padding. The model sees one
 packed row, perhaps padded at its end and cut over the ranks of Ulysses sequence parallelism, or

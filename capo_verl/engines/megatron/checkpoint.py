@@ -105,9 +105,7 @@ def load(checkpoint: str, rows: int, hidden_size: int, vocab_size: int) -> State
 
 
 def _reason(e: BaseException) -> str:
-    """One line. torch wraps what happened on each rank, with its traceback, into an exception of
-    its own.
-    """
+    """The reason on one line: torch wraps each rank's, with traceback, into an exception."""
     if isinstance(e, CheckpointException) and e.failures:
         e = next(iter(e.failures.values()))[0]
     return f"{type(e).__name__}: {' '.join(str(e).split())}"

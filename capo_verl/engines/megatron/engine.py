@@ -59,9 +59,9 @@ class CapoMegatronEngineWithLMHead(CapoEngineMixin, MegatronEngineWithLMHead):
     flight; nested ``[b, j]``.
     """
     _penalty: Tensor | None = None
-    """Likewise each token's penalty, part of the graph, if there is one."""
+    """The penalty of each token, part of the graph, if there is one; nested ``[b, j]``."""
     _head_call: LMHeadCall | None = None
-    """Of the micro-batch in flight, if the KL probe wants to see it."""
+    """The LM head's call in the micro-batch in flight, if the KL probe wants to see it."""
 
     def forward_step(
         self,

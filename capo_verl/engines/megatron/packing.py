@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From verl's response-only fields to the layout in which Megatron computes the logits, and back.
+"""The layout in which Megatron computes the logits, from and to verl's response-only fields.
 
 verl's batches hold prompts and responses of different lengths without padding. The model sees
 either one packed row (``thd``) or padded rows (``bshd``), of which a context-parallel rank holds a
@@ -29,8 +29,9 @@ def token_positions(
     use_fp8_padding: bool = False,
     cp_layout: str = "zigzag",
 ) -> Tensor:
-    """Which of the flat tokens of ``input_ids`` sits at each place of this rank: int64 of
-    ``shape``; their number where none.
+    """The flat token of ``input_ids`` at each place of this rank: int64 of ``shape``.
+
+    The number of tokens stands where there is none.
 
     Args:
         batch: micro-batch with nested ``input_ids``.
@@ -110,7 +111,7 @@ def unpack(values: Tensor, batch: TensorDict, at: Tensor) -> Tensor:
 
 
 def label_layout(engine: Any, data_format: str, unwrapped_model: Any) -> dict[str, Any]:
-    """How verl's engine lays out the labels (``MegatronEngine.forward_step``)."""
+    """The layout of the labels in verl's engine (``MegatronEngine.forward_step``)."""
     layout = {
         "data_format": data_format,
         "use_fp8_padding": unwrapped_model.config.fp8 in ("e4m3", "hybrid"),

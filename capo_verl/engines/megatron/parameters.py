@@ -29,7 +29,7 @@ def optimised(optimizer: Any) -> list[Tensor]:
 
 @torch.no_grad()
 def spread(optimizer: Any, module: Sequence[Any]) -> None:
-    """After :func:`optimised` was written to: copy to the model's parameters, gather the shards.
+    """Copy the tensors of :func:`optimised` to the model's parameters and gather the shards.
 
     Collective.
     """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What CAPO cannot do in a run, in one sentence each."""
+"""Refusals of runs in which CAPO cannot work, one sentence each."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def _check_supported(config: DictConfig) -> None:
 
 
 def _check_filter(config: DictConfig, capo: CapoConfig) -> None:
-    """What the curvature asks of the run."""
+    """Check the conditions of the curvature."""
     if OmegaConf.select(config, f"{MODEL}.lora.rank") or OmegaConf.select(
         config, f"{MODEL}.lora_rank"
     ):
@@ -142,7 +142,7 @@ def _warn_of_another_variant(config: DictConfig, preset: str) -> None:
 
 
 def _check_kl_budget(config: DictConfig, capo: CapoConfig) -> None:
-    """What the control of the learning rate cannot do in this run."""
+    """Check the conditions of the control of the learning rate."""
     budget = capo.kl_budget
     if budget is None:
         return
@@ -161,7 +161,7 @@ def _check_kl_budget(config: DictConfig, capo: CapoConfig) -> None:
 
 
 def _check_penalty(config: DictConfig, name: str, value: float) -> None:
-    """A penalty is a function of the logits of whole sequences."""
+    """Check the conditions of a penalty, a function of the logits of whole sequences."""
     fused = f"{MODEL}.use_fused_kernels"
     if not value:
         return
@@ -180,7 +180,7 @@ def _check_penalty(config: DictConfig, name: str, value: float) -> None:
 
 
 def _refused_with_fused_kernels(config: DictConfig) -> list[tuple[str, Callable[[Any], bool], str]]:
-    """What does not go together with ``use_fused_kernels=True``: key, which values of it, what to
+    """Settings that do not go together with ``use_fused_kernels=True``: key, values of it, what to
     do instead.
     """
     if not OmegaConf.select(config, f"{MODEL}.use_fused_kernels"):

@@ -22,7 +22,7 @@ from capo_verl.core.support import Support, TopKSupport
 
 
 def best_keys(logits: LogitRows, k: int, shard: VocabShard) -> Tensor:
-    """See ``plain``."""
+    """The kernel of ``plain.best_keys``."""
     if k > MAX_K or shard.real_rows == 0 or logits.logits.stride(-1) != 1:
         return plain.best_keys(logits, k, shard)
     temperature = (
@@ -44,7 +44,7 @@ def partial_sums(
     moments: Moments,
     directions: Tensor | None = None,
 ) -> Tensor:
-    """See ``plain``."""
+    """The kernel of ``plain.partial_sums``."""
     if not isinstance(support, TopKSupport) or advantages.dtype == torch.float64:
         return plain.partial_sums(hidden, advantages, support, moments, directions)
     with torch.cuda.device_of(hidden):
@@ -52,7 +52,7 @@ def partial_sums(
 
 
 def row_sums(entries: RowEntries, rows: Tensor, hidden: Tensor) -> Tensor:
-    """See ``plain``."""
+    """The kernel of ``plain.row_sums``."""
     if entries.weight.dtype == torch.float64:
         return plain.row_sums(entries, rows, hidden)
     sums = torch.empty(len(rows), hidden.shape[1], device=hidden.device, dtype=torch.float32)
@@ -62,7 +62,7 @@ def row_sums(entries: RowEntries, rows: Tensor, hidden: Tensor) -> Tensor:
 
 
 def add_row_sums(entries: RowEntries, hidden: Tensor, sums: Tensor) -> None:
-    """See ``plain``."""
+    """The kernel of ``plain.add_row_sums``."""
     if entries.weight.dtype == torch.float64:
         plain.add_row_sums(entries, hidden, sums)
         return
@@ -73,7 +73,7 @@ def add_row_sums(entries: RowEntries, hidden: Tensor, sums: Tensor) -> None:
 def move(
     moments: Moments, columns: slice, rows: Tensor | None, sums: Tensor, counts: Tensor
 ) -> None:
-    """See ``plain``."""
+    """The kernel of ``plain.move``."""
     if sums.dtype == torch.float64:
         plain.move(moments, columns, rows, sums, counts)
         return
@@ -82,7 +82,7 @@ def move(
 
 
 def update(moments: Moments, columns: slice, entries: RowEntries, hidden: Tensor) -> None:
-    """See ``plain``."""
+    """The kernel of ``plain.update``."""
     if entries.weight.dtype == torch.float64:
         plain.update(moments, columns, entries, hidden)
         return

@@ -20,7 +20,7 @@ from capo_verl.core.keys import LOWEST, NON_FINITE
 MAX_K = 1024
 """Largest support."""
 GROUPS = 2048
-"""Of the first pass, more than ``MAX_K``; as many logits are read at a time."""
+"""Groups of the first pass, more than ``MAX_K``; as many logits are read at a time."""
 
 
 @triton.jit
@@ -143,7 +143,7 @@ def _best_keys_kernel(
 
 
 def constants(k: int, rows: int) -> dict[str, int]:
-    """Of the kernel, for a support of ``k`` out of ``rows``."""
+    """Constants of the kernel, for a support of ``k`` out of ``rows``."""
     capacity = max(128, triton.next_power_of_2(2 * k))
     return {"ROWS": rows, "K": k, "WANTED": min(k, rows), "CAPACITY": capacity, "BLOCK": GROUPS}
 

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes the tables of docs/config.md from the dataclasses that define the knobs: ``python
-docs/config_reference.py``.
+"""Writes the tables of docs/config.md from the dataclasses that define the knobs:
+``python docs/config_reference.py``.
 """
 
 from __future__ import annotations
@@ -32,15 +32,17 @@ def descriptions(cls: type) -> dict[str, str]:
     """
     found: dict[str, str] = {}
     for owner in reversed([c for c in cls.__mro__ if is_dataclass(c)]):
-        body = ast.parse(textwrap.dedent(inspect.getsource(owner))).body[0].body  # type: ignore[attr-defined]
-        for statement, following in zip(body, body[1:], strict=False):
+        (definition,) = ast.parse(textwrap.dedent(inspect.getsource(owner))).body
+        assert isinstance(definition, ast.ClassDef)
+        for statement, following in zip(definition.body, definition.body[1:], strict=False):
             if (
                 isinstance(statement, ast.AnnAssign)
+                and isinstance(statement.target, ast.Name)
                 and isinstance(following, ast.Expr)
                 and isinstance(following.value, ast.Constant)
             ):
-                found[statement.target.id] = markdown(following.value.value)  # type: ignore[union-attr]
-    for field in fields(cls):  # type: ignore[arg-type]
+                found[statement.target.id] = markdown(str(following.value.value))
+    for field in fields(cls):
         if field.name not in found:
             raise ValueError(f"{cls.__name__}.{field.name} has no docstring below it")
     return found
@@ -75,7 +77,7 @@ def knobs(cls: type, prefix: str, exclude: tuple[str, ...] = ()) -> Iterator[str
     told = descriptions(cls)
     yield "| key | default | meaning |"
     yield "|---|---|---|"
-    for field in fields(cls):  # type: ignore[arg-type]
+    for field in fields(cls):
         if field.name in exclude:
             continue
         default = "required" if field.default is MISSING else f"`{value(field.default)}`"

@@ -29,7 +29,7 @@ class Cell:
     """What is known of one feature under one engine."""
 
     tests: tuple[str, ...] = ()
-    """``folder/file.py::function`` below ``tests/``."""
+    """``folder/file.py::function`` below ``tests/``, or ``tests/engines/`` for an engine's."""
     overrides: tuple[str, ...] | None = None
     """Switches the feature on, on verl's command line. None: not a matter of the configuration."""
     capo: str = "grpo"
@@ -241,7 +241,8 @@ ROWS: dict[str, dict[str, tuple[Cell, Cell]]] = {
         ),
         "under another layout": (
             tested(
-                "megatron/test_state.py::test_resuming_continues_bit_exactly_and_under_another_layout"
+                "megatron/test_state.py::"
+                "test_resuming_continues_bit_exactly_and_under_another_layout"
             ),
             tested("fsdp/test_state.py::test_any_number_of_ranks_reads_the_moments"),
         ),
@@ -253,15 +254,14 @@ def refusal(cell: Cell) -> str | None:
     """The sentence of the start-up checks; None if they accept it."""
     from hydra import compose
 
-    from capo_verl.plugin.checks.capo import check_run
+    from capo_verl.plugin.checks.before_start import check_config
 
-    engine = [o for o in cell.overrides if o.startswith("model_engine")] or [
-        "model_engine=megatron"
-    ]
-    rest = [o for o in cell.overrides if not o.startswith("model_engine")]
+    overrides = cell.overrides or ()
+    engine = [o for o in overrides if o.startswith("model_engine")] or ["model_engine=megatron"]
+    rest = [o for o in overrides if not o.startswith("model_engine")]
     config = compose("ppo_trainer", overrides=[*engine, f"+capo={cell.capo}", *rest])
     try:
-        check_run(config)
+        check_config(config)
     except ValueError as e:
         return str(e)
     return None
@@ -278,7 +278,7 @@ def render_cell(cell: Cell) -> str:
         text = "untested"
     if cell.note:
         text += f" ({cell.note})"
-    files = sorted({test.split("::")[0] for test in cell.tests})
+    files = sorted({file_of(test) for test in cell.tests})
     return ": ".join(filter(None, (text, ", ".join(f"`{f}`" for f in files))))
 
 
@@ -298,6 +298,12 @@ def render() -> str:
     return "\n".join(lines).rstrip()
 
 
+def file_of(test: str) -> str:
+    """The file of a test, from ``tests/`` on."""
+    file = test.split("::")[0]
+    return f"engines/{file}" if file.startswith(("megatron/", "fsdp/")) else file
+
+
 def missing_tests(tests: Path) -> list[str]:
     """Tests which a cell names and which do not exist."""
     named = {
@@ -310,7 +316,7 @@ def missing_tests(tests: Path) -> list[str]:
     return sorted(
         test for test in named
         if not re.search(rf"^def {test.split('::')[1]}\(",
-            (tests / test.split("::")[0]).read_text(encoding="utf-8"), re.M)
+            (tests / file_of(test)).read_text(encoding="utf-8"), re.M)
     )  # fmt: skip
 
 

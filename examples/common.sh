@@ -2,33 +2,41 @@
 # SPDX-License-Identifier: Apache-2.0
 # Sourced by common_cpu.sh and common_megatron_gpu.sh: what every launcher shares.
 #
-# CAPO               off (default), grpo, dr_grpo, reinforce, soft, kl_budget or track; the same as +capo=NAME on the command line
-# DRY_RUN            1: print the resolved configuration and the plan, start nothing; strict: look at data and folders, too
-# GPU_MEMORY_GIB     GiB of a GPU, for the plan (default: 79.6, an H100-80GB; strict: of the smallest that nvidia-smi shows)
+# CAPO               off (default), grpo, dr_grpo, reinforce, soft, kl_budget or track; the same as
+#                    +capo=NAME on the command line
+# DRY_RUN            1: print the resolved configuration and the plan, start nothing; strict: look
+#                    at data and folders, too
+# GPU_MEMORY_GIB     GiB of a GPU, for the plan (default: 79.6, an H100-80GB; strict: of the
+#                    smallest that nvidia-smi shows)
 # CAPO_PLAN          note: a plan that does not fit is printed, not refused
 # SEED               order of the data and sampling (default: verl's)
 # NNODES             nodes of the run (default: those of the Slurm job, else 1)
-# OUTPUT_DIR         checkpoints, metrics, Hydra's copy of the configuration; on a file system that all nodes share; one
-#                    folder per experiment (a run that would continue another's checkpoints is refused)
+# OUTPUT_DIR         checkpoints, metrics, Hydra's copy of the configuration; on a file system that
+#                    all nodes share; one folder per experiment (a run that would continue another's
+#                    checkpoints is refused)
 # SAVE_FREQ          write a checkpoint every so many steps; -1: none
-# RESUME_MODE        auto (continue from the latest checkpoint in OUTPUT_DIR, if any), disable, or resume_path
+# RESUME_MODE        auto (continue from the latest checkpoint in OUTPUT_DIR, if any), disable, or
+#                    resume_path
 # MAX_CKPT_TO_KEEP   older checkpoints are removed; null keeps all
-# VERL_FILE_LOGGER_PATH   metrics (default: $OUTPUT_DIR/metrics.jsonl); where it exists, metrics.2.jsonl and so on
+# VERL_FILE_LOGGER_PATH   metrics (default: $OUTPUT_DIR/metrics.jsonl); where it exists,
+#                         metrics.2.jsonl and so on
 # RAY_ADDRESS        join this Ray cluster instead of starting one
 # PYTHON             interpreter (default python3)
 
-# refuse MESSAGE: one line, exit code 2.
+# refuse WORDS...: one line, exit code 2.
 refuse() {
-    echo "$(basename "$0"): $1" >&2
+    echo "$(basename "$0"): $*" >&2
     exit 2
 }
 
-# quoted TEXT: a value for Hydra, whatever the text contains; only quotes, and backslashes before one, are special in it.
+# quoted TEXT: a value for Hydra, whatever the text contains; only quotes, and backslashes before
+# one, are special in it.
 quoted() {
     printf "'%s'" "$(sed -E "s/(\\\\*)'/\1\1\\\\'/g; s/(\\\\+)\$/\1\1/" <<<"$1")"
 }
 
-# choose_algorithm "$@": fills ALGORITHM. A preset brings its own settings, and explicit ones would win over it.
+# choose_algorithm "$@": fills ALGORITHM. A preset brings its own settings, and explicit ones would
+# win over it.
 choose_algorithm() {
     local argument on_command_line=
     for argument in "$@"; do
@@ -50,7 +58,9 @@ choose_algorithm() {
                 actor_rollout_ref.actor.loss_agg_mode=seq-mean-token-mean
             )
             ;;
-        *) refuse "CAPO=$CAPO: choose one of grpo, dr_grpo, reinforce, soft, kl_budget, track, off" ;;
+        *)
+            refuse "CAPO=$CAPO: choose one of grpo, dr_grpo, reinforce, soft, kl_budget, track, off"
+            ;;
     esac
     if [[ $CAPO != off && -z $on_command_line ]]; then ALGORITHM+=("+capo=$CAPO"); fi
 }
@@ -96,7 +106,8 @@ fi
 SEEDS=()
 if [[ -n ${SEED:-} ]]; then SEEDS=(data.seed="$SEED" actor_rollout_ref.rollout.seed="$SEED"); fi
 
-# Environment variables that the workers need. Those of a cluster that already runs have its environment, not ours.
+# Environment variables that the workers need. Those of a cluster that already runs have its
+# environment, not ours.
 FORWARDED=(VERL_FILE_LOGGER_PATH)
 # For a cluster that starts with the run.
 LOCAL_RAY=(+ray_kwargs.ray_init.include_dashboard=False)
@@ -126,7 +137,8 @@ use_cpu() {
     )
 }
 
-# metrics_of_this_attempt FILE: the first of FILE.jsonl, FILE.2.jsonl, ... that is free; verl empties the one it writes to.
+# metrics_of_this_attempt FILE: the first of FILE.jsonl, FILE.2.jsonl, ... that is free; verl
+# empties the one it writes to.
 metrics_of_this_attempt() {
     local file=$1 name=${1##*/} attempt=2 ending=
     if [[ $name == ?*.* ]]; then ending=.${name##*.}; fi
@@ -137,7 +149,8 @@ metrics_of_this_attempt() {
     echo "$file"
 }
 
-# forward_environment: fills FORWARD with what hands the variables named in FORWARDED to the workers.
+# forward_environment: fills FORWARD with what hands the variables named in FORWARDED to the
+# workers.
 forward_environment() {
     FORWARD=()
     local name
@@ -156,10 +169,12 @@ launch() {
         1 | strict) module=capo_verl.launch.dry_run ;;
         *) refuse "DRY_RUN=$DRY_RUN: choose one of 1, strict, 0" ;;
     esac
-    if [[ ${DRY_RUN:-0} == 0 ]] && { ! mkdir -p "$OUTPUT_DIR" 2>/dev/null || [[ ! -w $OUTPUT_DIR ]]; }; then
+    if [[ ${DRY_RUN:-0} == 0 ]] &&
+        { ! mkdir -p "$OUTPUT_DIR" 2>/dev/null || [[ ! -w $OUTPUT_DIR ]]; }; then
         refuse "OUTPUT_DIR=$OUTPUT_DIR cannot be written to: set it to a folder of yours"
     fi
-    VERL_FILE_LOGGER_PATH=$(metrics_of_this_attempt "${VERL_FILE_LOGGER_PATH:-$OUTPUT_DIR/metrics.jsonl}")
+    local metrics=${VERL_FILE_LOGGER_PATH:-$OUTPUT_DIR/metrics.jsonl}
+    VERL_FILE_LOGGER_PATH=$(metrics_of_this_attempt "$metrics")
     export VERL_FILE_LOGGER_PATH
     if [[ -n ${RAY_ADDRESS:-} ]]; then
         forward_environment

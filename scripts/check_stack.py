@@ -3,7 +3,9 @@
 """Reports which supported stack is installed and what is missing; works before anything is
 installed.
 
-python scripts/check_stack.py [--stack cpu|gpu] [--json]     exit code 0 if a stack is complete, 1 if none is
+python scripts/check_stack.py [--stack cpu|gpu] [--json]
+
+Exit code 0 if a stack is complete, 1 if none is.
 """
 
 from __future__ import annotations

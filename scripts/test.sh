@@ -1,11 +1,15 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
-# Installs what the tests need into a virtual environment, then lints, checks types and runs the tests.
+# Installs what the tests need into a virtual environment, then lints, checks types and runs the
+# tests.
 #
 #   bash scripts/test.sh                    # everything
+#   bash scripts/test.sh --quick            # lint, types, tests without Ray, Slurm or ranks
+#   bash scripts/test.sh --style            # lint only: ruff, bash -n, shellcheck
+#   bash scripts/test.sh --types            # mypy only
 #   bash scripts/test.sh tests/core -k golden   # arguments for pytest; no lint, no types
 #
-# TEST_JOBS            processes for the tests that may run side by side (default 2)
+# TEST_JOBS            processors for the tests that may run side by side (default 2)
 # CAPO_VENV, PYTHON, TORCH_INDEX_URL see scripts/environment.sh.
 
 # shellcheck disable=SC2317,SC2329  # some functions are called by name only: by phase, by the trap
@@ -16,10 +20,22 @@ source scripts/environment.sh
 make_environment '.[cpu,data,docs,smollm2,study,test,trl,viewer]' scripts/smollm2.requirements.txt
 
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} PYTHONPATH="${PYTHONPATH:-}"
-if [ $# -gt 0 ]; then exec "$VENV/bin/python" -m pytest "$@"; fi
+jobs=${TEST_JOBS:-2}
+QUICK="not ranks and not ray and not slurm and not e2e and not alone and not slow"
+what=everything
+case ${1:-} in
+    '') ;;
+    --quick | --style | --types) what=${1#--} ;;
+    *) exec "$VENV/bin/python" -m pytest "$@" ;;
+esac
 
 reports=$(mktemp -d)
-finish() { "$VENV/bin/python" -m tests.summary "$reports" || true; rm -rf "$reports"; }
+# The temporary folder of all tests, with a short name: sockets have their paths there.
+scratch=$(mktemp -d)
+finish() {
+    "$VENV/bin/python" -m tests.summary "$reports" || true
+    rm -rf "$reports" "$scratch"
+}
 trap finish EXIT
 
 # phase NAME COMMAND...: run it, and note for the summary how it ended and how long it took.
@@ -38,14 +54,32 @@ shell() {
         git ls-files -z '*.sh' '*.sbatch' .ci/run | xargs -0 "$VENV/bin/shellcheck" -x
 }
 tests() {
-    phase "pytest: $1" "$VENV/bin/python" -m pytest --durations=15 --junitxml="$reports/pytest: $1.xml" "${@:2}" || failed=1
+    phase "pytest: $1" env TMPDIR="$scratch" "$VENV/bin/python" -m pytest --durations=15 \
+        --junitxml="$reports/pytest: $1.xml" "${@:2}" || failed=1
+}
+# What a test or a run forgot. pytest keeps its folders, Ray its logs, torch what it compiled.
+leftovers() {
+    local found
+    found=$(find "$scratch" -mindepth 1 -maxdepth 1 \
+        ! -name 'pytest-of-*' ! -name ray ! -name 'torchinductor_*' -printf '%f\n' | sort)
+    if [ -n "$found" ]; then
+        echo "left in the temporary folder:" "$found" >&2
+        return 1
+    fi
 }
 
-phase ruff style
-phase mypy "$VENV/bin/mypy"
-phase bash shell
+if [ "$what" != types ]; then phase ruff style; fi
+if [ "$what" != style ]; then phase mypy "$VENV/bin/mypy"; fi
+if [ "$what" != types ]; then phase bash shell; fi
 failed=0
-tests "what may run side by side" -q -n "${TEST_JOBS:-2}" -m "not alone and not ray"
-tests "what starts Ray" -v -n "${TEST_JOBS:-2}" -m ray
-tests "what runs alone" -q -m alone
+case $what in
+    quick) tests quick -q -n "$jobs" -m "$QUICK" ;;
+    everything)
+        # Who starts Ray mostly waits for it: one process more than there are processors.
+        tests "what may run side by side" -q -n "$((jobs + 1))" -m "not alone"
+        tests "what runs alone" -q -m alone
+        ;;
+    *) exit 0 ;;
+esac
+phase "temporary files" leftovers || failed=1
 exit $failed

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Who imports whom: ``python -m tests.architecture`` prints it and fails on a forbidden import.
 
+``python -m tests.architecture NAME...`` prints the modules in which a knob, an argument or an
+attribute of that name occurs.
+
 A room is a folder, or a file, directly in ``capo_verl/``. Imports inside functions count; those for
 type checkers do not.
 """
@@ -9,7 +12,7 @@ from __future__ import annotations
 
 import ast
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -189,7 +192,27 @@ def table() -> str:
     return "\n".join(lines)
 
 
-def main() -> int:
+def occurrences(name: str) -> list[str]:
+    """Modules, experiments aside, that use a name: as variable, argument, attribute or key."""
+
+    def uses(node: ast.AST) -> bool:
+        attributes = ("id", "arg", "attr", "name", "value")
+        return any(getattr(node, attribute, None) == name for attribute in attributes)
+
+    return [
+        module
+        for module, path in modules().items()
+        if room(module) != "experiments"
+        and any(map(uses, ast.walk(ast.parse(path.read_text(encoding="utf-8")))))
+    ]
+
+
+def main(names: Sequence[str] = ()) -> int:
+    for name in names:
+        found = occurrences(name)
+        print(f"{name}: {len(found)} modules: {', '.join(found)}")
+    if names:
+        return 0
     print(table())
     broken = problems()
     print(*broken, sep="\n", end="\n" if broken else "", file=sys.stderr)
@@ -197,4 +220,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

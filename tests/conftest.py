@@ -25,16 +25,41 @@ ALONE = (
 """Where tests wait for short real time limits, signals or a browser: nothing else should run beside
 them.
 """
+RANKS = ("cpu/fsdp/", "cpu/megatron/", "cpu/smollm2/", "engines/fsdp/", "engines/megatron/")
+"""Where tests start process groups; elsewhere those that call ``run_on_ranks`` do."""
+SLOW = (
+    "commands/", "core/kernels/", "cpu/", "docs/test_commands.py", "docs/test_extending.py",
+    "docs/test_site.py", "experiments/", "helpers/test_warm.py", "launch/test_launchers.py",
+    "launch/test_submit.py", "outside_verl/", "packaging/",
+)  # fmt: skip
+"""Where tests start interpreters, train, or interpret kernels."""
+LONG = (
+    "slurm/", "docs/test_commands.py", "engines/megatron/test_layouts.py", "e2e/",
+    "engines/megatron/", "data/evaluation/test_generation.py", "engines/fsdp/", "cpu/",
+    "launch/", "packaging/", "commands/", "outside_verl/", "experiments/",
+)  # fmt: skip
+"""What takes longest, in this order: begun first, so that all processes are busy to the end."""
+
+
+def _starts_ranks(item: pytest.Item) -> bool:
+    function = getattr(item, "function", None)
+    return any(name.startswith("run_on_ranks") for name in function.__code__.co_names)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     here = Path(__file__).parent
-    for item in items:
-        place = item.path.relative_to(here).as_posix()
-        if place.startswith(RAY):
-            item.add_marker("ray")
-        if place.startswith(ALONE):
-            item.add_marker("alone")
+    places = {item: item.path.relative_to(here).as_posix() for item in items}
+    for item, place in places.items():
+        for mark, folders in (("ray", RAY), ("alone", ALONE), ("ranks", RANKS), ("slow", SLOW)):
+            if place.startswith(folders):
+                item.add_marker(mark)
+        if _starts_ranks(item):
+            item.add_marker("ranks")
+
+    def rank(item: pytest.Item) -> int:
+        return next((i for i, x in enumerate(LONG) if places[item].startswith(x)), len(LONG))
+
+    items.sort(key=rank)  # stable: within a file nothing changes
 
 
 @pytest.fixture(scope="session")
@@ -52,7 +77,7 @@ def tiny_model(tiny_qwen2: str) -> Path:
 
 @pytest.hookimpl(optionalhook=True)  # of pytest-xdist
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Of two processes each takes a file at a time; all of Slurm's go to one, for there is one
+    """Each process takes a file at a time, in our order; all of Slurm's go to one, for there is one
     cluster.
     """
     from xdist.scheduler import LoadFileScheduling
@@ -61,4 +86,5 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
         def _split_scope(self, nodeid: str) -> str:
             return "slurm" if nodeid.startswith("tests/slurm/") else super()._split_scope(nodeid)
 
+    config.option.loadscopereorder = False
     return ByFile(config, log)

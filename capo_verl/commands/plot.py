@@ -6,6 +6,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from capo_verl.commands.refusal import refuse
+
 AXES = ("steps", "completions", "accepted")
 
 
@@ -63,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
     """Draw; 2 with one line about what is wrong."""
     try:
         from capo_verl.viewer.choose import choose
-        from capo_verl.viewer.figure import save_figures
+        from capo_verl.viewer.drawing import save_figures
         from capo_verl.viewer.groups import group_runs
         from capo_verl.viewer.load import load_runs
         from capo_verl.viewer.panels import choose_axis
@@ -72,8 +74,7 @@ def run(args: argparse.Namespace) -> int:
         groups = group_runs(runs, args.group_by)
         written = save_figures(groups, choose_axis(runs, args.x), args.output)
     except (ValueError, OSError) as e:
-        print(f"capo-verl plot: {e}")
-        return 2
+        return refuse("plot", e)
     for group in groups:
         print(f"{group.label}: {', '.join(str(run.source) for run in group.runs)}")
     print(f"{len(written)} files in {args.output}; all panels: {written[0]}")

@@ -9,6 +9,8 @@ import signal
 import time
 from pathlib import Path
 
+from capo_verl.commands.refusal import refuse
+
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the sub-command."""
@@ -53,8 +55,7 @@ def run(args: argparse.Namespace) -> int:
         algorithm, overrides = "CAPO", [args.algorithm, *overrides]
     problem = _problem(algorithm, overrides, runner)
     if problem:
-        print(f"capo-verl quickstart: {problem}")
-        return 2
+        return refuse("quickstart", problem)
 
     # Whatever ends us ends the run we started. SIGINT too: a shell's background jobs start with it
     # ignored.
@@ -76,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _problem(algorithm: str, overrides: list[str], runner: object) -> str | None:
-    """What is wrong with the command line, in one sentence; None if nothing is."""
+    """The mistake in the command line, in one sentence; None if nothing is."""
     known = runner.ALGORITHMS  # type: ignore[attr-defined]
     if algorithm not in known:
         return f"unknown algorithm {algorithm!r}; use one of {', '.join(known)}"

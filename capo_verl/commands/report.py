@@ -7,6 +7,7 @@ import argparse
 from pathlib import Path
 
 from capo_verl.commands.plot import add_run_arguments
+from capo_verl.commands.refusal import refuse
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -42,8 +43,7 @@ def run(args: argparse.Namespace) -> int:
             _put_into_text(runs, args.tokenizer)
         write_page(group_runs(runs, args.group_by), args.output)
     except (ValueError, OSError) as e:
-        print(f"capo-verl report: {e}")
-        return 2
+        return refuse("report", e)
     samples = sum(len(run.samples) for run in runs)
     print(
         f"{args.output}: {len(runs)} runs, {samples} sequences of sampled tokens, "

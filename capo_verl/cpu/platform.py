@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A CPU for verl's ``PlatformRegistry``: importing this module registers it; ``VERL_PLATFORM=cpu``
-selects it.
+"""A CPU for verl's ``PlatformRegistry``, registered at import.
+
+``VERL_PLATFORM=cpu`` selects it.
 
 verl asks its platform for everything that depends on the device, but ships accelerators only
 (``verl/plugin/platform/platform_manager.py:172``). A rank is one process, and takes one unit of
@@ -28,8 +29,7 @@ os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 
 
 class CpuDeviceId(str):
-    """What ``get_device_id()`` returns: ``"cpu"`` where it names a device, ``0`` where it is
-    formatted as an index.
+    """Device id: ``"cpu"`` as the name of a device, ``0`` formatted as an index.
 
     verl uses it both ways: ``tensor.to(get_device_id())``, and
     ``f"{get_device_name()}:{get_device_id()}"`` (``verl/utils/megatron_utils.py:233``).
@@ -41,13 +41,14 @@ class CpuDeviceId(str):
     def __format__(self, format_spec: str) -> str:
         return "0"
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[type[CpuDeviceId], tuple[()]]:
         return (CpuDeviceId, ())
 
 
 class CpuDeviceModule(ModuleType):
-    """``torch.cpu`` with the memory, random state and property functions that verl expects of
-    ``torch.cuda``.
+    """View of ``torch.cpu`` with the functions that verl expects of ``torch.cuda``.
+
+    They are those of memory, random state and properties.
     """
 
     def __init__(self) -> None:
@@ -57,15 +58,11 @@ class CpuDeviceModule(ModuleType):
         return getattr(torch.cpu, name)
 
     def is_available(self) -> bool:
-        """False: there is no accelerator memory to watch or to empty
-        (``verl/utils/memory_utils.py:42``).
-        """
+        """False: there is no accelerator memory to watch (``verl/utils/memory_utils.py:42``)."""
         return False
 
     def device_count(self) -> int:
-        """0: Megatron-Core's CUDA seeds must not be set
-        (``verl/workers/engine/megatron/utils.py:35``).
-        """
+        """0: no CUDA seeds for Megatron-Core (``verl/workers/engine/megatron/utils.py:35``)."""
         return 0
 
     def current_device(self) -> CpuDeviceId:
@@ -129,7 +126,7 @@ class PlatformCPU(PlatformBase):
         return True
 
     def is_platform_available(self, use_smi_check: bool = False) -> bool:
-        """Never detected by itself: a machine with an accelerator has a CPU as well."""
+        """False: a machine with an accelerator has a CPU as well."""
         return False
 
     def current_device(self) -> CpuDeviceId:

@@ -16,8 +16,9 @@ import torch.distributed
 
 
 def patch(module: ModuleType) -> None:
-    """Make the two initializers of ``verl.utils.distributed`` ask for gloo. Must run before anyone
-    imports their names.
+    """Make the two initializers of ``verl.utils.distributed`` ask for gloo.
+
+    It must run before anyone imports their names.
 
     Args:
         module: ``verl.utils.distributed``, just imported.
@@ -43,6 +44,8 @@ def patch(module: ModuleType) -> None:
     ) -> None:
         upstream_ray(timeout_second=timeout_second, backend=backend or "gloo")
 
-    initialize_global_process_group_ray._capo_verl_cpu = True
-    module.initialize_global_process_group = initialize_global_process_group
-    module.initialize_global_process_group_ray = initialize_global_process_group_ray
+    initialize_global_process_group_ray._capo_verl_cpu = True  # type: ignore[attr-defined]
+    vars(module).update(
+        initialize_global_process_group=initialize_global_process_group,
+        initialize_global_process_group_ray=initialize_global_process_group_ray,
+    )

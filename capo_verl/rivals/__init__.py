@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Losses of the same literature as plain functions of tensors, one file each; torch and nothing of
-verl.
+"""Losses of the same literature as plain functions of tensors, one file each; torch only.
 
 >>> RIVALS["dcpo"](old_log_prob, log_prob, advantages, response_mask, eps_low=0.1)
 
@@ -40,14 +39,17 @@ class Rival:
     paper: str
     """arXiv number."""
     knobs: dict[str, Any]
-    """With the defaults."""
+    """Knobs with their defaults."""
     needs: frozenset[str]
-    """Keyword inputs besides the four tensors: ``entropy`` ``[B, T]``, ``group`` ``[B]`` int64,
-    ``tokens`` ``[B, T]``, or ``epoch``, how often the batch was used before (int).
+    """Keyword inputs besides the four tensors.
+
+    ``entropy`` ``[B, T]``, ``group`` ``[B]`` int64, ``tokens`` ``[B, T]``, or ``epoch``, how often
+    the batch was used before (int).
     """
     loss: Callable[..., tuple[Tensor, Metrics]]
-    """``loss(old_log_prob, log_prob, advantages, response_mask, **knobs, **inputs) -> losses [B,
-    T], 0-dim metrics``.
+    """Losses ``[B, T]`` and 0-dim metrics of four tensors ``[B, T]``.
+
+    ``loss(old_log_prob, log_prob, advantages, response_mask, **knobs, **inputs)``
     """
 
     def __call__(

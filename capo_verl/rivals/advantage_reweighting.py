@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Advantages that grow with the probability of their token ("Do Not Let Low-Probability Tokens
-Over-Dominate", 2505.12929).
+"""Advantages that grow with the probability of their token (arXiv 2505.12929).
+
+"Do Not Let Low-Probability Tokens Over-Dominate in RL for LLMs".
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from capo_verl.rivals.common import Metrics, clipped, log_ratio, step_metrics
 
 
 def reweighted(advantages: Tensor, old_log_prob: Tensor, alpha: float) -> Tensor:
-    """``(alpha * pi_old + 1 - alpha) * A``, the paper's advantage reweighting. ``[B, T]``"""
+    """Advantages reweighted as in the paper, ``(alpha * pi_old + 1 - alpha) * A``, ``[B, T]``."""
     return (alpha * old_log_prob.exp() + (1 - alpha)) * advantages
 
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ASPO, asymmetric importance sampling (arXiv 2510.06062): tokens of positive advantage weigh
-pi_old / pi.
+"""ASPO, asymmetric importance sampling (arXiv 2510.06062).
+
+Tokens of positive advantage weigh pi_old / pi.
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ def loss_aspo(
     clip_high: float,
     dual_clip: float,
 ) -> tuple[Tensor, Metrics]:
-    """``-A w`` with gradient ``-A w grad log pi``, where w = min(r, dual_clip) if A < 0 and w =
-    min(1/r, dual_clip) otherwise.
+    """Losses ``-A w`` with gradient ``-A w grad log pi``.
+
+    w = min(r, dual_clip) if A < 0 and w = min(1/r, dual_clip) otherwise.
 
     As with PPO's clip there is no gradient where A < 0 and r < 1 - clip_low, or A >= 0 and r > 1 +
     clip_high; the loss stays at the value it has there. Where ``dual_clip`` binds, the token keeps

@@ -13,14 +13,12 @@ from capo_verl.rivals.common import Metrics, clipped, log_ratio, step_metrics
 
 
 def _count(start: float, end: float, step: float) -> int:
-    """How many candidates ``start, start + step, ..., end`` are, the last one included whatever the
-    step.
-    """
+    """Number of candidates ``start, start + step, ..., end``; the last is always included."""
     return math.ceil((end - start) / step - 1e-9) + 1
 
 
 def _candidates(start: float, end: float, step: float, like: Tensor) -> Tensor:
-    """Built on the device, without a copy from the host. ``[n]``"""
+    """Candidates of a bound, ``[n]``, built on the device without a copy from the host."""
     steps = torch.arange(_count(start, end, step), dtype=like.dtype, device=like.device)
     return (start + step * steps).clamp(max=end)
 
@@ -35,8 +33,9 @@ def balanced_bounds(
     ratio: Tensor, advantages: Tensor, response_mask: Tensor, lows: Tensor, highs: Tensor,
     target: float, dp_group: dist.ProcessGroup | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """The first bounds, searched as in the authors' code, for which the positive mass is ``target``
-    times the negative one.
+    """The first bounds for which the positive mass is ``target`` times the negative one.
+
+    The search is that of the authors' code.
 
     Positive mass: the sum of ``min(r, high) A`` over A >= 0; negative: of ``max(r, low) |A|`` over
     A < 0. First the lower bound goes through its candidates, with the first upper bound, until the

@@ -1,23 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the rival losses share: the ratio, PPO's clip and masked means.
+"""Parts that the rival losses share: the ratio, PPO's clip and masked means.
 
 Everything is per token, ``[B, T]``.
 """
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import torch
 from torch import Tensor
 
 MAX_LOG_RATIO = 20.0
-"""As verl's own losses: exp() of more is no useful weight, and could overflow."""
+"""Largest log-ratio, as in verl's own losses: exp() of more could overflow."""
 
 Metrics = dict[str, Tensor]
 """0-dim tensors on the device of the losses, without gradient."""
 
+Bound = TypeVar("Bound", Tensor, float)
+"""A bound of the ratio: per token, or one number."""
+
 
 def log_ratio(old_log_prob: Tensor, log_prob: Tensor) -> Tensor:
-    """``log pi / pi_old``, cut to +-20 (nats)."""
+    """Log-ratio ``log pi / pi_old`` (nats), cut to +-20."""
     return (log_prob - old_log_prob).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
 
 
@@ -31,12 +36,13 @@ def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
 def clipped(
     ratio: Tensor,
     advantages: Tensor,
-    low: Tensor | float,
-    high: Tensor | float,
+    low: Bound,
+    high: Bound,
     dual: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """PPO's clip, ``max(-r A, -clip(r, low, high) A)``, at most ``-dual A`` for negative advantages
-    (arXiv 1912.09729).
+    """PPO's clip, ``max(-r A, -clip(r, low, high) A)``.
+
+    For negative advantages at most ``-dual A`` (arXiv 1912.09729).
 
     Args:
         low, high: bounds of the ratio itself; both tensors that broadcast, or both numbers.
@@ -55,7 +61,9 @@ def clipped(
 
 
 def step_metrics(log_ratios: Tensor, replaced: Tensor, mask: Tensor) -> Metrics:
-    """verl's names: ``pg_clipfrac``, the share of tokens whose gradient was cut, and ``ppo_kl``,
-    the mean of -log ratio.
+    """Metrics under verl's names.
+
+    ``pg_clipfrac``, the share of tokens whose gradient was cut, and ``ppo_kl``, the mean of -log
+    ratio.
     """
     return {"pg_clipfrac": masked_mean(replaced, mask), "ppo_kl": masked_mean(-log_ratios, mask)}

@@ -22,8 +22,10 @@ def loss_cpgd(
     drift: float,
     drift_cap: float,
 ) -> tuple[Tensor, Metrics]:
-    """``-min(l A, clip(l, log(1 - clip_low), log(1 + clip_high)) A) + drift * sg(min(r - 1,
-    drift_cap)) l``, l the log-ratio.
+    """Losses of clipped policy gradient with drift, l the log-ratio.
+
+    ``-min(l A, clip(l, log(1 - clip_low), log(1 + clip_high)) A) + drift * sg(min(r - 1,
+    drift_cap)) l``
 
     The first term is a policy gradient without the ratio as its weight; the second has the gradient
     of KL(pi_old || pi), ``(r - 1) grad log pi``, with a bounded weight.

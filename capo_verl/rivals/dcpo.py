@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""DCPO's dynamic-adaptive clipping (arXiv 2509.02333): the rarer a token was, the further its ratio
-may move.
+"""DCPO's dynamic-adaptive clipping (arXiv 2509.02333).
+
+The rarer a token was, the further its ratio may move.
 """
 
 from __future__ import annotations
@@ -34,8 +35,9 @@ def loss_dcpo(
     eps_high: float,
     ratio_max: float,
 ) -> tuple[Tensor, Metrics]:
-    """PPO's clipped loss between dynamic bounds; for negative advantages at most ``-ratio_max A``
-    as well.
+    """PPO's clipped loss between dynamic bounds.
+
+    For negative advantages it is at most ``-ratio_max A`` as well.
 
     Args:
         old_log_prob, log_prob, advantages, response_mask: ``[B, T]``. The old log-probabilities

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Only the tokens of highest entropy ("Beyond the 80/20 Rule", arXiv 2506.01939)."""
+"""Loss on the tokens of highest entropy ("Beyond the 80/20 Rule", arXiv 2506.01939)."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from capo_verl.rivals.common import Metrics, clipped, log_ratio, step_metrics
 
 
 def highest_entropy(entropy: Tensor, response_mask: Tensor, top_share: float) -> Tensor:
-    """The ``ceil(top_share * n)`` of the n response tokens whose entropy is highest, ties in order
-    of position.
+    """The ``ceil(top_share * n)`` of the n response tokens whose entropy is highest.
+
+    Ties go in order of position.
 
     Args:
         entropy: ``[B, T]``, nats; response_mask: ``[B, T]``.
@@ -45,8 +46,7 @@ def loss_entropy_mask(
     clip_high: float,
     dual_clip: float,
 ) -> tuple[Tensor, Metrics]:
-    """PPO's clipped loss on the ``top_share`` of the tokens whose entropy is highest, 0 on the
-    others.
+    """PPO's clipped loss on the ``top_share`` tokens of highest entropy, 0 on the others.
 
     With ``normalise_by="selected"`` the losses are scaled by n / n_selected, so that a mean over
     all response tokens is one over the selected tokens.

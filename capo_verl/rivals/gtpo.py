@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""GTPO, group-relative trajectory-based policy optimisation (arXiv 2508.03772): conflict masking
-and entropy control.
+"""GTPO, group-relative trajectory-based policy optimisation (arXiv 2508.03772).
+
+It masks conflicts and controls the entropy.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ from capo_verl.rivals.common import Metrics, masked_mean
 def _in_conflict(
     tokens: Tensor, position: Tensor, group: Tensor, advantages: Tensor, mask: Tensor
 ) -> Tensor:
-    """Whether a token stands at its position in a response of positive and in one of negative
-    advantage of its group.
+    """True for a token in good and in bad responses of its group, at the same position.
+
+    Good and bad are those of positive and of negative advantage.
     """
     vocabulary, length = tokens.max() + 1, tokens.shape[1]
     keys = (group[:, None] * length + position) * vocabulary + tokens
@@ -38,8 +40,7 @@ def _leading_run(conflict: Tensor, mask: Tensor) -> Tensor:
 def conflict_weights(
     advantages: Tensor, response_mask: Tensor, tokens: Tensor, group: Tensor, conflict_weight: float
 ) -> tuple[Tensor, Tensor]:
-    """Weights of the tokens at both ends of a response, as far as good and bad responses of the
-    group share them.
+    """Weights of the tokens that good and bad responses of a group share at both ends.
 
     Positions are counted from the first response token, and a second time from the last one. A
     token in conflict weighs ``conflict_weight`` where the advantage is positive and 0 where it is
@@ -81,8 +82,9 @@ def gtpo_advantages(
     entropy_scale: float,
     divide_by_conflicts: bool,
 ) -> tuple[Tensor, Metrics]:
-    """``lambda (A - entropy_scale * H)``, 0 if ``H > entropy_max``; H the response's mean entropy,
-    lambda its conflict weights.
+    """Advantages ``lambda (A - entropy_scale * H)``, 0 if ``H > entropy_max``.
+
+    H is the response's mean entropy, lambda its conflict weights.
 
     Args:
         advantages, response_mask, tokens: ``[B, T]``, whole groups; group: ``[B]``; entropy: ``[B,
@@ -119,7 +121,7 @@ def gtpo_advantages(
 def loss_on_policy(
     old_log_prob: Tensor, log_prob: Tensor, advantages: Tensor, response_mask: Tensor
 ) -> tuple[Tensor, Metrics]:
-    """``-A``, with gradient ``-A grad log pi``: neither ratio nor clip. All ``[B, T]``."""
+    """Losses ``-A``, with gradient ``-A grad log pi``: neither ratio nor clip. All ``[B, T]``."""
     metrics = {"ppo_kl": masked_mean(old_log_prob - log_prob, response_mask)}
     return -advantages * (log_prob - log_prob.detach()).exp(), metrics
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Lopti, low-probability token isolation ("Do Not Let Low-Probability Tokens Over-Dominate", arXiv
-2505.12929).
+"""Lopti, low-probability token isolation (arXiv 2505.12929).
+
+"Do Not Let Low-Probability Tokens Over-Dominate in RL for LLMs".
 """
 
 from __future__ import annotations
@@ -26,8 +27,9 @@ def loss_lopti(
     dual_clip: float,
     epoch: int = 0,
 ) -> tuple[Tensor, Metrics]:
-    """PPO's clipped loss on one part of the tokens, 0 on the others: those with ``pi_old < eta``,
-    or the rest.
+    """PPO's clipped loss on one part of the tokens, 0 on the others.
+
+    The part is that with ``pi_old < eta``, or the rest.
 
     The batch is to be used twice, on the low-probability tokens first. The denominators of the
     means stay those of all tokens, as in the authors' code, which sets the other advantages to 0.

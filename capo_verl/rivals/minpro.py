@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""MinPRO, minimum prefix ratio (arXiv 2601.22718): a bounded stand-in for the ratio of the whole
-prefix.
+"""MinPRO, minimum prefix ratio (arXiv 2601.22718).
+
+It is a bounded stand-in for the ratio of the whole prefix.
 """
 
 from __future__ import annotations
@@ -30,8 +31,9 @@ def loss_minpro(
     *,
     weight_max: float,
 ) -> tuple[Tensor, Metrics]:
-    """``-A w`` with gradient ``-A w grad log pi``, ``w = min(r_t * min_{j < t} r_j, weight_max)``
-    without gradient.
+    """Losses ``-A w`` with gradient ``-A w grad log pi``.
+
+    ``w = min(r_t * min_{j < t} r_j, weight_max)``, without gradient.
 
     Args:
         old_log_prob, log_prob, advantages, response_mask: ``[B, T]``, whole responses in order.

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PSPO, probability smoothing (arXiv 2509.21282): the new policy is mixed with the old one before
-the ratio is taken.
+"""PSPO, probability smoothing (arXiv 2509.21282).
+
+The new policy is mixed with the old one before the ratio is taken.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ def loss_pspo(
     *,
     alpha: float,
 ) -> tuple[Tensor, Metrics]:
-    """``-A ((1 - alpha) r + alpha)``, the ratio of ``(1 - alpha) pi + alpha pi_old`` to ``pi_old``,
-    without a clip.
+    """Losses ``-A ((1 - alpha) r + alpha)``, without a clip.
+
+    The factor is the ratio of ``(1 - alpha) pi + alpha pi_old`` to ``pi_old``.
 
     Args:
         old_log_prob, log_prob, advantages, response_mask: ``[B, T]``.

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SPO, simple policy optimisation (arXiv 2401.16025): a quadratic penalty on the ratio instead of
-PPO's clip.
+"""SPO, simple policy optimisation (arXiv 2401.16025).
+
+A quadratic penalty on the ratio replaces PPO's clip.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ def loss_spo(
     *,
     epsilon: float,
 ) -> tuple[Tensor, Metrics]:
-    """``-(r A - |A| (r - 1)^2 / (2 epsilon))``: best at r = 1 + sign(A) epsilon, and pulled back
-    from beyond.
+    """Losses ``-(r A - |A| (r - 1)^2 / (2 epsilon))``.
+
+    They are least at r = 1 + sign(A) epsilon, and pull back from beyond.
 
     Args:
         old_log_prob, log_prob, advantages, response_mask: ``[B, T]``.

@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What people see of a run: figures (``capo-verl plot``) and an interactive page (``capo-verl
-report``), from logs on disk.
+"""Views of a run: figures (``capo-verl plot``) and an interactive page (``capo-verl report``).
+
+Both are made from logs on disk.
 """

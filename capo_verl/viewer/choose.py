@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from capo_verl.viewer.config import names_key
-from capo_verl.viewer.run import Run
+from capo_verl.viewer.series import Run
 
 
 def choose(runs: Sequence[Run], where: Sequence[str]) -> list[Run]:

@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 HYDRA = (
     ".hydra/config.yaml",
@@ -15,7 +15,7 @@ HYDRA = (
     "../.hydra/config.yaml",
     "../hydra/.hydra/config.yaml",
 )
-"""Where Hydra keeps its copy, from the folder of the log.
+"""Places of Hydra's copy, from the folder of the log.
 
 The launchers set ``hydra.run.dir`` to ``$OUTPUT_DIR/hydra``.
 """
@@ -40,8 +40,7 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def find_config(folder: Path) -> dict[str, Any] | None:
-    """The configuration kept in or beside the folder of a log, with dotted keys; None if there is
-    none.
+    """The configuration in or beside the folder of a log, with dotted keys; None without one.
 
     Raises:
         ValueError: for a file that cannot be read.
@@ -68,12 +67,13 @@ def _load(path: Path) -> dict[str, Any]:
         found = OmegaConf.to_container(config, resolve=True)
     except Exception:  # an interpolation of Hydra's own, say, which exists only while it runs
         found = OmegaConf.to_container(config, resolve=False)
-    return {str(key): value for key, value in dict(found).items()}  # type: ignore[arg-type]
+    return {str(key): value for key, value in dict(cast("dict[Any, Any]", found)).items()}
 
 
 def varying_keys(configs: Iterable[Mapping[str, Any] | None]) -> list[str]:
-    """Keys whose values are not the same in all configurations that were found, without those that
-    only say where a run lies.
+    """Keys whose values are not the same in all configurations that were found.
+
+    Keys that only say where a run lies are left out.
     """
     known = [config for config in configs if config is not None]
     keys = sorted({key for config in known for key in config})
@@ -89,8 +89,9 @@ def _same(values: list[Any]) -> bool:
 
 
 def names_key(key: str, name: str) -> bool:
-    """Whether ``name`` (``seed``, ``data.seed``) is the dotted key or its last part, or that with a
-    prefix (``base_seed``).
+    """True if ``name`` (``seed``, ``data.seed``) is the dotted key or its last part.
+
+    The last part may have a prefix (``base_seed``).
     """
     last = key.rsplit(".", 1)[-1]
     return key == name or last == name or last.endswith(f"_{name}")

@@ -1,14 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Series that verl does not log as such: accuracy over all held-out sets, completions and accepted
-tokens so far.
-"""
+"""Series that verl does not log: held-out accuracy, completions and accepted tokens so far."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
 
-from capo_verl.viewer.run import Run, Series
+from capo_verl.viewer.series import Run, Series
 
 ACCURACY, REWARD = "held-out accuracy", "training reward"
 COMPLETIONS, ACCEPTED = "completions so far", "accepted tokens so far"
@@ -19,8 +17,10 @@ TRAINING = ("critic/score/mean", "critic/rewards/mean")
 
 
 def add_derived(run: Run) -> None:
-    """Add :data:`ACCURACY`, :data:`REWARD`, :data:`COMPLETIONS` and :data:`ACCEPTED` to the run
-    where it has what they need.
+    """Add the series of this module for which the run has what they need.
+
+    These are :data:`ACCURACY`, :data:`REWARD`, :data:`COMPLETIONS`, :data:`THRESHOLD` and
+    :data:`ACCEPTED`.
     """
     for name, series in (
         (ACCURACY, _held_out(run.series)),
@@ -36,8 +36,9 @@ def add_derived(run: Run) -> None:
 
 
 def _add_threshold(run: Run) -> None:
-    """A fixed tau_F, from the configuration, where the run measured m_F; one that adapts is logged
-    by the run.
+    """Add a fixed tau_F, from the configuration, if the run measured m_F.
+
+    The run itself logs a tau_F that adapts.
     """
     fixed = [
         value
@@ -71,7 +72,9 @@ def _steps(run: Run) -> list[int]:
 
 
 def _completions(run: Run) -> Series | None:
-    """From the configuration; else a step's tokens divided by the mean length of a prompt with its
+    """Completions so far, from the configuration or from the logged lengths.
+
+    Without a configuration, a step's tokens are divided by the mean length of a prompt with its
     response.
     """
     steps, config = _steps(run), run.config or {}
@@ -92,8 +95,10 @@ def _completions(run: Run) -> Series | None:
 
 
 def _accepted_tokens(run: Run) -> Series | None:
-    """Response tokens which the loss was computed on, each counted once. Without CAPO, with
-    ``mode=track`` and with soft weights, all; likewise once the guard has stopped the filter.
+    """Response tokens so far that the loss was computed on, each counted once.
+
+    All of them count without CAPO, with ``mode=track``, with soft weights, and once the guard has
+    stopped the filter.
     """
     if COMPLETIONS not in run.series or "response_length/mean" not in run.series:
         return None

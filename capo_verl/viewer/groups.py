@@ -11,7 +11,7 @@ from typing import Any
 
 from capo_verl.viewer.config import UNIMPORTANT, names_key, varying_keys
 from capo_verl.viewer.panels import Curve, Panel, axis_values
-from capo_verl.viewer.run import Run
+from capo_verl.viewer.series import Run
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,9 @@ class Band:
 
 
 def group_runs(runs: Sequence[Run], over: Sequence[str] = ("seed",)) -> list[Group]:
-    """Runs whose configurations differ in the keys ``over`` only, in the order of the first of each
-    group.
+    """Groups of runs whose configurations differ in the keys ``over`` only.
+
+    They stand in the order of the first run of each.
 
     A key is named in full (``data.seed``) or by its last part, which may have a prefix (``seed`` is
     ``data_loader_seed`` as well). Without a configuration the name decides, apart from ``seed1``
@@ -52,7 +53,7 @@ def group_runs(runs: Sequence[Run], over: Sequence[str] = ("seed",)) -> list[Gro
 
 
 def band(panel: Panel, curve: Curve, group: Group, axis: str) -> Band:
-    """At each step, over the runs of the group that have a value there."""
+    """Mean and range at each step, over the runs of the group that have a value there."""
     at: dict[int, list[tuple[float, float]]] = {}
     for run in group.runs:
         positions, series = axis_values(run, axis) or {}, panel.series(run, curve)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From what a user points at, a file or a folder, to runs."""
+"""Runs from a file or a folder that a user points at."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from pathlib import Path
 from capo_verl.viewer.config import find_config
 from capo_verl.viewer.derived import add_derived
 from capo_verl.viewer.file_log import is_file_log, read_file_log
-from capo_verl.viewer.run import Run, Series
 from capo_verl.viewer.samples import find_samples, is_samples_file, read_samples
+from capo_verl.viewer.series import Run, Series
 from capo_verl.viewer.study_table import is_study_table, read_study_table
 from capo_verl.viewer.tensorboard_log import is_event_file, read_event_files
 from capo_verl.viewer.wandb_log import SUFFIX, read_wandb
@@ -126,8 +126,9 @@ def _run(name: str, source: Path, series: dict[str, Series]) -> Run:
 
 
 def _tell_apart(runs: list[Run]) -> None:
-    """Names of their own: with their folder in front where names repeat, with a number where that
-    repeats.
+    """Give runs names of their own.
+
+    A name that repeats gets the folder in front, and a number if that repeats as well.
     """
     names = [run.name for run in runs]
     for run in runs:

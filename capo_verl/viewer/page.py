@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The page of ``capo-verl report``: one HTML file with data, style and script in it, which asks no
-network for anything.
+"""The page of ``capo-verl report``: one HTML file with data, style and script in it.
+
+It asks no network for anything.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 
 from capo_verl.viewer.groups import Group
 from capo_verl.viewer.panels import AXES, Panel, axis_values, choose_axis, shown_panels
-from capo_verl.viewer.run import Run
+from capo_verl.viewer.series import Run
 
 SCRIPTS = ("common.js", "series.js", "plot.js", "curves.js", "configs.js", "tokens.js", "main.js")
 DIGITS = 6
@@ -64,8 +65,9 @@ def render(groups: Sequence[Group], title: str) -> str:
 
 
 def page_data(groups: Sequence[Group]) -> dict[str, Any]:
-    """What the script reads: panels, groups of runs, and for each run its curves, x axes,
-    configuration and samples.
+    """Data of the page's script.
+
+    Panels, groups of runs, and for each run its curves, x axes, configuration and samples.
     """
     runs = [run for group in groups for run in group.runs]
     panels = [(panel, panel.curves_of(runs)) for panel in shown_panels(runs)]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which metric is drawn where: the one table behind the figures and the page."""
+"""Panels and their metrics: the one table behind the figures and the page."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from capo_verl.viewer.derived import ACCEPTED, ACCURACY, COMPLETIONS, REWARD, THRESHOLD
-from capo_verl.viewer.run import Run, Series
+from capo_verl.viewer.series import Run, Series
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,7 @@ class Curve:
 
     metric: str
     label: str = ""
-    """What tells it from the panel's other lines."""
+    """Name among the panel's other lines."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Panel:
     """One pair of axes."""
 
     key: str
-    """Of files and of elements of the page."""
+    """Name in files and in elements of the page."""
     title: str
     unit: str
     curves: tuple[Curve, ...]
@@ -34,7 +34,7 @@ class Panel:
     limits: tuple[float | None, float | None] = (None, None)
 
     def series(self, run: Run, curve: Curve) -> Series:
-        """In the panel's unit; empty if the run has none."""
+        """Values of a curve in the panel's unit; empty if the run has none."""
         found = run.series.get(curve.metric, Series())
         kept = [
             (s, v * self.factor)
@@ -44,7 +44,7 @@ class Panel:
         return Series([s for s, _ in kept], [v for _, v in kept])
 
     def curves_of(self, runs: Iterable[Run]) -> list[Curve]:
-        """Those for which at least one of the runs has values."""
+        """Curves for which at least one of the runs has values."""
         runs = list(runs)
         return [
             curve for curve in self.curves if any(self.series(run, curve).steps for run in runs)
@@ -61,31 +61,42 @@ PANELS = (
     Panel("accuracy", "Held-out accuracy", "accuracy", (Curve(ACCURACY),)),
     Panel("reward", "Training reward", "mean reward", (Curve(REWARD),)),
     Panel("rejection", "Rejected tokens", "% of tokens", _SIGNS, factor=100.0, limits=(0.0, None)),
-    Panel("weight", "Mean weight of a token", "weight", (Curve("capo/weight_mean"),),
-        limits=(0.0, 1.05)),
+    Panel(
+        "weight", "Mean weight of a token", "weight", (Curve("capo/weight_mean"),),
+        limits=(0.0, 1.05),
+    ),
     Panel(
         "policy_shift", "Policy shift m_F of a token", "nats",
-        (Curve("capo/policy_shift_p50", "median"),
+        (
+            Curve("capo/policy_shift_p50", "median"),
             Curve("capo/policy_shift_p99", "99th percentile"),
-         Curve("capo/policy_shift_max", "largest"), Curve(THRESHOLD, "threshold τ_F")),
+            Curve("capo/policy_shift_max", "largest"),
+            Curve(THRESHOLD, "threshold τ_F"),
+        ),
         log=True,
     ),
     Panel(
         "objective_shift", "Objective shift m_H of a token", "units of the advantage",
-        (Curve("capo/objective_shift_p50", "median"),
+        (
+            Curve("capo/objective_shift_p50", "median"),
             Curve("capo/objective_shift_p99", "99th percentile"),
-         Curve("capo/objective_shift_p01", "1st percentile")),
+            Curve("capo/objective_shift_p01", "1st percentile"),
+        ),
     ),
     Panel(
         "batch_policy_shift", "Policy shift m_F of the batch", "nats",
-        (Curve("capo/batch_policy_shift_before", "all tokens"),
-            Curve("capo/batch_policy_shift_after", "accepted tokens")),
+        (
+            Curve("capo/batch_policy_shift_before", "all tokens"),
+            Curve("capo/batch_policy_shift_after", "accepted tokens"),
+        ),
         log=True,
     ),
     Panel(
         "batch_objective_shift", "Objective shift m_H of the batch", "units of the advantage",
-        (Curve("capo/batch_objective_shift_before", "all tokens"),
-            Curve("capo/batch_objective_shift_after", "accepted tokens")),
+        (
+            Curve("capo/batch_objective_shift_before", "all tokens"),
+            Curve("capo/batch_objective_shift_after", "accepted tokens"),
+        ),
     ),
     Panel(
         "kl", "Measured KL(old‖new) of a step", "nats per token",
@@ -96,12 +107,18 @@ PANELS = (
         (Curve("capo/lr_scale", "applied"), Curve("capo/kl_budget_scale", "of the budget")),
         log=True,
     ),
-    Panel("entropy", "Entropy of the policy", "nats per token", (Curve("actor/entropy"),),
-        limits=(0.0, None)),
-    Panel("length", "Length of a response", "tokens", (Curve("response_length/mean"),),
-        limits=(0.0, None)),
-    Panel("grad_norm", "Gradient norm, before clipping", "norm", (Curve("actor/grad_norm"),),
-        log=True),
+    Panel(
+        "entropy", "Entropy of the policy", "nats per token", (Curve("actor/entropy"),),
+        limits=(0.0, None),
+    ),
+    Panel(
+        "length", "Length of a response", "tokens", (Curve("response_length/mean"),),
+        limits=(0.0, None),
+    ),
+    Panel(
+        "grad_norm", "Gradient norm, before clipping", "norm", (Curve("actor/grad_norm"),),
+        log=True,
+    ),
 )  # fmt: skip
 
 AXES = {"steps": "training step", "completions": "completions", "accepted": "accepted tokens"}
@@ -139,6 +156,6 @@ def choose_axis(runs: Iterable[Run], wanted: str | None = None) -> str:
 
 
 def shown_panels(runs: Iterable[Run]) -> list[Panel]:
-    """Those for which there is something to draw."""
+    """Panels for which there is something to draw."""
     runs = list(runs)
     return [panel for panel in PANELS if panel.curves_of(runs)]

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The sequences that the trainer sampled (``capo.sample_tokens_every``): found, read, checked, put
-into text.
-"""
+"""Sequences that the trainer sampled (``capo.sample_tokens_every``), read from its files."""
 
 from __future__ import annotations
 
@@ -13,7 +11,7 @@ from typing import Any
 from capo_verl.viewer.token_text import token_pieces
 
 FILE = "capo_tokens.jsonl"
-"""As in :mod:`capo_verl.engines.token_samples`, which needs torch."""
+"""File name in a run's checkpoint folder; :mod:`capo_verl.engines.token_samples` writes it."""
 COLUMNS = (
     "ids",
     "advantage",
@@ -35,8 +33,9 @@ def is_samples_file(path: Path) -> bool:
 
 
 def find_samples(folder: Path, config: Mapping[str, Any] | None) -> list[dict[str, Any]]:
-    """The samples of the run whose log lies in ``folder``: there, in ``checkpoints``, or where its
-    configuration says.
+    """Path of the samples of the run whose log lies in ``folder``.
+
+    They are there, in ``checkpoints``, or where its configuration says.
     """
     told = [(config or {}).get(key) for key in FOLDERS]
     places = [
@@ -51,16 +50,16 @@ def find_samples(folder: Path, config: Mapping[str, Any] | None) -> list[dict[st
 
 
 def read_samples(path: Path) -> list[dict[str, Any]]:
-    """All sequences by step, in the order in which they were written; of a step that was repeated
-    by a resumed run, the later ones.
+    """All sequences by step, in the order in which they were written.
+
+    Of a step that a resumed run repeated, the later ones stay.
 
     Raises:
         ValueError: naming the line that is none.
     """
     by_step: dict[int, dict[int, dict[str, Any]]] = {}
-    lines = path.read_text(encoding="utf-8").split(
-        "\n"
-    )  # not splitlines, which would split at U+2028 in a text
+    # Not splitlines, which would split at U+2028 in a text.
+    lines = path.read_text(encoding="utf-8").split("\n")
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
@@ -83,9 +82,7 @@ def read_samples(path: Path) -> list[dict[str, Any]]:
 
 
 def put_into_text(samples: list[dict[str, Any]], tokenizer: Any) -> None:
-    """Fill ``text``, in place, with a Hugging Face tokenizer; also where the trainer has written
-    one.
-    """
+    """Fill ``text`` in place with a Hugging Face tokenizer, also where the trainer wrote one."""
 
     def decode(ids: list[int]) -> str:
         return str(

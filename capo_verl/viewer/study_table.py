@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tables of ``capo_verl.experiments.study``: ``runs.parquet``, a row for each run, and
-``curves.parquet``, a row for each evaluation.
+"""Tables of ``capo_verl.experiments.study``.
+
+``runs.parquet`` has a row for each run, ``curves.parquet`` a row for each evaluation.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any
 
 from capo_verl.viewer.config import flatten
 from capo_verl.viewer.derived import ACCEPTED, ACCURACY, COMPLETIONS, REWARD
-from capo_verl.viewer.run import Run, collect
+from capo_verl.viewer.series import Run, collect
 
 RUNS, CURVES = "runs.parquet", "curves.parquet"
 METRICS = {
@@ -92,8 +93,9 @@ def _points(curve: Any) -> list[tuple[int, dict[str, Any]]]:
 
 
 def _config(about: Mapping[str, Any]) -> dict[str, Any]:
-    """Study, tier, method and the settings of the run, which the table keeps as JSON; else the
-    columns that name the run.
+    """Settings of the run, which the table keeps as JSON, with its study, tier and method.
+
+    Without the JSON, the columns that name the run.
     """
     settings = about.get(CONFIG)
     if isinstance(settings, str):

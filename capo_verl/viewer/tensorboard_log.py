@@ -1,14 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""TensorBoard's event files, as verl's ``tensorboard`` logger writes them: scalars by metric
-name.
-"""
+"""Event files of verl's ``tensorboard`` logger: scalars by metric name."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
 
-from capo_verl.viewer.run import Series, collect
+from capo_verl.viewer.series import Series, collect
 
 PREFIX = "events.out.tfevents."
 
@@ -18,8 +16,9 @@ def is_event_file(path: Path) -> bool:
 
 
 def read_event_files(paths: list[Path]) -> dict[str, Series]:
-    """All scalars of a folder's event files (one per start of the run), the later start winning
-    where steps repeat.
+    """All scalars of a folder's event files, one file per start of the run.
+
+    The later start wins where steps repeat.
 
     Raises:
         ValueError: if the package ``tensorboard`` is missing.
@@ -34,9 +33,8 @@ def read_event_files(paths: list[Path]) -> dict[str, Series]:
 
     def rows() -> Iterator[tuple[int, dict[str, float]]]:
         for path in sorted(paths):
-            events = EventAccumulator(
-                str(path), size_guidance={SCALARS: 0}
-            )  # 0: keep all, not a sample
+            keep_all = {SCALARS: 0}  # by default it keeps a sample
+            events = EventAccumulator(str(path), size_guidance=keep_all)
             events.Reload()
             for key in events.Tags()[SCALARS]:
                 for event in events.Scalars(key):

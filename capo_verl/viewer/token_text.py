@@ -6,8 +6,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 CONTEXT = 4
-"""Tokens decoded before a piece: a tokenizer may drop a space at the start of a text, not within
-one.
+"""Tokens decoded before a piece.
+
+A tokenizer may drop a space at the start of a text, not within one.
 """
 LONGEST = 8
 """So many tokens at most make up one character."""

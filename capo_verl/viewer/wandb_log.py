@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from capo_verl.viewer.config import flatten
-from capo_verl.viewer.run import Series, collect
+from capo_verl.viewer.series import Series, collect
 
 SUFFIX = ".wandb"
 MAGIC = b":W&B"
@@ -24,7 +24,7 @@ WHOLE, FIRST, MIDDLE, LAST = 1, 2, 3, 4
 
 
 class WandbRun(NamedTuple):
-    """What the file says."""
+    """Contents of the file."""
 
     name: str | None
     series: dict[str, Series]

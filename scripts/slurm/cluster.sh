@@ -1,33 +1,44 @@
 # shellcheck shell=bash disable=SC2154
 # SPDX-License-Identifier: Apache-2.0
-# Sourced by examples/slurm/train.sbatch: a Ray cluster over the nodes of a Slurm job. Its knobs are listed there.
+# Sourced by examples/slurm/train.sbatch: a Ray cluster over the nodes of a Slurm job. Its knobs are
+# listed there.
 
 # say MESSAGE: to the job's output, with the time.
 say() { echo "[$(date +%H:%M:%S) job ${SLURM_JOB_ID} attempt ${attempt}] $*"; }
 
-# fail MESSAGE [EXIT_CODE]: ends the job; the EXIT trap stops Ray.
+# fail WORDS...: ends the job; the EXIT trap stops Ray.
 fail() {
-    say "ERROR: $1" >&2
-    exit "${2:-1}"
+    say "ERROR: $*" >&2
+    exit 1
 }
 
-# on_node NODE LOG COMMAND...: a step on one node, inside the container if there is one. Replaces the (sub)shell it is called in, so
-# that a signal to that process reaches srun.
-# --overlap: the steps share the job's GPUs. Since Slurm 22.05 srun does not inherit the number of CPUs from sbatch, and bound to
-# one CPU Ray's workers never register.
+# refuse WORDS...: the same for what another try would not change.
+refuse() {
+    say "ERROR: $*" >&2
+    exit 2
+}
+
+# on_node NODE LOG COMMAND...: a step on one node, inside the container if there is one. Replaces
+# the (sub)shell it is called in, so that a signal to that process reaches srun.
+# --overlap: the steps share the job's GPUs. Since Slurm 22.05 srun does not inherit the number of
+# CPUs from sbatch, and bound to one CPU Ray's workers never register.
 on_node() {
     local node=$1 log=$2
     shift 2
     if [[ -n $ray_leash ]]; then exec {ray_leash}>&-; fi
-    exec srun --quiet --overlap --nodes=1 --ntasks=1 --nodelist="$node" --cpus-per-task="$cpus_per_node" \
-        --export=ALL --output="${log//%/%%}" --error="${log//%/%%}" --open-mode=append "${SRUN_OPTIONS[@]}" "${IN_ENVIRONMENT[@]}" "$@"
+    exec srun --quiet --overlap --nodes=1 --ntasks=1 --nodelist="$node" \
+        --cpus-per-task="$cpus_per_node" --export=ALL --output="${log//%/%%}" \
+        --error="${log//%/%%}" --open-mode=append "${SRUN_OPTIONS[@]}" "${IN_ENVIRONMENT[@]}" "$@"
 }
 
-# choose_environment: fills SRUN_OPTIONS and IN_ENVIRONMENT, which put a command into the venv, conda environment or container.
+# choose_environment: fills SRUN_OPTIONS and IN_ENVIRONMENT, which put a command into the venv,
+# conda environment or container.
 choose_environment() {
     SRUN_OPTIONS=() IN_ENVIRONMENT=()
     if [[ -n ${SETUP:-} ]]; then
-        [[ -r $SETUP ]] || fail "SETUP=$SETUP cannot be read: set it to a file to be sourced, e.g. with your 'module load' lines" 2
+        [[ -r $SETUP ]] ||
+            refuse "SETUP=$SETUP cannot be read: set it to a file to be sourced, e.g. with your" \
+                "'module load' lines"
         set +eu # module systems and conda's hooks rely on that
         # shellcheck disable=SC1090
         source "$SETUP"
@@ -37,12 +48,14 @@ choose_environment() {
     for variable in VENV CONDA_ENV CONTAINER_IMAGE; do
         if [[ -n ${!variable:-} ]]; then chosen=$((chosen + 1)); fi
     done
-    ((chosen <= 1)) || fail "set only one of VENV, CONDA_ENV and CONTAINER_IMAGE" 2
+    ((chosen <= 1)) || refuse "set only one of VENV, CONDA_ENV and CONTAINER_IMAGE"
     if [[ -n ${VENV:-} ]]; then
-        [[ -x $VENV/bin/python ]] || fail "VENV=$VENV has no bin/python: set it to a virtual environment all nodes see" 2
+        [[ -x $VENV/bin/python ]] ||
+            refuse "VENV=$VENV has no bin/python: set it to a virtual environment all nodes see"
         export VIRTUAL_ENV=$VENV PATH=$VENV/bin:$PATH
     elif [[ -n ${CONDA_ENV:-} ]]; then
-        command -v conda >/dev/null || fail "CONDA_ENV=$CONDA_ENV, but there is no conda: load its module in SETUP" 2
+        command -v conda >/dev/null ||
+            refuse "CONDA_ENV=$CONDA_ENV, but there is no conda: load its module in SETUP"
         IN_ENVIRONMENT=(conda run --no-capture-output -n "$CONDA_ENV")
         if [[ $CONDA_ENV == */* ]]; then IN_ENVIRONMENT[3]=-p; fi
     elif [[ -n ${CONTAINER_IMAGE:-} ]]; then
@@ -54,13 +67,19 @@ choose_environment() {
                     [[ $mount == *:* ]] || mount=$mount:$mount
                     pyxis_mounts+=${pyxis_mounts:+,}$mount
                 done
-                SRUN_OPTIONS=(--container-image="$CONTAINER_IMAGE" --container-mounts="$pyxis_mounts" --container-workdir="$PWD")
+                SRUN_OPTIONS=(--container-image="$CONTAINER_IMAGE"
+                    --container-mounts="$pyxis_mounts" --container-workdir="$PWD")
                 ;;
             apptainer | singularity)
-                command -v "$CONTAINER_RUNTIME" >/dev/null || fail "CONTAINER_RUNTIME=$CONTAINER_RUNTIME is not installed" 2
-                IN_ENVIRONMENT=("$CONTAINER_RUNTIME" exec --nv --bind "$mounts" --pwd "$PWD" "$CONTAINER_IMAGE")
+                command -v "$CONTAINER_RUNTIME" >/dev/null ||
+                    refuse "CONTAINER_RUNTIME=$CONTAINER_RUNTIME is not installed"
+                IN_ENVIRONMENT=("$CONTAINER_RUNTIME" exec --nv --bind "$mounts" --pwd "$PWD"
+                    "$CONTAINER_IMAGE")
                 ;;
-            *) fail "CONTAINER_RUNTIME=$CONTAINER_RUNTIME: choose pyxis, apptainer or singularity" 2 ;;
+            *)
+                refuse "CONTAINER_RUNTIME=$CONTAINER_RUNTIME: choose pyxis, apptainer or" \
+                    "singularity"
+                ;;
         esac
     fi
 }
@@ -74,38 +93,45 @@ detect_gpus() {
     elif [[ -n ${SLURM_JOB_GPUS:-} ]]; then
         tr ',' '\n' <<<"$SLURM_JOB_GPUS" | grep -c .
     else
-        fail "no GPUs in this job: ask for them (--gres=gpu:8), or set NGPUS_PER_NODE (on CPUs: ranks per node)" 2
+        refuse "no GPUs in this job: ask for them (--gres=gpu:8), or set NGPUS_PER_NODE" \
+            "(on CPUs: ranks per node)"
     fi
 }
 
-# CPUs of this job on each node: of nodes that differ, the fewest. SLURM_JOB_CPUS_PER_NODE is like "64(x2),32".
+# CPUs of this job on each node: of nodes that differ, the fewest. SLURM_JOB_CPUS_PER_NODE is like
+# "64(x2),32".
 detect_cpus() { tr ',' '\n' <<<"$SLURM_JOB_CPUS_PER_NODE" | sed 's/(.*//' | sort -n | head -n 1; }
 
 # One job at a time may write to OUTPUT_DIR.
 claim_output_dir() {
     local file=$OUTPUT_DIR/slurm_job other
     other=$(cat "$file" 2>/dev/null || true)
-    if [[ -n $other && $other != "$job" ]] && [[ $(squeue --noheader --jobs="$other" --format=%T 2>/dev/null) == RUNNING ]]; then
-        fail "job $other is running in OUTPUT_DIR=$OUTPUT_DIR: set another one, or wait" 2
+    if [[ -n $other && $other != "$job" ]] &&
+        [[ $(squeue --noheader --jobs="$other" --format=%T 2>/dev/null) == RUNNING ]]; then
+        refuse "job $other is running in OUTPUT_DIR=$OUTPUT_DIR: set another one, or wait"
     fi
     echo "$job" >"$file"
 }
 
-# Slurm's time limit, as seen from here, has to hold one step at least, or the job would be warned and restarted for ever.
+# Slurm's time limit, as seen from here, has to hold one step at least, or the job would be warned
+# and restarted for ever.
 check_time_limit() {
     local step_seconds=${STEP_SECONDS:-1800} seconds_left
     seconds_left=$(squeue --noheader --jobs="$job" --format=%L | awk -F'[-:]' '
-        /INVALID|UNLIMITED|NOT_SET/ { exit } { if ($0 ~ /-/) { days = $1; sub(/^[0-9]*-/, "") } n = split($0, t, ":");
+        /INVALID|UNLIMITED|NOT_SET/ { exit }
+        { if ($0 ~ /-/) { days = $1; sub(/^[0-9]*-/, "") } n = split($0, t, ":");
         for (i = 1; i <= n; i++) s = s * 60 + t[i]; print days * 86400 + s }') || seconds_left=""
     if [[ -n $seconds_left ]] && ((seconds_left < step_seconds)); then
-        fail "the time limit leaves $seconds_left s, but one step takes up to STEP_SECONDS=$step_seconds: raise --time, or lower STEP_SECONDS" 2
+        refuse "the time limit leaves $seconds_left s, but one step takes up to" \
+            "STEP_SECONDS=$step_seconds: raise --time, or lower STEP_SECONDS"
     fi
 }
 
 # Whether Slurm is taking the nodes away: then what ended was not the run's fault.
 was_preempted() {
     local time
-    time=$(scontrol show job "$job" --oneliner 2>/dev/null | sed -n 's/.* PreemptTime=\([^ ]*\).*/\1/p')
+    time=$(scontrol show job "$job" --oneliner 2>/dev/null |
+        sed -n 's/.* PreemptTime=\([^ ]*\).*/\1/p')
     [[ -n $time && $time != None ]]
 }
 
@@ -124,34 +150,41 @@ find_head_address() {
         return
     fi
     if [[ -n ${NIC:-} ]]; then
-        address=$(ip -4 -o addr show dev "$NIC" 2>/dev/null | sed -n 's/.* inet \([0-9.]*\).*/\1/p' | head -n 1)
-        [[ -n $address ]] || fail "NIC=$NIC has no IPv4 address on $head: 'ip -4 addr' there lists what there is" 2
+        address=$(ip -4 -o addr show dev "$NIC" 2>/dev/null |
+            sed -n 's/.* inet \([0-9.]*\).*/\1/p' | head -n 1)
+        [[ -n $address ]] ||
+            refuse "NIC=$NIC has no IPv4 address on $head: 'ip -4 addr' there lists what there is"
         echo "$address"
         return
     fi
-    # The address at which Slurm itself reaches the node. A host name may resolve to the loopback on the host itself.
+    # The address at which Slurm itself reaches the node. A host name may resolve to the loopback on
+    # the host itself.
     address=$(scontrol show node "$head" --oneliner | sed -n 's/.* NodeAddr=\([^ ]*\).*/\1/p')
     address=$(getent ahostsv4 "${address:-$head}" | awk 'NR == 1 { print $1 }')
     if [[ -z $address || $address == 127.* ]] && ((${#nodes[@]} > 1)); then
         local other
-        other=$(scontrol show node "${nodes[1]}" --oneliner | sed -n 's/.* NodeAddr=\([^ ]*\).*/\1/p')
+        other=$(scontrol show node "${nodes[1]}" --oneliner |
+            sed -n 's/.* NodeAddr=\([^ ]*\).*/\1/p')
         other=$(getent ahostsv4 "$other" | awk 'NR == 1 { print $1 }')
         if [[ -n $other && $other != 127.* ]]; then
             address=$(ip -4 -o route get "$other" | sed -n 's/.* src \([0-9.]*\).*/\1/p')
         fi
     fi
-    [[ -n $address ]] || fail "the address of $head is unknown: set HEAD_ADDRESS or NIC" 2
+    [[ -n $address ]] || refuse "the address of $head is unknown: set HEAD_ADDRESS or NIC"
     echo "$address"
 }
 
-# The first of three free ports, below the range that the system takes for clients; where to begin follows from the job's id.
+# The first of three free ports, below the range that the system takes for clients; where to begin
+# follows from the job's id.
 find_port() {
     local first=$((20000 + SLURM_JOB_ID * 8 % 12000)) attempts port offset
     for attempts in {0..99}; do
         port=$((20000 + (first - 20000 + attempts * 8) % 12000))
         for offset in 0 1 2; do
             if (exec 3<>"/dev/tcp/127.0.0.1/$((port + offset))") 2>/dev/null ||
-                (exec 3<>"/dev/tcp/$head_address/$((port + offset))") 2>/dev/null; then continue 2; fi
+                (exec 3<>"/dev/tcp/$head_address/$((port + offset))") 2>/dev/null; then
+                continue 2
+            fi
         done
         echo "$port"
         return
@@ -168,8 +201,9 @@ wait_for_head() {
     done
 }
 
-# start_ray: one step per node, in the background; fills ray_steps. They run as long as this shell holds the other end of their
-# standard input: a signal would go to all processes of a step at once, and Ray could not end in order.
+# start_ray: one step per node, in the background; fills ray_steps. They run as long as this shell
+# holds the other end of their standard input: a signal would go to all processes of a step at once,
+# and Ray could not end in order.
 start_ray() {
     local index role
     leash_folder=$(mktemp -d "$RAY_TMP_ROOT/leash.XXXXXX")
@@ -178,8 +212,9 @@ start_ray() {
     for index in "${!nodes[@]}"; do
         role=worker
         if ((index == 0)); then role="head"; fi
-        on_node "${nodes[index]}" "$logs/ray-${nodes[index]}.log" bash "$root/scripts/slurm/ray_node.sh" \
-            "$role" "${nodes[index]}" "$head_address" "$port" "$gpus_per_node" "$ray_cpus" "$ray_temp.$index" <"$leash_folder/leash" &
+        on_node "${nodes[index]}" "$logs/ray-${nodes[index]}.log" \
+            bash "$root/scripts/slurm/ray_node.sh" "$role" "${nodes[index]}" "$head_address" \
+            "$port" "$gpus_per_node" "$ray_cpus" "$ray_temp.$index" <"$leash_folder/leash" &
         ray_steps[index]=$!
         # The others need somebody to join; later they keep trying by themselves.
         if ((index == 0 && ${#nodes[@]} > 1)); then wait_for_head; fi
@@ -191,7 +226,8 @@ ray_is_whole() {
     local index
     for index in "${!ray_steps[@]}"; do
         if ! kill -0 "${ray_steps[index]}" 2>/dev/null; then
-            say "ERROR: Ray on node ${nodes[index]} ended; last lines of $logs/ray-${nodes[index]}.log:" >&2
+            say "ERROR: Ray on node ${nodes[index]} ended; last lines of" \
+                "$logs/ray-${nodes[index]}.log:" >&2
             tail -n 20 "$logs/ray-${nodes[index]}.log" 2>&1 | cut -c1-400 | sed 's/^/    /' >&2
             return 1
         fi
@@ -215,7 +251,8 @@ stop_ray() {
     ray_steps=()
 }
 
-# run_step NAME LOG COMMAND...: on the first node, beside Ray; its exit code, or 1 as soon as a part of Ray ends.
+# run_step NAME LOG COMMAND...: on the first node, beside Ray; its exit code, or 1 as soon as a part
+# of Ray ends.
 run_step() {
     local name=$1 log=$2 code=0 i
     shift 2

@@ -4,25 +4,27 @@
 #
 #   bash scripts/slurm/submit.sh --nodes=2 --gres=gpu:8 --cpus-per-task=64 --time=24:00:00 -- \
 #       examples/run_qwen2_5_math_7b_megatron.sh +capo=grpo
-#   bash scripts/slurm/submit.sh --array=1-5 ... -- SCRIPT       # five seeds
-#   bash scripts/slurm/submit.sh --chain=4 ... -- SCRIPT         # up to four jobs, each resumes where the one before had to stop
+#   bash scripts/slurm/submit.sh --array=1-5 ... -- SCRIPT    # five seeds
+#   bash scripts/slurm/submit.sh --chain=4 ... -- SCRIPT    # up to four jobs, each goes on
 #
-# Before "--": options for sbatch (all go there as they are, but --chain and --no-check). After it: a run script and its arguments.
-# What is checked: the run's configuration and memory plan for that many nodes and GPUs, in VENV or CONDA_ENV if set (--no-check
-# leaves this out, e.g. where verl is not installed on the login node; with CONTAINER_IMAGE only the job checks), and that the time
-# limit holds a step: STEP_SECONDS (default 1800) is how long a training step with its checkpoint may take, and how long before
-# the end the job is warned. Further variables: train.sbatch.
+# Before "--": options for sbatch (all go there as they are, but --chain and --no-check). After it:
+# a run script and its arguments. What is checked: the run's configuration and memory plan for that
+# many nodes and GPUs, in VENV or CONDA_ENV if set (--no-check leaves this out, e.g. where verl is
+# not installed on the login node; with CONTAINER_IMAGE only the job checks), and that the time
+# limit holds a step: STEP_SECONDS (default 1800) is how long a training step with its checkpoint
+# may take, and how long before the end the job is warned. Further variables: train.sbatch.
 
 set -euo pipefail
 
 refuse() {
-    echo "submit.sh: $1" >&2
+    echo "submit.sh: $*" >&2
     exit 2
 }
 
 # seconds TIME: Slurm's formats MINUTES, MIN:SEC, H:M:S, D-H, D-H:M, D-H:M:S (man sbatch, --time).
 seconds() {
-    [[ $1 =~ ^([0-9]+-)?[0-9]+(:[0-9]+){0,2}$ ]] || refuse "--time=$1: write it as minutes, H:MM:SS or D-HH:MM:SS"
+    [[ $1 =~ ^([0-9]+-)?[0-9]+(:[0-9]+){0,2}$ ]] ||
+        refuse "--time=$1: write it as minutes, H:MM:SS or D-HH:MM:SS"
     local days=0 rest=$1 fields
     if [[ $rest == *-* ]]; then
         days=${rest%%-*}
@@ -43,7 +45,9 @@ seconds() {
 gpus_of() {
     local entry
     for entry in ${1//,/ }; do
-        if [[ $entry =~ ^gpu(:[^:]*[^:0-9][^:]*)?(:([0-9]+))?$ ]]; then echo "${BASH_REMATCH[3]:-1}"; fi
+        if [[ $entry =~ ^gpu(:[^:]*[^:0-9][^:]*)?(:([0-9]+))?$ ]]; then
+            echo "${BASH_REMATCH[3]:-1}"
+        fi
     done
 }
 
@@ -73,7 +77,10 @@ while (($#)) && [[ $1 != -- ]]; do
     case $1 in
         --chain=*) chain=${1#*=} ;;
         --no-check) check=0 ;;
-        --signal* | --open-mode*) refuse "${1%%=*} is set here: STEP_SECONDS says how long before the end the job is warned" ;;
+        --signal* | --open-mode*)
+            refuse "${1%%=*} is set here: STEP_SECONDS says how long before the end the job is" \
+                "warned"
+            ;;
         *)
             options+=("$1")
             case $1 in
@@ -94,12 +101,16 @@ while (($#)) && [[ $1 != -- ]]; do
     esac
     shift
 done
-(($# >= 2)) || refuse "which run script? submit.sh [sbatch options] -- examples/run_NAME.sh [key=value ...]"
+(($# >= 2)) ||
+    refuse "which run script? submit.sh [sbatch options] -- examples/run_NAME.sh [key=value ...]"
 shift
 script=$1
-[[ -f $script ]] || refuse "there is no run script $script (paths are relative to the repository's root)"
+[[ -f $script ]] ||
+    refuse "there is no run script $script (paths are relative to the repository's root)"
 [[ $chain =~ ^[1-9][0-9]*$ ]] || refuse "--chain=$chain: set it to the number of jobs"
-if ((chain > 1 && array)); then refuse "--chain and --array together: submit a chain for each seed, with SEED set"; fi
+if ((chain > 1 && array)); then
+    refuse "--chain and --array together: submit a chain for each seed, with SEED set"
+fi
 export STEP_SECONDS=${STEP_SECONDS:-1800}
 # Slurm keeps the time of the warning in 16 bits (man sbatch, --signal).
 if ! [[ $STEP_SECONDS =~ ^[1-9][0-9]{0,4}$ ]] || ((STEP_SECONDS > 65535)); then
@@ -110,7 +121,8 @@ if [[ -n $limit && ${limit^^} != UNLIMITED && ${limit^^} != INFINITE ]]; then
     join=${JOIN_SECONDS:-300}
     limit_seconds=$(seconds "$limit") || exit 2
     if ((limit_seconds < STEP_SECONDS + join)); then
-        refuse "--time=$limit is $limit_seconds s, less than one step (STEP_SECONDS=$STEP_SECONDS) and starting up (JOIN_SECONDS=$join): raise it"
+        refuse "--time=$limit is $limit_seconds s, less than one step" \
+            "(STEP_SECONDS=$STEP_SECONDS) and starting up (JOIN_SECONDS=$join): raise it"
     fi
 elif [[ -z $limit ]]; then
     echo "submit.sh: no --time given: the job checks the partition's limit when it starts" >&2
@@ -123,7 +135,8 @@ progress=$OUTPUT_DIR/checkpoints/progress.json
 if [[ -f $progress ]]; then
     measured=$(sed -n 's/.*"step_seconds": *\([0-9]*\).*/\1/p' "$progress")
     if ((${measured:-0} > STEP_SECONDS)); then
-        refuse "a step of this run took $measured s (in $progress): set STEP_SECONDS to more than that"
+        refuse "a step of this run took $measured s (in $progress): set STEP_SECONDS to more than" \
+            "that"
     fi
 fi
 
@@ -131,20 +144,24 @@ if ((check)) && [[ -n ${CONTAINER_IMAGE:-} ]]; then
     echo "submit.sh: the configuration is checked in the container, when the job starts" >&2
 elif ((check)); then
     # The first number of a range such as 2-4: what the job gets at least.
-    if ! plan=$(in_environment env DRY_RUN=1 NNODES="${nodes%%-*}" ${gpus:+NGPUS_PER_NODE="$gpus"} bash "$@" 2>&1); then
+    if ! plan=$(in_environment env DRY_RUN=1 NNODES="${nodes%%-*}" \
+        ${gpus:+NGPUS_PER_NODE="$gpus"} bash "$@" 2>&1); then
         refuse "the run would be refused: $(tail -n 1 <<<"$plan")"
     fi
     sed -n '/^# Plan/,$p' <<<"$plan"
 fi
-mkdir -p "$OUTPUT_DIR" || refuse "OUTPUT_DIR=$OUTPUT_DIR cannot be written to: set it to a folder of yours"
+mkdir -p "$OUTPUT_DIR" ||
+    refuse "OUTPUT_DIR=$OUTPUT_DIR cannot be written to: set it to a folder of yours"
 rm -f "$OUTPUT_DIR/attempts.jsonl.gave_up"
 
 dependency=()
 for ((link = 1; link <= chain; link++)); do
-    # In a chain the next job resumes, so a job that has to stop ends, with an exit code other than 0.
+    # In a chain the next job resumes, so a job that has to stop ends, with an exit code other than
+    # 0.
     if ((chain > 1)); then export REQUEUE=0; fi
-    job=$(CAPO_VERL_ROOT=$PWD CHAIN_LINK=$link sbatch --parsable --job-name="${name#run_}" "--signal=B:USR1@$STEP_SECONDS" \
-        "${options[@]}" ${dependency[@]+"${dependency[@]}"} examples/slurm/train.sbatch "$@")
+    job=$(CAPO_VERL_ROOT=$PWD CHAIN_LINK=$link sbatch --parsable --job-name="${name#run_}" \
+        "--signal=B:USR1@$STEP_SECONDS" "${options[@]}" ${dependency[@]+"${dependency[@]}"} \
+        examples/slurm/train.sbatch "$@")
     job=${job%%;*}
     echo "job $job: $script -> $OUTPUT_DIR"
     dependency=("--dependency=afternotok:$job" --kill-on-invalid-dep=yes)

@@ -47,10 +47,11 @@ def test_against_counting():
     mask, kept = batch.mask, out.accepted.numpy()
     token = out.stages[0]
     m_f, m_h = token.policy_shift.numpy()[mask], token.objective_shift.numpy()[mask]
+    up, down = mask & (batch.advantages > 0), mask & (batch.advantages < 0)
     expected = {
         "rejection_rate": 1 - kept.sum() / mask.sum(),
-        "rejection_rate_positive_advantage": (mask & ~kept & (batch.advantages > 0)).sum() / (mask & (batch.advantages > 0)).sum(),
-        "rejection_rate_negative_advantage": (mask & ~kept & (batch.advantages < 0)).sum() / (mask & (batch.advantages < 0)).sum(),
+        "rejection_rate_positive_advantage": (up & ~kept).sum() / up.sum(),
+        "rejection_rate_negative_advantage": (down & ~kept).sum() / down.sum(),
         "outside_support": 1 - out.in_support.numpy()[mask].mean(),
         "sequences_emptied": (mask.any(1) & ~kept.any(1)).sum(),
         "accepted_tokens": kept.sum(),

@@ -223,8 +223,11 @@ def test_a_head_of_another_size_is_refused(name):
     hidden, _, *rest = Model(rng).batch(rng, 1, 3).arguments(LR)
     head = {"weight": torch.zeros(V, H), "bias": torch.zeros(V)}
     head[name] = head[name][:-1]
-    expected = {"weight": rf"ProjectedLogits.weight to be a float tensor \[{V}, {H}\] .*, got float32 \[20, 6\]",
-                "bias": rf"ProjectedLogits.bias to be a float tensor \[{V}\] .*, got float32 \[20\]"}[name]  # fmt: skip
+    wanted, got = {
+        "weight": (rf"\[{V}, {H}\]", r"\[20, 6\]"),
+        "bias": (rf"\[{V}\]", r"\[20\]"),
+    }[name]
+    expected = rf"ProjectedLogits.{name} to be a float tensor {wanted} .*, got float32 {got}"
     with pytest.raises(ValueError, match=expected):
         capo.evaluate(hidden, ProjectedLogits(**head), *rest)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``scripts/prepare_data.py`` from local files, wheels and reasoning-gym: what it writes, reports
+"""``capo-verl data`` from local files, wheels and reasoning-gym: what it writes, reports
 and refuses.
 """
 
@@ -18,16 +18,19 @@ import pytest
 pa = pytest.importorskip("pyarrow")
 import pyarrow.parquet as parquet
 
+from capo_verl.commands.main import main as capo_verl
 from capo_verl.data import prepare, sources, wheels
 from capo_verl.data.datasets import DATASETS, WheelSource
-from capo_verl.data.prepare import main
 from capo_verl.data.rows import check_rows
 
-SCRIPT = Path(__file__).parents[2] / "scripts/prepare_data.py"
 PROBLEMS = [
     {"problem": f"What is ${i}+{i}$, asks the teacher of class {i}?", "answer": str(2 * i)}
     for i in range(5)
 ]
+
+
+def main(arguments: list[str]) -> int:
+    return capo_verl(["data", *arguments])
 
 
 @pytest.fixture
@@ -237,7 +240,7 @@ def test_bad_input_is_one_line_and_writes_nothing(tmp_path, jsonl, capsys, case)
     assert main([*arguments, "--output", str(tmp_path / "out")]) == 2
     printed = capsys.readouterr().err
     assert (
-        message in printed and printed.count("\n") == 1 and printed.startswith("prepare_data: ")
+        message in printed and printed.count("\n") == 1 and printed.startswith("capo-verl data: ")
     ), printed
     assert not (tmp_path / "out").exists()
 
@@ -392,10 +395,16 @@ def test_hub_out_of_reach(tmp_path, monkeypatch, capsys):
 
 def test_the_script_itself(tmp_path, jsonl):
     listed = subprocess.run(
-        [sys.executable, str(SCRIPT), "--list"], capture_output=True, text=True, check=True
+        [sys.executable, "-m", "capo_verl.commands", "data", "--list"],
+        capture_output=True,
+        text=True,
+        check=True,
     ).stdout
     assert "olympiadbench" in listed
     none = subprocess.run(
-        [sys.executable, str(SCRIPT)], capture_output=True, text=True, check=False
+        [sys.executable, "-m", "capo_verl.commands", "data"],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert none.returncode == 2 and "name at least one data set" in none.stderr

@@ -19,6 +19,7 @@ import yaml
 
 from tests.docs.commands import HOW, Command, How, commands, how
 from tests.docs.markdown import ROOT
+from tests.helpers.warm import environment_folder
 
 pytest.importorskip("verl", reason="needs the extra cpu")
 SECONDS = 600
@@ -109,10 +110,12 @@ def _runs(folder: Path) -> None:
 
 
 def execute(command: Command, rule: How, checkout: Path) -> subprocess.CompletedProcess[str]:
+    venv = environment_folder()
     environment = {
         **{k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "SLURM_", "VERL_"))},
-        "PATH": f"{checkout / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "PYTHONPATH": str(checkout), "CAPO_VENV": sys.prefix, "HF_HUB_OFFLINE": "1",
+        "PATH": f"{checkout / 'bin'}:{venv / 'bin'}:{Path(sys.executable).parent}:"
+        f"{os.environ['PATH']}",
+        "PYTHONPATH": str(checkout), "CAPO_VENV": str(venv), "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0", "PYTHONWARNINGS": "ignore",
     }  # fmt: skip
     text = f"{rule.prefix} {command.text} {rule.append}".strip()

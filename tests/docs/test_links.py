@@ -13,6 +13,8 @@ import pytest
 
 from tests.docs.markdown import PAGES, ROOT, anchors, links
 
+RESULTS = sorted((ROOT / "capo_verl/experiments/results").glob("*.md"))
+
 
 def broken(page: Path) -> list[str]:
     found = []
@@ -32,7 +34,9 @@ def broken(page: Path) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+@pytest.mark.parametrize(
+    "page", [*PAGES, ROOT / "CHANGELOG.md", *RESULTS], ids=lambda p: str(p.relative_to(ROOT))
+)
 def test_links(page: Path) -> None:
     assert broken(page) == []
 

@@ -88,6 +88,7 @@ def test_names_are_those_of_the_tests(file: str, names: list[str]) -> None:
 def test_the_recorded_batch_is_as_described() -> None:
     from tests.helpers.recording import LEARNING_RATES, PROMPTS, RecordedBatch
 
-    assert "eight sequences, 55 response tokens, two optimizer steps" in TEXT
+    text = " ".join(TEXT.split())
+    assert "eight sequences, 55 response tokens, two optimizer steps" in text
     assert (len(PROMPTS), RecordedBatch.make().tokens, len(LEARNING_RATES)) == (8, 55, 2)
-    assert "six cases" in TEXT and len(list((ROOT / "tests/golden").glob("*.npz"))) == 6
+    assert "six cases" in text and len(list((ROOT / "tests/golden").glob("*.npz"))) == 6

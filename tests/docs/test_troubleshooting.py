@@ -20,6 +20,7 @@ PAGE = ROOT / "docs" / "troubleshooting.md"
 SOURCES = ("capo_verl", "hydra_plugins", "scripts", "examples")
 PERCENT = re.compile(r"%(?:\.\d+)?[sdreg]")
 SHELL_VALUE = re.compile(r"\$\((?:[^()]|\([^()]*\))*\)|\$\{[^{}]*\}|\$\w+|\$[*@#?]")
+SHELL_CONTINUED = re.compile(r'" \\\n\s*"')
 LEAST = 12
 """Characters of a quotation besides ``…``: fewer could be anything."""
 
@@ -60,8 +61,9 @@ def strings_of(source: str) -> list[str]:
 
 
 def shell_strings_of(source: str) -> list[str]:
-    """Lines of a shell script, ``…`` for what is expanded."""
-    return [SHELL_VALUE.sub("…", line) for line in source.splitlines()]
+    """Lines of a shell script, ``…`` for what is expanded; strings in several lines are one."""
+    joined = SHELL_CONTINUED.sub(" ", source)
+    return [SHELL_VALUE.sub("…", line) for line in joined.splitlines()]
 
 
 def source_strings(root: Path = ROOT) -> list[str]:
@@ -173,7 +175,7 @@ def test_messages_are_found_in_logs_and_shell_scripts() -> None:
     assert list(messages_of(source.replace("return", "def f():\n    return"))) == [
         "held … after … steps …"
     ]
-    assert shell_strings_of('refuse "CAPO=$CAPO, ${x:-1} of $(f $(g)): no"') == [
+    assert shell_strings_of('refuse "CAPO=$CAPO, ${x:-1}" \\\n    "of $(f $(g)): no"') == [
         'refuse "CAPO=…, … of …: no"'
     ]
 

@@ -10,6 +10,7 @@ import json
 import pytest
 
 from tests.e2e.test_training import Run, inputs, output  # noqa: F401  fixtures
+from tests.helpers import warm
 
 pytestmark = pytest.mark.e2e
 BUDGET = "actor_rollout_ref.actor.policy_loss.capo.kl_budget"
@@ -22,7 +23,8 @@ def test_the_learning_rate_follows_the_measured_kl(inputs, output):  # noqa: F81
         "actor_rollout_ref.actor.ppo_mini_batch_size=2",  # two optimizer steps per rollout
         "trainer.save_freq=1", "trainer.resume_mode=auto",
     )  # fmt: skip
-    first = Run(inputs, output, "first", steps=2, first_step=0, overrides=overrides)
+    python = warm.python()
+    first = Run(inputs, output, "first", 2, 0, overrides, PYTHON=python)
     assert first.wait() == 0, first.printed[-4000:]
     for metrics in first.metrics:
         assert metrics["capo/kl_mean"] > 1e-5 and metrics["capo/kl_p99"] >= metrics["capo/kl_mean"]
@@ -37,7 +39,7 @@ def test_the_learning_rate_follows_the_measured_kl(inputs, output):  # noqa: F81
         and not saved[1]["moments"]
     )
 
-    second = Run(inputs, output, "second", steps=3, first_step=2, overrides=overrides)
+    second = Run(inputs, output, "second", 3, 2, overrides, PYTHON=python)
     assert second.wait() == 0, second.printed[-4000:]
     assert "holds no state of a KL budget" not in second.printed
     assert second.metrics[0]["capo/lr_scale"] <= saved[1]["kl_budget"]["scale"] * 1.3 < 0.5

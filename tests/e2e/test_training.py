@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers import warm
 from tests.helpers.tiny_inputs import make_inputs
 
 ROOT = Path(__file__).parents[2]
@@ -237,7 +238,7 @@ def test_capo_trains_with_fsdp_and_lora(inputs, output):
         "actor_rollout_ref.actor.policy_loss.capo.objective_shift_max=null",
         "trainer.save_freq=2",
     )
-    run = Run(inputs, output, "fsdp", 2, 0, overrides, MODEL_ENGINE="dp")
+    run = Run(inputs, output, "fsdp", 2, 0, overrides, MODEL_ENGINE="dp", PYTHON=warm.python())
     assert run.wait() == 0, run.printed[-4000:]
     assert len(run.metrics) == 2 and "with LoRA the LM head is not trained" in run.printed
     for metrics in run.metrics:

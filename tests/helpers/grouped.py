@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.helpers.spawn import run_on_ranks
+from tests.helpers.spawn import ENGINE_MODULES, run_on_ranks
 
 
 def in_turn(fn: Callable[..., Any], calls: Sequence[tuple]) -> list[Any]:
@@ -29,7 +29,6 @@ def launch_by_size(
     request: pytest.FixtureRequest,
     fn: Callable[..., Any],
     call_of: Callable[[Any], tuple],
-    preload: Sequence[str],
     timeout: float = 600.0,
 ) -> Callable[[Any], list[Any]]:
     """What ``fn(*call_of(case))`` returns on every rank of ``case.layout``.
@@ -50,7 +49,7 @@ def launch_by_size(
             size = case.layout.world_size
             group = [c for c in dict.fromkeys(chosen) if c.layout.world_size == size]
             calls = [call_of(c) for c in group]
-            ranks = run_on_ranks(in_turn, size, fn, calls, preload=preload, timeout=timeout)
+            ranks = run_on_ranks(in_turn, size, fn, calls, preload=ENGINE_MODULES, timeout=timeout)
             done.update(zip(group, map(list, zip(*ranks, strict=True)), strict=True))
         return done[case]
 

@@ -12,10 +12,16 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from typing import Any
+
+TORCH = ("torch",)
+ENGINE_MODULES = ("tests.helpers.engine_modules",)
+WITHOUT_COMPILER = {"TORCHDYNAMO_DISABLE": "1"}
+"""Of three seconds a rank, to compile two of verl's functions. Training runs compile them."""
+_SERVERS: dict[tuple[str, ...], multiprocessing.forkserver.ForkServer] = {}
 
 
 class RankError(RuntimeError):
@@ -34,6 +40,7 @@ def _rank_main(
     try:
         os.environ.clear()
         os.environ.update(environment)
+        tempfile.tempdir = environment["TMPDIR"]
         sys.path[:] = sys_path
         import torch
 
@@ -63,14 +70,16 @@ def _rank_main(
             child.kill()
 
 
-def _context(preload: Sequence[str]) -> Any:
-    """Processes forked from a server that has imported `preload` once; verl and Megatron take ten
-    seconds.
+def _context(preload: tuple[str, ...]) -> Any:
+    """Processes forked from a server that has imported `preload` once.
+
+    Each `preload` has its server, which stays until this process ends.
     """
-    server = multiprocessing.forkserver._forkserver
-    if list(preload) != server._preload_modules:
-        server._stop()
-        multiprocessing.set_forkserver_preload(list(preload))
+    if preload not in _SERVERS:
+        _SERVERS[preload] = multiprocessing.forkserver.ForkServer()
+        _SERVERS[preload].set_forkserver_preload(list(preload))
+    # What a process of this context asks for the fork.
+    multiprocessing.forkserver.connect_to_new_process = _SERVERS[preload].connect_to_new_process
     return multiprocessing.get_context("forkserver")
 
 
@@ -79,13 +88,14 @@ def run_on_ranks(
     world_size: int,
     *args: Any,
     timeout: float = 180.0,
-    preload: Sequence[str] = ("torch",),
+    preload: tuple[str, ...] = TORCH,
     **kwargs: Any,
 ) -> list[Any]:
     """Call ``fn(*args, **kwargs)`` on `world_size` ranks of a gloo group and return what each of
     them returned.
 
-    ``RANK``, ``WORLD_SIZE`` and ``LOCAL_RANK`` are set, torch uses one thread.
+    ``RANK``, ``WORLD_SIZE`` and ``LOCAL_RANK`` are set, torch uses one thread. What ranks leave in
+    their temporary folder goes with it: verl's locks of checkpoints, wandb's media.
 
     Args:
         fn: a function at the top level of a module; it, the arguments and the results travel by
@@ -111,6 +121,8 @@ def run_on_ranks(
                 "RANK": str(rank),
                 "LOCAL_RANK": str(rank),
                 "WORLD_SIZE": str(world_size),
+                "TMPDIR": directory,
+                **WITHOUT_COMPILER,
             }
             receiver, sender = context.Pipe(duplex=False)
             store = os.path.join(directory, "store")

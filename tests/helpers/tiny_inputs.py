@@ -11,7 +11,8 @@ from tests.helpers.tiny_model import make_tiny_qwen2
 
 REWARD = """
 def compute_score(data_source, solution_str, ground_truth, extra_info=None, **kwargs):
-    return {"score": float(sum(c.isdigit() for c in solution_str)) / max(len(solution_str), 1), "acc": 0.0}
+    digits = sum(c.isdigit() for c in solution_str)
+    return {"score": digits / max(len(solution_str), 1), "acc": 0.0}
 """
 
 

@@ -6,24 +6,18 @@ allocates.
 from __future__ import annotations
 
 import dataclasses
-import json
 
 import pytest
 
 from capo_verl.config import verl_knobs
-from capo_verl.launch import plan_cli, plan_memory
+from capo_verl.launch import plan_memory
 from capo_verl.launch.plan import GIB, PlanError, make_plan
 from capo_verl.plugin.checks.model_shape import KNOWN, find_shape
 from capo_verl.plugin.checks.run_spec import RunSpec
 from tests.cpu.megatron.engine_cases import Layout
-from tests.helpers.spawn import run_on_ranks
+from tests.helpers.spawn import ENGINE_MODULES, run_on_ranks
 from tests.launch.state_cases import held_bytes
 
-PRELOAD = (
-    "torch",
-    "verl.workers.engine.megatron.transformer_impl",
-    "capo_verl.cpu.megatron.bridge",
-)
 QWEN_7B = KNOWN["qwen/qwen2.5-math-7b"]
 RUN = RunSpec(
     gpus_per_node=8, tp=2, prompts=144, completions_per_prompt=8, mini_batch=144,
@@ -44,7 +38,7 @@ def test_states_are_what_the_engine_holds(layout, tiny_model):
     )  # fmt: skip
     shape = find_shape(str(tiny_model))
     for held in run_on_ranks(
-        held_bytes, layout.world_size, layout, str(tiny_model), preload=PRELOAD
+        held_bytes, layout.world_size, layout, str(tiny_model), preload=ENGINE_MODULES
     ):
         planned = plan_memory.states(run, shape, held["stage"])
         assert held["parameters"] == planned.parameters
@@ -64,7 +58,7 @@ def test_states_are_what_the_engine_holds(layout, tiny_model):
 
 def test_distributed_optimizer_states_add_up(tiny_model):
     layout = Layout(dp=2, distributed_optimizer=True)
-    ranks = run_on_ranks(held_bytes, 2, layout, str(tiny_model), preload=PRELOAD)
+    ranks = run_on_ranks(held_bytes, 2, layout, str(tiny_model), preload=ENGINE_MODULES)
     run = RunSpec(cpu=True, gpus_per_node=2)
     planned = plan_memory.states(run, find_shape(str(tiny_model)), 0).optimizer
     assert sum(held["optimizer"] for held in ranks) == 2 * planned
@@ -222,47 +216,3 @@ def test_what_cannot_work_is_refused_with_its_numbers(change, message):
         run = dataclasses.replace(run, gpus_per_node=1, distributed_optimizer=True)
     with pytest.raises(PlanError, match=message):
         make_plan(run, QWEN_7B)
-
-
-def test_command_line(capsys, tmp_path):
-    assert plan_cli.main(["Qwen2.5-Math-7B", "--tp", "2", "--json"]) == 0
-    printed = json.loads(capsys.readouterr().out)
-    assert printed == json.loads(json.dumps(make_plan(RUN, QWEN_7B).as_dict()))
-    assert printed["parameters"] == 7_615_616_512
-    assert plan_cli.main(["Qwen2.5-Math-7B", "--tp", "2"]) == 0
-    table = capsys.readouterr().out
-    assert "7.62 B parameters" in table and "CAPO moments" in table
-    assert plan_cli.main(["Qwen2.5-Math-7B", "--tp", "2", "--no-capo"]) == 0
-    assert "CAPO" not in capsys.readouterr().out
-    sizes = {
-        "layers": 28,
-        "hidden": 3584,
-        "heads": 28,
-        "kv-heads": 4,
-        "intermediate": 18944,
-        "vocab": 152064,
-    }
-    arguments = [part for name, size in sizes.items() for part in (f"--{name}", str(size))]
-    assert plan_cli.main([*arguments, "--tp", "2", "--json"]) == 0
-    # Without the biases of queries, keys and values.
-    assert (
-        json.loads(capsys.readouterr().out)["parameters"] == 7_615_616_512 - 28 * (28 + 2 * 4) * 128
-    )
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["no/model"], "no/model is no folder with a config.json and not known: give --layers"),
-        ([], "name a model"),
-        (["--layers", "2"], "--hidden is missing: give all sizes"),
-        (["--config", "nowhere.yaml"], "nowhere.yaml"),
-        (["Qwen2.5-32B", "--tp", "8", "--rollout-tp", "4"], "does not fit: update needs"),
-        (["Qwen3-8B", "--tp", "3"], "8 GPUs do not divide by"),
-        (["Qwen3-8B", "--tp", "0"], "tensor_model_parallel_size=0: set it to a positive integer"),
-    ],
-)
-def test_command_line_refuses_in_one_line(arguments, message, capsys):
-    assert plan_cli.main(arguments) == 1
-    error = capsys.readouterr().err
-    assert message in error and error.startswith("plan.py: ") and error.count("\n") == 1

@@ -78,8 +78,6 @@ class Installed(NamedTuple):
     site_packages: Path
     empty: Path
     """A folder without files: the working directory."""
-    scripts: Path
-    """The checkout's scripts, beside no package that they could import instead."""
 
     def run(self, *command: object, **environment: str) -> subprocess.CompletedProcess[str]:
         """Run ``capo-verl`` of the environment, or its ``python`` with these arguments."""
@@ -102,7 +100,7 @@ class Installed(NamedTuple):
 
 
 @pytest.fixture(scope="session")
-def installed(wheel, source, tmp_path_factory) -> Installed:
+def installed(wheel, tmp_path_factory) -> Installed:
     """``pip install --no-deps``; the dependencies come by a path entry, which brings no editable
     install with it.
     """
@@ -123,16 +121,13 @@ def installed(wheel, source, tmp_path_factory) -> Installed:
     subprocess.run([*pip, "--disable-pip-version-check", str(wheel)], check=True)
     site_packages = Path(sysconfig.get_path("purelib", vars={"base": str(folder / "venv")}))
     (site_packages / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
-    for name in ("empty", "scripts"):
-        (folder / name).mkdir()
-    for script in (source / "scripts").glob("*.py"):
-        shutil.copy(script, folder / "scripts")
-    return Installed(python, site_packages, folder / "empty", folder / "scripts")
+    (folder / "empty").mkdir()
+    return Installed(python, site_packages, folder / "empty")
 
 
 @pytest.fixture(scope="session")
 def without(installed) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Run a module or a script in the environment as if a package were not installed."""
+    """Run a module in the environment as if a package were not installed."""
     helper = Path(__file__).with_name("without.py")
 
     def run(

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The public API as text, one fact a line: what a user could notice if it changed.
 
-python -m tests.packaging.public_api      # records it, after a change that is meant: a line in CHANGELOG.md goes with it
+python -m tests.packaging.public_api      # records it
+
+That is for a change that is meant; a line in CHANGELOG.md goes with it.
 """
 
 from __future__ import annotations

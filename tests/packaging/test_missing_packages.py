@@ -51,12 +51,14 @@ def test_the_filter_brings_torch_alone(installed):
     )  # numpy by torch, where it is installed
 
 
+RESULTS = ROOT / "capo_verl" / "experiments" / "results"
+NOISE = ROOT / "capo_verl" / "experiments" / "study" / "studies" / "noise.yaml"
 CASES = {
-    "plot": ("matplotlib", ["capo_verl.commands", "plot", ROOT / "docs" / "evidence"],
+    "plot": ("matplotlib", ["capo_verl.commands", "plot", RESULTS],
         "capo-verl plot", "viewer"),
-    "plot of tables": ("pandas", ["capo_verl.commands", "plot", ROOT / "docs" / "evidence"],
+    "plot of tables": ("pandas", ["capo_verl.commands", "plot", RESULTS],
         "capo-verl plot", "viewer"),
-    "report of tables": ("pyarrow", ["capo_verl.commands", "report", ROOT / "docs" / "evidence"],
+    "report of tables": ("pyarrow", ["capo_verl.commands", "report", RESULTS],
         "capo-verl report", "viewer"),
     "quickstart, verl": ("verl", ["capo_verl.commands", "quickstart"], "capo-verl quickstart",
         "cpu"),
@@ -66,34 +68,41 @@ CASES = {
         "pandas", ["capo_verl.commands", "calibrate", "--model", "m", "--data", "d.parquet"],
         "capo-verl calibrate", "viewer"
     ),
-    "study": ("filelock", ["study.py", "status", ROOT / "capo_verl/experiments/study/studies/noise.yaml"], "study.py", "study"),
-    "study, YAML": ("yaml", ["study.py", "status", ROOT / "capo_verl/experiments/study/studies/noise.yaml"], "study.py", "study"),
-    "calibration study": ("pandas", ["calibration_study.py", "draw", "x"], "calibration_study.py",
-        "study"),
+    "study": ("filelock", ["capo_verl.experiments.study", "status", NOISE],
+        "capo_verl.experiments.study", "study"),
+    "study, YAML": ("yaml", ["capo_verl.experiments.study", "status", NOISE],
+        "capo_verl.experiments.study", "study"),
+    "calibration study": ("pandas", ["capo_verl.experiments.calibration", "draw", "x"],
+        "capo_verl.experiments.calibration", "study"),
     "evidence": (
-        "pandas", ["capo_verl.experiments.study.evidence", ROOT / "docs" / "evidence.md"],
+        "pandas", ["capo_verl.experiments.study.evidence", RESULTS],
         "capo_verl.experiments.study.evidence", "study"
     ),
     "evaluate": (
-        "pyarrow", ["evaluate.py", "--model", "m", "--data", ROOT / "docs/evidence/runs.parquet", "--output", "o"],
-        "evaluate.py", "data",
+        "pyarrow",
+        ["capo_verl.commands", "evaluate", "--model", "m", "--data", RESULTS / "runs.parquet",
+         "--output", "o"],
+        "capo-verl evaluate", "data",
     ),
-    "prepare_data": (
-        "pyarrow", ["prepare_data.py", "reasoning_gym/chain_sum", "--train-size", "2", "--test-size", "0", "--output", "o"],
-        "prepare_data.py", "data",
+    "data": (
+        "pyarrow",
+        ["capo_verl.commands", "data", "reasoning_gym/chain_sum", "--train-size", "2",
+         "--test-size", "0", "--output", "o"],
+        "capo-verl data", "data",
     ),
-    "benchmark": ("matplotlib", ["benchmark_filter.py"], "benchmark_filter.py", "viewer"),
-    "plan": ("omegaconf", ["plan.py", "Qwen/Qwen2.5-32B"], "plan.py", ""),
+    "benchmark": ("matplotlib", ["capo_verl.experiments.benchmark"],
+        "capo_verl.experiments.benchmark", "viewer"),
+    "plan": ("omegaconf", ["capo_verl.commands", "plan", "Qwen/Qwen2.5-32B"], "capo-verl plan", ""),
 }  # fmt: skip
 """What is missing, who is called with what, its name, and the extra that helps."""
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_missing_package_is_one_sentence(case, without, installed):
+def test_a_missing_package_is_one_sentence(case, without):
     package, (program, *arguments), name, extra = CASES[case]
-    if program.endswith(".py"):
-        program = installed.scripts / program
-    done = without(package, program, *arguments)
+    # The experiments are in the checkout only.
+    path = {"PYTHONPATH": str(ROOT)} if "experiments" in program else {}
+    done = without(package, program, *arguments, **path)
     remedy = (
         f"'capo-verl[{extra}]'" + (f" {INDEX}" if extra == "cpu" else "") if extra else "capo-verl"
     )
@@ -119,9 +128,9 @@ def test_a_missing_package_is_one_sentence(case, without, installed):
         ),
     ],
 )
-def test_prepare_data_says_it_for_each_source(package, arguments, sentence, without, installed):
-    done = without(package, installed.scripts / "prepare_data.py", *arguments, "--output", "o")
-    assert (done.returncode, done.stderr) == (2, f"prepare_data: {sentence}\n")
+def test_data_says_it_for_each_source(package, arguments, sentence, without):
+    done = without(package, "capo_verl.commands", "data", *arguments, "--output", "o")
+    assert (done.returncode, done.stderr) == (2, f"capo-verl data: {sentence}\n")
 
 
 def test_the_judge_of_answers_says_it(without):
@@ -145,16 +154,16 @@ def error(name: str | None, text: str = "") -> ModuleNotFoundError:
 
 def test_a_package_of_nobodys_is_named_itself():
     """No extra installs vLLM: verl's own does."""
-    assert missing_packages.missing("evaluate.py", error("vllm.engine"), "data") == (
-        "evaluate.py needs vllm, which is not installed: pip install vllm"
+    assert missing_packages.missing("capo-verl evaluate", error("vllm.engine"), "data") == (
+        "capo-verl evaluate needs vllm, which is not installed: pip install vllm"
     )
 
 
 def test_a_package_of_another_version_is_told_apart():
     found = ImportError("cannot import name 'X' from 'wrapt'", name="wrapt")
-    assert missing_packages.missing("plan.py", found, "cpu") == (
-        "plan.py cannot use the installed wrapt (cannot import name 'X' from 'wrapt'): pip install "
-        "capo-verl"
+    assert missing_packages.missing("capo-verl plan", found, "cpu") == (
+        "capo-verl plan cannot use the installed wrapt (cannot import name 'X' from 'wrapt'): pip "
+        "install capo-verl"
     )
 
 
@@ -169,4 +178,4 @@ def test_a_library_that_asks_for_another_keeps_its_words():
 @pytest.mark.parametrize("name", ["capo_verl.no_such_module", "hydra_plugins.x"])
 def test_a_defect_of_this_project_is_no_missing_package(name):
     with pytest.raises(ModuleNotFoundError, match=f"No module named '{name}'"):
-        missing_packages.missing("plan.py", error(name), "cpu")
+        missing_packages.missing("capo-verl plan", error(name), "cpu")

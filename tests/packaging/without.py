@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs a script or a module as if a package were not installed: ``python without.py PACKAGE PROGRAM
+"""Runs a module as if a package were not installed: ``python without.py PACKAGE MODULE
 [ARGUMENT…]``.
 """
 
@@ -7,7 +7,7 @@ import runpy
 import sys
 from importlib.machinery import PathFinder
 
-package, program, *arguments = sys.argv[1:]
+package, module, *arguments = sys.argv[1:]
 find_spec = PathFinder.find_spec
 
 
@@ -16,9 +16,6 @@ def find_all_but_one(name, path=None, target=None):
 
 
 PathFinder.find_spec = staticmethod(find_all_but_one)
-sys.argv = [program, *arguments]
+sys.argv = [module, *arguments]
 sys.path.pop(0)  # this folder
-if program.endswith(".py"):
-    runpy.run_path(program, run_name="__main__")
-else:
-    runpy.run_module(program, run_name="__main__", alter_sys=True)
+runpy.run_module(module, run_name="__main__", alter_sys=True)

@@ -171,8 +171,8 @@ def test_a_threshold_that_adapts_and_soft_weights_on_the_command_line(command_li
         (
             ["model_engine=dp", f"{FSDP}.ulysses_sequence_parallel_size=2",
                 f"{CAPO}.granularity=batch"],
-            "granularity=batch needs whole sequences on a rank; with "
-            "actor_rollout_ref.actor.fsdp_config.ulysses_sequence_parallel_size > 1 set it to token",
+            "granularity=batch needs whole sequences on a rank; with actor_rollout_ref.actor."
+            "fsdp_config.ulysses_sequence_parallel_size > 1 set it to token",
         ),
         (
             ["model_engine=dp", f"+{FSDP}.mixed_precision={{param_dtype: fp16}}"],

@@ -131,15 +131,18 @@ def test_array_of_seeds_with_a_cluster_each(submit, tmp_path):
 
 
 STEPS = """
-from=$(sed -n 's/.*"step": \\([0-9]*\\).*/\\1/p' "$OUTPUT_DIR/checkpoints/progress.json" 2>/dev/null || true)
-echo "from ${from:-0}" >>"$OUTPUT_DIR/starts"
-for ((step = ${from:-0} + 1; step <= 5; step++)); do
+checkpoints=$OUTPUT_DIR/checkpoints
+progress=$checkpoints/progress.json
+from=$(sed -n 's/.*"step": \\([0-9]*\\).*/\\1/p' "$progress" 2>/dev/null || true)
+from=${from:-0}
+echo "from $from" >>"$OUTPUT_DIR/starts"
+for ((step = from + 1; step <= 5; step++)); do
     stopped=false
-    while [[ ${from:-0} == 0 && $step == 2 && ! -e $OUTPUT_DIR/checkpoints/stop ]]; do sleep 0.2; done
-    if [[ -e $OUTPUT_DIR/checkpoints/stop ]]; then stopped=true; rm "$OUTPUT_DIR/checkpoints/stop"; fi
-    echo "{\\"step\\": $step, \\"total_steps\\": 5, \\"checkpoint\\": $step, \\"step_seconds\\": 1, \\"stopped\\": $stopped}" \\
-        >"$OUTPUT_DIR/checkpoints/progress.json"
-    echo $step >"$OUTPUT_DIR/checkpoints/latest_checkpointed_iteration.txt"
+    while [[ $from == 0 && $step == 2 && ! -e $checkpoints/stop ]]; do sleep 0.2; done
+    if [[ -e $checkpoints/stop ]]; then stopped=true; rm "$checkpoints/stop"; fi
+    written='{"step": %d, "total_steps": 5, "checkpoint": %d, "step_seconds": 1, "stopped": %s}'
+    printf "$written\\n" $step $step $stopped >"$progress"
+    echo $step >"$checkpoints/latest_checkpointed_iteration.txt"
     if $stopped; then exit 0; fi
 done
 """

@@ -12,7 +12,7 @@ from capo_verl.viewer.config import varying_keys
 from capo_verl.viewer.derived import COMPLETIONS, REWARD
 from capo_verl.viewer.groups import band, group_runs
 from capo_verl.viewer.panels import PANELS, choose_axis
-from capo_verl.viewer.run import Run, Series
+from capo_verl.viewer.series import Run, Series
 
 REWARDS = next(panel for panel in PANELS if panel.key == "reward")
 REJECTION = next(panel for panel in PANELS if panel.key == "rejection")
@@ -27,11 +27,12 @@ def labels(runs: list[Run], *over: str) -> list[tuple[str, int]]:
 
 
 def test_runs_that_differ_in_their_seed_only_are_one_group():
-    runs = [
-        run("a", {"lr": 1e-3, "data.seed": 1, "actor.data_loader_seed": 1, "trainer.experiment_name": "a", "x.output_dir": "/a"}),
-        run("b", {"lr": 1e-3, "data.seed": 2, "actor.data_loader_seed": 2, "trainer.experiment_name": "b", "x.output_dir": "/b"}),
-        run("c", {"lr": 2e-3, "data.seed": 1, "actor.data_loader_seed": 1, "trainer.experiment_name": "c", "x.output_dir": "/c"}),
-    ]  # fmt: skip
+    def of(name: str, lr: float, seed: int) -> Run:
+        seeds = {"data.seed": seed, "actor.data_loader_seed": seed}
+        names = {"trainer.experiment_name": name, "x.output_dir": f"/{name}"}
+        return run(name, {"lr": lr, **seeds, **names})
+
+    runs = [of("a", 1e-3, 1), of("b", 1e-3, 2), of("c", 2e-3, 1)]
     assert labels(runs) == [("lr=0.001 (2 runs)", 2), ("c", 1)]
     assert labels(runs, "seed", "lr") == [("a (3 runs)", 3)]
     assert labels(runs, "experiment") == [("a", 1), ("b", 1), ("c", 1)]

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Do m_F and m_H predict what a step does? Measured against the true KL divergence and the true
-change of the objective.
+"""Predictions of m_F and m_H against what a step does: the true KL divergence and the true change
+of the objective.
 
 ``rollouts``   the batch of one step
 ``policy``     a causal language model as body and LM head
@@ -9,6 +9,6 @@ change of the objective.
 ``statistics`` rank correlation, slope, ratio, AUROC, intervals over steps
 ``propose``    thresholds and a KL budget for a model, from measured steps
 ``sample``     completions and rewards for a user's model and data
-``run``        ``capo-verl calibrate``
-``study``      the calibration study of docs/evidence.md
+``calibration`` the order of all this
+``pictures``   predicted against true
 """

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``capo-verl calibrate``: do m_F and m_H predict what happens to this model on these data, and
-which thresholds suit it?
+"""``capo-verl calibrate``: measure what m_F and m_H predict for a model on its data, and propose
+thresholds.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ import argparse
 import os
 import sys
 from pathlib import Path
+
+from capo_verl.commands.refusal import refuse
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -91,7 +93,7 @@ def run(args: argparse.Namespace) -> int:
         os.environ.setdefault(
             "VERL_PLATFORM", "cpu"
         )  # verl looks for an accelerator as it is imported
-    from capo_verl.commands.calibrate import run as calibration
+    from capo_verl.commands.calibrate import calibration
 
     options = {name: value for name, value in vars(args).items() if name not in ("command", "run")}
     try:
@@ -102,8 +104,7 @@ def run(args: argparse.Namespace) -> int:
             settings, lambda line: print(line, file=sys.stderr, flush=True)
         )
     except (ValueError, OSError, FloatingPointError) as error:
-        print(f"capo-verl calibrate: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        return refuse("calibrate", error)
     print("\n".join(calibration.report(settings, found)))
     print("\nwritten: " + ", ".join(map(str, calibration.write(settings, found))))
     return 0

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a step did: KL divergence and log-probability of every response token, from the LM head's
+"""Effects of a step: KL divergence and log-probability of every response token, from the LM head's
 inputs before and after.
 
 Logits of all tokens never exist: a run of tokens is multiplied with the old and with the new LM
@@ -33,7 +33,7 @@ class Head(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What happened to each response token, ``[N]`` float64."""
+    """Effect on each response token, ``[N]`` float64."""
 
     kl: Tensor
     """KL(old || new), nats, exact over the vocabulary."""

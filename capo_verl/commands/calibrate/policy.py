@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from capo_verl.commands.calibrate.rollouts import Rollouts
 
 DEPTHS = ("head", "last_layer", "last_half", "all")
-"""Which parameters move: the LM head; with it the last layer and the final norm; half of the
+"""Parameters that move: the LM head; with it the last layer and the final norm; half of the
 layers; every parameter.
 """
 
 
 class Policy:
-    """What the measurement needs of a model.
+    """A model as the measurement needs it.
 
     Args:
         model: whose parameters are trained; without dropout.
@@ -56,7 +56,7 @@ class Policy:
         return self.body(rollouts.input_ids)[rollouts.positions]
 
     def is_head(self, name: str) -> bool:
-        """Whether it is the LM head's own (perhaps shared) weight or bias."""
+        """True if it is the LM head's own (perhaps shared) weight or bias."""
         return any(self.parameters[name] is p for p in self.head.parameters())
 
     def height(self, name: str) -> int:
@@ -72,7 +72,7 @@ class Policy:
         return self.layers + 1 if before else 1
 
     def moves(self, name: str, depth: str) -> bool:
-        """Whether a parameter moves if training goes as deep as ``depth``, one of :data:`DEPTHS`.
+        """True if a parameter moves when training goes as deep as ``depth``, one of :data:`DEPTHS`.
 
         Raises:
             ValueError: for another depth.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What CAPO predicts about one step: m_F and m_H per token and for the batch, under each model of
+"""Predictions of CAPO about one step: m_F and m_H per token and for the batch, under each model of
 the optimizer.
 """
 

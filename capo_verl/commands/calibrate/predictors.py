@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What could predict the KL divergence of a token, and what m_F has to beat: quantities known
-before the step.
+"""Quantities known before the step that could predict the KL divergence of a token, which m_F has
+to beat.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From measured steps to settings: tau_F, tau_H, and a KL budget."""
+"""Settings from measured steps: tau_F, tau_H, and a KL budget."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Proposal:
     objective_shift_max: float
     """tau_H: likewise of abs(m_H)."""
     rejection: float
-    """Asked for, of each test."""
+    """Share asked for, of each test."""
     rejected: float
     """Share that the two together reject."""
     kl: float
@@ -37,7 +37,7 @@ class Proposal:
     delta: float
     """KL budget."""
     scale: float
-    """What the budget would multiply the learning rate by: ``min(1, sqrt(delta / kl))``."""
+    """Factor by which the budget would multiply the learning rate: ``min(1, sqrt(delta / kl))``."""
     steps: int
     """Steps it is taken from."""
 
@@ -90,7 +90,7 @@ def round_up(x: float, digits: int = 2) -> float:
 
 
 def overrides(proposal: Proposal) -> dict[str, str]:
-    """What it is for -> arguments of verl's ``main_ppo``."""
+    """Purpose -> arguments of verl's ``main_ppo``."""
     filtered = (
         f"+capo=grpo {KNOBS}.policy_shift_max={_plain(proposal.policy_shift_max)} "
         f"{KNOBS}.objective_shift_max={_plain(proposal.objective_shift_max)}"

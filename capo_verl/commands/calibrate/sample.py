@@ -28,7 +28,7 @@ class Sampled:
 
     @property
     def has_signal(self) -> bool:
-        """Whether the rewards differ within any group: if not, every advantage is 0."""
+        """True if the rewards differ within any group: if not, every advantage is 0."""
         return bool((self.rewards.amax(1) > self.rewards.amin(1)).any())
 
 
@@ -49,7 +49,7 @@ def load_reward(spec: str | None, problems: Sequence[Problem]) -> Reward:
         path, colon, name = spec.rpartition(":")
         if not colon or not path or not name:
             raise ValueError(f"--reward {spec}: expected module:function or file.py:function")
-        from capo_verl.data.evaluation.run import load_reward as load
+        from capo_verl.data.evaluation.pipeline import load_reward as load
 
         reward = load(path if path.endswith(".py") else f"pkg://{path}", name)
     for problem in {p.data_source: p for p in problems}.values():

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How well one quantity predicts another: rank correlation, slope, ratio, AUROC; intervals over
-optimizer steps.
+"""Quality of one quantity as a predictor of another: rank correlation, slope, ratio, AUROC;
+intervals over optimizer steps.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from capo_verl.data.evaluation.statistics import LEVEL, Estimate
+from capo_verl.data.evaluation.estimates import LEVEL, Estimate
 
 TOP_SHARE = 0.01
 """Share of the tokens, those with the largest true KL divergence, which a predictor has to find."""

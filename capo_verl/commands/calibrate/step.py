@@ -24,7 +24,7 @@ from capo_verl.commands.calibrate.rollouts import Rollouts
 
 @dataclass(frozen=True)
 class StepMeasurement:
-    """Of the N response tokens of one step."""
+    """Measurements of the N response tokens of one step."""
 
     tokens: dict[str, np.ndarray]
     """``[N]`` float64. Known before: ``sequence, action, advantage, log_prob, entropy, hidden``

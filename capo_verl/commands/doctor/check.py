@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a check is, what it may find, and that none hides the others."""
+"""A check, and what it may find; none hides the others."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Broken(Exception):
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a check found."""
+    """The finding of a check."""
 
     status: str
     """One of ``STATUSES``."""
@@ -37,7 +37,7 @@ class Check:
     look: Callable[[], Outcome]
     """May raise :class:`Broken`."""
     remedy: str
-    """What to do if ``look`` ends with any other exception."""
+    """Advice for when ``look`` ends with any other exception."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Result:
     status: str
     message: str
     seconds: float
-    """How long it was waited for."""
+    """Time that it was waited for."""
 
 
 @contextlib.contextmanager

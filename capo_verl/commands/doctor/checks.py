@@ -22,11 +22,12 @@ INSTALL = "scripts/check_stack.py says what to install"
 
 @dataclass(frozen=True)
 class Options:
-    """What the command line says."""
+    """Choices of the command line."""
 
+    kernels: bool = True
     ray: bool = True
     ray_address: str | None = None
-    """Of a Ray that runs; None starts one."""
+    """Address of a Ray that runs; None starts one."""
     example: Path | None = None
     overrides: Sequence[str] = ()
 
@@ -55,17 +56,25 @@ def _checks(options: Options, reports: Sequence[Report], running: ExitStack) -> 
     return [
         Check("software stack", lambda: software.compare(reports), INSTALL),
         Check("plugin installed", driver.plugin, INSTALL),
-        Check("registered with verl", driver.registration, INSTALL),
+        Check("registered with verl", driver.hooks, INSTALL),
         Check("Megatron engine", lambda: driver.engine("megatron"), INSTALL),
         Check("FSDP engine", lambda: driver.engine("fsdp", "fsdp2"), INSTALL),
         Check("switch composes", _switch, INSTALL),
-        Check("kernels", lambda: kernels.judge(running.enter_context(kernels.start())), INSTALL),
+        Check(
+            "kernels",
+            lambda: (
+                kernels.judge(running.enter_context(kernels.start()))
+                if options.kernels
+                else _left_out("--no-kernels", "the kernels compile or run")
+            ),
+            INSTALL,
+        ),
         Check(
             "Ray worker",
             lambda: (
                 workers.judge(asking, options.ray_address, driver.seen()["versions"])
                 if asking
-                else _not_asked()
+                else _left_out("--no-ray", "workers load the plugin")
             ),
             "leave it out with --no-ray",
         ),
@@ -83,8 +92,8 @@ def _switch() -> Outcome:
     return switch()
 
 
-def _not_asked() -> Outcome:
-    return Outcome(SKIPPED, "--no-ray: leave that out to see whether workers load the plugin")
+def _left_out(option: str, question: str) -> Outcome:
+    return Outcome(SKIPPED, f"{option}: leave that out to see whether {question}")
 
 
 def _of_example(options: Options) -> list[Check]:

@@ -1,16 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``capo-verl doctor``: is everything in place for a run with CAPO, and if not, what is to be
-done?
+"""``capo-verl doctor``: check that everything is in place for a run with CAPO, else say what to
+do.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import logging
 import os
-import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
+
+from capo_verl.commands.refusal import refuse
 
 EPILOG = """exit codes:
   0  nothing is broken (warnings and skipped checks allowed)
@@ -19,7 +23,7 @@ EPILOG = """exit codes:
 
 examples:
   capo-verl doctor
-  capo-verl doctor --json --no-ray
+  capo-verl doctor --json --no-ray --no-kernels
   capo-verl doctor --example examples/run_qwen2_5_math_7b_megatron.sh +capo=grpo
 """
 
@@ -47,6 +51,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     ray.add_argument("--no-ray", action="store_true", help="do not look at Ray workers")
     parser.add_argument(
+        "--no-kernels", action="store_true", help="do not compile or run the Triton kernels"
+    )
+    parser.add_argument(
         "--example",
         type=Path,
         metavar="SCRIPT",
@@ -62,44 +69,63 @@ def run(args: argparse.Namespace) -> int:
     """Make the checks and print them; returns the exit code."""
     problem = _problem(args)
     if problem:
-        print(f"capo-verl doctor: {problem}", file=sys.stderr)
-        return 2
-    warnings.simplefilter("ignore")  # of optional packages that verl and Megatron miss
-    from capo_verl.commands.doctor import report, software
+        return refuse("doctor", problem)
+    with _without_remarks():
+        return _examine(args)
+
+
+@contextlib.contextmanager
+def _without_remarks() -> Iterator[None]:
+    """Silence what verl and Megatron remark while they are imported, on optional packages and on
+    the platform: a check says what matters of it.
+    """
+    level = logging.root.manager.disable
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logging.disable(logging.WARNING)
+        try:
+            yield
+        finally:
+            logging.disable(level)
+
+
+def _examine(args: argparse.Namespace) -> int:
+    from capo_verl.commands.doctor import software, verdict
     from capo_verl.commands.doctor.check import Result
     from capo_verl.commands.doctor.checks import Options, examine
     from capo_verl.plugin import stack
 
     options = Options(
-        not args.no_ray,
-        args.ray_address or os.environ.get("RAY_ADDRESS"),
-        args.example,
-        args.overrides,
+        kernels=not args.no_kernels,
+        ray=not args.no_ray,
+        ray_address=args.ray_address or os.environ.get("RAY_ADDRESS"),
+        example=args.example,
+        overrides=args.overrides,
     )
     reports = stack.check_all()
 
     def tell(result: Result) -> None:
         if not args.json:
-            print(report.row(result), flush=True)
+            print(verdict.row(result), flush=True)
 
     if not args.json:
         print(
-            f"Platform: {report.platform() or 'detected by verl (VERL_PLATFORM=cpu for the CPU)'}",
+            f"Platform: {verdict.platform() or 'detected by verl (VERL_PLATFORM=cpu for the CPU)'}",
             flush=True,
         )
     results = examine(options, reports, tell)
     if args.json:
-        print(json.dumps(report.as_dict(results, reports), indent=2))
+        print(json.dumps(verdict.as_dict(results, reports), indent=2))
     else:
-        print(f"\n{report.summary(results)}")
+        print(f"\n{verdict.summary(results)}")
         table = software.table(reports)
         if table:
             print(f"\n{table}")
-    return report.exit_code(results)
+    return verdict.exit_code(results)
 
 
 def _problem(args: argparse.Namespace) -> str | None:
-    """What is wrong with the command line, in one sentence; None if nothing is."""
+    """The mistake in the command line, in one sentence; None if nothing is."""
     if args.overrides and args.example is None:
         return (
             f"{args.overrides[0]!r} is an override for an example: name its launcher with --example"

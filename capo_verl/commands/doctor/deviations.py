@@ -16,11 +16,13 @@ from capo_verl.core.support import TopKSupport
 TOKENS, ROWS, HIDDEN, K = 5, 150, 300, 50
 """Small, and no multiples of the kernels' tiles."""
 TOLERANCE = 1e-4
-"""Of a deviation, as a share of the largest number expected: float32 sums in another order."""
+"""Largest deviation allowed, as a share of the largest number expected: float32 sums in another
+order.
+"""
 
 
 def deviations(device: torch.device) -> dict[str, float]:
-    """What a kernel makes -> largest deviation from its twin's, as a share of the largest number of
+    """Output of a kernel -> largest deviation from its twin's, as a share of the largest number of
     that; inf if ids or shapes differ.
 
     Moments are float32: with bfloat16 ones a sum that is added up in another order may be rounded

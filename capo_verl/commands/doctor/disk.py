@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Is there room for the example's checkpoints?"""
+"""Room on the disk for the example's checkpoints."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def checkpoint_bytes(plan: Plan, contents: Sequence[str]) -> int:
 
 
 def checkpoints(config: DictConfig) -> int | None:
-    """How many are on the disk at once, at most; None if the number of steps is not known."""
+    """Number that is on the disk at once, at most; None if the number of steps is not known."""
     every, keep = config.trainer.save_freq, config.trainer.max_actor_ckpt_to_keep
     total = config.trainer.total_training_steps
     written = None if total is None else math.ceil(total / every)

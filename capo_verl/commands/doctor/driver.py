@@ -6,14 +6,14 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from capo_verl.commands.doctor import registered
+from capo_verl.commands.doctor import registration
 from capo_verl.commands.doctor.check import OK, Broken, Outcome
 
 
 @functools.cache
 def seen() -> dict[str, Any]:
     """Looked at once: verl is imported once per process."""
-    return registered.look()
+    return registration.look()
 
 
 def _ok_unless(problem: str | None, message: str) -> Outcome:
@@ -24,22 +24,22 @@ def _ok_unless(problem: str | None, message: str) -> Outcome:
 
 def plugin() -> Outcome:
     """The entry point, and that verl loads it."""
-    return _ok_unless(registered.plugin_problem(seen()), "verl loads capo_verl.plugin.register")
+    return _ok_unless(registration.plugin_problem(seen()), "verl loads capo_verl.plugin.register")
 
 
-def registration() -> Outcome:
+def hooks() -> Outcome:
     """Losses, estimators, and every other hook."""
-    loss = f"policy loss '{registered.LOSS}', advantage estimator '{registered.ESTIMATOR}'"
+    loss = f"policy loss '{registration.LOSS}', advantage estimator '{registration.ESTIMATOR}'"
     return _ok_unless(
-        registered.registration_problem(seen()),
-        f"{loss}, hooks in {len(registered.MODULES)} modules of verl",
+        registration.registration_problem(seen()),
+        f"{loss}, hooks in {len(registration.MODULES)} modules of verl",
     )
 
 
 def engine(*backends: str) -> Outcome:
     """The classes that verl would train with."""
     problem = next(
-        filter(None, (registered.engine_problem(seen(), backend) for backend in backends)), None
+        filter(None, (registration.engine_problem(seen(), backend) for backend in backends)), None
     )
     names = dict.fromkeys(seen()["engines"].get(backend, {}).get("name") for backend in backends)
     return _ok_unless(problem, f"verl uses {' and '.join(map(str, names))}")

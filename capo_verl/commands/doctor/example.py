@@ -13,10 +13,10 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from capo_verl.commands.doctor import disk, memory
+from capo_verl.commands.doctor.answering_process import last_line
 from capo_verl.commands.doctor.check import OK, WARN, Broken, Outcome
-from capo_verl.commands.doctor.child import last_line
-from capo_verl.commands.doctor.machine import Here
-from capo_verl.launch.gpu_memory import VARIABLE
+from capo_verl.commands.doctor.machine import Machine
+from capo_verl.launch.hardware import VARIABLE
 from capo_verl.launch.plan import Plan, make_plan
 from capo_verl.plugin.checks.model_shape import find_shape
 from capo_verl.plugin.checks.run_spec import RunSpec, from_config
@@ -35,7 +35,7 @@ class Example:
         here: the machine.
     """
 
-    def __init__(self, script: Path, overrides: Sequence[str], here: Here):
+    def __init__(self, script: Path, overrides: Sequence[str], here: Machine):
         self._script, self._overrides, self._here = script, list(overrides), here
 
     @functools.cached_property
@@ -91,8 +91,8 @@ class Example:
         )
 
     def look(self) -> Outcome:
-        """Whether the dry run resolves; what a run here would be refused for, such as missing data,
-        is a warning.
+        """Resolve the dry run; what a run here would be refused for, such as missing data, is a
+        warning.
         """
         if not self.resolves:
             raise Broken(
@@ -112,9 +112,9 @@ class Example:
         return Outcome(OK, what)
 
     def memory(self) -> Outcome:
-        """See ``capo_verl.commands.doctor.memory``."""
+        """Compare its memory with this machine's (:mod:`capo_verl.commands.doctor.memory`)."""
         return memory.compare(self.plan, self.run.model, self._here)
 
     def disk(self) -> Outcome:
-        """See ``capo_verl.commands.doctor.disk``."""
+        """Compare its checkpoints with the disk (:mod:`capo_verl.commands.doctor.disk`)."""
         return disk.compare(self.plan, self.config, on_the_spot=self.run.cpu or self._here.gpus > 0)

@@ -17,21 +17,21 @@ from dataclasses import asdict
 
 import torch
 
+from capo_verl.commands.doctor.answering_process import AnsweringProcess
 from capo_verl.commands.doctor.check import FAIL, OK, SKIPPED, WARN, Broken, Outcome
-from capo_verl.commands.doctor.child import Child
 
 SECONDS = 180.0
 CAPABILITY = 90
-"""For which GPU they are compiled where there is none: H100 (sm_90)."""
+"""Target of the compilation where there is no GPU: H100 (sm_90)."""
 
 
-def start() -> Child:
+def start() -> AnsweringProcess:
     """Begin."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    return Child("capo_verl.commands.doctor.kernels", environment=environment)
+    return AnsweringProcess("capo_verl.commands.doctor.kernels", environment=environment)
 
 
-def judge(child: Child) -> Outcome:
+def judge(child: AnsweringProcess) -> Outcome:
     """
     Raises:
         Broken: if the kernels could not be compiled or run.
@@ -46,7 +46,7 @@ def judge(child: Child) -> Outcome:
 
 
 def examine() -> Outcome:
-    """What this machine allows."""
+    """Run the kernels, or compile them, as this machine allows."""
     triton, gpu = importlib.util.find_spec("triton"), torch.cuda.is_available()
     if not triton and gpu:
         return Outcome(

@@ -7,28 +7,27 @@ import shutil
 import subprocess
 from dataclasses import dataclass
 
-from capo_verl.launch.gpu_memory import SECONDS, gpu_memory
+from capo_verl.launch.hardware import SECONDS, gpu_memory, machine_memory
 from capo_verl.launch.plan import GIB
-from capo_verl.launch.plan_cli import machine_memory
 
 
 @dataclass(frozen=True)
-class Here:
+class Machine:
     """Sizes in GiB."""
 
     gpus: int
-    """That torch may use (``CUDA_VISIBLE_DEVICES``)."""
+    """GPUs that torch may use (``CUDA_VISIBLE_DEVICES``)."""
     gpu_memory: float
-    """Of the smallest GPU, of ``GPU_MEMORY_GIB``, or, where neither is, of an H100-80GB."""
+    """Memory of the smallest GPU, of ``GPU_MEMORY_GIB``, or, where neither is, of an H100-80GB."""
     gpu_free: float | None
-    """Of the fullest GPU; None if ``nvidia-smi`` does not tell."""
+    """Free memory of the fullest GPU; None if ``nvidia-smi`` does not tell."""
     memory: float
-    """Of the host."""
+    """Memory of the host."""
     memory_free: float
-    """Of the host, that can be taken now."""
+    """Memory of the host that can be taken now."""
 
 
-def look() -> Here:
+def look() -> Machine:
     """
     Raises:
         ValueError: if ``GPU_MEMORY_GIB`` is not a positive number.
@@ -38,7 +37,7 @@ def look() -> Here:
 
     memory, _ = gpu_memory(look=True)
     free = round(psutil.virtual_memory().available / GIB, 1)
-    return Here(torch.cuda.device_count(), memory, _gpu_free(), machine_memory(), free)
+    return Machine(torch.cuda.device_count(), memory, _gpu_free(), machine_memory(), free)
 
 
 def _gpu_free() -> float | None:

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Will the example's memory, as ``capo_verl.launch.plan`` estimates it, do on this machine?"""
+"""Memory of the example, as ``capo_verl.launch.plan`` estimates it, against this machine's."""
 
 from __future__ import annotations
 
 from capo_verl.commands.doctor.check import OK, SKIPPED, WARN, Broken, Outcome
-from capo_verl.commands.doctor.machine import Here
+from capo_verl.commands.doctor.machine import Machine
 from capo_verl.launch.plan import GIB, Plan
 
 
-def compare(plan: Plan | None, model: str, here: Here) -> Outcome:
+def compare(plan: Plan | None, model: str, here: Machine) -> Outcome:
     """
     Args:
         plan: of the example; None if the sizes of its ``model`` are not known.
@@ -19,13 +19,13 @@ def compare(plan: Plan | None, model: str, here: Here) -> Outcome:
     if plan is None:
         return Outcome(
             SKIPPED,
-            f"there is no plan for {model} with this engine: scripts/plan.py takes the sizes of "
+            f"there is no plan for {model} with this engine: `capo-verl plan` takes the sizes of "
             "dense models as arguments",
         )
     return _on_cpu(plan, here) if plan.run.cpu else _on_gpus(plan, here)
 
 
-def _on_cpu(plan: Plan, here: Here) -> Outcome:
+def _on_cpu(plan: Plan, here: Machine) -> Outcome:
     misfit = plan.misfit()
     if misfit:
         raise Broken(f"estimated: {misfit}")
@@ -38,7 +38,7 @@ def _on_cpu(plan: Plan, here: Here) -> Outcome:
     return Outcome(OK, f"{what}, {here.memory_free:.1f} free")
 
 
-def _on_gpus(plan: Plan, here: Here) -> Outcome:
+def _on_gpus(plan: Plan, here: Machine) -> Outcome:
     run, (phase, peak) = plan.run, plan.peak()
     needed, host = peak / GIB + plan.reserve, plan.host / GIB
     misfit = plan.misfit()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Are the installed versions a supported stack?"""
+"""Installed versions against the supported stacks."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def versions(reports: Sequence[Report]) -> dict[str, str | None]:
 
 
 def compare(reports: Sequence[Report]) -> Outcome:
-    """Other versions are a warning: nobody has tested them, but nothing is known to be broken."""
+    """Compare; other versions are a warning: nobody has tested them, yet nothing need be broken."""
     complete = [report for report in reports if report.complete]
     if complete:
         installed = versions(reports)

@@ -17,12 +17,12 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from capo_verl.commands.doctor import registered
+from capo_verl.commands.doctor import registration
+from capo_verl.commands.doctor.answering_process import AnsweringProcess
 from capo_verl.commands.doctor.check import OK, WARN, Broken, Outcome, one_line
-from capo_verl.commands.doctor.child import Child
 
 SECONDS = 180.0
-"""For a worker to import verl; from a busy network file system that takes its time."""
+"""Time for a worker to import verl; from a busy network file system that takes its time."""
 CONNECT_SECONDS = 10.0
 ATTEMPTS, TOO_SLOW = 6, "timed out during startup"
 """Ray gives itself 30 s to start (``ray/_private/node.py``); a busy machine needs more, until the
@@ -36,7 +36,7 @@ STORE_BYTES = 80 << 20
 FORWARDED = ("VERL_PLATFORM",)
 
 
-def start(address: str | None) -> Child:
+def start(address: str | None) -> AnsweringProcess:
     """Ask the workers in the background.
 
     Args:
@@ -51,14 +51,14 @@ def start(address: str | None) -> Child:
     }
     environment = {**quick, "RAY_USAGE_STATS_ENABLED": "0", **os.environ}
     environment.pop("RAY_ADDRESS", None)
-    return Child(
+    return AnsweringProcess(
         "capo_verl.commands.doctor.workers",
         *([address] if address else []),
         environment=environment,
     )
 
 
-def judge(child: Child, address: str | None, here: Mapping[str, str | None]) -> Outcome:
+def judge(child: AnsweringProcess, address: str | None, here: Mapping[str, str | None]) -> Outcome:
     """
     Args:
         here: the ``versions`` that this process sees.
@@ -87,7 +87,7 @@ def judge(child: Child, address: str | None, here: Mapping[str, str | None]) -> 
                 "the cluster"
             )
             continue
-        problems = registered.problems(found["seen"])
+        problems = registration.problems(found["seen"])
         if problems:
             wrong[node] = problems[0]
         others = {name: v for name, v in found["seen"]["versions"].items() if v != here[name]}
@@ -115,7 +115,7 @@ def judge(child: Child, address: str | None, here: Mapping[str, str | None]) -> 
     )
     workers = "a worker" if len(nodes) == 1 else f"workers on {len(nodes)} nodes"
     return Outcome(
-        OK, f"{workers} of {where}: policy loss '{registered.LOSS}', {' and '.join(engines)}"
+        OK, f"{workers} of {where}: policy loss '{registration.LOSS}', {' and '.join(engines)}"
     )
 
 
@@ -133,7 +133,7 @@ def _reach(address: str) -> None:
 
 
 def ask(address: str | None) -> dict[str, Any]:
-    """Node -> ``seen`` (:func:`registered.look`) or ``error``."""
+    """Node -> ``seen`` (:func:`registration.look`) or ``error``."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -164,8 +164,8 @@ def ask(address: str | None) -> dict[str, Any]:
                 raise
             ray.shutdown()
     try:
-        ray.cloudpickle.register_pickle_by_value(registered)
-        look = ray.remote(num_cpus=0, max_retries=0)(registered.look)
+        ray.cloudpickle.register_pickle_by_value(registration)
+        look = ray.remote(num_cpus=0, max_retries=0)(registration.look)
         asked = {}
         for node in ray.nodes():
             if node["Alive"]:

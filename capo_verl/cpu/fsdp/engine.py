@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""verl's FSDP engine on a CPU. Importing this module registers it for the device "cpu", for
-``fsdp`` and ``fsdp2``.
+"""verl's FSDP engine on a CPU, registered for the device "cpu" at import.
+
+It serves ``fsdp`` and ``fsdp2``.
 
 Sharded data parallelism over gloo in float32, with Ulysses sequence parallelism and LoRA. torch and
 verl need little help here; what a launcher for GPUs asks for and a CPU cannot do is switched off
@@ -19,7 +20,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.distributed.fsdp import _init_utils
@@ -32,6 +33,11 @@ from capo_verl.cpu.fsdp import ulysses
 from capo_verl.cpu.megatron import linear_cross_entropy
 from capo_verl.engines.fsdp.engine import CapoFSDPEngineWithLMHead
 
+if TYPE_CHECKING:  # whatever engine of verl the mixin is put before
+    from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead as _Engine
+else:
+    _Engine = object
+
 logger = logging.getLogger(__name__)
 
 ENGINE_CONFIG: dict[str, Any] = {
@@ -42,7 +48,7 @@ ENGINE_CONFIG: dict[str, Any] = {
     "offload_policy": False,
     "use_torch_compile": False,
 }
-"""``actor_rollout_ref.actor.fsdp_config`` on a CPU, whatever a GPU launcher asks for."""
+"""Settings of ``actor_rollout_ref.actor.fsdp_config`` on a CPU, whatever a launcher asks for."""
 
 BLOCK_MASKED = {"full_attention", "sliding_attention"}
 """Kinds of layers in which transformers separates packed sequences by their position ids."""
@@ -99,8 +105,9 @@ def cpu_engine_config(engine_config: Any) -> Any:
 
 
 def cpu_model_config(model_config: Any, ulysses_size: int) -> Any:
-    """A copy of verl's ``HFModelConfig``: attention without flash attention, LoRA merged on its way
-    to the rollout.
+    """A copy of verl's ``HFModelConfig`` with what a CPU needs.
+
+    Attention runs without flash attention, and LoRA is merged on its way to the rollout.
 
     The rollout server on a CPU takes full weights; merging into float32 loses nothing.
     """
@@ -120,14 +127,15 @@ def cpu_model_config(model_config: Any, ulysses_size: int) -> Any:
 
 
 def patch_torch() -> None:
-    """FSDP1 spreads rank 0's weights with a broadcast that it allows for accelerators only; gloo
-    broadcasts CPU tensors.
+    """Let FSDP1 spread rank 0's weights with a broadcast that it allows for accelerators only.
+
+    gloo broadcasts CPU tensors.
     """
     _init_utils._check_module_states_for_sync_module_states = lambda module_states: None
 
 
-class CpuFsdpMixin:
-    """Put before an engine class of verl's FSDP backend, runs it on a CPU."""
+class CpuFsdpMixin(_Engine):
+    """Mixin that runs an engine class of verl's FSDP backend on a CPU if put before it."""
 
     def __init__(
         self, model_config: Any, engine_config: Any, optimizer_config: Any, checkpoint_config: Any
@@ -153,8 +161,9 @@ class CpuFsdpMixin:
             self.engine_config.__dict__["forward_only"] = forward_only
 
     def _merged_lora_per_tensor_param(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """verl's, in float32: it rounds merged weights to bfloat16 (``transformer_impl.py``), which
-        the actor does not.
+        """Merged weights in float32, as the actor has them.
+
+        verl rounds them to bfloat16 (``transformer_impl.py``).
         """
         with merged_lora_context(self.module, backup_adapters=True):
             unwrapped = getattr(self.module, "_fsdp_wrapped_module", self.module)

@@ -21,7 +21,7 @@ from verl.models.transformers import monkey_patch
 from verl.utils import ulysses
 
 ATTENTION = "capo_verl_packed"
-"""``attn_implementation`` that takes the way of flash attention.
+"""Name of the ``attn_implementation`` that takes the way of flash attention.
 
 Another name, because transformers looks for the package.
 """
@@ -49,7 +49,7 @@ def packed_attention(
     softcap: float | None = None,
     **kwargs: Any,
 ) -> torch.Tensor:
-    """``_flash_attention_forward`` of transformers for packed sequences; causal.
+    """Stand-in for ``_flash_attention_forward`` of transformers, for packed sequences; causal.
 
     Args:
         query: ``[1, t, n, d]``; key, value: the same with the number of key-value heads.
@@ -62,9 +62,8 @@ def packed_attention(
         )
     bounds = (position_ids[0] == 0).nonzero().flatten().tolist()
     lengths = torch.tensor([*bounds, position_ids.shape[1]]).diff().tolist()
-    q, k, v = (
-        x.transpose(1, 2).split(lengths, dim=2) for x in (query, key, value)
-    )  # each [1, n, length, d]
+    # Sequences [1, n, length, d] of each.
+    q, k, v = (x.transpose(1, 2).split(lengths, dim=2) for x in (query, key, value))
     outs = [
         scaled_dot_product_attention(
             *sequence, is_causal=True, scale=softmax_scale, enable_gqa=True

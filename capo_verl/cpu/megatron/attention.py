@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Exact causal attention for verl's two batch layouts, in place of Megatron-Core's local core
-attention.
+"""Exact causal attention for verl's two batch layouts.
+
+It takes the place of Megatron-Core's local core attention.
 
 Megatron-Core's ``DotProductAttention`` without Transformer Engine cannot be used under verl: it
 refuses packed batches (``megatron/core/transformer/dot_product_attention.py:153``), and it reads
@@ -13,8 +14,10 @@ exact.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -22,8 +25,9 @@ from torch.nn.functional import scaled_dot_product_attention
 
 
 class _GatherRows(torch.autograd.Function):
-    """``[rows, ...]`` of every rank of a group, stacked to ``[ranks, rows, ...]``; the gradient is
-    summed back.
+    """Rows ``[rows, ...]`` of every rank of a group, stacked to ``[ranks, rows, ...]``.
+
+    The gradient is summed back.
     """
 
     @staticmethod
@@ -40,6 +44,10 @@ class _GatherRows(torch.autograd.Function):
         return grad[ctx.group.rank()], None
 
 
+def _gather_rows(rows: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    return cast(torch.Tensor, _GatherRows.apply(rows, group))  # type: ignore[no-untyped-call]
+
+
 def _zigzag_positions(length: int, ranks: int) -> torch.Tensor:
     """Positions ``[ranks, length / ranks]`` of a sequence that each context-parallel rank holds.
 
@@ -53,9 +61,7 @@ def _zigzag_positions(length: int, ranks: int) -> torch.Tensor:
 
 
 class CausalSdpaAttention(torch.nn.Module):
-    """Core attention of a decoder layer, with the constructor and the call of Megatron-Core's
-    ``DotProductAttention``.
-    """
+    """Core attention of a decoder layer, called as Megatron-Core's ``DotProductAttention``."""
 
     def __init__(
         self,
@@ -89,7 +95,8 @@ class CausalSdpaAttention(torch.nn.Module):
         attention_bias: torch.Tensor | None = None,
         packed_seq_params: Any = None,
     ) -> torch.Tensor:
-        """
+        """Attention of every query to its own and earlier positions.
+
         Args:
             query: ``[s, b, n, d]`` padded on the right, or ``[t, n, d]`` packed.
             key, value: the same with the number of key-value heads.
@@ -105,7 +112,9 @@ class CausalSdpaAttention(torch.nn.Module):
         bounds = [0, len(query) * ranks]  # rows padded to the same length are as one sequence
         if packed_seq_params is not None:
             bounds = packed_seq_params.cu_seqlens_q_padded.tolist()
-        attend = self._attend if self.cp_group is None else self._attend_across_ranks
+        attend: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor] = self._attend
+        if self.cp_group is not None:
+            attend = partial(self._attend_across_ranks, self.cp_group)
         outs = []
         for start, stop in pairwise(bounds):
             q, k, v = (x[start // ranks : stop // ranks] for x in (query, key, value))
@@ -115,7 +124,7 @@ class CausalSdpaAttention(torch.nn.Module):
     def _attend(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """``[s, ..., n, d]``; causal unless a mask (True: may attend) says more."""
+        """Attention over ``[s, ..., n, d]``; causal unless a mask (True: may attend) says more."""
         q, k, v = (x.movedim(0, -2) for x in (q, k, v))
         out = scaled_dot_product_attention(
             q,
@@ -129,13 +138,14 @@ class CausalSdpaAttention(torch.nn.Module):
         return out.movedim(-2, 0)
 
     def _attend_across_ranks(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+        self, group: dist.ProcessGroup, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
     ) -> torch.Tensor:
-        """The same for a context-parallel rank's part of a sequence: keys and values are gathered,
-        queries stay.
+        """Attention of a context-parallel rank's part of a sequence.
+
+        Keys and values are gathered, queries stay.
         """
-        ranks, rank = self.cp_group.size(), self.cp_group.rank()
+        ranks, rank = group.size(), group.rank()
         positions = _zigzag_positions(len(q) * ranks, ranks)
         order = positions.flatten().argsort()
-        k, v = (_GatherRows.apply(x, self.cp_group).flatten(0, 1)[order] for x in (k, v))
+        k, v = (_gather_rows(x, group).flatten(0, 1)[order] for x in (k, v))
         return self._attend(q, k, v, positions[rank][:, None] >= torch.arange(len(k)))

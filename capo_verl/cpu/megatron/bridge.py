@@ -21,7 +21,7 @@ from capo_verl.cpu.megatron.torch_view import cuda_method_stays
 from capo_verl.plugin import compat
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
-"""``model_type`` of Hugging Face configs that run on a CPU.
+"""Values of ``model_type`` in Hugging Face configs that run on a CPU.
 
 Another dense decoder of mbridge: add it and test it.
 """
@@ -43,20 +43,19 @@ TRANSFORMER_CONFIG: dict[str, Any] = {
 
 
 class RMSNorm(torch.nn.RMSNorm):
-    """Torch's RMSNorm; Megatron-Core's wrapper refuses sequence parallelism
-    (``transformer/torch_norm.py:32``).
+    """Torch's RMSNorm, with sequence parallelism.
+
+    Megatron-Core's wrapper refuses that (``transformer/torch_norm.py:32``).
     """
 
     def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5, **kwargs: Any) -> None:
         super().__init__(hidden_size, eps=eps)
         # finalize_model_grads sums the gradient over the tensor-parallel group where this is set.
-        self.weight.sequence_parallel = config.sequence_parallel
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
 
 def _local_layer_spec(config: Any, vp_stage: int | None) -> Any:
-    """Megatron-Core's decoder block without Transformer Engine, with our core attention and
-    norms.
-    """
+    """Megatron-Core's decoder block without Transformer Engine: our attention, our norms."""
     block = get_gpt_decoder_block_spec(
         config, use_transformer_engine=False, normalization="RMSNorm", vp_stage=vp_stage
     )
@@ -75,10 +74,11 @@ def _local_layer_spec(config: Any, vp_stage: int | None) -> Any:
     return block
 
 
-def make_cpu_bridge(bridge_cls: type) -> type:
+def make_cpu_bridge(bridge_cls: Any) -> Any:
     """The CPU version of one of mbridge's bridge classes of a dense decoder."""
 
     class CpuBridge(bridge_cls):
+        _DIRECT_MAPPING: dict[str, str]
         _MLP_MAPPING = {
             **bridge_cls._MLP_MAPPING,
             "pre_mlp_layernorm.weight": [
@@ -95,7 +95,7 @@ def make_cpu_bridge(bridge_cls: type) -> type:
             self._DIRECT_MAPPING = dict(self._DIRECT_MAPPING)
             super()._adjust_mapping_for_shared_weights()
 
-        def _get_gptmodel_args(self) -> dict:
+        def _get_gptmodel_args(self) -> dict[str, Any]:
             compat.shim_rope_theta(self.hf_config)
             return super()._get_gptmodel_args()
 

@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Megatron-Core's distributed optimizer on a CPU: parameters sorted by CUDA type names, and torch's
-AdamW inside.
+"""Megatron-Core's distributed optimizer on a CPU, with torch's AdamW inside.
 
 Its arithmetic runs on any device. What does not (line numbers of
 ``megatron/core/optimizer/distrib_optimizer.py``):
@@ -27,13 +26,13 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 @contextmanager
 def cuda_type_names() -> Iterator[None]:
-    """Within, ``tensor.type()`` names the CUDA type."""
+    """Context in which ``tensor.type()`` names the CUDA type."""
 
     def type_of(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         name = super(torch.Tensor, tensor).type(*args, **kwargs)
         return name.replace("torch.", "torch.cuda.", 1) if isinstance(name, str) else name
 
-    torch.Tensor.type = type_of
+    torch.Tensor.type = type_of  # type: ignore[method-assign,assignment]
     try:
         yield
     finally:
@@ -56,9 +55,7 @@ def start_adam(optimizer: Any) -> None:
 
 @contextmanager
 def loading(optimizer: Any) -> Iterator[None]:
-    """Around the loading of a checkpoint into Megatron-Core's ``optimizer``; None = the engine has
-    none.
-    """
+    """Context of loading a checkpoint into Megatron-Core's ``optimizer``; None without one."""
     original = DistributedOptimizer._set_main_param_and_optimizer_states
 
     def without_step(

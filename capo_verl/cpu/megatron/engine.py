@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""verl's Megatron engine on a CPU. Importing this module registers it for the device "cpu".
+"""verl's Megatron engine on a CPU, registered for the device "cpu" at import.
 
 Tensor (with or without sequence), pipeline, data and context parallelism over gloo, in float32. A
 command line written for GPUs keeps its meaning: what only a GPU can do is switched off where
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from verl.utils.megatron import dist_checkpointing
@@ -26,13 +26,18 @@ from capo_verl.cpu.megatron.torch_view import cuda_method_stays, redirect_cuda_t
 from capo_verl.engines.megatron.engine import CapoMegatronEngineWithLMHead
 from capo_verl.plugin import compat
 
+if TYPE_CHECKING:  # whatever engine of verl the mixin is put before
+    from verl.workers.engine.megatron.transformer_impl import MegatronEngineWithLMHead as _Engine
+else:
+    _Engine = object
+
 logger = logging.getLogger(__name__)
 
 ENGINE_CONFIG: dict[str, Any] = {
     "vanilla_mbridge": True,  # Megatron-Bridge builds Transformer Engine layers
     "dtype": "float32",
 }
-"""``actor_rollout_ref.actor.megatron`` on a CPU, whatever a GPU launcher asks for."""
+"""Settings of ``actor_rollout_ref.actor.megatron`` on a CPU, whatever a launcher asks for."""
 
 
 def check_cpu_settings(model_config: Any, engine_config: Any) -> None:
@@ -128,8 +133,8 @@ def patch_verl() -> None:
     linear_cross_entropy.install_in_megatron()
 
 
-class CpuMegatronMixin:
-    """Put before an engine class of verl's Megatron backend, runs it on a CPU."""
+class CpuMegatronMixin(_Engine):
+    """Mixin that runs an engine class of verl's Megatron backend on a CPU if put before it."""
 
     def __init__(
         self, model_config: Any, engine_config: Any, optimizer_config: Any, checkpoint_config: Any

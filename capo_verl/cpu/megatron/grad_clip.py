@@ -19,9 +19,7 @@ def clip_grad_by_total_norm(
     total_norm: float | torch.Tensor,
     use_decoupled_grad: bool = False,
 ) -> None:
-    """Scale the gradients in place by ``max_norm / (total_norm + 1e-6)`` where that is below
-    one.
-    """
+    """Scale the gradients in place by ``max_norm / (total_norm + 1e-6)``, if that is below 1."""
     if use_decoupled_grad:
         raise ValueError("the precision-aware optimizer is not supported on the CPU")
     scale = max_norm / (float(total_norm) + 1.0e-6)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""verl's fused LM head and cross-entropy (``verl/utils/kernel/linear_cross_entropy.py``), in plain
-torch.
+"""verl's fused LM head and cross-entropy in plain torch.
+
+The original is ``verl/utils/kernel/linear_cross_entropy.py``.
 
 verl's are Triton kernels for CUDA. Here the logits of a run of tokens exist at a time, in the
 forward pass and again in the backward pass. Like verl's, under tensor parallelism the gradient of
@@ -33,7 +34,8 @@ class LinearCrossEntropy(torch.autograd.Function):
         reduction: str = "none",
         dist_process_group: collectives.Group = None,
     ) -> tuple[Tensor, Tensor]:
-        """
+        """Log-probs and entropies of the labels.
+
         Args:
             hidden: ``[..., H]``, N tokens in all; weight: ``[rows, H]``, this rank's rows of the
                 vocabulary.
@@ -54,9 +56,8 @@ class LinearCrossEntropy(torch.autograd.Function):
         flat, labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
         start = collectives.rank(dist_process_group) * weight.shape[0]
         maximum = flat.new_empty(len(flat))
-        sums = flat.new_zeros(
-            3, len(flat)
-        )  # of exp(z - maximum), of z exp(z - maximum), and the label's z
+        # Sums of exp(z - maximum) and of z exp(z - maximum), and the label's z.
+        sums = flat.new_zeros(3, len(flat))
         for tokens, logits in _logits(flat, weight, temperature):
             maximum[tokens] = logits.amax(-1)
             exp = (logits - maximum[tokens, None]).exp_()
@@ -115,9 +116,7 @@ def _local_rows(labels: Tensor, start: int, rows: int) -> tuple[Tensor, Tensor]:
 
 
 def install() -> None:
-    """In place of verl's, where its Megatron engine and its patched Hugging Face models look the
-    name up.
-    """
+    """Replace verl's function in its Megatron engine and its patched Hugging Face models."""
     from verl.utils.kernel import linear_cross_entropy as in_kernels
 
     in_kernels.linear_cross_entropy = linear_cross_entropy

@@ -28,9 +28,7 @@ def _is_cuda(device: Any) -> bool:
 
 
 def _on_cpu(factory: Any) -> Any:
-    """``factory`` with ``device="cuda"`` read as ``device="cpu"``; pinned memory is a CUDA notion
-    too.
-    """
+    """Factory that reads ``device="cuda"`` as ``device="cpu"`` and pins no memory."""
 
     @functools.wraps(factory)
     def create(*args: Any, **kwargs: Any) -> torch.Tensor:
@@ -96,8 +94,9 @@ _VIEW = _TorchView()
 
 
 def redirect_cuda_to_cpu() -> list[str]:
-    """Bind the view in every module of Megatron-Core and mbridge that is loaded. Call again after
-    more were imported.
+    """Bind the view in every module of Megatron-Core and mbridge that is loaded.
+
+    Call it again after more were imported.
 
     Returns:
         The names of the modules that were rebound by this call.
@@ -115,7 +114,7 @@ def redirect_cuda_to_cpu() -> list[str]:
 
 @contextmanager
 def cuda_method_stays() -> Iterator[None]:
-    """Within, ``tensor.cuda()`` and ``module.cuda()`` return what they were called on.
+    """Context in which ``tensor.cuda()`` and ``module.cuda()`` return what they are called on.
 
     Models are moved to CUDA while they are built: by mbridge (``mbridge/core/util.py:151``), and by
     Megatron-Core where tied embeddings meet pipeline stages
@@ -123,7 +122,7 @@ def cuda_method_stays() -> Iterator[None]:
     pass, where context parallelism cuts rotary embeddings of padded batches
     (``megatron/core/models/common/embeddings/rope_utils.py:64``).
     """
-    torch.Tensor.cuda = lambda tensor, *args, **kwargs: tensor
+    torch.Tensor.cuda = lambda tensor, *args, **kwargs: tensor  # type: ignore[method-assign]
     try:
         yield
     finally:

@@ -12,14 +12,21 @@ from contextlib import contextmanager
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    SpinnerColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+)
 from rich.table import Table
 
 from capo_verl.cpu.quickstart.records import Record
 
 
 class Display:
-    """What the user sees of a run.
+    """Output of a run on the terminal.
 
     Args:
         console: where to print; a terminal gets live bars, anything else one line per event.
@@ -80,14 +87,14 @@ class Display:
 class Phase:
     """Handle of a phase in progress. ``summary`` and ``ok`` show in its closing line."""
 
-    def __init__(self, progress: Progress | None = None, task_id: int | None = None) -> None:
+    def __init__(self, progress: Progress | None = None, task_id: TaskID | None = None) -> None:
         self._progress, self._task_id = progress, task_id
         self.summary = ""
         self.ok = True
 
     def update(self, fraction: float, note: str = "") -> None:
         """Set the bar (0..1) and the remark beside it."""
-        if self._progress is not None:
+        if self._progress is not None and self._task_id is not None:
             self._progress.update(self._task_id, completed=fraction, note=note)
 
 

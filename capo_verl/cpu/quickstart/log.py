@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a log of verl and Ray says about a run's start, and about its end if that was a failure."""
+"""A run's start, and its end if that was a failure, as a log of verl and Ray tells them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ MILESTONES = (
 
 
 def startup_fraction(log: str) -> tuple[float, str]:
-    """How far the start-up is (0..1), and what it is doing."""
+    """Share of the start-up that is done (0..1), and what it is doing."""
     fraction, doing = 0.02, "importing verl"
     for marker, at, then in MILESTONES:
         if marker in log:
@@ -68,7 +68,7 @@ def _tracebacks(lines: list[str]) -> list[list[str]]:
 
 
 def _is_exception(line: str) -> bool:
-    """Whether a traceback ends here: the exception's own line, at the margin.
+    """True if a traceback ends here: the exception's own line, at the margin.
 
     Ray's wrapper goes on with its cause.
     """

@@ -76,8 +76,9 @@ def build_tokenizer(vocab_size: int = VOCAB_SIZE) -> Qwen2Tokenizer:
 
 
 def build_model(config: ModelConfig) -> Qwen2ForCausalLM:
-    """The untrained model in float32; the same seed gives the same weights, and the global
-    generator is left alone.
+    """The untrained model in float32; the same seed gives the same weights.
+
+    The global generator is left alone.
     """
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM

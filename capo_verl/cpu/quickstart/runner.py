@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The quickstart from start to end: data, warm start, the launcher as a child process, the
-figure.
-"""
+"""The quickstart from start to end: data, warm start, the launcher's run, the figure."""
 
 from __future__ import annotations
 
@@ -13,12 +11,13 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from capo_verl.cpu.quickstart import figure, model, sft, task
-from capo_verl.cpu.quickstart.child import Child
+from capo_verl.cpu.quickstart import curves, model, sft, task
 from capo_verl.cpu.quickstart.display import Display, Phase
+from capo_verl.cpu.quickstart.launcher_process import LauncherProcess
 from capo_verl.cpu.quickstart.log import failure_report, startup_fraction
-from capo_verl.cpu.quickstart.records import Record, RecordTail
+from capo_verl.cpu.quickstart.records import Record, new_records
 from capo_verl.cpu.quickstart.summary import summarise
+from capo_verl.viewer.file_log import FileLog
 
 LAUNCHER = Path(__file__).resolve().parents[3] / "examples" / "run_quickstart_cpu.sh"
 POLL_SECONDS = 0.5
@@ -38,7 +37,7 @@ ALGORITHMS: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Prepared:
-    """What the launcher needs."""
+    """Folders that the launcher needs."""
 
     data_dir: Path
     model_path: Path
@@ -53,7 +52,7 @@ class RunShape:
 
     @classmethod
     def read(cls, output_dir: Path) -> RunShape:
-        """From the file Hydra writes at the start of the run."""
+        """The sizes in the file that Hydra writes at the start of the run."""
         from omegaconf import OmegaConf
 
         config = OmegaConf.load(output_dir / "hydra" / ".hydra" / "config.yaml")
@@ -108,19 +107,19 @@ def run(algorithm: str, overrides: list[str], output_dir: Path, display: Display
         "VERL_FILE_LOGGER_PATH": str(metrics),
     }
     log = output_dir / "train.log"
-    tail = RecordTail(metrics)
+    written = FileLog(metrics)
     records: list[Record] = []
-    with Child(command, environment, log) as child:
+    with LauncherProcess(command, environment, log) as launcher:
         try:
             with display.phase("Start: Ray, Megatron TP2, rollout server") as phase:
-                _wait_for_first_record(child, tail, records, phase)
+                _wait_for_first_record(launcher, written, records, phase)
                 phase.ok = bool(records)
             if records:
-                _follow(child, tail, records, output_dir, display, algorithm)
-            exit_code = child.wait()
+                _follow(launcher, written, records, output_dir, display, algorithm)
+            exit_code = launcher.wait()
         except KeyboardInterrupt:
             display.say("Stopping the run ...")
-            child.stop()
+            launcher.stop()
             display.say(f"Stopped. The log so far: {log}")
             return 130
     if exit_code != 0:
@@ -141,18 +140,19 @@ def _unused(file: Path) -> Path:
 
 
 def _wait_for_first_record(
-    child: Child, tail: RecordTail, records: list[Record], phase: Phase
+    launcher: LauncherProcess, written: FileLog, records: list[Record], phase: Phase
 ) -> None:
-    while not records and child.running():
+    while not records and launcher.running():
         time.sleep(POLL_SECONDS)
-        fraction, note = startup_fraction(child.log.read_text(encoding="utf-8", errors="replace"))
+        said = launcher.log.read_text(encoding="utf-8", errors="replace")
+        fraction, note = startup_fraction(said)
         phase.update(fraction, note)
-        records += tail.new_records()
+        records += new_records(written)
 
 
 def _follow(
-    child: Child,
-    tail: RecordTail,
+    launcher: LauncherProcess,
+    written: FileLog,
     records: list[Record],
     output_dir: Path,
     display: Display,
@@ -164,14 +164,14 @@ def _follow(
         f"RL: {algorithm}, {shape.completions_per_step} completions per step"
     ) as phase:
         while True:
-            running = child.running()  # asked before reading, so that the last lines are not missed
-            records += tail.new_records()
+            running = launcher.running()  # asked before reading: the last lines are not missed
+            records += new_records(written)
             for record in records[shown:]:
                 display.step(record, record.step * shape.completions_per_step, shape.total_steps)
                 phase.update(record.step / (shape.total_steps or math.inf), f"step {record.step}")
             shown = len(records)
             if not running:
-                phase.ok = child.wait() == 0
+                phase.ok = launcher.wait() == 0
                 return
             time.sleep(POLL_SECONDS)
 
@@ -187,7 +187,7 @@ def _finish(
     shape = RunShape.read(output_dir)
     picture = output_dir / "curves.png"
     title = f"{algorithm} on spell_backward: small Qwen2, verl + Megatron TP2 on CPU"
-    figure.save(records, shape.completions_per_step, title, picture)
+    curves.save(records, shape.completions_per_step, title, picture)
     display.say()
     display.table(f"{algorithm} on spell_backward", summarise(records, shape.completions_per_step))
     display.say(f"Figure:  {picture}")

@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The warm start: a short, seeded supervised run that brings the model to where RL has something to
-improve.
+"""The warm start: a short, seeded supervised run to where RL has something to improve.
 
 The model first imitates right answers until it can do the task, then answers of which a share
 carries a typo. It ends up knowing how to answer and answering right only some of the time, which is
@@ -13,7 +12,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -69,7 +68,7 @@ def warm_start(
 
 
 def with_typo(answer: str, rng: random.Random) -> str:
-    """``answer`` with two neighbours swapped, one character dropped or one doubled."""
+    """Answer with two neighbours swapped, one character dropped or one doubled."""
     i = rng.randrange(len(answer) - 1)
     kind = rng.choice(("swap", "drop", "double"))
     if kind == "swap":
@@ -78,7 +77,7 @@ def with_typo(answer: str, rng: random.Random) -> str:
 
 
 def demonstrations(
-    entries: list[dict[str, Any]], sft: SftConfig
+    entries: Sequence[Mapping[str, Any]], sft: SftConfig
 ) -> Iterator[list[tuple[list[dict[str, str]], str]]]:
     """One batch of (chat prompt, answer) per step."""
     rng = random.Random(sft.seed)
@@ -96,8 +95,9 @@ def demonstrations(
 def collate(
     batch: list[tuple[list[dict[str, str]], str]], tokenizer: Qwen2Tokenizer
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids ``[B, L]`` (right-padded) and labels ``[B, L]`` (-100 outside the answer and its
-    end token).
+    """Token ids ``[B, L]``, right-padded, and labels ``[B, L]``, int64.
+
+    Labels are -100 outside the answer and its end token.
     """
     import torch
 

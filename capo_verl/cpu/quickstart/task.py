@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The task: reasoning-gym's ``spell_backward`` as verl parquet files, rewarded by reasoning-gym's
-own scorer.
-"""
+"""The task: reasoning-gym's ``spell_backward`` as verl parquet files, with its own scorer."""
 
 from __future__ import annotations
 
@@ -21,7 +19,7 @@ SPLITS = ("test", "train", "sft")
 
 @dataclass(frozen=True)
 class TaskConfig:
-    """Which problems are generated, and how many fall into each split. The splits share no word."""
+    """Generator of the problems, and sizes of the splits, which share no word."""
 
     min_word_len: int = 5
     max_word_len: int = 8
@@ -108,7 +106,7 @@ def cached_data(
 
 
 def prepare_data(config: TaskConfig, root: Path | None = None) -> tuple[Path, bool]:
-    """:func:`cached_data` of this task."""
+    """Files of this task, by :func:`cached_data`."""
 
     def problems() -> dict[str, list[tuple[Entry, Messages]]]:
         return {

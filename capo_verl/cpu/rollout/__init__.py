@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The rollout backend ``actor_rollout_ref.rollout.name=hf``: a Hugging Face model in one Ray actor
-per replica.
+"""The rollout backend ``actor_rollout_ref.rollout.name=hf``.
+
+A Hugging Face model answers in one Ray actor per replica.
 
 verl's servers (vLLM, SGLang, TensorRT-LLM) need accelerators. What verl's V1 trainer expects of a
 backend instead:

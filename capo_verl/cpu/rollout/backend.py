@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How verl finds the backend.
+"""Registration of the backend with verl.
 
 Imports none of its parts: it runs in a hook while verl's rollout package is being imported.
 """

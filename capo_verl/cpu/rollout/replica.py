@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""verl's two handles on a server of the rollout backend "hf": one starts it, the other sends it the
-weights.
+"""verl's two handles on a server of the rollout backend "hf".
+
+One starts it, the other sends it the weights.
 """
 
 from __future__ import annotations
@@ -58,8 +59,9 @@ def server_name(replica_rank: int) -> str:
 def buckets(
     weights: Iterable[tuple[str, torch.Tensor]], limit_bytes: int
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """Group weights into dictionaries of about `limit_bytes`. Float32: a server on a CPU has no
-    other type.
+    """Group weights into dictionaries of about `limit_bytes`.
+
+    They are float32: a server on a CPU has no other type.
 
     They are copies: a view of a buffer, as the distributed optimizer makes them, would be pickled
     with all of its buffer.
@@ -77,8 +79,9 @@ def buckets(
 
 
 class HFServerAdapter(BaseRollout):
-    """In every trainer rank; the first rank of a replica sends the weights to the replica's
-    server.
+    """Sender of weights in a trainer rank.
+
+    The first rank of a replica sends them to the replica's server.
     """
 
     def __init__(
@@ -108,8 +111,9 @@ class HFServerAdapter(BaseRollout):
         wire_format: str = "named_tensors",
         **kwargs: Any,
     ) -> None:
-        """Send all weights. Every rank drains the generator, because exporting is collective; the
-        leader raises last.
+        """Send all weights.
+
+        Every rank drains the generator, because exporting is collective; the leader raises last.
 
         Raises:
             ValueError: for weights that are missing, unknown, or of another shape.

@@ -56,8 +56,7 @@ class SamplingRequest:
 
 @dataclass
 class Completion:
-    """Sampled tokens and their log-probs under the distribution they were sampled from
-    (`process_logits`).
+    """Sampled tokens and their log-probs under the distribution they were sampled from.
 
     finish_reason: "stop" (ends with a stop token), "length", or "aborted".
     """
@@ -70,8 +69,9 @@ class Completion:
 def process_logits(
     logits: torch.Tensor, temperature: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor
 ) -> torch.Tensor:
-    """Log-probs of the distribution that tokens are sampled from: temperature, then top-k, then
-    top-p.
+    """Log-probs of the distribution that tokens are sampled from.
+
+    The temperature comes first, then top-k, then top-p.
 
     Args:
         logits: ``[rows, vocab]``.
@@ -99,9 +99,7 @@ def process_logits(
 
 
 def _sample(log_probs: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
-    """Invert the cumulative distribution at `uniform` ``[rows]``: one number in, one token out, row
-    by row.
-    """
+    """Invert the cumulative distribution at `uniform` ``[rows]``: one number in, one token out."""
     cdf = log_probs.double().exp().cumsum(-1)
     # Scaled to the last value, so that rounding can neither leave the range nor reach a token of
     # probability zero.
@@ -111,9 +109,7 @@ def _sample(log_probs: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
 
 
 def _left_pad(prompts: Sequence[Sequence[int]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and mask ``[rows, longest prompt]``, padded on the left so that all rows end in the
-    same column.
-    """
+    """Token ids and mask ``[rows, longest prompt]``; all rows end in the same column."""
     width = max(map(len, prompts))
     ids = torch.tensor([[pad_id] * (width - len(prompt)) + list(prompt) for prompt in prompts])
     lengths = torch.tensor([len(prompt) for prompt in prompts])
@@ -176,9 +172,8 @@ def generate_batch(
     log_probs = torch.zeros(rows, longest)
     lengths = torch.zeros(rows, dtype=torch.long)
     stopped = torch.zeros(rows, dtype=torch.bool)
-    running = torch.arange(
-        rows
-    )  # request of each row still in the computation; some may have finished
+    # The request of each row still in the computation; some may have finished.
+    running = torch.arange(rows)
     done = torch.zeros(rows, dtype=torch.bool)  # by row of the computation
     for step in range(longest):
         if should_stop():

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The server of the rollout backend "hf": a Ray actor that owns a Hugging Face model and answers
-``generate``.
+"""The server of the rollout backend "hf".
+
+A Ray actor owns a Hugging Face model and answers ``generate``.
 """
 
 from __future__ import annotations
@@ -54,7 +55,8 @@ KNOWN = {
 
 
 def check_sampling_params(params: dict[str, Any]) -> None:
-    """
+    """Refuse sampling parameters that are not implemented.
+
     Raises:
         ValueError: naming a sampling parameter that this backend would have to ignore.
     """
@@ -71,7 +73,8 @@ def check_sampling_params(params: dict[str, Any]) -> None:
 
 
 def check_rollout_config(config: Any) -> None:
-    """
+    """Refuse settings of the rollout that are not implemented.
+
     Raises:
         ValueError: naming a key of ``actor_rollout_ref.rollout`` that this backend would have to
             ignore.
@@ -101,7 +104,7 @@ def check_rollout_config(config: Any) -> None:
 @dataclass
 class _Pending:
     request: SamplingRequest
-    future: asyncio.Future = field(
+    future: asyncio.Future[Completion] = field(
         default_factory=lambda: asyncio.get_running_loop().create_future()
     )
 
@@ -136,7 +139,7 @@ class HFServer:
 
         self.seed = self.config.seed + replica_rank
         self.global_steps: int | None = None
-        self._asked: Counter = Counter()
+        self._asked: Counter[tuple[tuple[int, ...], float, int, float]] = Counter()
         self._ready = self.config.load_format != "dummy"
         self._missing: set[str] = set()
 
@@ -146,10 +149,10 @@ class HFServer:
         self._open.set()
         self._rejecting = False
         self._model_lock = asyncio.Lock()
-        self._loop: asyncio.Task | None = None
+        self._loop: asyncio.Task[None] | None = None
 
     def _stop_token_ids(self, model_config: Any) -> list[int]:
-        """Those of the tokenizer and of the generation config, which may name several."""
+        """Stop tokens of the tokenizer and of the generation config, which may name several."""
         ids = [model_config.tokenizer.eos_token_id]
         for generation_config in (self.model.generation_config, model_config.generation_config):
             eos = getattr(generation_config, "eos_token_id", None)
@@ -201,9 +204,8 @@ class HFServer:
         check_sampling_params(params)
         config = self.config
         limit = params.get("max_tokens") or params.get("max_new_tokens")
-        if (
-            limit is None
-        ):  # as verl's vLLM server: verl/workers/rollout/vllm_rollout/vllm_async_server.py:611
+        if limit is None:
+            # As verl's vLLM server: verl/workers/rollout/vllm_rollout/vllm_async_server.py:611.
             limit = min(
                 config.response_length,
                 config.prompt_length + config.response_length - len(prompt_ids),
@@ -238,7 +240,9 @@ class HFServer:
         return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
 
     def _output(self, completion: Completion, params: dict[str, Any]) -> TokenOutput:
-        """verl documents "completed" and "aborted", and writes "length" itself where the budget ran
+        """A completion in verl's terms.
+
+        verl documents "completed" and "aborted", and writes "length" itself where the budget ran
         out (``verl/workers/rollout/llm_server.py:333``).
         """
         reason = {"stop": "completed"}.get(completion.finish_reason, completion.finish_reason)
@@ -289,8 +293,9 @@ class HFServer:
     # Weights.
 
     async def load_weights(self, weights: dict[str, torch.Tensor]) -> None:
-        """Copy some of the weights, under their Hugging Face names. `finish_weights` must follow
-        the last of them.
+        """Copy some of the weights, under their Hugging Face names.
+
+        `finish_weights` must follow the last of them.
 
         Raises:
             ValueError: naming weights that the model does not have, or whose shape differs.
@@ -315,7 +320,8 @@ class HFServer:
                 self._missing.discard(name)
 
     async def finish_weights(self, global_steps: int | None = None) -> None:
-        """
+        """End an update of the weights.
+
         Raises:
             ValueError: naming weights that did not arrive.
         """
@@ -338,8 +344,9 @@ class HFServer:
     async def abort_all_requests(
         self, reject_request: bool = False, **kwargs: Any
     ) -> dict[str, Any]:
-        """End what runs and waits, as "aborted" with the tokens sampled so far; hold or reject what
-        comes later.
+        """End what runs and waits, as "aborted" with the tokens sampled so far.
+
+        Requests that come later are held or rejected.
         """
         self._rejecting = reject_request
         self._open.clear()

@@ -47,9 +47,7 @@ def gguf_file() -> Path:
 
 
 def load_model(path: Path) -> LlamaForCausalLM:
-    """The model in float32, nine query heads over three key-value heads, with a plain
-    ``LlamaConfig``.
-    """
+    """The model in float32, a plain ``LlamaConfig`` with nine query and three key-value heads."""
     import torch
     from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -58,9 +56,9 @@ def load_model(path: Path) -> LlamaForCausalLM:
     )
     keys = (
         "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
-        "num_attention_heads",
-        "num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps",
-        "rope_parameters", "tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id",
+        "num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings",
+        "rms_norm_eps", "rope_parameters", "tie_word_embeddings",
+        "bos_token_id", "eos_token_id", "pad_token_id",
     )  # fmt: skip
     config = LlamaConfig(**{key: getattr(model.config, key) for key in keys}, dtype="float32")
     return LlamaForCausalLM.from_pretrained(

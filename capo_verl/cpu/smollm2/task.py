@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The task: reasoning-gym's ``letter_counting``, after two solved problems that show the form of an
-answer.
+"""The task: reasoning-gym's ``letter_counting``.
+
+Two solved problems before each show the form of an answer.
 
 What a model of this size gets right at temperature 1, by reasoning-gym's scorer, decided it (8
 answers to each of 16 problems, share right): letter_counting 0.41, products of digits 0.13, sums of
@@ -22,7 +23,7 @@ GENERATOR = "letter_counting"
 
 @dataclass(frozen=True)
 class TaskConfig:
-    """Which problems are generated, and how many fall into each split.
+    """Generator of the problems, and sizes of the splits.
 
     The splits share no problem.
     """

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Completions on disk: one JSON line each, written as they arrive, so that a run that was stopped
-goes on where it was.
+"""Completions on disk, one JSON line each.
+
+They are written as they arrive, so that a run that was stopped goes on where it was.
 """
 
 from __future__ import annotations
@@ -20,14 +21,14 @@ class Completion:
     """One answer to one problem."""
 
     key: str
-    """Of the problem."""
+    """Hash of the problem: :attr:`Problem.key`."""
     sample: int
     """0 .. n-1"""
     response: str
     tokens: int
     """Length of the response, the end token included."""
     truncated: bool
-    """It ended because there was no more room."""
+    """True if the response ended because there was no more room."""
 
 
 class Store:

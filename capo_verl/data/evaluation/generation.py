@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Completions by verl's rollout servers, the same that training uses: vLLM or SGLang on GPUs, "hf"
-on a CPU.
+"""Completions by verl's rollout servers: vLLM or SGLang on GPUs, "hf" on a CPU.
+
+They are the servers that training uses.
 
 verl's own ``main_generation_server`` posts to the servers' OpenAI endpoint, which the CPU's server
 does not have, and keeps everything until the end. This takes its servers (``LLMServerManager``,
@@ -24,7 +25,7 @@ Task = tuple[Problem, int, list[int]]
 
 @dataclass(frozen=True)
 class ServerConfig:
-    """What the servers are started with."""
+    """Settings that the rollout servers are started with."""
 
     model: str
     backend: str
@@ -63,7 +64,7 @@ def compose_config(server: ServerConfig) -> Any:
     from omegaconf import OmegaConf
 
     rollout = "actor_rollout_ref.rollout"
-    settings = {
+    settings: dict[str, str | int] = {
         "actor_rollout_ref.model.path": server.model,
         f"{rollout}.name": server.backend,
         f"{rollout}.load_format": "auto",  # verl's default waits for a trainer to send weights
@@ -99,7 +100,8 @@ def _quoted(value: str | int) -> str:
 
 
 def load_tokenizer(model: str) -> Any:
-    """
+    """The tokenizer of a model.
+
     Raises:
         ValueError: if the model has no tokenizer with a chat template.
     """
@@ -142,8 +144,9 @@ def generate(
     concurrency: int,
     receive: Callable[[Completion], None],
 ) -> None:
-    """Start the servers, answer every task, stop them. ``receive`` gets completions as they come,
-    in this thread.
+    """Start the servers, answer every task, stop the servers.
+
+    ``receive`` gets the completions as they come, in this thread.
 
     Raises:
         Exception: whatever a server raises; completions received before are kept.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is asked: rows of verl's schema, each known by the hash of what it asks and expects."""
+"""Problems to be answered: rows of verl's schema, each known by the hash of its contents."""
 
 from __future__ import annotations
 
@@ -25,8 +25,7 @@ class Problem:
 
 
 def read_problems(files: Sequence[str], limit: int | None = None) -> list[Problem]:
-    """Problems of all files, at most ``limit`` of each. A problem that was there before is left
-    out.
+    """Problems of all files, at most ``limit`` of each, without repetitions.
 
     Raises:
         ValueError: naming the file, and the row that lacks something.
@@ -47,8 +46,7 @@ def read_problems(files: Sequence[str], limit: int | None = None) -> list[Proble
             except (KeyError, TypeError) as error:
                 raise ValueError(
                     f"--data {file}, row {number}: not a row of verl's schema "
-                    f"({type(error).__name__}: {error}); "
-                    "write the file with scripts/prepare_data.py"
+                    f"({type(error).__name__}: {error}); write the file with `capo-verl data`"
                 ) from error
             text = json.dumps([source, prompt, truth], ensure_ascii=True)
             key = hashlib.sha256(text.encode()).hexdigest()[:16]

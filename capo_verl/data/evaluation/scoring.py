@@ -9,8 +9,8 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any
 
 from capo_verl.data.evaluation.completions import Completion
+from capo_verl.data.evaluation.estimates import majority, pass_at_k, powers_of_two
 from capo_verl.data.evaluation.problems import Problem
-from capo_verl.data.evaluation.statistics import majority, pass_at_k, powers_of_two
 
 Reward = Callable[..., Any]
 Scored = dict[str, Any]
@@ -23,8 +23,9 @@ def score_all(
     threads: int,
     advance: Callable[[], None] = lambda: None,
 ) -> list[Scored]:
-    """One record per completion, in the order of problems and samples. The reward is called in
-    threads, as verl does.
+    """One record per completion, in the order of problems and samples.
+
+    The reward is called in threads, as verl does.
 
     Args:
         reward: in the signature of verl's ``custom_reward_function``; a number or a dictionary with
@@ -47,7 +48,7 @@ def score_all(
 def _of(
     completions: Mapping[tuple[str, int], Completion], key: str
 ) -> list[tuple[tuple[str, int], Completion]]:
-    samples = []
+    samples: list[tuple[tuple[str, int], Completion]] = []
     while (key, len(samples)) in completions:
         samples.append(((key, len(samples)), completions[key, len(samples)]))
     return samples

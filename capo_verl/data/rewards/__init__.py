@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rewards for what ``scripts/prepare_data.py`` writes.
+"""Rewards for what ``capo-verl data`` writes.
 
 ``math_answers``  the reward function that verl calls
 ``extraction``    the final answer in a response

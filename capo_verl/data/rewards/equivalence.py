@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-r"""Whether an answer equals the reference, by math-verify. Runs in the workers (``worker.py``).
+r"""Equality of an answer and the reference, by math-verify, in the workers (``worker.py``).
 
 Only math-verify's LaTeX extraction is used: its parser is a grammar (ANTLR) that builds sympy
 objects and evaluates no string. The extraction of plain expressions, ``ExprExtractionConfig``,
@@ -44,7 +44,7 @@ def _same_value(reference: str, answer: str) -> bool:
 
 
 def parse(text: str) -> list[Any]:
-    """What math-verify makes of one answer: sympy's object if it can be parsed, and the text."""
+    """Math-verify's view of one answer: sympy's object if it can be parsed, and the text."""
     if not is_parsable(text):
         return []
     import math_verify
@@ -58,8 +58,9 @@ def parse(text: str) -> list[Any]:
 
 
 def is_parsable(text: str) -> bool:
-    """Whether the text may be given to the parser: printable, brackets closed and not nested too
-    deeply, no endless number.
+    """True if the text may be given to the parser.
+
+    It is printable, its brackets are closed and not nested too deeply, and no number is endless.
     """
     if any(ord(c) < 32 and c not in "\t\n\r" for c in text) or re.search(
         rf"\d{{{MAX_DIGITS + 1}}}", text
@@ -88,7 +89,7 @@ def _verify(reference: str, answer: str) -> bool:
     # stop what C code does.
     return bool(wanted and given) and math_verify.verify(
         wanted, given, allow_set_relation_comp=True, timeout_seconds=None
-    )  # fmt: skip
+    )
 
 
 @lru_cache(maxsize=4096)

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The final answer in a response: what stands in the last box or between the last pair of answer
-tags.
-"""
+"""The final answer in a response: the contents of the last box or of the last answer tags."""
 
 from __future__ import annotations
 
@@ -43,9 +41,7 @@ def final_answer(response: str, answer_format: str = "boxed") -> str | None:
 
 
 def last_box(text: str) -> str | None:
-    r"""What stands in the last complete ``\boxed{...}`` or ``\fbox{...}``; nested boxes are
-    opened.
-    """
+    r"""Contents of the last complete ``\boxed{...}`` or ``\fbox{...}``; nested boxes are opened."""
     found = _last_box(text)
     return found[0].strip() if found else None
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-r"""Whether an answer is one, or the question again: ``\sum_{k=1}^{100}k`` is worth 5050 to a
-computer algebra system.
+r"""Refusal of answers that restate the question.
+
+``\sum_{k=1}^{100}k`` is worth 5050 to a computer algebra system.
 
 math-verify evaluates what it compares, and of a chain of equations it looks at the last member
 only. So an answer may have no operator that the reference does not have, and what it states on the
@@ -48,7 +49,7 @@ UNKNOWN = re.compile(
 
 
 def is_final(reference: str, answer: str, equal: Callable[[str, str], bool]) -> bool:
-    """Whether an answer may be compared with the reference at all.
+    """True if an answer may be compared with the reference at all.
 
     Args:
         equal: compares the reference with a part of the answer that has no equality sign.
@@ -73,13 +74,17 @@ def _operators(text: str) -> set[str]:
 
 
 def _chains(text: str) -> list[list[str]]:
-    """``x=1, y=2`` -> ``[[x, 1], [y, 2]]``; a sum's or a limit's bounds are no equations."""
+    """Equations of an answer: ``x=1, y=2`` -> ``[[x, 1], [y, 2]]``.
+
+    A sum's or a limit's bounds are no equations.
+    """
     return [EQUALS.split(part) for part in SEPARATOR.split(SUBSCRIPT.sub("", text))]
 
 
 def _is_value(member: str) -> bool:
-    """Whether it has a number in it and nothing unknown: ``2+3``, but not ``x``, ``f(2)``, or the
-    name of something.
+    """True if it has a number in it and nothing unknown.
+
+    ``2+3`` is one, ``x``, ``f(2)`` and the name of something are not.
     """
     bare = WORDS.sub("", member)
     return bool(re.search(r"\d|\\pi" + _END, bare)) and not UNKNOWN.search(bare)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a process that judges answers may not do, whatever the answers contain. Installed in the
-workers only.
+"""Limits of a process that judges answers, whatever the answers contain.
+
+They are installed in the workers only.
 
 Answers come from a model that is rewarded for whatever the judge accepts. math-verify's parser of
 plain expressions and some of reasoning-gym's scorers hand them to Python's ``eval``, directly or by
@@ -49,11 +50,9 @@ ATTRIBUTE = re.compile(r"\.\s*[^\W\d]|_|[^\x00-\x7f]")
 
 REFUSED_EVENTS = (
     "os.system", "os.exec", "os.fork", "os.forkpty", "os.posix_spawn", "os.spawn", "os.startfile",
-    "os.kill", "os.killpg",
-    "subprocess.Popen", "pty.spawn", "socket.", "os.remove", "os.rename", "os.rmdir", "os.mkdir",
-    "os.link", "os.symlink",
-    "os.truncate", "os.chmod", "os.chown", "os.putenv", "shutil.", "ctypes.", "urllib.", "ftplib.",
-    "smtplib.", "tempfile.",
+    "os.kill", "os.killpg", "subprocess.Popen", "pty.spawn", "socket.", "os.remove", "os.rename",
+    "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.truncate", "os.chmod", "os.chown",
+    "os.putenv", "shutil.", "ctypes.", "urllib.", "ftplib.", "smtplib.", "tempfile.",
 )  # fmt: skip
 
 EVALUATING_SCORERS = (
@@ -69,7 +68,7 @@ class RefusedError(ValueError):
     """An answer that would have to be evaluated, or that tried to reach outside."""
 
     count = 0
-    """How often this happened in this process: what is judging may swallow the error."""
+    """Number of such answers in this process: the code that judges may swallow the error."""
 
     def __init__(self, message: str) -> None:
         super().__init__(message)
@@ -77,7 +76,8 @@ class RefusedError(ValueError):
 
 
 def check_expression(text: str) -> None:
-    """
+    """Refuse text that sympy would have to evaluate.
+
     Raises:
         RefusedError: unless ``text`` is arithmetic: numbers, operators, variables of one letter,
             and known functions; or a single name, which calls nothing (sympy's own modules make

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The reward function for every file that ``scripts/prepare_data.py`` writes: mathematics by
-math-verify, reasoning-gym's problems by reasoning-gym.
+"""The reward function for every file that ``capo-verl data`` writes.
 
-    reward.custom_reward_function.path=pkg://capo_verl.rewards.math_answers
+Math-verify judges mathematics, reasoning-gym its own problems.
+
+    reward.custom_reward_function.path=pkg://capo_verl.data.rewards.math_answers
     reward.custom_reward_function.name=compute_score
 """
 
@@ -23,7 +24,7 @@ WORKERS = 2
 """Processes per reward worker of verl (of which there are ``reward.num_workers``, 8 by default)."""
 TIMEOUT_SECONDS = 5.0
 MAX_PLAIN_CHARS = 20_000
-"""Of a response that is an answer as a whole (``answer_format=plain``)."""
+"""Longest response in characters that may be an answer as a whole (``answer_format=plain``)."""
 PREDICTION_CHARS = 200
 REMEMBERED = 20_000
 """Verdicts that are kept: the answers of a group are often the same."""
@@ -43,8 +44,9 @@ def compute_score(
     workers: int | None = None,
     **_: Any,
 ) -> dict[str, Any]:
-    """Reward of one response. verl calls it in threads; the answer is judged in a process of its
-    own (``pool.py``).
+    """Reward of one response.
+
+    verl calls it in threads; the answer is judged in a process of its own (``pool.py``).
 
     Args:
         data_source: the row's column; ``reasoning_gym/<generator>`` goes to reasoning-gym's scorer.
@@ -69,8 +71,7 @@ def compute_score(
     gym = data_source.startswith(SOURCE_PREFIX)
     if gym and not extra.get("entry"):
         raise ValueError(
-            f"{data_source}: extra_info.entry is missing: write the data with "
-            "scripts/prepare_data.py"
+            f"{data_source}: extra_info.entry is missing: write the data with `capo-verl data`"
         )
     if not isinstance(ground_truth, str) or not ground_truth.strip():
         raise ValueError(
@@ -126,9 +127,7 @@ def _result(
 
 
 def _spelling(text: str) -> str:
-    r"""A text without what cannot matter: spaces, ``\text{}``, a full stop; and the case of
-    words.
-    """
+    r"""A text without spaces, ``\text{}``, a full stop and the case of words."""
     text = re.sub(r"\\(?:text|mathrm|textbf)\{([^{}]*)\}", r"\1", text.strip().strip("$"))
     text = "".join(text.split()).rstrip(".")
     return text.casefold() if re.fullmatch(r"[^\W\d_]{2,}.*", text) and "\\" not in text else text

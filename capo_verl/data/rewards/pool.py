@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Worker processes that judge answers: a limit of time per answer that holds, a limit of memory, a
-fresh process after either.
+"""Worker processes that judge answers, within limits of time and memory that hold.
+
+An answer that breaks a limit costs its worker; the next one gets a fresh process.
 
 verl calls a reward function in threads of a Ray actor. Neither can a thread be stopped, nor does
 math-verify's own time limit (``signal.alarm``) work in one. Workers are plain child processes that
@@ -23,17 +24,18 @@ from functools import cache
 from typing import Any
 
 START_SECONDS = 120.0
-"""For importing sympy or reasoning-gym on a machine that is busy."""
+"""Seconds for importing sympy or reasoning-gym on a machine that is busy."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What came of one answer."""
+    """Outcome of judging one answer."""
 
     score: float
     trouble: str = ""
-    """Empty, or why the score is 0: ``timeout``, ``died``, ``memory``, or the class of the error
-    that the answer caused.
+    """Reason that the score is 0, or empty.
+
+    ``timeout``, ``died``, ``memory``, or the class of the error that the answer caused.
     """
 
 
@@ -61,8 +63,8 @@ class _Worker:
             )
             raise RuntimeError(
                 f"the process that judges answers ({kind}) did not start: {reason}; pip install "
-                "'capo-verl[data]', "
-                f"or run: {sys.executable} -m capo_verl.data.rewards.worker {kind}"
+                f"'capo-verl[data]', or run: {sys.executable} -m "
+                f"capo_verl.data.rewards.worker {kind}"
             )
 
     @property
@@ -96,7 +98,7 @@ class _Worker:
         return json.loads(received)
 
     def has_ended(self) -> bool:
-        """Whether it did not only fail to answer.
+        """True if the process has ended, not only failed to answer.
 
         Its pipe closes a little before the process can be waited for.
         """
@@ -131,8 +133,9 @@ class Pool:
         atexit.register(self.close)
 
     def judge(self, request: dict[str, Any], seconds: float) -> Verdict:
-        """Score of one request. ``seconds`` is the time of judging alone, without that of waiting
-        for a worker.
+        """Score of one request.
+
+        ``seconds`` limits the time of judging alone, without that of waiting for a worker.
 
         Raises:
             RuntimeError: if a worker cannot be started at all.

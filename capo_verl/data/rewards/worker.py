@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The process that judges answers: one JSON request per line on stdin, one JSON reply per line on
-stdout.
+"""The process that judges answers: a JSON request per line on stdin, a reply on stdout.
 
 ``python -m capo_verl.data.rewards.worker math`` or ``... reasoning_gym``. It is killed when it
 takes too long (``pool.py``).
@@ -34,9 +33,8 @@ def reasoning_gym(request: Request) -> float:
     from capo_verl.data.gym import compute_score
 
     extra = {"entry": request["entry"]}
-    return compute_score(request["data_source"], request["answer"], request["reference"], extra)[
-        "score"
-    ]
+    source, answer, reference = (request[key] for key in ("data_source", "answer", "reference"))
+    return compute_score(source, answer, reference, extra)["score"]
 
 
 def _start_math() -> Callable[[Request], float]:
@@ -45,10 +43,14 @@ def _start_math() -> Callable[[Request], float]:
     guard_sympy()
     # The first answer of a kind imports parts of sympy and builds the parser's tables: not at the
     # cost of a real answer.
-    for pair in (("\\frac{1}{2}", "0.5"), ("\\sqrt{8}", "2\\sqrt2"), ("[0,1)", "0\\le x<1"),
+    for pair in (
+        ("\\frac{1}{2}", "0.5"),
+        ("\\sqrt{8}", "2\\sqrt2"),
+        ("[0,1)", "0\\le x<1"),
         ("\\{1,2\\}", "2,1"),
-                 ("x^2+2x+1", "(x+1)^2"),
-                 ("\\begin{pmatrix}1\\\\2\\end{pmatrix}", "1")):  # fmt: skip
+        ("x^2+2x+1", "(x+1)^2"),
+        ("\\begin{pmatrix}1\\\\2\\end{pmatrix}", "1"),
+    ):
         math({"reference": pair[0], "answer": pair[1]})
     return math
 

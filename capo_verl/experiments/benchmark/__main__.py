@@ -24,9 +24,9 @@ try:
     from rich.console import Console
     from rich.table import Table
 
-    from capo_verl.experiments.benchmark import figure, markdown, runner
+    from capo_verl.experiments.benchmark import chart, markdown, runner
     from capo_verl.experiments.benchmark.agreement import DisagreementError
-    from capo_verl.experiments.benchmark.report import Report
+    from capo_verl.experiments.benchmark.results import Report
     from capo_verl.experiments.benchmark.targets import judge_targets
     from capo_verl.experiments.benchmark.workload import (
         DEFAULT_PRESETS,
@@ -37,7 +37,7 @@ try:
 except ImportError as e:
     from capo_verl.plugin.missing_packages import missing
 
-    sys.exit(missing("benchmark_filter.py", e, "viewer"))
+    sys.exit(missing("capo_verl.experiments.benchmark", e, "viewer"))
 
 DOCS = ROOT / "docs/performance.md"
 PROFILED_TOKENS = {"cpu": 2048, "cuda": 24576}
@@ -55,7 +55,7 @@ def positive(text: str) -> int:
 
 
 def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Workload]:
-    parser = Parser(prog="benchmark_filter.py", description=__doc__.splitlines()[0])
+    parser = Parser(prog="capo_verl.experiments.benchmark", description=__doc__.splitlines()[0])
     parser.add_argument(
         "--preset",
         choices=PRESETS,
@@ -156,7 +156,7 @@ def main(argv: list[str] | None = None) -> int:
         stem = f"{workload.name}-tp{workload.tp}-{workload.device}"
         report.save(args.output / f"{stem}.json")
         (args.output / f"{stem}.md").write_text(markdown.markdown(report))
-        figure.save(report, args.output / f"{stem}.png")
+        chart.save(report, args.output / f"{stem}.png")
         if args.write_docs:
             markdown.update_docs(report, DOCS)
         if args.profile:
@@ -164,7 +164,7 @@ def main(argv: list[str] | None = None) -> int:
             for key, text in runner.profiles(workload, tokens).items():
                 (args.output / f"{stem}-profile-{key}.txt").write_text(text)
     except (ValueError, DisagreementError, OSError) as error:
-        print(f"benchmark_filter.py: {error}", file=sys.stderr)
+        print(f"capo_verl.experiments.benchmark: {error}", file=sys.stderr)
         return 1
     show(report, console)
     console.print(f"written to {args.output}/{stem}.*", highlight=False, soft_wrap=True)

@@ -23,9 +23,9 @@ from capo_verl.experiments.benchmark.workload import Workload
 
 TOKENS = 256
 SHIFT_TOLERANCE = 1e-4
-"""Of m_H and m_F in float32, as a share of the value or of the median, whichever is larger."""
+"""Tolerance of m_H and m_F in float32, as a share of the value or the median, the larger."""
 MOMENT_TOLERANCE = 1e-5
-"""Of the moments, as a share of the largest element."""
+"""Tolerance of the moments, as a share of the largest element."""
 
 
 class DisagreementError(RuntimeError):
@@ -33,8 +33,9 @@ class DisagreementError(RuntimeError):
 
 
 def check_agreement(workload: Workload) -> dict[str, float]:
-    """Evaluate one batch and make one step with every contender that runs here, from the same
-    moments.
+    """Evaluate one batch and make one step with every contender that runs here.
+
+    All start from the same moments.
 
     In float32, where the published formulation is exact enough to be a reference; if the model's
     dtype is another, the kernels of CapoFilter are compared with each other in that dtype as well.
@@ -108,7 +109,7 @@ def _compare(kinds: Sequence[Kind], workload: Workload, dtype: torch.dtype) -> d
 
 
 def _unique_support(batch: Batch, top_k: int) -> Tensor:
-    """``[N]`` bool: the k-th logit is larger than the next.
+    """Tokens whose k-th logit is larger than the next, ``[N]`` bool.
 
     Of equal ones the published formulation takes any.
     """
@@ -132,8 +133,9 @@ def _outcome(contender: Contender, start: dict[str, object], batch: Batch) -> di
 
 
 def _between(values: Tensor) -> float:
-    """A threshold at about the 70th percentile, in the widest gap there: no contender is within
-    rounding of it.
+    """A threshold at about the 70th percentile, in the widest gap there.
+
+    No contender is within rounding of it.
     """
     ordered = values.double().sort().values
     middle = ordered[int(0.6 * len(ordered)) : int(0.8 * len(ordered))]

@@ -32,7 +32,9 @@ class Batch:
     logits: Tensor
     """``[N, rows]``"""
     actions: Tensor
-    """``[N]`` int64, drawn from the renormalised policy on the support; one in fifty from the whole
+    """Actions, ``[N]`` int64.
+
+    They are drawn from the renormalised policy on the support; one in fifty from the whole
     vocabulary.
     """
     advantages: Tensor

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who is measured: the formulation as published in two forms, and CapoFilter with either set of
-kernels.
-"""
+"""Contenders: the formulation as published in two forms, CapoFilter with either kernels."""
 
 from __future__ import annotations
 
@@ -19,9 +17,11 @@ from capo_verl.experiments.benchmark.naive import BATCH_TOKENS, NaiveFilter
 from capo_verl.experiments.benchmark.workload import Workload
 
 Stages = dict[str, Callable[[], Any]]
-"""Name of a stage -> what it runs, in order. ``evaluate`` comes first and returns m_H, m_F and the
-accepted tokens. Names that begin with it belong to it: ``evaluate 2`` is the second batch of
-tokens, of a contender that cannot take them all at once.
+"""Name of a stage -> what it runs, in order.
+
+``evaluate`` comes first and returns m_H, m_F and the accepted tokens. Names that begin with it
+belong to it: ``evaluate 2`` is the second batch of tokens, of a contender that cannot take them all
+at once.
 """
 
 
@@ -69,7 +69,7 @@ class Kind(NamedTuple):
     build: Callable[[Workload, CapoConfig, torch.dtype], Contender]
     """Takes the dtype of hidden states and logits."""
     missing: Callable[[Workload], str | None] = lambda workload: None
-    """Why it cannot run on the workload's device, or None."""
+    """Reason that it cannot run on the workload's device, or None."""
     tensor_bytes: Callable[[Workload, int], int] = lambda workload, tokens: 0
     """Scratch memory known beforehand, for a number of tokens."""
 

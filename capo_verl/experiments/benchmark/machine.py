@@ -61,8 +61,9 @@ def free_bytes(device: str) -> int:
 
 
 def _allocator_settings() -> str:
-    """Of the C library: they decide how often large tensors are new to the system, which costs time
-    on a CPU.
+    """Settings of the C library's allocator.
+
+    They decide how often large tensors are new to the system, which costs time on a CPU.
     """
     names = sorted(
         name for name in os.environ if name.startswith("MALLOC_") or name == "GLIBC_TUNABLES"

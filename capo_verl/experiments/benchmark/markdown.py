@@ -7,8 +7,9 @@ import re
 from pathlib import Path
 
 from capo_verl.experiments.benchmark.contenders import LABELS
-from capo_verl.experiments.benchmark.report import Report
+from capo_verl.experiments.benchmark.results import Report
 from capo_verl.experiments.benchmark.targets import judge_targets
+from capo_verl.experiments.wrap import wrapped
 
 BEGIN, END = "<!-- benchmark: begin -->", "<!-- benchmark: end -->"
 COLUMNS = (
@@ -100,7 +101,7 @@ def markdown(report: Report) -> str:
     if verdicts:
         rows = [[v.target, v.measured, "yes" if v.met else "**no**"] for v in verdicts]
         lines += ["", *_table(("target", "measured", "met"), rows)]
-    return "\n".join(lines).rstrip() + "\n"
+    return wrapped("\n".join(lines).rstrip() + "\n")
 
 
 def update_docs(report: Report, page: Path) -> None:

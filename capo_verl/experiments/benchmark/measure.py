@@ -9,13 +9,13 @@ from typing import Any, TypeVar
 
 import torch
 
-from capo_verl.engines.timer import Stopwatch
+from capo_verl.engines.timer import Timer
 
 Name = TypeVar("Name", bound=Hashable)
 
 
 def clock(device: str) -> str:
-    """What is read.
+    """Clock that times calls on a device.
 
     With one thread the processor time of the process: other processes of the machine do not count.
     """
@@ -27,13 +27,14 @@ def clock(device: str) -> str:
 def measure_seconds(
     device: str, calls: Mapping[Name, Callable[[], Any]], repeats: int, limit: float
 ) -> dict[Name, list[float]]:
-    """Run all calls in order, ``repeats`` times; fewer (at least once) when ``limit`` seconds have
-    passed.
+    """Run all calls in order, ``repeats`` times or until ``limit`` seconds have passed.
+
+    They run at least once.
 
     Returns:
         Name of the call -> seconds of each repetition, by :func:`clock`.
     """
-    timed = _processor_seconds if clock(device) == "processor time" else _stopwatch_seconds
+    timed = _processor_seconds if clock(device) == "processor time" else _timer_seconds
     seconds: dict[Name, list[float]] = {name: [] for name in calls}
     began = time.monotonic()
     for _ in range(repeats):
@@ -52,10 +53,10 @@ def _processor_seconds(device: str, call: Callable[[], Any]) -> float:
     return seconds
 
 
-def _stopwatch_seconds(device: str, call: Callable[[], Any]) -> float:
-    stopwatch = Stopwatch(torch.device(device))
-    with stopwatch.running():
+def _timer_seconds(device: str, call: Callable[[], Any]) -> float:
+    timer = Timer(torch.device(device))
+    with timer.running():
         result = call()
-    seconds = stopwatch.seconds()
+    seconds = timer.seconds()
     del result
     return seconds

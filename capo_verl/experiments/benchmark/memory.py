@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Memory of a sequence of calls, exact to the byte: every allocation of torch, also those inside
-its operators.
+"""Memory of a sequence of calls, exact to the byte.
+
+It counts every allocation of torch, also those inside its operators.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ class Usage:
     peak: int
     """The most at any time during the call."""
     held: int
-    """At its end, its result included."""
+    """Bytes at its end, its result included."""
 
 
 def measure_memory(device: str, calls: Mapping[str, Callable[[], Any]]) -> dict[str, Usage]:

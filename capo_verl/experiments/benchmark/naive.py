@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""CAPO as published: for all tokens of a batch at once, tensors ``[N, k, H]`` in the model's dtype:
-gradient, both moments of its rows, preconditioned gradient (arXiv 2510.00819, sections 3 and 4;
-symbols as in docs/algorithm.md).
+"""CAPO as published: for all tokens at once, tensors ``[N, k, H]`` in the model's dtype.
+
+They are the gradient, both moments of its rows and the preconditioned gradient (arXiv 2510.00819,
+sections 3 and 4; symbols as in docs/algorithm.md).
 
 It is kinder than the published code, which holds the moments in a Python dict keyed by token id and
 updates them row by row: here they are two dense tensors, and the sums over tokens are one
@@ -23,17 +24,18 @@ from capo_verl.core.curvature import Shifts
 from capo_verl.core.trust_region import judge
 
 BATCH_TOKENS = 24 * 1024
-"""What the authors evaluate at once: 24 sequences of 1,024 tokens."""
+"""Tokens that the authors evaluate at once: 24 sequences of 1,024."""
 _SUMMED_TOKENS = 1024
 _TENSORS_ALIVE = {False: 7, True: 4}
-"""With ``reuse_temporaries`` or not -> the most tensors ``[N, k, H]`` at any time. Without: g, M,
-Q, the new first moment, and of the second both terms and their sum. With: g, both moments, P(g).
-tests/experiments/benchmark/test_memory.py counts them.
+"""``reuse_temporaries`` -> the most tensors ``[N, k, H]`` at any time.
+
+Without: g, M, Q, the new first moment, and of the second both terms and their sum. With: g, both
+moments, P(g). tests/experiments/benchmark/test_memory.py counts them.
 """
 
 
 class Decision(NamedTuple):
-    """``[N]`` each."""
+    """Shifts (float) and accepted tokens (bool), ``[N]`` each."""
 
     objective_shift: Tensor
     policy_shift: Tensor
@@ -93,9 +95,7 @@ class NaiveFilter:
     def nbytes(
         tokens: int, top_k: int, hidden_size: int, dtype: torch.dtype, reuse_temporaries: bool
     ) -> int:
-        """The most bytes of tensors ``[N, k, H]`` at any time, of all ``tokens`` or a batch if they
-        are several.
-        """
+        """The most bytes of tensors ``[N, k, H]`` at any time, of at most one batch of tokens."""
         return (
             _TENSORS_ALIVE[reuse_temporaries]
             * min(tokens, BATCH_TOKENS)
@@ -114,7 +114,7 @@ class NaiveFilter:
         response_mask: Tensor,
         learning_rate: float,
     ) -> Decision:
-        """As ``CapoFilter.evaluate``, for one batch ``[N, ...]``."""
+        """Evaluate one batch ``[N, ...]``, as ``CapoFilter.evaluate``."""
         hidden = hidden_states.to(self.dtype)
         values, ids = logits.topk(self.config.top_k or logits.shape[-1])
         pi = values.to(self.wide).softmax(-1)
@@ -177,11 +177,11 @@ class NaiveFilter:
         self.step_count += 1
 
     def state_dict(self) -> dict[str, Any]:
-        """As ``CapoFilter.state_dict``."""
+        """The state, as ``CapoFilter.state_dict``."""
         return {"exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq, "step": self.step_count}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """As ``CapoFilter.load_state_dict``, unchecked."""
+        """Load a state, as ``CapoFilter.load_state_dict``, unchecked."""
         self.exp_avg.copy_(state["exp_avg"])
         self.exp_avg_sq.copy_(state["exp_avg_sq"])
         self.step_count = state["step"]

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the time of a call goes: torch's operators on any device, and on a CPU the functions of the
-core as well.
-"""
+"""Time of a call by operator of torch, and on a CPU by function of the core as well."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from capo_verl.experiments.benchmark.machine import copy_bandwidth, environment,
 from capo_verl.experiments.benchmark.measure import measure_seconds
 from capo_verl.experiments.benchmark.memory import measure_memory
 from capo_verl.experiments.benchmark.profiling import profile
-from capo_verl.experiments.benchmark.report import Report, Result, traffic
+from capo_verl.experiments.benchmark.results import Report, Result, traffic
 from capo_verl.experiments.benchmark.workload import MOMENT_BYTES, Workload
 
 WARM_UP_TOKENS = 1024
@@ -33,14 +33,17 @@ Its time is linear in tokens.
 """
 _GB = 1e9
 _MARGIN = 1.2
-"""Memory asked for over the tensors known beforehand: the rest of the work, and what other
-processes may take.
+"""Memory asked for over the tensors known beforehand.
+
+It is for the rest of the work, and what other processes may take.
 """
 
 
 def run(workload: Workload, repeats: int, say: Callable[[str], None]) -> Report:
-    """Measure. The median needs few repetitions of what is slow: a size is left after
-    ``SECONDS_PER_CELL`` for each contender.
+    """Measure all contenders.
+
+    The median needs few repetitions of what is slow: a size is left after ``SECONDS_PER_CELL`` for
+    each contender.
 
     Args:
         repeats: repetitions of every cell, at most.
@@ -64,9 +67,8 @@ def run(workload: Workload, repeats: int, say: Callable[[str], None]) -> Report:
         environment=environment(workload.device),
         sizes={
             "preset": workload.name, "vocab_size": workload.vocab_size,
-            "hidden_size": workload.hidden_size,
-            "tp": workload.tp, "rows": workload.rows, "top_k": workload.top_k,
-            "model_dtype": str(workload.model_dtype),
+            "hidden_size": workload.hidden_size, "tp": workload.tp, "rows": workload.rows,
+            "top_k": workload.top_k, "model_dtype": str(workload.model_dtype),
         },
         copy_bytes_per_second=bandwidth,
         agreement=agreement,
@@ -121,8 +123,9 @@ def _too_large_inputs(workload: Workload) -> dict[int, str]:
 
 
 def _warm(kind: Kind, workload: Workload) -> Contender:
-    """With moments and a step count, as in training: before the first update P(g) = g, which is
-    less work.
+    """Give the contenders moments and a step count, as in training.
+
+    Before the first update P(g) = g, which is less work.
     """
     contender = kind.build(workload, accept_all(workload), workload.model_dtype)
     for seed in range(1, 1 + WARM_UP_STEPS):
@@ -133,12 +136,12 @@ def _warm(kind: Kind, workload: Workload) -> Contender:
 
 
 def _measure(stages: dict[str, Stages], tokens: int, device: str, repeats: int) -> list[Result]:
-    """The contenders take turns in every repetition: what disturbs the machine for a while disturbs
-    all of them.
+    """Measure the contenders in turns, in every repetition.
+
+    A disturbance of the machine then disturbs all of them.
     """
-    memory = {
-        key: measure_memory(device, calls) for key, calls in stages.items()
-    }  # also what compiles and warms up
+    # Memory first: this also compiles and warms up.
+    memory = {key: measure_memory(device, calls) for key, calls in stages.items()}
     turns = {(key, stage): call for key, calls in stages.items() for stage, call in calls.items()}
     seconds = measure_seconds(device, turns, repeats, SECONDS_PER_CELL * len(stages))
     return [

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the filter has to reach, and whether it did. All comparisons are within one run."""
+"""Targets of the filter, and their verdicts. All comparisons are within one run."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from capo_verl.experiments.benchmark.report import Report
+from capo_verl.experiments.benchmark.results import Report
 
 _MIB = 1 << 20
 

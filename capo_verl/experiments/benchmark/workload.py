@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is evaluated: sizes of a model's LM head, dtypes of a device, and how many tokens."""
+"""Workloads: sizes of a model's LM head, dtypes of a device, and numbers of tokens."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ DEFAULT_TOKENS = {
     "cuda": (1024, 2048, 4096, 8192, 16384, 24576, 32768, 65536),
 }
 MODEL_DTYPES = {"cpu": torch.float32, "cuda": torch.bfloat16}
-"""Of hidden states and logits, and of everything in the naive formulation."""
+"""Dtype of hidden states and logits, and of everything in the naive formulation."""
 MOMENT_BYTES = 4
 """CapoFilter's default, ``moments_dtype=float32``."""
 
@@ -45,12 +45,14 @@ class Workload:
     vocab_size: int
     hidden_size: int
     tp: int
-    """Tensor-parallel size. One rank is measured, with the k entries of every support on its
-    ``rows``: an upper bound, for a real rank holds k / tp of them on average.
+    """Tensor-parallel size.
+
+    One rank is measured, with the k entries of every support on its ``rows``: an upper bound, for a
+    real rank holds k / tp of them on average.
     """
     top_k: int
     tokens: tuple[int, ...]
-    """Ascending."""
+    """Numbers of tokens, ascending."""
     device: str
     """``cpu`` or ``cuda``."""
 

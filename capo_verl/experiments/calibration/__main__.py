@@ -4,7 +4,7 @@
 
 python -m capo_verl.experiments.calibration run capo_verl/experiments/calibration/study.yaml \\
     --output outputs/calibration_study
-python -m capo_verl.experiments.calibration draw docs/evidence --insert docs/evidence.md
+python -m capo_verl.experiments.calibration draw capo_verl/experiments/results
 """
 
 import sys
@@ -13,5 +13,9 @@ from capo_verl.plugin.missing_packages import run
 
 if __name__ == "__main__":
     sys.exit(
-        run("calibration_study.py", "capo_verl.experiments.calibration.study_cli", extra="study")
+        run(
+            "capo_verl.experiments.calibration",
+            "capo_verl.experiments.calibration.study_cli",
+            extra="study",
+        )
     )

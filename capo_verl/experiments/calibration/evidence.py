@@ -12,17 +12,31 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from capo_verl.commands.calibrate import figure, tables
+from capo_verl.commands.calibrate import pictures, tables
 from capo_verl.commands.calibrate.policy import DEPTHS
 from capo_verl.commands.calibrate.predictors import LABELS
 from capo_verl.commands.calibrate.statistics import interval, spearman
 from capo_verl.experiments.calibration.study import runs_by_source
+from capo_verl.experiments.wrap import wrapped
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 FILES = ("calibration", "calibration_batches", "calibration_tokens")
-BEGIN, END = "<!-- calibration:begin -->", "<!-- calibration:end -->"
+PAGE = "calibration.md"
+HEAD = """# Calibration: all tables and figures
+
+Written by `python -m capo_verl.experiments.calibration draw` from `calibration*.parquet`.
+[docs/calibrate.md](../../../docs/calibrate.md) says how to read them,
+[docs/evidence.md](../../../docs/evidence.md) what follows.
+"""
+FIGURES = {
+    "calibration_tokens": "Predicted policy shift and true KL",
+    "calibration_predictors": "Predictors of the true KL",
+    "calibration_depth": "Calibration over the depth trained",
+    "calibration_batch": "Predicted policy shift of the batch and the KL of its step",
+}
+"""What :func:`draw` makes, with their captions."""
 BATCH_PREDICTORS = {
     "constant": "a constant",
     "policy_shift": "batch m_F",
@@ -57,7 +71,8 @@ def load(folder: Path) -> dict[str, pd.DataFrame]:
     missing = [name for name in FILES if not (folder / f"{name}.parquet").exists()]
     if missing:
         raise ValueError(
-            f"{folder / missing[0]}.parquet is not there; make it with `calibration_study run`"
+            f"{folder / missing[0]}.parquet is not there; `capo_verl.experiments.calibration run` "
+            "makes it"
         )
     frames = {name: pd.read_parquet(folder / f"{name}.parquet") for name in FILES}
     # The first step of a run has no moments: its m_F is that of plain gradient ascent.
@@ -65,19 +80,23 @@ def load(folder: Path) -> dict[str, pd.DataFrame]:
 
 
 def markdown(frames: Frames) -> str:
-    """All tables."""
+    """The page: all figures and tables."""
     steps, batches, tokens = (frames[name] for name in FILES)
     at_all = steps[(steps["depth"] == "all") & (steps["target"] == "kl")]
     sources = dict(runs_by_source(at_all))
+    shown = [name for name in FIGURES if name != "calibration_batch" or _long_runs(batches)]
     parts = [
-        "### What predicts a token's KL divergence?\n",
+        HEAD,
+        *(f"![{FIGURES[name]}]({name}.png)" for name in shown),
+        "",
+        "## What predicts a token's KL divergence?\n",
         "Spearman correlation with the true KL(old‖new) of a response token within a step, all "
         "parameters trained. Means over "
         "steps with 95 % bootstrap intervals.\n",
         _predictor_table(sources, "spearman"),
         "AUROC of finding the 1 % of the tokens with the largest true KL.\n",
         _predictor_table(sources, "auroc"),
-        "### How far off is m_F, and how does that depend on what is trained?\n",
+        "## How far off is m_F, and how does that depend on what is trained?\n",
         "True KL / m_F: median over tokens, with the 10 % and 90 % quantiles, geometric means over "
         "steps; and the Spearman "
         "correlation. The step is the same in every column, but for the parameters below that are "
@@ -86,10 +105,10 @@ def markdown(frames: Frames) -> str:
         "Along a run, and over learning rates (all parameters trained; slope: of log KL over log "
         "m_F):\n",
         _course_table(at_all),
-        "### Does m_H predict the change of the objective?\n",
+        "## Does m_H predict the change of the objective?\n",
         "Against A(π_new/π_old − 1) of the token, all parameters trained.\n",
         _objective_table(steps),
-        "### Does the prediction for the batch say how large a step will be?\n",
+        "## Does the prediction for the batch say how large a step will be?\n",
         "By what factor a step's mean KL typically differs from a prediction that was calibrated "
         "on the same run (the exponential "
         "of the standard deviation of log(true/predicted) over its steps, geometric mean over "
@@ -106,25 +125,7 @@ def markdown(frames: Frames) -> str:
         )
         + ".\n",
     ]
-    return "\n".join(parts)
-
-
-def insert(text: str, file: Path) -> None:
-    """Put ``text`` between the markers of a Markdown file.
-
-    Raises:
-        ValueError: if they are not there, once each and in this order.
-    """
-    content = file.read_text(encoding="utf-8")
-    if (
-        content.count(BEGIN) != 1
-        or content.count(END) != 1
-        or content.index(BEGIN) > content.index(END)
-    ):
-        raise ValueError(f"{file}: expected the lines {BEGIN} and {END}, once each")
-    before, rest = content.split(BEGIN)
-    _, after = rest.split(END)
-    file.write_text(f"{before}{BEGIN}\n\n{text}\n{END}{after}", encoding="utf-8")
+    return wrapped("\n".join(parts))
 
 
 def draw(frames: Frames, folder: Path) -> list[Path]:
@@ -134,12 +135,17 @@ def draw(frames: Frames, folder: Path) -> list[Path]:
         "calibration_predictors": _predictors_figure(frames["calibration"]),
         "calibration_depth": _depth_figure(frames["calibration"]),
     }
-    batches = {
-        name: rows for name, rows in runs_by_source(frames["calibration_batches"]) if len(rows) >= 8
-    }
+    batches = _long_runs(frames["calibration_batches"])
     if batches:
         made["calibration_batch"] = _batch_figure(batches)
-    return [path for name, picture in made.items() for path in figure.save(picture, folder / name)]
+    return [
+        path for name, picture in made.items() for path in pictures.save(picture, folder / name)
+    ]
+
+
+def _long_runs(batches: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """Sources with enough measured steps for a panel."""
+    return {name: rows for name, rows in runs_by_source(batches) if len(rows) >= 8}
 
 
 def _predictor_table(sources: Mapping[str, pd.DataFrame], statistic: str) -> str:
@@ -165,7 +171,7 @@ def _depth_table(steps: pd.DataFrame) -> str:
         ratios = [_ratio(found.loc[d]) if d in found.index else "" for d in DEPTHS]
         ranks = [f"{found.loc[d, 'spearman']:.2f}" if d in found.index else "" for d in DEPTHS]
         rows += [[name, "ratio", *ratios], ["", "Spearman", *ranks]]
-    return tables.markdown(["", "", *(figure.DEPTH_LABELS[d] for d in DEPTHS)], rows)
+    return tables.markdown(["", "", *(pictures.DEPTH_LABELS[d] for d in DEPTHS)], rows)
 
 
 def _course_table(at_all: pd.DataFrame) -> str:
@@ -243,7 +249,7 @@ def _tokens_figure(tokens: pd.DataFrame) -> Figure:
     sources = dict(runs_by_source(tokens))
     picture, panels = _grid("Predicted policy shift and true KL of response tokens", len(sources))
     for panel, (name, rows) in zip(panels, sources.items(), strict=True):
-        figure.calibration_panel(
+        pictures.calibration_panel(
             panel, rows["policy_shift"].to_numpy(float), rows["kl"].to_numpy(float)
         )
         panel.set_title(f"{name}\n{panel.get_title(loc='left')}", fontsize=9, loc="left")
@@ -253,15 +259,15 @@ def _tokens_figure(tokens: pd.DataFrame) -> Figure:
 def _predictors_figure(steps: pd.DataFrame) -> Figure:
     sources = dict(runs_by_source(steps[(steps["depth"] == "all") & (steps["target"] == "kl")]))
     names = list(sources)
-    picture = figure.new_figure(
+    picture = pictures.new_figure(
         "What predicts the true KL of a token? Blue: CAPO's predictions",
         (2.6 * len(names) + 1, 6.2),
     )
     panels = picture.subplots(2, len(names), squeeze=False, sharey=True)
     for column, name in enumerate(names):
         table = tables.aggregate(sources[name], ("predictor",))
-        figure.bars_panel(panels[0, column], table, "spearman", "Spearman within a step")
-        figure.bars_panel(panels[1, column], table, "auroc", "AUROC, largest 1 % of the KL")
+        pictures.bars_panel(panels[0, column], table, "spearman", "Spearman within a step")
+        pictures.bars_panel(panels[1, column], table, "auroc", "AUROC, largest 1 % of the KL")
         panels[0, column].set_title(name, fontsize=9)
         panels[1, column].set_xlim(0, 1)
     return picture
@@ -272,11 +278,11 @@ def _depth_figure(steps: pd.DataFrame) -> Figure:
     found = {
         name: tables.aggregate(rows, ("depth", "predictor")) for name, rows in runs_by_source(kl)
     }
-    picture = figure.new_figure("Calibration over the depth trained", (12, 4.8))
+    picture = pictures.new_figure("Calibration over the depth trained", (12, 4.8))
     ratio, step, rank = picture.subplots(1, 3)
-    figure.depth_panel(ratio, found, legend=True)
-    figure.depth_panel(step, found, "head_step")
-    figure.rank_panel(rank, found)
+    pictures.depth_panel(ratio, found, legend=True)
+    pictures.depth_panel(step, found, "head_step")
+    pictures.rank_panel(rank, found)
     return picture
 
 
@@ -285,7 +291,7 @@ def _batch_figure(sources: Mapping[str, pd.DataFrame]) -> Figure:
         "Predicted policy shift of the batch and mean true KL of each measured step", len(sources)
     )
     for panel, (name, rows) in zip(panels, sources.items(), strict=True):
-        figure.batch_panel(panel, rows)
+        pictures.batch_panel(panel, rows)
         panel.set_title(name, fontsize=9, loc="left")
     return picture
 
@@ -293,7 +299,7 @@ def _batch_figure(sources: Mapping[str, pd.DataFrame]) -> Figure:
 def _grid(title: str, n: int) -> tuple[Figure, list]:  # type: ignore[type-arg]
     columns = min(4, n)
     lines = -(-n // columns)
-    picture = figure.new_figure(title, (3.6 * columns, 3.6 * lines + 0.3))
+    picture = pictures.new_figure(title, (3.6 * columns, 3.6 * lines + 0.3))
     panels = list(picture.subplots(lines, columns, squeeze=False).flat)
     for empty in panels[n:]:
         empty.set_axis_off()

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The calibration study on a pretrained model: SmolLM2-135M, free answers to reasoning-gym's letter
-counting.
+"""The calibration study on a pretrained model, SmolLM2-135M.
+
+It answers reasoning-gym's letter counting freely.
 """
 
 from __future__ import annotations
@@ -45,8 +46,9 @@ def compute_score(
     extra_info: Mapping[str, Any] | None = None,
     **_: Any,
 ) -> float:
-    """1 if the last number in the answer, in digits or as a word, is the right one: the model
-    writes sentences.
+    """Reward: 1 if the last number in the answer, in digits or as a word, is the right one.
+
+    The model writes sentences.
     """
     found = _NUMBER.findall(solution_str)
     if not found:
@@ -62,7 +64,7 @@ def run_smollm2(study: PretrainedStudy, say: Callable[[str], None] = lambda line
     Raises:
         RuntimeError: if the package that carries the model is not installed, saying how to.
     """
-    from capo_verl.commands.calibrate.run import Settings, calibrate
+    from capo_verl.commands.calibrate.calibration import Settings, calibrate
     from capo_verl.cpu.smollm2 import pretrained, task
 
     model, _ = pretrained.prepare_model(1)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The calibration study on the tiny tier: runs of plain GRPO, measured at intervals, from early to
-late.
+"""The calibration study on the tiny tier.
+
+Runs of plain GRPO are measured at intervals, from early to late.
 """
 
 from __future__ import annotations
@@ -89,14 +90,16 @@ class TinyStudy:
 
 @dataclass
 class Results:
-    """What the runs measured, as tables."""
+    """Measurements of the runs, as tables."""
 
     steps: list[dict[str, Any]] = field(default_factory=list)
     batches: list[dict[str, Any]] = field(default_factory=list)
     tokens: list[pd.DataFrame] = field(default_factory=list)
 
     def frames(self) -> dict[str, pd.DataFrame]:
-        """``calibration`` (per step, depth and predictor), ``calibration_batches``,
+        """Tables by name.
+
+        ``calibration`` (per step, depth and predictor), ``calibration_batches``,
         ``calibration_tokens``.
         """
         frames = {

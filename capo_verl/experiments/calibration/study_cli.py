@@ -13,6 +13,7 @@ from capo_verl.experiments.calibration import evidence
 from capo_verl.experiments.calibration.pretrained_study import PretrainedStudy, run_smollm2
 from capo_verl.experiments.calibration.study import TinyStudy, build, run_tiny
 
+RESULTS = Path("capo_verl/experiments/results")
 PARTS = {"tiny": TinyStudy, "smollm2": PretrainedStudy}
 
 
@@ -29,13 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     run.add_argument("--output", type=Path, required=True)
     draw = commands.add_parser("draw", help="tables and figures from the parquet files of a folder")
-    draw.add_argument("output", type=Path)
-    for command in (run, draw):
-        command.add_argument(
-            "--insert",
-            type=Path,
-            help="put the tables between the markers of this Markdown file, too",
-        )
+    draw.add_argument("output", type=Path, nargs="?", default=RESULTS, help=f"default: {RESULTS}")
     args = parser.parse_args(argv)
     try:
         if args.command == "run":
@@ -45,15 +40,13 @@ def main(argv: Sequence[str] | None = None) -> int:
                 raise ValueError(f"--only {args.only}: {args.study} has no such part")
             _run(chosen, args.output)
         frames = evidence.load(args.output)
-        text = evidence.markdown(frames)
-        (args.output / "calibration.md").write_text(text, encoding="utf-8")
+        page = args.output / evidence.PAGE
+        page.write_text(evidence.markdown(frames), encoding="utf-8")
         written = evidence.draw(frames, args.output)
-        if args.insert:
-            evidence.insert(text, args.insert)
     except (ValueError, OSError, RuntimeError) as error:
         print(f"calibration_study: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    print("\n".join(map(str, [args.output / "calibration.md", *written])))
+    print("\n".join(map(str, [page, *written])))
     return 0
 
 

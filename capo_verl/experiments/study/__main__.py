@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
-"""Does the trust region help, when, and which one? Runs the studies of examples/studies and makes
-their tables.
+"""Study of the trust region: does it help, when, and in which form?
 
-python -m capo_verl.experiments.study run capo_verl/experiments/study/studies/main.yaml --jobs 2
---results results python -m capo_verl.experiments.study tables
-capo_verl/experiments/study/studies/main.yaml --results results
+Runs the studies of ``studies/`` and makes their tables.
+
+    python -m capo_verl.experiments.study run capo_verl/experiments/study/studies/main.yaml --jobs 2
+    python -m capo_verl.experiments.study tables capo_verl/experiments/study/studies/main.yaml
 """
 
 from __future__ import annotations
@@ -20,4 +20,4 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 from capo_verl.plugin.missing_packages import run  # noqa: E402
 
 if __name__ == "__main__":
-    sys.exit(run("study.py", "capo_verl.experiments.study.cli", extra="study"))
+    sys.exit(run("capo_verl.experiments.study", "capo_verl.experiments.study.cli", extra="study"))

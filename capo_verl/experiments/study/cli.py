@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``capo_verl.experiments.study run|status|tables|pack``."""
+"""Command line ``python -m capo_verl.experiments.study run|status|tables|pack``."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from pathlib import Path
 from rich.console import Console
 
 RESULTS = Path("outputs/study")
+PACKED = Path("capo_verl/experiments/results")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; the exit code (1: a run failed, 2: bad input, 130: Ctrl-C)."""
-    parser = argparse.ArgumentParser(prog="study.py", description=__doc__)
+    parser = argparse.ArgumentParser(prog="capo_verl.experiments.study", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="run what is not finished yet")
     run.add_argument("study", type=Path, nargs="+", help="a study's YAML")
@@ -37,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     tables.add_argument("study", type=Path, nargs="+")
     pack = commands.add_parser("pack", help="merge results into one small file for the repository")
     pack.add_argument("study", type=Path, nargs="+")
-    pack.add_argument("--output", type=Path, default=Path("docs/evidence"))
+    pack.add_argument("--output", type=Path, default=PACKED, help=f"default: {PACKED}")
     for command in (run, status, tables, pack):
         command.add_argument("--results", type=Path, default=RESULTS, help=f"default: {RESULTS}")
     options = parser.parse_args(arguments)
@@ -46,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             options
         )
     except (ValueError, FileNotFoundError) as e:
-        print(f"study.py: {e}", file=sys.stderr)
+        print(f"capo_verl.experiments.study: {e}", file=sys.stderr)
         return 2
 
 

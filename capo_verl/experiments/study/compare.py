@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Methods against a named control: paired by seed, cell by cell, with intervals; and robustness
-over the learning rate.
+"""Methods against a named control, paired by seed, cell by cell, with intervals.
+
+Robustness over the learning rate is an area between the two.
 """
 
 from __future__ import annotations
@@ -13,14 +14,12 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from capo_verl.data.evaluation.statistics import LEVEL, Estimate
+from capo_verl.data.evaluation.estimates import LEVEL, Estimate
 from capo_verl.experiments.study.measures import first_reached
 
 RESAMPLES = 2_000
 SHARE = 0.95
-"""A method has reached the tuned control where its accuracy is this share of that one's final
-accuracy.
-"""
+"""Share of the tuned control's final accuracy at which a method has reached it."""
 T_975 = (
     12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160,
     2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086,
@@ -35,15 +34,16 @@ class Difference:
     method: str
     cell: str
     estimate: Estimate
-    """Of the mean over seeds, with the 95 % bootstrap interval."""
+    """Mean over seeds, with the 95 % bootstrap interval."""
     seeds: int
     verdict: str
     """``better``, ``worse`` or ``same``: see :func:`verdict`."""
 
 
 def verdict(differences: Sequence[float]) -> str:
-    """``better`` or ``worse`` if both the bootstrap and Student's 95 % interval of the mean exclude
-    0; otherwise ``same``.
+    """Verdict on a mean: ``better``, ``worse`` or ``same``.
+
+    Both the bootstrap and Student's 95 % interval must exclude 0, or it is ``same``.
 
     The bootstrap of five seeds alone is too narrow; Student's alone assumes much. Fewer than three
     seeds decide nothing.
@@ -103,8 +103,9 @@ def differences(frame: pd.DataFrame, measure: str = "final") -> list[Difference]
 
 
 def scores(frame: pd.DataFrame, measure: str) -> pd.DataFrame:
-    """The rows with a value; a failed run has accuracy 0, not none: dropping it would flatter its
-    method.
+    """The rows with a value; a failed run has accuracy 0.
+
+    Dropping it would flatter its method.
     """
     if measure != "final":
         return frame[frame[measure].notna()]
@@ -114,9 +115,10 @@ def scores(frame: pd.DataFrame, measure: str) -> pd.DataFrame:
 
 
 def over_rates(frame: pd.DataFrame) -> pd.DataFrame:
-    """Area between method and control over the learning-rate axis: the mean difference of ``final``
-    along log(lr), by the trapezoid rule. One row per method and cell without lr, with interval over
-    seeds.
+    """Area between method and control over the learning-rate axis.
+
+    It is the mean difference of ``final`` along log(lr), by the trapezoid rule. One row per method
+    and cell without lr, with interval over seeds.
     """
     scored = scores(frame, "final").copy()
     scored["rest"] = [
@@ -159,8 +161,9 @@ def over_rates(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def tuned_control(frame: pd.DataFrame) -> dict[str, tuple[float, float]]:
-    """For each cell without lr and dotted axes: the control's best learning rate and its mean final
-    accuracy there.
+    """The control's best learning rate and its mean final accuracy there, by cell.
+
+    The cells are those without lr and dotted axes.
     """
     control = scores(frame, "final")
     control = control[control["method"] == control["control"]]
@@ -173,8 +176,9 @@ def tuned_control(frame: pd.DataFrame) -> dict[str, tuple[float, float]]:
 
 
 def efficiency(frame: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
-    """Completions and accepted tokens until a run reaches :data:`SHARE` of the tuned control's
-    final accuracy.
+    """Completions and accepted tokens until a run reaches a share of the control's accuracy.
+
+    The share is :data:`SHARE`, the accuracy that of the tuned control at the end.
 
     Returns:
         ``run_id``, ``method``, ``cell``, ``lr``, ``seed``, ``target``, ``completions``,

@@ -34,9 +34,11 @@ class RunConfig:
     base: float = 0.4
     """Sampled accuracy of the warm start, in (0, 1)."""
     base_kind: str = "noisy"
-    """How the warm start gets to ``base``: ``noisy``, a competent model that learnt to make
-    mistakes, which is what reinforcement learning on verifiable rewards mostly repairs; or
-    ``early``, supervised training stopped early, which has more to learn.
+    """Kind of the warm start.
+
+    ``noisy``, a competent model that learnt to make mistakes, which is what reinforcement learning
+    on verifiable rewards mostly repairs; or ``early``, supervised training stopped early, which has
+    more to learn.
     """
     base_seed: int | None = None
     """Seed of the warm start. None: ``seed``."""
@@ -47,7 +49,7 @@ class RunConfig:
     warmup: int = 10
     """Optimizer steps over which the learning rate rises linearly."""
     prompts: int = 4
-    """Per rollout."""
+    """Prompts per rollout."""
     group: int = 8
     """Completions per prompt."""
     mini_batches: int = 1
@@ -59,16 +61,19 @@ class RunConfig:
     aggregation: str = "seq-mean-token-mean"
     """verl's ``loss_agg_mode``; ``seq-mean-token-sum-norm`` divides by the longest response."""
     loss: str = "pg"
-    """``pg``: -A pi/pi_old without clipping; else a rival of :mod:`capo_verl.rivals`, or
-    ``verl:NAME``.
+    """Policy loss: ``pg``, a rival, or ``verl:NAME``.
+
+    ``pg`` is -A pi/pi_old without clipping; rivals are those of :mod:`capo_verl.rivals`.
     """
     loss_knobs: dict[str, Any] = field(default_factory=dict)
-    """Knobs of the loss: a rival's, or fields of verl's actor config (``policy_loss`` as a
-    mapping).
+    """Knobs of the loss: a rival's, or fields of verl's actor config.
+
+    ``policy_loss`` of the latter is a mapping.
     """
     capo: dict[str, Any] | None = None
-    """Knobs of :class:`capo_verl.CapoConfig`; ``preset`` starts from one of its presets. ``top_k``
-    is the whole vocabulary unless given. None: no filter, no control.
+    """Knobs of :class:`capo_verl.CapoConfig`. None: no filter, no control.
+
+    ``preset`` starts from one of its presets. ``top_k`` is the whole vocabulary unless given.
     """
     grad_clip: float = 1.0
     """Largest gradient norm; 0 = off."""
@@ -82,18 +87,20 @@ class RunConfig:
     lr_scale: float = 1.0
     """Control: a constant factor of the learning rate."""
     lr_scales_of: dict[str, Any] | None = None
-    """Control: other values of these fields make a second run, which is run first, and whose
-    sequence of learning-rate scales this run uses, as ``lr_scales`` says.
+    """Control: settings of a second run, whose learning-rate scales this run uses.
+
+    That run is run first. ``lr_scales`` says how they are used.
     """
     lr_scales: str = "mean"
     """``mean``: constantly the mean of that sequence; ``shuffled``: the sequence in random order.
     """
     evaluations: int = 16
-    """How often accuracy is measured after the start, evenly spaced."""
+    """Number of evaluations after the start, evenly spaced."""
     eval_prompts: int = 512
     kl_every: int = 4
-    """The reported KL of a step is measured in every n-th optimizer step (a budget measures by its
-    own rule).
+    """Steps between measurements of the reported KL of a step.
+
+    A budget measures by its own rule.
     """
     layers: int = 2
     hidden: int = 64
@@ -150,7 +157,7 @@ class RunConfig:
 
     @classmethod
     def from_mapping(cls, knobs: Mapping[str, Any]) -> RunConfig:
-        """From plain data.
+        """A run from plain data.
 
         Raises:
             ValueError: for an unknown key (lists the valid ones) or an invalid value.
@@ -162,9 +169,7 @@ class RunConfig:
         return cls(**knobs)
 
     def capo_knobs(self) -> dict[str, Any] | None:
-        """Arguments of :class:`capo_verl.CapoConfig`, with the preset's and the optimizer's filled
-        in.
-        """
+        """Arguments of :class:`capo_verl.CapoConfig`, those of the preset filled in."""
         if self.capo is None:
             return None
         knobs = dict(self.capo)
@@ -173,8 +178,9 @@ class RunConfig:
         return {"top_k": None, "betas": self.betas, **start, **knobs}
 
     def to_dict(self) -> dict[str, Any]:
-        """What differs from the defaults, as plain JSON data: a later knob with a default does not
-        change old runs' hashes.
+        """Settings that differ from the defaults, as plain JSON data.
+
+        A later knob with a default does not change old runs' hashes.
         """
         found = {}
         for f in fields(self):
@@ -192,7 +198,7 @@ class RunConfig:
 
     @property
     def warm_start(self) -> dict[str, Any]:
-        """What the warm-started model depends on."""
+        """Settings that the warm-started model depends on."""
         seed = self.seed if self.base_seed is None else self.base_seed
         return {
             "task": self.task, "task_knobs": self.task_knobs, "base": self.base,

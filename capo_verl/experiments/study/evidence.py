@@ -1,20 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tables in ``docs/evidence.md`` and the figures beside it, from the packed results alone.
+"""``results/study.md`` and the figures beside it, from the packed results alone.
 
-    python -m capo_verl.experiments.study.evidence [docs/evidence.md]
+    python -m capo_verl.experiments.study.evidence [FOLDER]
 
-Between ``<!-- study NAME -->`` and ``<!-- end NAME -->`` the page's text is replaced by that
-study's tables; what is written outside stays. A marker without results gets one sentence which says
-so.
+The folder holds ``runs.parquet`` and ``curves.parquet``, as ``capo_verl.experiments.study pack``
+writes them.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,26 +22,38 @@ from capo_verl.utils import replace_text
 if TYPE_CHECKING:
     import pandas as pd
 
-PAGE = Path(__file__).resolve().parents[3] / "docs" / "evidence.md"
-SECTION = re.compile(r"(<!-- study (?P<name>[\w-]+) -->\n).*?(<!-- end (?P=name) -->)", re.DOTALL)
+RESULTS = Path(__file__).resolve().parents[1] / "results"
+PAGE = "study.md"
+HEAD = """# Studies: all tables and figures
+
+Written by `python -m capo_verl.experiments.study.evidence` from `runs.parquet` and
+`curves.parquet`. [docs/evidence.md](../../../docs/evidence.md) says what was measured, what the
+marks mean and what follows.
+"""
+CAPTIONS = {
+    "knobs": "Final accuracy over each knob",
+    "rates": "Final accuracy over the learning rate",
+    "curves": "Accuracy over completions",
+    "scale": "The scale that the budget found",
+}
 
 
-def render(page: str, runs: pd.DataFrame, curves: pd.DataFrame) -> str:
-    """The page with its tables.
+def render(runs: pd.DataFrame, curves: pd.DataFrame) -> str:
+    """The page: of every study its figures and tables.
 
     Args:
         runs, curves: as packed by :func:`capo_verl.experiments.study.frame.pack`.
     """
     from capo_verl.experiments.study.tables import frame_tables
+    from capo_verl.experiments.wrap import wrapped
 
-    def section(match: re.Match[str]) -> str:
-        frame = runs[runs["study"] == match["name"]] if not runs.empty else runs
-        if frame.empty:
-            return f"{match[1]}\nNo results yet.\n\n{match[3]}"
-        text = frame_tables(frame, curves[curves["run_id"].isin(frame["run_id"])])
-        return f"{match[1]}\n{text}\n{match[3]}"
-
-    return SECTION.sub(section, page)
+    parts = [HEAD]
+    for name, frame in runs.groupby("study", sort=True):
+        mine = curves[curves["run_id"].isin(frame["run_id"])]
+        shown = [f"![{name}: {CAPTIONS[kind]}]({name}-{kind}.png)" for kind, _ in _figures(frame)]
+        title, tables = frame_tables(frame, mine).split("\n", 1)
+        parts.append("\n".join([title.removeprefix("#"), "", *shown, tables]))
+    return wrapped("\n".join(parts))
 
 
 def draw(runs: pd.DataFrame, curves: pd.DataFrame, folder: Path) -> list[Path]:
@@ -51,62 +61,64 @@ def draw(runs: pd.DataFrame, curves: pd.DataFrame, folder: Path) -> list[Path]:
 
     Returns the PNGs.
     """
-    from capo_verl.experiments.study import figures
     from capo_verl.experiments.study.frame import ordered
 
     made: list[Path] = []
-
-    def add(name: str, kind: str, draw_: Callable[[Path], None]) -> None:
-        path = folder / f"{name}-{kind}.png"
-        draw_(path)
-        made.append(path)
-
     for name, frame in runs.groupby("study", sort=True):
-        frame = ordered(frame)
         mine = curves[curves["run_id"].isin(frame["run_id"])]
-        rates = sorted(frame["lr"].unique())
-        if any("." in axis for cell in frame["cell"] for axis in json.loads(cell)):
-            add(name, "knobs", lambda p, f=frame: figures.sensitivity(f, p))
-            continue
-        if len(rates) > 2:
-            add(name, "rates", lambda p, f=frame: figures.over_learning_rate(f, p))
-        # A rate that suits the control, and one that is too fast.
-        shown = [rates[len(rates) // 3], rates[-2]] if len(rates) > 3 else rates
-        if frame["method"].nunique() <= 12:
-            add(
-                name,
-                "curves",
-                lambda p, f=frame, c=mine, r=shown: figures.learning_curves(f, c, r, p),
-            )
-        if len(rates) > 2 and "mean_scale" in frame and frame["mean_scale"].min() < 0.99:
-            add(name, "scale", lambda p, f=frame, c=mine: figures.scale_found(f, c, p))
+        for kind, draw_one in _figures(frame):
+            path = folder / f"{name}-{kind}.png"
+            draw_one(ordered(frame), mine, path)
+            made.append(path)
     return made
+
+
+def _figures(
+    frame: pd.DataFrame,
+) -> Iterator[tuple[str, Callable[[pd.DataFrame, pd.DataFrame, Path], None]]]:
+    """The kinds of figure that a study has, and what draws each from runs and curves."""
+    from capo_verl.experiments.study import figures
+
+    rates = sorted(frame["lr"].unique())
+    if any("." in axis for cell in frame["cell"] for axis in json.loads(cell)):
+        yield "knobs", lambda runs, _, path: figures.sensitivity(runs, path)
+        return
+    if len(rates) > 2:
+        yield "rates", lambda runs, _, path: figures.over_learning_rate(runs, path)
+    # A rate that suits the control, and one that is too fast.
+    shown = [rates[len(rates) // 3], rates[-2]] if len(rates) > 3 else rates
+    if frame["method"].nunique() <= 12:
+        yield (
+            "curves",
+            lambda runs, curves, path: figures.learning_curves(runs, curves, shown, path),
+        )
+    if len(rates) > 2 and "mean_scale" in frame and frame["mean_scale"].min() < 0.99:
+        yield "scale", figures.scale_found
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Write tables and figures; the exit code."""
     parser = argparse.ArgumentParser(
         prog="capo_verl.experiments.study.evidence",
-        description="Rewrite the page's tables and figures.",
+        description="Rewrite the page of all tables, and the figures beside it.",
     )
     parser.add_argument(
-        "page", nargs="?", type=Path, default=PAGE, help="default: docs/evidence.md of the checkout"
+        "folder",
+        nargs="?",
+        type=Path,
+        default=RESULTS,
+        help="of the packed results; default: those of the checkout",
     )
-    page = parser.parse_args(argv).page
-    if not page.exists():
-        print(f"{page} is missing: run in a checkout, or name the page", file=sys.stderr)
-        return 2
     try:
-        return _write(page)
+        return _write(parser.parse_args(argv).folder)
     except ImportError as error:
         print(missing("capo_verl.experiments.study.evidence", error, "study"), file=sys.stderr)
         return 2
 
 
-def _write(page: Path) -> int:
+def _write(folder: Path) -> int:
     from capo_verl.experiments.study.store import CURVES, RUNS, read
 
-    folder = page.with_suffix("")
     runs, curves = read(folder / RUNS), read(folder / CURVES)
     if runs.empty:
         print(
@@ -114,7 +126,7 @@ def _write(page: Path) -> int:
             file=sys.stderr,
         )
         return 2
-    replace_text(page, render(page.read_text(encoding="utf-8"), runs, curves))
+    replace_text(folder / PAGE, render(runs, curves))
     for path in draw(runs, curves, folder):
         print(path)
     return 0

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The studies' figures: accuracy curves with bands, final accuracy over the learning rate,
-sensitivity, the scale that was found.
+"""Figures of the studies.
+
+Accuracy curves with bands, final accuracy over the learning rate, sensitivity, and the scale that
+was found.
 
 Colours are Okabe and Ito's, which people with any colour vision tell apart; methods differ by
 marker and dash as well.
@@ -22,7 +24,7 @@ from capo_verl.experiments.study.compare import interval, scores
 
 CONTROL = "#000000"
 OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F")
-"""With grey for their yellow, which is hard to see on white; black is the control's alone."""
+"""Colours of Okabe and Ito, with grey for their yellow, hard to see; black is the control's."""
 FAMILIAR = ("capo", "capo adaptive", "kl_budget", "soft", "soft + kl_budget")
 MARKERS = "osD^vPX*"
 DASHES = ("-", "--", "-.", ":")
@@ -41,8 +43,9 @@ def style(number: int) -> dict[str, Any]:
 
 
 def styles(frame: pd.DataFrame) -> dict[str, dict[str, Any]]:
-    """Of all methods of a study, the control first and black; those that several studies have look
-    the same in each.
+    """Styles of all methods of a study, the control first and black.
+
+    Methods that several studies have look the same in each.
     """
     control = frame["control"].iloc[0]
     methods = [m for m in frame["method"].unique() if m != control]
@@ -52,9 +55,7 @@ def styles(frame: pd.DataFrame) -> dict[str, dict[str, Any]]:
 
 
 def over_learning_rate(frame: pd.DataFrame, path: Path) -> None:
-    """Final accuracy (mean and 95 % interval over seeds) over the learning rate, a panel per
-    cell.
-    """
+    """Final accuracy over the learning rate, mean and 95 % interval, a panel per cell."""
     frame = scores(frame, "final").copy()
     frame["rest"] = [_rest(c) for c in frame["cell"]]
     look = styles(frame)
@@ -84,8 +85,9 @@ def over_learning_rate(frame: pd.DataFrame, path: Path) -> None:
 def learning_curves(
     frame: pd.DataFrame, curves: pd.DataFrame, rates: Sequence[float], path: Path
 ) -> None:
-    """Held-out accuracy over completions, mean and range over seeds, a panel per cell and learning
-    rate.
+    """Held-out accuracy over completions, mean and range over seeds.
+
+    Each cell and learning rate has a panel.
     """
     frame = frame[frame["lr"].isin(rates) & (frame["status"] == "finished")].copy()
     frame["panel"] = [
@@ -114,8 +116,9 @@ def learning_curves(
 
 
 def sensitivity(frame: pd.DataFrame, path: Path) -> None:
-    """Final accuracy over every dotted axis of a study, of several cells a row of panels each; the
-    control as a line.
+    """Final accuracy over every dotted axis of a study, the control as a line.
+
+    Several cells have a row of panels each.
     """
     frame = scores(frame, "final").copy()
     frame["rest"] = [
@@ -153,9 +156,8 @@ def sensitivity(frame: pd.DataFrame, path: Path) -> None:
             )
         ax.set_xscale("log")
         values = rows["value"].unique()
-        if len(values) and max(values) < 100 * min(
-            values
-        ):  # so few decades have crowded labels between them
+        if len(values) and max(values) < 100 * min(values):
+            # So few decades have crowded labels between them.
             ax.set_xticks(sorted(values), [f"{v:g}" for v in sorted(values)])
             ax.minorticks_off()
         ax.set_xlabel(axis.removeprefix("capo."))
@@ -164,9 +166,7 @@ def sensitivity(frame: pd.DataFrame, path: Path) -> None:
 
 
 def scale_found(frame: pd.DataFrame, curves: pd.DataFrame, path: Path) -> None:
-    """Where the budget leads: learning rate times scale at the end of the run, over the learning
-    rate asked for.
-    """
+    """Learning rate times scale at the end of a run, over the learning rate asked for."""
     last = curves.sort_values("step").groupby("run_id").tail(3).groupby("run_id")["scale"].mean()
     frame = frame[frame["status"] == "finished"].merge(last.rename("last_scale"), on="run_id")
     frame = frame[frame.groupby("method")["last_scale"].transform("min") < 0.999].copy()
@@ -227,9 +227,8 @@ def _save(figure: Any, panels: dict[str, Any], path: Path) -> None:
         for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
             handles.setdefault(label, handle)
     if handles:
-        entry = 0.6 + 0.085 * max(
-            map(len, handles)
-        )  # inches of a handle and the longest label in this size
+        # Inches of a handle and the longest label in this size.
+        entry = 0.6 + 0.085 * max(map(len, handles))
         columns = max(1, min(len(handles), int(figure.get_figwidth() / entry)))
         # Room for the rows beyond the two that the height was made for.
         rows = -(-len(handles) // columns)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A study's results as one table: a row per method, cell and seed; and packing them for the
-repository.
+"""Results of a study as one table: a row per method, cell and seed.
+
+Its files are packed for the repository.
 """
 
 from __future__ import annotations
@@ -56,8 +57,9 @@ def study_frame(study: Study, runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def ordered(frame: pd.DataFrame) -> pd.DataFrame:
-    """The control first; of each method the cells by the numbers that they begin with, the smallest
-    first.
+    """Rows sorted: the control first, then by method and cell.
+
+    Cells are sorted by the numbers that they begin with, the smallest first.
     """
     methods = [frame["control"].iloc[0], *frame["method"].unique()]
     cells = [[_sortable(value) for value in json.loads(cell).values()] for cell in frame["cell"]]
@@ -71,8 +73,9 @@ def _sortable(value: str) -> tuple[float, str]:
 
 
 def pack(studies: Sequence[Study], results: Path, output: Path) -> str:
-    """Write ``runs.parquet`` and ``curves.parquet`` of some studies into ``output``, for the
-    repository. Studies that are packed there already, and are not among these, stay.
+    """Write ``runs.parquet`` and ``curves.parquet`` of some studies into ``output``.
+
+    Studies that are packed there already, and are not among these, stay.
 
     Returns:
         One sentence about what was written.

@@ -83,7 +83,7 @@ def load_study(path: Path) -> Study:
 
 
 def parse_study(data: Mapping[str, Any], default_name: str = "study") -> Study:
-    """See :func:`load_study`."""
+    """A study from plain data, as :func:`load_study` reads it from YAML."""
     if not isinstance(data, Mapping):
         raise ValueError("expected a mapping with methods and grid")
     for key in data:

@@ -46,8 +46,9 @@ class Curve:
 
 
 def evaluation_steps(steps: int, evaluations: int) -> list[int]:
-    """After which rollouts accuracy is measured: ``evaluations`` of them, evenly spaced, the last
-    one after the last.
+    """Rollouts after which accuracy is measured.
+
+    They are ``evaluations``, evenly spaced; the last measurement is after the last rollout.
     """
     return sorted({round(steps * (i + 1) / evaluations) for i in range(evaluations)} - {0})
 
@@ -76,8 +77,10 @@ def train(
     stepper = Stepper(config, model, task, scales)
     prompts, sampling = generator(config.seed, "prompts"), generator(config.seed, "sampling")
     curve, start = Curve(), time.perf_counter()
-    curve.close(step=0, completions=0, tokens=0, accepted_tokens=0, seconds=0.0,
-                accuracy=evaluate(model, task, config.eval_prompts, config.seed))  # fmt: skip
+    curve.close(
+        step=0, completions=0, tokens=0, accepted_tokens=0, seconds=0.0,
+        accuracy=evaluate(model, task, config.eval_prompts, config.seed),
+    )  # fmt: skip
     evaluations = set(evaluation_steps(config.steps, config.evaluations))
     tokens = accepted = 0
     for step in range(config.steps):

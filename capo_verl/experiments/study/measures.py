@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run's curve is summarised by. Every definition once, here."""
+"""Measures that summarise a run's curve. Every definition once, here."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def area(curve: Curve, over: str = "completions") -> float:
 
 
 def first_reached(curve: Curve, accuracy: float, over: str = "completions") -> float | None:
-    """Where a curve first reaches an accuracy, interpolated between evaluations.
+    """Point at which a curve first reaches an accuracy, interpolated between evaluations.
 
     Args:
         over: column to measure along: ``completions``, ``accepted_tokens``, ``seconds`` ...

@@ -39,8 +39,9 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, cache: Tensor | None = None, start: int = 0
     ) -> Tensor:
-        """``x [B, T, H]`` at positions ``start..start+T``; ``cache [2, B, heads, max, H/heads]``
-        receives keys and values.
+        """The block's output for ``x [B, T, H]`` at positions ``start..start+T``.
+
+        ``cache [2, B, heads, max, H/heads]`` receives keys and values.
         """
         b, t, width = x.shape
         qkv = self.qkv(self.norm1(x)).view(b, t, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
@@ -60,9 +61,10 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class TinyTransformer(nn.Module):
-    """Logits ``[..., V]`` of an untied LM head without bias. All parameters are views of one flat
-    vector, ``flat``, and so are their gradients, ``flat.grad``: clipping, Adam and a step back are
-    each one operation.
+    """A transformer with logits ``[..., V]`` of an untied LM head without bias.
+
+    All parameters are views of one flat vector, ``flat``, and so are their gradients,
+    ``flat.grad``: clipping, Adam and a step back are each one operation.
 
     Args:
         vocab_size: V.
@@ -80,6 +82,8 @@ class TinyTransformer(nn.Module):
         self.blocks = nn.ModuleList([Block(config) for _ in range(config.layers)])
         self.norm = nn.LayerNorm(config.hidden)
         self.lm_head = nn.Linear(config.hidden, vocab_size, bias=False)
+        self.cos: Tensor
+        self.sin: Tensor
         self._initialise(torch.Generator().manual_seed(seed))
         dim = config.hidden // config.heads
         frequency = 1000.0 ** (-torch.arange(0, dim, 2) / dim)
@@ -87,6 +91,12 @@ class TinyTransformer(nn.Module):
         self.register_buffer("cos", torch.cat((angle, angle), -1).cos(), persistent=False)
         self.register_buffer("sin", torch.cat((angle, angle), -1).sin(), persistent=False)
         self.flat = self._flatten()
+
+    @property
+    def gradient(self) -> Tensor:
+        """Gradient of ``flat``, of its size, float32; it stays one tensor from the start."""
+        assert self.flat.grad is not None
+        return self.flat.grad
 
     def _initialise(self, generator: torch.Generator) -> None:
         for name, p in self.named_parameters():
@@ -115,7 +125,7 @@ class TinyTransformer(nn.Module):
         return flat
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """``tokens [B, T]`` -> the LM head's inputs ``[B, T, H]`` and logits ``[B, T, V]``."""
+        """Hidden states ``[B, T, H]`` at the LM head, and logits ``[B, T, V]``."""
         t = tokens.shape[1]
         x = self.embed(tokens)
         for block in self.blocks:
@@ -124,8 +134,9 @@ class TinyTransformer(nn.Module):
         return x, self.lm_head(x)
 
     def response(self, tokens: Tensor, prompt_length: int) -> tuple[Tensor, Tensor]:
-        """Hidden states ``[B, T, H]`` and logits ``[B, T, V]`` that predict ``tokens[:,
-        prompt_length:]``.
+        """Hidden states ``[B, T, H]`` and logits ``[B, T, V]`` of the response.
+
+        They predict ``tokens[:, prompt_length:]``.
         """
         hidden, logits = self(tokens[:, :-1])
         return hidden[:, prompt_length - 1 :], logits[:, prompt_length - 1 :]

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Advantages and losses of the tiny tier: the plain policy gradient, a rival of this package, or
-one of verl's own.
+"""Advantages and losses of the tiny tier.
+
+A loss is the plain policy gradient, a rival of this package, or one of verl's own.
 """
 
 from __future__ import annotations
@@ -76,8 +77,9 @@ def aggregate(losses: Tensor, batch: Batch, mode: str) -> Tensor:
 
 
 def policy_loss(config: RunConfig, batch: Batch, epoch: int = 0) -> Tensor:
-    """The scalar policy loss which ``config.loss`` names; ``epoch``: how often the batch was used
-    before.
+    """The scalar policy loss which ``config.loss`` names.
+
+    ``epoch`` counts how often the batch was used before.
 
     Raises:
         ValueError: for an unknown loss or knob.
@@ -128,7 +130,7 @@ def _verl_loss(config: RunConfig, batch: Batch) -> Tensor:
     return loss
 
 
-class _Knobs(dict):  # type: ignore[type-arg]
+class _Knobs(dict[str, Any]):
     def __hash__(self) -> int:  # type: ignore[override]
         return 0  # the text beside it tells them apart
 

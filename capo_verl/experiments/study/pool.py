@@ -36,7 +36,7 @@ MERGE_SECONDS = 20.0
 
 @dataclass
 class Outcome:
-    """How many runs of a study are what."""
+    """Numbers of runs of a study by outcome."""
 
     finished: int = 0
     failed: int = 0
@@ -73,15 +73,19 @@ def run_study(
         console.print(f"nothing to do: {outcome.skipped} runs are finished")
         return outcome
     columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-        TimeRemainingColumn()
-    )  # fmt: skip
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=console, speed_estimate_period=300) as progress:
         tiny = [run for run in todo if run.tier == "tiny"]
         bases = list({_base(run): run for run in tiny}.values())
         # One task's bases share a model: all of those first, so that no worker waits for another's.
-        shared = list({_base(run, "task", "task_knobs", "layers", "hidden"): run for run in tiny
-                       if run.config.base_kind == "noisy"}.values())  # fmt: skip
+        noisy = [run for run in tiny if run.config.base_kind == "noisy"]
+        keys = ("task", "task_knobs", "layers", "hidden")
+        shared = list({_base(run, *keys): run for run in noisy}.values())
         try:
             if bases:
                 bar = progress.add_task("warm starts", total=len(bases) + len(shared))
@@ -140,9 +144,9 @@ def _run_all(
         execute, [(run, store.folder, cache) for run in todo if run.tier == "tiny"], ended
     )
     for run in todo:
-        if (
-            run.tier == "verl"
-        ):  # a Ray cluster of its own, one at a time; here, so that Ctrl-C stops it in good order
+        if run.tier == "verl":
+            # A Ray cluster of its own, one at a time, and in this process, so that Ctrl-C stops it
+            # in good order.
             ended((run,), execute(run, store.folder, cache), None)
 
 
@@ -158,7 +162,7 @@ class _Pool:
         calls: Sequence[tuple[Any, ...]],
         ended: Callable[[tuple[Any, ...], Any, str | None], None],
     ) -> None:
-        """``ended(arguments, result or None, error or None)`` for every call, as they end."""
+        """Call ``ended(arguments, result or None, error or None)`` for every call, as they end."""
         if self.jobs == 0:
             for arguments in calls:
                 ended(arguments, function(*arguments), None)
@@ -173,8 +177,9 @@ class _Pool:
         calls: list[tuple[Any, ...]],
         ended: Callable[[tuple[Any, ...], Any, str | None], None],
     ) -> list[tuple[Any, ...]]:
-        """The calls that are left after a worker died; those in flight with it count as ended if
-        there was one alone.
+        """Run calls until all have ended or a worker dies; returns those that are left.
+
+        A call in flight with the worker counts as ended if it was alone.
         """
         queue = list(reversed(calls))
         executor = ProcessPoolExecutor(

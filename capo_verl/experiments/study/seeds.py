@@ -9,8 +9,9 @@ import torch
 
 
 def generator(seed: int, purpose: str) -> torch.Generator:
-    """A generator that depends on both arguments: methods with the same seed see the same prompts
-    and random numbers.
+    """A generator that depends on both arguments.
+
+    Methods with the same seed see the same prompts and random numbers.
     """
     digest = hashlib.sha256(f"{seed}/{purpose}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))

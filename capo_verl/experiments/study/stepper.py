@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One rollout's optimizer steps: loss, filter, KL budget, controls, and what is measured of
-them.
-"""
+"""The optimizer steps of one rollout: loss, filter, KL budget, controls, measurements."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TypedDict
 
 import torch
 from torch import Tensor
@@ -23,7 +22,20 @@ from capo_verl.experiments.study.objective import Batch, aggregate, policy_loss
 from capo_verl.experiments.study.seeds import generator
 from capo_verl.experiments.study.tasks import Task
 
-Measured = dict[str, "Tensor | float | None"]
+
+class Measured(TypedDict, total=False):
+    """Measurements of one optimizer step: 0-dim tensors, numbers, None if not measured."""
+
+    tokens: Tensor
+    accepted_tokens: Tensor
+    entropy: Tensor
+    rejection: Tensor
+    weight: Tensor | None
+    out_of_region: Tensor | None
+    ratio_deviation: Tensor
+    grad_norm: Tensor
+    kl: Tensor | None
+    scale: float
 
 
 @dataclass
@@ -78,10 +90,9 @@ class Stepper:
         self.budget = None if budget is None else KLBudget(budget)
         self.filter: CapoFilter | None = None
         self.filters = capo is not None and capo.mode == "filter"
-        self.predicts = budget is not None and budget.predicts_by_curvature
         if capo is not None and capo.mode != "off":
             self.filter = CapoFilter(capo, model.vocab_size, model.config.hidden)
-            self.filter.keep_for_batch_shifts = self.predicts
+            self.filter.keep_for_batch_shifts = False
 
     def update(self, rollout: Rollout) -> Iterator[Measured]:
         """All optimizer steps of one rollout; yields what was measured in each."""
@@ -123,17 +134,18 @@ class Stepper:
                 advantages = advantages * output.weights.to(advantages.dtype)
         if config.random_drop:
             mask = mask & (torch.rand(mask.shape, generator=self.drop) >= config.random_drop)
-        batch = Batch(old_log_prob, log_prob, advantages, mask, rollout.mask, entropy.detach(),
-            rollout.group,
-                      self._actions(rollout))  # fmt: skip
+        batch = Batch(
+            old_log_prob, log_prob, advantages, mask, rollout.mask,
+            entropy.detach(), rollout.group, self._actions(rollout),
+        )  # fmt: skip
         loss = policy_loss(config, batch, epoch) + self._penalties(
             batch, entropy, logits, output, rollout
         )
-        self.model.flat.grad.zero_()
+        gradient = self.model.gradient.zero_()
         loss.backward()
-        norm = torch.linalg.vector_norm(self.model.flat.grad)
+        norm = torch.linalg.vector_norm(gradient)
         if config.grad_clip:
-            self.model.flat.grad.mul_((config.grad_clip / (norm + 1e-6)).clamp(max=1.0))
+            gradient.mul_((config.grad_clip / (norm + 1e-6)).clamp(max=1.0))
 
         kl, factor, kept = self._move(rollout, logits.detach(), log_prob.detach(), lr)
         if self.filter is not None:
@@ -188,8 +200,9 @@ class Stepper:
         output: CapoOutput | None,
         rollout: Rollout,
     ) -> Tensor | float:
-        """What is added to the policy loss, aggregated as it is."""
-        config, total = self.config, 0.0
+        """Terms added to the policy loss, aggregated as it is."""
+        config = self.config
+        total: Tensor | float = 0.0
         if output is not None and output.penalty_terms is not None:
             total = aggregate(
                 curvature_penalty(logits, output.penalty_terms), batch, config.aggregation
@@ -209,21 +222,15 @@ class Stepper:
     def _move(
         self, rollout: Rollout, logits: Tensor, log_prob: Tensor, lr: float
     ) -> tuple[Tensor | None, float, float]:
-        """The optimizer step: measured KL of the whole mini-batch (or None), factor of the learning
-        rate, kept share.
+        """Make the optimizer step.
+
+        Returns the measured KL of the whole mini-batch (or None), the factor of the learning rate,
+        and the kept share.
         """
         budget, factor, kept = self.budget, self._factor(), 1.0
         before = None
         if budget is not None:
-            predicted = None
-            if self.predicts and self.filter is not None:
-                # Predicted at the factor in force; the budget wants it at the full learning rate.
-                kind = budget.config.predictor.removeprefix("fisher_")
-                shifts = self.filter.batch_shifts(policy_shift=kind)
-                predicted = (
-                    float((shifts.after if self.filters else shifts.before).policy) / factor**2
-                )
-            factor = budget.begin_step(predicted) * self.config.lr_scale
+            factor = budget.begin_step() * self.config.lr_scale
             if budget.config.line_search is not None:
                 before = self.model.flat.detach().clone()
         self.optimizer.param_groups[0]["lr"] = lr * factor

@@ -2,7 +2,7 @@
 """Results: one file per finished run, written whole or not at all, merged into two parquet tables.
 
 ``parts/RUN_ID.json`` is what a run leaves; ``runs.parquet`` has one row per run, ``curves.parquet``
-one per evaluation. Merging takes a lock, so several ``study.py`` may share a folder.
+one per evaluation. Merging takes a lock, so several processes may share a folder.
 """
 
 from __future__ import annotations
@@ -29,8 +29,9 @@ class Store:
         self.parts.mkdir(parents=True, exist_ok=True)
 
     def add(self, run: dict[str, Any], curve: list[dict[str, float]]) -> None:
-        """Keep a run (a row with ``run_id`` and ``status``) and its curve; a run of the same id is
-        replaced.
+        """Keep a run and its curve, in place of a run of the same id.
+
+        The run is a row with ``run_id`` and ``status``.
         """
         replace_text(self.parts / f"{run['run_id']}.json", json.dumps({"run": run, "curve": curve}))
 
@@ -54,9 +55,7 @@ class Store:
         return read(self.folder / RUNS)
 
     def curves(self) -> pd.DataFrame:
-        """One row per evaluation: ``run_id`` and the columns of
-        :mod:`capo_verl.experiments.study.loop`.
-        """
+        """One row per evaluation: ``run_id`` and the columns of a run's curve."""
         self.merge()
         return read(self.folder / CURVES)
 

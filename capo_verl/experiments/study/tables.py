@@ -50,7 +50,7 @@ def frame_tables(frame: pd.DataFrame, curves: pd.DataFrame) -> str:
 
 
 def final_tables(frame: pd.DataFrame) -> list[str]:
-    """Per cell without learning rate: final accuracy, methods by learning rates."""
+    """Final accuracy per cell without learning rate, methods by learning rates."""
     frame = scores(frame, "final").copy()
     frame["rest"] = [_rest(c) for c in frame["cell"]]
     frame["row"] = _rows(frame)
@@ -86,9 +86,14 @@ def _cell(rows: pd.DataFrame) -> str:
     return _short(mean) + spread + (f" †{collapsed}/{len(rows)}" if collapsed else "")
 
 
+SUMMARISED = ("mean_kl", "mean_rejection", "mean_scale", "final_entropy", "seconds")
+"""Columns of a run whose means end a row of the summary."""
+
+
 def summary_table(frame: pd.DataFrame) -> str:
-    """Per method, over all cells: verdicts, worst difference, area over learning rates, collapses,
-    KL, scale, rejection, time.
+    """Summary of every method over all cells.
+
+    Verdicts, worst difference, area over learning rates, collapses, KL, scale, rejection, time.
     """
     found, areas = differences(frame), over_rates(frame)
     scored = scores(frame, "final")
@@ -108,8 +113,7 @@ def summary_table(frame: pd.DataFrame) -> str:
                 f"{area.mean():+.3f}" if len(area) else "",
                 _short(rows["final"].mean()), _short(rows["lowest"].mean()),
                 f"{int(rows['collapsed'].fillna(True).astype(bool).sum())}/{len(rows)}",
-                *(_number(rows, c) for c in ("mean_kl", "mean_rejection", "mean_scale",
-                    "final_entropy", "seconds")),
+                *(_number(rows, column) for column in SUMMARISED),
             ]
         )  # fmt: skip
     head = [
@@ -120,8 +124,9 @@ def summary_table(frame: pd.DataFrame) -> str:
 
 
 def efficiency_table(frame: pd.DataFrame, curves: pd.DataFrame) -> str:
-    """Median completions (and accepted tokens) until the tuned control's accuracy, and how many
-    runs got there.
+    """Median completions and accepted tokens until the tuned control's accuracy.
+
+    It also has the number of runs that got there.
     """
     reached = efficiency(frame, curves)
     reached["rest"] = [_rest(c) for c in reached["cell"]]
@@ -160,7 +165,7 @@ def _titled(title: str, head: Sequence[str], body: Iterable[Sequence[str]]) -> s
 
 
 def _rest(cell: str) -> str:
-    """What a table is about: a cell without learning rate and dotted axes."""
+    """Cell of a table: that of a run without learning rate and dotted axes."""
     return _text({k: v for k, v in json.loads(cell).items() if k != "lr" and "." not in k})
 
 

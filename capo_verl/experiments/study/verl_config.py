@@ -26,7 +26,7 @@ class VerlRunConfig:
     lr: float = 2e-4
     steps: int = 20
     evaluations: int = 4
-    """How often held-out accuracy is measured after the start; must divide ``steps``."""
+    """Number of held-out evaluations after the start; must divide ``steps``."""
     overrides: tuple[str, ...] = field(default_factory=tuple)
     """Hydra overrides of the method, such as ``+capo=kl_budget``."""
     settings: tuple[str, ...] = field(default_factory=tuple)
@@ -43,7 +43,7 @@ class VerlRunConfig:
 
     @classmethod
     def from_mapping(cls, knobs: Mapping[str, Any]) -> VerlRunConfig:
-        """From plain data.
+        """A run from plain data.
 
         Raises:
             ValueError: for an unknown key (lists the valid ones) or an invalid value.
@@ -57,7 +57,7 @@ class VerlRunConfig:
         return cls(**knobs)
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain JSON data."""
+        """The run as plain JSON data."""
         return json.loads(json.dumps(asdict(self)))
 
     @property

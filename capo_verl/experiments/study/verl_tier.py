@@ -1,22 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The verl tier: real ``main_ppo`` runs by this repository's launchers, read into the same
-curves.
-"""
+"""The verl tier: real ``main_ppo`` runs by this repository's launchers, read into curves."""
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from capo_verl.cpu.quickstart.log import failure_report
-from capo_verl.cpu.quickstart.records import HELD_OUT_ACCURACY
+from capo_verl.cpu.quickstart.records import held_out_accuracy
 from capo_verl.experiments.study.grid import PlannedRun
 from capo_verl.experiments.study.verl_config import VerlRunConfig
+from capo_verl.viewer.file_log import Entry, FileLog
 
 EXAMPLES = Path(__file__).resolve().parents[3] / "examples"
 SCRIPTS = {"quickstart": "run_quickstart_cpu.sh", "smollm2": "run_smollm2_135m_cpu.sh"}
@@ -41,23 +38,20 @@ def train_verl(run: PlannedRun, results: Path) -> list[dict[str, float]]:
     Raises:
         RuntimeError: if the launcher fails; with what its log says.
     """
-    from capo_verl.cpu.quickstart.child import Child
+    from capo_verl.cpu.quickstart.launcher_process import LauncherProcess
 
     config: VerlRunConfig = run.config
     folder = (results / "verl" / run.run_id).resolve()
     shutil.rmtree(folder, ignore_errors=True)  # of an interrupted attempt
     folder.mkdir(parents=True)
-    with Child(command(config), environment(config, folder), folder / "train.log") as child:
-        code = child.wait()
+    log = folder / "train.log"
+    with LauncherProcess(command(config), environment(config, folder), log) as launcher:
+        code = launcher.wait()
     if code != 0:
-        report = failure_report(
-            (folder / "train.log").read_text(encoding="utf-8", errors="replace")
-        )
+        report = failure_report(log.read_text(encoding="utf-8", errors="replace"))
         raise RuntimeError(f"exit code {code}: " + " | ".join(report[-5:]))
-    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return read_curve(
-        (json.loads(line) for line in lines), completions_per_step(folder), drops_tokens(folder)
-    )
+    entries = FileLog(folder / "metrics.jsonl").new_entries()
+    return read_curve(entries, completions_per_step(folder), drops_tokens(folder))
 
 
 def command(config: VerlRunConfig) -> list[str]:
@@ -101,15 +95,16 @@ def environment(config: VerlRunConfig, folder: Path) -> dict[str, str]:
 
 
 def completions_per_step(folder: Path) -> int:
-    """From the configuration that verl resolved."""
+    """Completions per step, from the configuration that verl resolved."""
     from capo_verl.cpu.quickstart.runner import RunShape
 
     return RunShape.read(folder).completions_per_step
 
 
 def drops_tokens(folder: Path) -> bool:
-    """Whether tokens outside the trust region leave the loss, from the configuration that verl
-    resolved.
+    """True if tokens outside the trust region leave the loss.
+
+    The configuration is the one that verl resolved.
     """
     from omegaconf import OmegaConf
 
@@ -118,15 +113,11 @@ def drops_tokens(folder: Path) -> bool:
     return capo is not None and (capo.mode, capo.weighting) == ("filter", "hard")
 
 
-def read_curve(
-    entries: Iterable[dict[str, Any]], completions: int, drops: bool
-) -> list[dict[str, float]]:
-    """verl's records as a curve: a row per validation, with the means of the steps since the one
-    before.
+def read_curve(entries: Iterable[Entry], completions: int, drops: bool) -> list[dict[str, float]]:
+    """Curve of verl's records: a row per validation, with the means of the steps before it.
 
     Args:
-        entries: ``{"step", "data"}``, as verl's file logger writes them; the first is the
-            validation before training.
+        entries: as verl's file logger writes them; the first is the validation before training.
         completions: per step.
         drops: whether rejected tokens leave the loss.
 
@@ -138,24 +129,22 @@ def read_curve(
     curve = Curve()
     tokens = accepted = seconds = 0.0
     for entry in entries:
-        step, data = int(entry["step"]), entry["data"]
+        step, data = entry
         curve.add(**{column: data.get(metric) for metric, column in COLUMNS.items()})
         if "response_length/mean" in data:
             of_step = completions * data["response_length/mean"]
             tokens += of_step
             accepted += of_step * (1 - data.get("capo/rejection_rate", 0.0) * drops)
             seconds += data.get("perf/time_per_step") or 0.0
-        held_out = [
-            float(v) for k, v in data.items() if HELD_OUT_ACCURACY.fullmatch(k) and v is not None
-        ]
-        if held_out:
+        accuracy = held_out_accuracy(data)
+        if accuracy is not None:
             curve.close(
                 step=step,
                 completions=step * completions,
                 tokens=tokens,
                 accepted_tokens=accepted,
                 seconds=seconds,
-                accuracy=sum(held_out) / len(held_out),
+                accuracy=accuracy,
             )
     if len(curve.rows) < 2 or curve.rows[0]["step"] != 0:
         raise RuntimeError(

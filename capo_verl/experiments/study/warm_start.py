@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The base policy of a run: supervised training until sampled accuracy meets a target, cached by
-its recipe.
+"""The base policy of a run: supervised training until sampled accuracy meets a target.
+
+It is cached by its recipe.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 import torch.nn.functional as F
@@ -19,19 +20,39 @@ from capo_verl.experiments.study.model import ModelConfig, TinyTransformer
 from capo_verl.experiments.study.seeds import generator
 from capo_verl.experiments.study.tasks import Task, make_task
 
-RECIPE = {
-    "version": 3, "batch": 128, "lr": 2e-3, "warmup": 50, "every": 20, "check": 512,
-    "max_steps": 3000,
-    "competence": 0.9, "least": 0.6, "noisy_lr": 5e-4, "noisy_every": 10, "growth": 1.1,
+
+class _Recipe(TypedDict):
+    version: int
+    batch: int
+    lr: float
+    warmup: int
+    every: int
+    check: int
+    max_steps: int
+    competence: float
+    least: float
+    noisy_lr: float
+    noisy_every: int
+    growth: float
+
+
+RECIPE: _Recipe = {
+    "version": 3, "batch": 128, "lr": 2e-3, "warmup": 50, "every": 20,
+    "check": 512, "max_steps": 3000, "competence": 0.9, "least": 0.6,
+    "noisy_lr": 5e-4, "noisy_every": 10, "growth": 1.1,
 }  # fmt: skip
 BISECTIONS = 5
 TOKENS = 4096
-"""Of demonstrations in a batch, at most: long ones hold many examples of every step they teach."""
+"""Tokens of demonstrations in a batch, at most.
+
+Long ones hold many examples of every step they teach.
+"""
 
 
 def evaluate(model: TinyTransformer, task: Task, prompts: int, seed: int) -> float:
-    """Accuracy at temperature 1 on ``prompts`` held-out problems; the same problems and random
-    numbers for the same seed.
+    """Accuracy at temperature 1 on ``prompts`` held-out problems.
+
+    The same seed gives the same problems and random numbers.
     """
     random = generator(seed, "evaluation")
     problems = task.problems(prompts, random, held_out=True)
@@ -60,8 +81,9 @@ def base_policy(config: RunConfig, root: Path | None = None) -> tuple[TinyTransf
 
 
 def competent_policy(config: RunConfig, root: Path | None = None) -> tuple[TinyTransformer, Task]:
-    """What the ``noisy`` bases of a task start from: the same for every seed and every base
-    accuracy.
+    """The policy that the ``noisy`` bases of a task start from.
+
+    It is the same for every seed and every base accuracy.
     """
     task = make_task(config.task, config.task_knobs)
     model = _fresh(task, config, 0)
@@ -92,9 +114,7 @@ def _fresh(task: Task, config: RunConfig, seed: int) -> TinyTransformer:
 def _load(
     model: TinyTransformer, recipe: dict[str, Any], train: Callable[[], None], root: Path | None
 ) -> None:
-    """Give ``model`` the cached parameters of a recipe; without any, those which ``train`` leaves
-    in it.
-    """
+    """Give ``model`` the cached parameters of a recipe, or those that ``train`` leaves in it."""
     from filelock import FileLock
 
     def build(folder: Path) -> None:
@@ -141,9 +161,7 @@ def _adam(model: TinyTransformer, lr: float) -> torch.optim.Optimizer:
 def _train_until(
     model: TinyTransformer, task: Task, random: torch.Generator, seed: int, target: float
 ) -> tuple[Tensor, float]:
-    """Supervised training until an accuracy; the parameters of the check before, and the
-    accuracy.
-    """
+    """Train until an accuracy; returns the parameters of the check before, and the accuracy."""
     optimizer = _adam(model, RECIPE["lr"])
     before, accuracy = model.flat.detach().clone(), 0.0
     for step in range(RECIPE["max_steps"]):
@@ -160,8 +178,9 @@ def _train_until(
 def _unlearn(
     model: TinyTransformer, task: Task, random: torch.Generator, seed: int, target: float
 ) -> Tensor:
-    """Train on demonstrations with more and more mistakes until accuracy is below the target; the
-    parameters before.
+    """Train on more and more mistakes until accuracy is below the target.
+
+    Returns the parameters before.
     """
     optimizer = _adam(model, RECIPE["noisy_lr"])
     mistakes = 1 - target ** (1 / task.response_length)
@@ -185,8 +204,9 @@ def supervised_step(
     random: torch.Generator,
     mistakes: float = 0.0,
 ) -> None:
-    """One step of cross-entropy on demonstrations; a share of their tokens comes from the same
-    place of another one.
+    """One step of cross-entropy on demonstrations.
+
+    The share ``mistakes`` of their tokens comes from the same place of another one.
     """
     problems = task.problems(_recipe(task)["batch"], random)
     answers = task.demonstrations(problems, random)
@@ -198,7 +218,7 @@ def supervised_step(
     _, logits = model.response(torch.cat((problems.prompts, answers), 1), task.prompt_length)
     losses = F.cross_entropy(logits.transpose(1, 2), answers, reduction="none")
     mask = task.mask(answers)
-    model.flat.grad.zero_()
+    model.gradient.zero_()
     ((losses * mask).sum() / mask.sum()).backward()
     optimizer.step()
 
@@ -206,8 +226,9 @@ def supervised_step(
 def _meet(
     model: TinyTransformer, task: Task, low: Tensor, high: Tensor, target: float, seed: int
 ) -> None:
-    """Between two checkpoints a few steps apart, the parameters whose accuracy is closest to the
-    target.
+    """Leave the parameters between two checkpoints that are closest to the target accuracy.
+
+    The checkpoints are a few steps apart.
     """
     accuracy = evaluate(model, task, RECIPE["check"], seed)
     best, closest, (a, b), rising = high, abs(accuracy - target), (0.0, 1.0), accuracy >= target

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a worker process does: one run, from its plan to a row of the table.
+"""Work of a worker process: one run, from its plan to a row of the table.
 
 It lives for many runs.
 """
@@ -30,9 +30,7 @@ def start_worker() -> None:
 
 
 def prepare(run: PlannedRun, cache: Path | None, competent: bool = False) -> str | None:
-    """Build the base policy of a run, or only the competent one below it; the error, if it
-    failed.
-    """
+    """Build the base policy of a run, or only the competent one below it; returns the error."""
     from capo_verl.experiments.study.warm_start import base_policy, competent_policy
 
     try:
@@ -72,7 +70,7 @@ def execute(run: PlannedRun, results: Path, cache: Path | None = None) -> dict[s
 
 
 def describe(run: PlannedRun) -> dict[str, Any]:
-    """What is known of a run before it starts."""
+    """Columns of a run that are known before it starts."""
     config = run.config.to_dict()
     task = getattr(run.config, "task", getattr(run.config, "launcher", ""))
     row: dict[str, Any] = {

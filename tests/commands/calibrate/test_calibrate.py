@@ -12,7 +12,7 @@ import torch
 
 pytest.importorskip("verl")
 
-from capo_verl.commands.calibrate import run as calibration
+from capo_verl.commands.calibrate import calibration
 from capo_verl.commands.calibrate.sample import by_data_source, load_reward
 from capo_verl.commands.main import main
 from capo_verl.data.evaluation.problems import Problem

@@ -6,17 +6,19 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from typing import Any
+
+from tests.helpers import warm
 
 
 def doctor(
-    *arguments: str, before: str = "", **environment: str
+    *arguments: str, before: str = "", interpreter: str = "", **environment: str
 ) -> subprocess.CompletedProcess[str]:
     """``capo-verl doctor ARGUMENTS``.
 
     Args:
         before: Python code that runs first, in the same process.
+        interpreter: default: one that has imported the large packages.
     """
     code = (
         f"import sys\n{before}\nfrom capo_verl.commands.main import main\nsys.exit(main(['doctor', "
@@ -28,7 +30,7 @@ def doctor(
         if name not in ("RAY_ADDRESS", "VERL_USE_EXTERNAL_PLUGINS")
     }
     return subprocess.run(
-        [sys.executable, "-c", code, *arguments],
+        [interpreter or warm.python(), "-c", code, *arguments],
         env={**env, "VERL_PLATFORM": "cpu", **environment},
         capture_output=True, text=True, timeout=900,
     )  # fmt: skip

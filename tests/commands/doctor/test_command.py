@@ -18,13 +18,15 @@ ENGINES = (
 )
 BREAK = "sys.modules['capo_verl.plugin.losses'] = None"  # the import fails, whatever the reason
 WITHOUT_RAY = "--no-ray: leave that out to see whether workers load the plugin"
+WITHOUT_KERNELS = "--no-kernels: leave that out to see whether the kernels compile or run"
 
 
 @pytest.mark.ray
 def test_all_is_well_here():
     pytest.importorskip("triton")
-    done = doctor()
+    done = doctor(interpreter=sys.executable)
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+    assert done.stderr == ""  # no remarks of verl on the platform
     lines = done.stdout.splitlines()
     assert lines[0] == "Platform: cpu"
     found = {
@@ -62,7 +64,7 @@ def test_all_is_well_here():
 
 
 def test_a_broken_registration_fails_by_name_and_the_other_checks_are_made():
-    done = doctor("--json", "--no-ray", before=BREAK)
+    done = doctor("--json", "--no-ray", "--no-kernels", before=BREAK)
     assert done.returncode == 1
     assert json.loads(done.stdout)["status"] == "FAIL"
     found = rows(done)
@@ -75,6 +77,7 @@ def test_a_broken_registration_fails_by_name_and_the_other_checks_are_made():
     assert found["switch composes"][0] == "FAIL"
     assert found["Megatron engine"] == ("ok", f"verl uses {ENGINES[0]}")
     assert found["Ray worker"] == ("skipped", WITHOUT_RAY)
+    assert found["kernels"] == ("skipped", WITHOUT_KERNELS)
     assert list(found)[-1] == "example"
 
 
@@ -93,6 +96,7 @@ def test_an_engine_that_does_not_win_and_a_bad_preset():
     done = doctor(
         "--json",
         "--no-ray",
+        "--no-kernels",
         before="import contextlib\nwith contextlib.redirect_stdout(sys.stderr): "
         f"exec({OVERRIDDEN!r})",
     )
@@ -115,7 +119,7 @@ def test_an_engine_that_does_not_win_and_a_bad_preset():
 
 @pytest.mark.ray
 def test_excluded_from_verls_plugins_in_driver_and_worker():
-    done = doctor("--json", VERL_USE_EXTERNAL_PLUGINS="none")
+    done = doctor("--json", "--no-kernels", VERL_USE_EXTERNAL_PLUGINS="none")
     assert done.returncode == 1
     found = rows(done)
     why = (
@@ -132,7 +136,8 @@ def test_excluded_from_verls_plugins_in_driver_and_worker():
 
 CLUSTER = """
 import ray, sys
-ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False, object_store_memory=80 << 20)
+ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False,
+    object_store_memory=80 << 20)
 print(ray.get_runtime_context().gcs_address, flush=True)
 sys.stdin.read()
 """
@@ -153,7 +158,7 @@ def test_a_cluster_whose_workers_do_not_load_the_plugin():
     ) as cluster:
         try:
             address = cluster.stdout.readline().strip()
-            done = doctor("--json", "--ray-address", address, RAY_AUTH_MODE="token")
+            done = doctor("--json", "--no-kernels", "--ray-address", address, RAY_AUTH_MODE="token")
         finally:
             cluster.stdin.close()
     assert done.returncode == 1, done.stdout + done.stderr[-2000:]

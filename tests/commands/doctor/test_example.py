@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,11 +14,12 @@ from capo_verl.commands.doctor import checks, machine
 from capo_verl.commands.doctor.check import Broken, perform
 from capo_verl.commands.doctor.example import Example
 from tests.commands.doctor.command import doctor, rows
+from tests.helpers import warm
 from tests.helpers.tiny_inputs import make_inputs
 
 EXAMPLES = Path(__file__).parents[3] / "examples"
 QUICKSTART = EXAMPLES / "run_quickstart_cpu.sh"
-HERE = machine.Here(gpus=0, gpu_memory=79.6, gpu_free=None, memory=24.0, memory_free=20.0)
+HERE = machine.Machine(gpus=0, gpu_memory=79.6, gpu_free=None, memory=24.0, memory_free=20.0)
 
 
 @pytest.fixture(scope="module")
@@ -29,6 +31,7 @@ def inputs(tmp_path_factory):
 def environment(monkeypatch, inputs, tmp_path):
     for name in ("CAPO", "DRY_RUN", "NNODES", "RAY_ADDRESS", "SAVE_FREQ", "GPU_MEMORY_GIB"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(sys, "executable", warm.python())  # for the dry runs
     values = {"DATA_DIR": inputs, "MODEL_PATH": inputs / "model", "OUTPUT_DIR": tmp_path / "run"}
     for name, value in values.items():
         monkeypatch.setenv(name, str(value))
@@ -61,7 +64,7 @@ def test_missing_data_is_a_warning(environment, tmp_path):
 
 def test_a_run_that_does_not_fit_still_resolves(environment):
     """Whether it fits is another check's question."""
-    small = machine.Here(gpus=0, gpu_memory=79.6, gpu_free=None, memory=1.0, memory_free=1.0)
+    small = machine.Machine(gpus=0, gpu_memory=79.6, gpu_free=None, memory=1.0, memory_free=1.0)
     environment.setattr("capo_verl.launch.dry_run.machine_memory", lambda: 1.0)
     example = Example(QUICKSTART, [], small)
     assert example.look().status == "ok" and example.plan.misfit() is not None
@@ -97,6 +100,7 @@ def test_the_command_reports_all_three(environment, tmp_path):
     arguments = (
         "--json",
         "--no-ray",
+        "--no-kernels",
         "--example",
         str(QUICKSTART),
         "+capo=kl_budget",

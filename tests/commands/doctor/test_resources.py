@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 
 from capo_verl.commands.doctor import disk, memory
 from capo_verl.commands.doctor.check import Broken
-from capo_verl.commands.doctor.machine import Here
+from capo_verl.commands.doctor.machine import Machine
 from capo_verl.config import verl_knobs
 from capo_verl.launch.plan import GIB, make_plan
 from capo_verl.plugin.checks.model_shape import KNOWN
@@ -35,7 +35,7 @@ RUN = RunSpec(
 """As examples/run_qwen2_5_math_7b_megatron.sh has it: docs/plan.md says 47.8 GiB in the rollout,
 158 of the host.
 """
-NODE = Here(gpus=8, gpu_memory=79.6, gpu_free=79.0, memory=1000.0, memory_free=900.0)
+NODE = Machine(gpus=8, gpu_memory=79.6, gpu_free=79.0, memory=1000.0, memory_free=900.0)
 ESTIMATE = (
     "estimated: 53.8 GiB per GPU (rollout, with 6 in reserve) of 79.6, and 158 GiB of host memory "
     "per node"
@@ -80,12 +80,14 @@ def test_what_cannot_fit_is_broken():
         look(replace(NODE, gpus=4))
     with pytest.raises(
         Broken,
-        match="^estimated: Qwen2.5-Math-7B does not fit: update needs 47.5 GiB per GPU .* of 34.0: ",
+        match="^estimated: Qwen2.5-Math-7B does not fit: "
+        "update needs 47.5 GiB per GPU .* of 34.0: ",
     ):
         look(replace(NODE, gpu_memory=40.0))
     with pytest.raises(
         Broken,
-        match="more than this machine's 128: use more nodes, or OFFLOAD=False if the GPUs allow it$",
+        match="more than this machine's 128: use more nodes, "
+        "or OFFLOAD=False if the GPUs allow it$",
     ):
         look(replace(NODE, memory=128.0))
 
@@ -140,7 +142,8 @@ def test_bytes_of_a_checkpoint():
 
 
 @pytest.mark.parametrize(
-    ("layout", "engine"), [(Layout(distributed_optimizer=True), "megatron"), (FsdpLayout("fsdp2"), "fsdp2")],
+    ("layout", "engine"),
+    [(Layout(distributed_optimizer=True), "megatron"), (FsdpLayout("fsdp2"), "fsdp2")],
     ids=["megatron", "fsdp2"],
 )  # fmt: skip
 def test_a_real_checkpoint_is_as_large_as_estimated(layout, engine, tmp_path):
@@ -234,7 +237,8 @@ def test_nothing_to_write(free, tmp_path):
     free(0)
     outcome = disk.compare(PLAN, config(tmp_path, save_freq=-1), True)
     assert (outcome.status, outcome.message) == (
-        "ok", "no checkpoints are written (trainer.save_freq; SAVE_FREQ=N writes one every N steps)",
+        "ok",
+        "no checkpoints are written (trainer.save_freq; SAVE_FREQ=N writes one every N steps)",
     )  # fmt: skip
 
 

@@ -17,9 +17,8 @@ from tests.cpu.fsdp.engine_cases import (
     write_adapter,
 )
 from tests.cpu.hugging_face import Reference, check, check_resumed, make_reference
-from tests.helpers.spawn import RankError, run_on_ranks
+from tests.helpers.spawn import ENGINE_MODULES, RankError, run_on_ranks
 
-PRELOAD = ("torch", "verl.workers.engine.fsdp.transformer_impl")
 LAYOUTS = [
     *(
         FsdpLayout(strategy, dp, packed)
@@ -48,7 +47,7 @@ def reference(tiny_qwen2: str) -> Reference:
 @pytest.mark.parametrize("layout", [*LAYOUTS, *FUSED], ids=str)
 def test_matches_hugging_face(layout: FsdpLayout, tiny_qwen2: str, reference: Reference) -> None:
     check(
-        run_on_ranks(measure_fsdp, layout.world_size, layout, tiny_qwen2, preload=PRELOAD),
+        run_on_ranks(measure_fsdp, layout.world_size, layout, tiny_qwen2, preload=ENGINE_MODULES),
         layout.dp,
         reference,
     )
@@ -60,7 +59,9 @@ def test_packed_sequences_do_not_see_each_other(
 ) -> None:
     model = {"override_config": {"attn_implementation": attention}}
     check(
-        run_on_ranks(measure_fsdp, 1, FsdpLayout(), tiny_qwen2, model=model, preload=PRELOAD),
+        run_on_ranks(
+            measure_fsdp, 1, FsdpLayout(), tiny_qwen2, model=model, preload=ENGINE_MODULES
+        ),
         1,
         reference,
     )
@@ -69,7 +70,7 @@ def test_packed_sequences_do_not_see_each_other(
 def test_padding_to_a_bucket_changes_nothing(tiny_qwen2: str, reference: Reference) -> None:
     bucket = {"pad_to_length": True, "pad_to_length_bucket": 16}
     check(
-        run_on_ranks(measure_fsdp, 1, FsdpLayout(), tiny_qwen2, preload=PRELOAD, **bucket),
+        run_on_ranks(measure_fsdp, 1, FsdpLayout(), tiny_qwen2, preload=ENGINE_MODULES, **bucket),
         1,
         reference,
     )
@@ -92,7 +93,7 @@ def test_other_architectures(model_type: str, layout: FsdpLayout, tmp_path) -> N
     name, _, tied = model_type.partition("-")
     path = make_tiny_model(tmp_path, name, tie_word_embeddings=bool(tied))
     reference = make_reference(path)
-    ranks = run_on_ranks(measure_fsdp, layout.world_size, layout, path, preload=PRELOAD)
+    ranks = run_on_ranks(measure_fsdp, layout.world_size, layout, path, preload=ENGINE_MODULES)
     if tied:  # exported under both names
         for weights in (w for rank in ranks for w in (rank.exported, rank.stepped)):
             assert torch.equal(weights.pop("lm_head.weight"), weights["model.embed_tokens.weight"])
@@ -108,7 +109,7 @@ def test_lora(layout: FsdpLayout, tiny_qwen2: str, tmp_path) -> None:
     reference = make_reference(tiny_qwen2, adapter)
     model = {"lora_rank": 4, "lora_alpha": 8, "lora_adapter_path": adapter}
     ranks = run_on_ranks(
-        measure_fsdp, layout.world_size, layout, tiny_qwen2, model=model, preload=PRELOAD
+        measure_fsdp, layout.world_size, layout, tiny_qwen2, model=model, preload=ENGINE_MODULES
     )
     check(ranks, layout.dp, reference, exported=1e-6)
 
@@ -116,7 +117,12 @@ def test_lora(layout: FsdpLayout, tiny_qwen2: str, tmp_path) -> None:
 @pytest.mark.parametrize("strategy", ["fsdp2", "fsdp"])
 def test_reference_policy(strategy: str, tiny_qwen2: str, reference: Reference) -> None:
     ranks = run_on_ranks(
-        forward_fsdp, 2, FsdpLayout(strategy, 2), tiny_qwen2, forward_only=True, preload=PRELOAD
+        forward_fsdp,
+        2,
+        FsdpLayout(strategy, 2),
+        tiny_qwen2,
+        forward_only=True,
+        preload=ENGINE_MODULES,
     )
     rows = [row for rank in ranks for row in rank["log_probs"]]
     for got, want in zip(rows, reference.log_probs, strict=True):
@@ -138,7 +144,7 @@ def test_checkpoint(layout: FsdpLayout, tiny_qwen2: str, tmp_path) -> None:
     saving.
     """
     ranks = run_on_ranks(
-        save_and_resume_fsdp, layout.dp, layout, tiny_qwen2, str(tmp_path), preload=PRELOAD
+        save_and_resume_fsdp, layout.dp, layout, tiny_qwen2, str(tmp_path), preload=ENGINE_MODULES
     )
     check_resumed(ranks)
 
@@ -171,7 +177,13 @@ def test_what_a_cpu_cannot_do_is_named(
 ) -> None:
     with pytest.raises(RankError, match="ValueError") as error:
         run_on_ranks(
-            make_fsdp_engine, 1, FsdpLayout(), tiny_qwen2, model=model, preload=PRELOAD, **fsdp
+            make_fsdp_engine,
+            1,
+            FsdpLayout(),
+            tiny_qwen2,
+            model=model,
+            preload=ENGINE_MODULES,
+            **fsdp,
         )
     assert named in str(error.value)
 
@@ -185,5 +197,5 @@ def test_padded_batches_with_the_triton_backend_are_refused(tiny_qwen2: str) -> 
             1,
             FsdpLayout("fsdp", packed=False, fused="triton"),
             tiny_qwen2,
-            preload=PRELOAD,
+            preload=ENGINE_MODULES,
         )

@@ -14,14 +14,8 @@ import pytest
 from tests.cpu.hugging_face import check, check_resumed, make_reference
 from tests.cpu.megatron.engine_cases import Layout, make_engine, measure, save_and_resume
 from tests.helpers.grouped import launch_by_size
-from tests.helpers.spawn import RankError, run_on_ranks
+from tests.helpers.spawn import ENGINE_MODULES, RankError, run_on_ranks
 from tests.helpers.tiny_model import make_tiny_model, make_tiny_qwen2
-
-PRELOAD = (
-    "torch",
-    "verl.workers.engine.megatron.transformer_impl",
-    "capo_verl.cpu.megatron.bridge",
-)
 
 
 @dataclass(frozen=True)
@@ -94,7 +88,7 @@ def measured(request, models):
     def call_of(case: Case) -> tuple:
         return case.layout, models[case.model], recompute if case.recompute else {}, case.fused
 
-    return launch_by_size(request, measure, call_of, preload=PRELOAD)
+    return launch_by_size(request, measure, call_of)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -119,7 +113,12 @@ def test_checkpoint(layout: Layout, tiny_qwen2: str, tmp_path) -> None:
     saving.
     """
     ranks = run_on_ranks(
-        save_and_resume, layout.world_size, layout, tiny_qwen2, str(tmp_path), preload=PRELOAD
+        save_and_resume,
+        layout.world_size,
+        layout,
+        tiny_qwen2,
+        str(tmp_path),
+        preload=ENGINE_MODULES,
     )
     check_resumed(ranks)
 
@@ -152,7 +151,7 @@ def test_what_a_cpu_cannot_do_is_named(
 ) -> None:
     with pytest.raises(RankError, match="ValueError") as error:
         run_on_ranks(
-            make_engine, layout.world_size, layout, tiny_qwen2, preload=PRELOAD, **megatron
+            make_engine, layout.world_size, layout, tiny_qwen2, preload=ENGINE_MODULES, **megatron
         )
     assert named in str(error.value)
 
@@ -165,4 +164,4 @@ def test_rope_scaling_is_refused(tmp_path) -> None:
     with pytest.raises(
         RankError, match="rope_type=linear of the model is not supported on the CPU"
     ):
-        run_on_ranks(make_engine, 1, Layout(), str(tmp_path), preload=PRELOAD)
+        run_on_ranks(make_engine, 1, Layout(), str(tmp_path), preload=ENGINE_MODULES)

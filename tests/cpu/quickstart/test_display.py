@@ -10,7 +10,8 @@ import pytest
 from rich.console import Console
 
 from capo_verl.cpu.quickstart.display import Display
-from capo_verl.cpu.quickstart.records import Record, RecordTail, read_records
+from capo_verl.cpu.quickstart.records import Record, new_records
+from capo_verl.viewer.file_log import FileLog, parse
 from tests.cpu.quickstart.recorded import (
     COMPLETIONS_PER_STEP,
     GRPO,
@@ -22,7 +23,7 @@ from tests.cpu.quickstart.recorded import (
 
 @pytest.fixture
 def capo(tmp_path):
-    return read_records(write_capo(tmp_path / "capo.jsonl"))
+    return new_records(FileLog(write_capo(tmp_path / "capo.jsonl")))
 
 
 def shown(records, terminal: bool = False) -> str:
@@ -70,7 +71,7 @@ def test_one_line_per_step_with_every_number(capo):
 
 
 def test_grpo_has_dashes_where_capo_has_numbers():
-    cells = shown(read_records(GRPO)).splitlines()[2].split()
+    cells = shown(new_records(FileLog(GRPO))).splitlines()[2].split()
     assert cells[4:6] == ["-", "-"]
 
 
@@ -110,21 +111,19 @@ def test_markup_in_text_is_printed_as_it_is():
 
 def test_tail_waits_for_the_end_of_a_line(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    tail = RecordTail(path)
-    assert tail.new_records() == []
+    log = FileLog(path)
+    assert new_records(log) == []
     first, second = GRPO.read_bytes().splitlines(keepends=True)[:2]
     path.write_bytes(first + second[:30])
-    assert [r.step for r in tail.new_records()] == [0]
-    assert tail.new_records() == []
+    assert [r.step for r in new_records(log)] == [0]
+    assert new_records(log) == []
     path.write_bytes(first + second)
-    assert [r.step for r in tail.new_records()] == [1]
+    assert [r.step for r in new_records(log)] == [1]
 
 
 def test_nan_is_not_a_number_to_show():
-    record = Record.from_json(
-        '{"step": 3, "data": {"critic/score/mean": null, "capo/rejection_rate": 0.5}}'
-    )
-    assert record == Record(step=3, rejection_rate=0.5)
+    entry = parse('{"step": 3, "data": {"critic/score/mean": null, "capo/rejection_rate": 0.5}}')
+    assert Record.of(entry) == Record(step=3, rejection_rate=0.5)
 
 
 @pytest.mark.parametrize(
@@ -132,4 +131,4 @@ def test_nan_is_not_a_number_to_show():
 )
 def test_foreign_lines_are_refused(line):
     with pytest.raises(ValueError, match="not a line of verl's file logger"):
-        Record.from_json(line)
+        parse(line)

@@ -23,7 +23,7 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("reasoning_gym")
 
 from capo_verl.commands import quickstart as cli
-from capo_verl.cpu.quickstart import child, log, runner
+from capo_verl.cpu.quickstart import launcher_process, log, runner
 from capo_verl.cpu.quickstart.display import Display
 from tests.cpu.quickstart.recorded import GRPO, write_capo
 
@@ -108,7 +108,7 @@ def test_failure_shows_the_first_traceback_and_keeps_the_exit_code(launch):
         echo 'some chatter'
         echo -e '\\033[36m(AgentLoopWorkerTQ pid=12)\\033[0m what failed first'
         echo -e '\\033[36m(AgentLoopWorkerTQ pid=12)\\033[0m Traceback (most recent call last):'
-        echo -e '\\033[36m(AgentLoopWorkerTQ pid=12)\\033[0m   File "rollout.py", line 3, in generate'
+        echo -e '\\033[36m(AgentLoopWorkerTQ pid=12)\\033[0m   File "rollout.py", line 3, in f'
         echo '(WorkerDict pid=13) chatter of another process'
         echo -e '\\033[36m(AgentLoopWorkerTQ pid=12)\\033[0m     raise RuntimeError("no weights")'
         echo -e '\\033[36m(AgentLoopWorkerTQ pid=12)\\033[0m RuntimeError: no weights'
@@ -161,10 +161,11 @@ def test_ctrl_c_stops_the_whole_session(tmp_path):
     script = textwrap.dedent(f"""
         import signal
         from pathlib import Path
-        from capo_verl.cpu.quickstart import child, runner
+        from capo_verl.cpu.quickstart import launcher_process, runner
         from capo_verl.cpu.quickstart.display import Display
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # as the command does; ignored in background jobs
-        child.PATIENCE = 2.0
+        # as the command does; ignored in background jobs
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        launcher_process.PATIENCE = 2.0
         runner.LAUNCHER = Path({str(launcher)!r})
         runner.prepare = lambda display: runner.Prepared(Path("d"), Path("m"))
         raise SystemExit(runner.run("GRPO", [], Path({str(tmp_path / "out")!r}), Display()))
@@ -189,7 +190,7 @@ def test_ctrl_c_stops_the_whole_session(tmp_path):
 
 def test_leftovers_of_a_finished_child_are_stopped(tmp_path):
     command = ["bash", "-c", f"sleep 600 & echo $! >{tmp_path}/pid"]
-    with child.Child(command, dict(os.environ), tmp_path / "log") as running:
+    with launcher_process.LauncherProcess(command, dict(os.environ), tmp_path / "log") as running:
         assert running.wait() == 0
     pid = int((tmp_path / "pid").read_text())
     assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
@@ -208,7 +209,7 @@ ray.exceptions.RayTaskError(RuntimeError): \x1b[36mray::WorkerDict.update_actor(
 RuntimeError: sizes differ
 
 Set the environment variable HYDRA_FULL_ERROR=1 for a complete stack trace.
-"""
+"""  # noqa: E501
     first, *_, last = log.failure_report(text)
     assert "WorkerDict.update_actor()" in first
     assert last == "RuntimeError: sizes differ"

@@ -3,10 +3,9 @@
 
 from __future__ import annotations
 
-import json
-
 from capo_verl.cpu.quickstart.records import Record
 from capo_verl.cpu.quickstart.summary import summarise
+from capo_verl.viewer.file_log import Entry
 
 
 def test_rows_of_a_capo_run_and_of_a_grpo_run():
@@ -32,13 +31,9 @@ def test_rows_of_a_capo_run_and_of_a_grpo_run():
 
 
 def test_filter_share_comes_from_verls_timing():
-    line = json.dumps(
-        {"step": 1, "data": {"capo/filter_seconds": 0.1, "timing_s/update_actor": 2.0}}
-    )
-    assert Record.from_json(line).filter_share == 0.05
+    entry = Entry(1, {"capo/filter_seconds": 0.1, "timing_s/update_actor": 2.0})
+    assert Record.of(entry).filter_share == 0.05
     assert (
-        Record.from_json(
-            json.dumps({"step": 1, "data": {"timing_s/update_actor": 2.0}})
-        ).filter_share
+        Record.of(Entry(1, {"timing_s/update_actor": 2.0})).filter_share
         is None
     )

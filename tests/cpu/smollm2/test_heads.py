@@ -142,8 +142,7 @@ def test_megatron_trains_the_padded_tied_model_as_hugging_face_does(tmp_path):
     """
     from tests.cpu.hugging_face import check, make_reference
     from tests.cpu.megatron.engine_cases import Layout, measure
-    from tests.cpu.megatron.test_engine import PRELOAD
-    from tests.helpers.spawn import run_on_ranks
+    from tests.helpers.spawn import ENGINE_MODULES, run_on_ranks
 
     model = tiny(tmp_path / "original", "llama", tie_word_embeddings=True)
     path = tmp_path / "padded"
@@ -152,5 +151,5 @@ def test_megatron_trains_the_padded_tied_model_as_hugging_face_does(tmp_path):
     original, padded = make_reference(str(tmp_path / "original")), make_reference(str(path))
     assert original.grad_norm == pytest.approx(padded.grad_norm, rel=1e-6)
     layout = Layout(tp=2)
-    ranks = run_on_ranks(measure, layout.world_size, layout, str(path), preload=PRELOAD)
+    ranks = run_on_ranks(measure, layout.world_size, layout, str(path), preload=ENGINE_MODULES)
     check(ranks, layout.dp, padded)

@@ -21,14 +21,9 @@ from omegaconf import OmegaConf
 from capo_verl.cpu.quickstart import task as reward
 from capo_verl.cpu.smollm2 import pretrained, task
 from tests.cpu.smollm2.engine_cases import measure
-from tests.helpers.spawn import run_on_ranks
+from tests.helpers.spawn import ENGINE_MODULES, run_on_ranks
 
 ROOT = Path(__file__).parents[3]
-PRELOAD = (
-    "torch",
-    "verl.workers.engine.megatron.transformer_impl",
-    "capo_verl.cpu.megatron.bridge",
-)
 TEXTS = (
     "The capital of France is Paris. It lies on the river Seine, and 2,145,906 people lived there "
     "in 2020.",
@@ -115,7 +110,7 @@ def test_megatron_at_tp2_has_hugging_faces_log_probs(original, folder, rows, rec
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     assert (heads, kv_heads) == (9, 3)
     ranks = run_on_ranks(
-        measure, 2, str(folder), rows, heads, kv_heads, config.head_dim, preload=PRELOAD
+        measure, 2, str(folder), rows, heads, kv_heads, config.head_dim, preload=ENGINE_MODULES
     )
     deviation = 0.0
     for row, *got in zip(rows, *(rank.log_probs for rank in ranks if rank.log_probs), strict=True):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``scripts/evaluate.py`` with verl's rollout servers on a CPU: generated, stopped, continued,
+"""``capo-verl evaluate`` with verl's rollout servers on a CPU: generated, stopped, continued,
 scored again.
 """
 
@@ -10,14 +10,14 @@ import os
 import subprocess
 import sys
 from collections import Counter
-from pathlib import Path
 
 import pytest
+
+from tests.helpers import warm
 
 pytest.importorskip("verl")
 pytestmark = pytest.mark.e2e
 
-SCRIPT = Path(__file__).parents[3] / "scripts/evaluate.py"
 REWARD = """
 def compute_score(data_source, solution_str, ground_truth, extra_info=None):
     right = float(sum(map(ord, solution_str)) % 2)
@@ -25,15 +25,21 @@ def compute_score(data_source, solution_str, ground_truth, extra_info=None):
 """
 
 
-def evaluate(*arguments: str) -> str:
+def evaluate(*arguments: str, interpreter: str = "") -> str:
+    """Standard output.
+
+    Args:
+        interpreter: default: one that has imported the large packages.
+    """
     environment = {
         **os.environ, "VERL_PLATFORM": "cpu", "OMP_NUM_THREADS": "1",
         "RAY_enable_worker_prestart": "0", "RAY_USAGE_STATS_ENABLED": "0", "HF_HUB_OFFLINE": "1",
     }  # fmt: skip
     environment.pop("RAY_ADDRESS", None)
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", str(SCRIPT), *arguments], env=environment,
-        capture_output=True, text=True, timeout=500, check=False,
+        [interpreter or warm.python(), "-W", "ignore", "-m", "capo_verl.commands", "evaluate",
+         *arguments],
+        env=environment, capture_output=True, text=True, timeout=500, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
     return done.stdout
@@ -63,7 +69,8 @@ def test_generate_stop_continue_and_score(tmp_path):
     # Two servers share the work; ended is simulated by what an interrupted run leaves: some lines,
     # the last cut off.
     output = tmp_path / "out"
-    first = evaluate(*common, "--gpus", "2", "--output", str(output))
+    options = [*common, "--gpus", "2", "--output", str(output)]
+    first = evaluate(*options, interpreter=sys.executable)
     assert "avg@4" in first
     complete = (output / "completions.jsonl").read_bytes().splitlines(keepends=True)
     records = [json.loads(line) for line in complete]
@@ -74,7 +81,7 @@ def test_generate_stop_continue_and_score(tmp_path):
 
     kept = complete[:9]
     (output / "completions.jsonl").write_bytes(b"".join(kept) + complete[9][:20])
-    evaluate(*common, "--gpus", "2", "--output", str(output))
+    evaluate(*options)
     resumed = (output / "completions.jsonl").read_bytes().splitlines(keepends=True)
     assert resumed[:9] == kept and len(resumed) == 24
     by_problem = Counter((r["key"], r["response"]) for r in map(json.loads, resumed))

@@ -20,7 +20,7 @@ from capo_verl.experiments.benchmark import agreement, runner
 from capo_verl.experiments.benchmark.batch import make_batch
 from capo_verl.experiments.benchmark.contenders import TORCH, accept_all
 from capo_verl.experiments.benchmark.markdown import COLUMNS
-from capo_verl.experiments.benchmark.report import Report
+from capo_verl.experiments.benchmark.results import Report
 from capo_verl.experiments.benchmark.workload import Workload
 
 SCRIPT = Path(__file__).parents[3] / "capo_verl/experiments/benchmark/__main__.py"
@@ -92,7 +92,7 @@ def test_wrong_arguments_are_one_line(arguments, message, tmp_path, capsys):
     except SystemExit as stop:
         code = stop.code
     assert code
-    assert re.fullmatch(f"benchmark_filter.py: {message}.*\n", capsys.readouterr().err)
+    assert re.fullmatch(f"capo_verl.experiments.benchmark: {message}.*\n", capsys.readouterr().err)
 
 
 def test_contenders_that_differ_are_not_timed(monkeypatch):

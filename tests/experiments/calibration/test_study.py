@@ -82,22 +82,8 @@ def test_tables_hold_the_means_of_the_steps(frames: dict[str, pd.DataFrame]) -> 
 
 def test_figures_are_drawn(frames: dict[str, pd.DataFrame], tmp_path: Path) -> None:
     paths = evidence.draw(frames, tmp_path)
-    assert [p.name for p in paths if p.suffix == ".png"] == [
-        "calibration_tokens.png", "calibration_predictors.png", "calibration_depth.png",
-        "calibration_batch.png"
-    ]  # fmt: skip
+    assert [p.stem for p in paths if p.suffix == ".png"] == list(evidence.FIGURES)
     assert all(p.stat().st_size > 5_000 for p in paths)
-
-
-def test_insert_keeps_everything_else(tmp_path: Path) -> None:
-    file = tmp_path / "evidence.md"
-    file.write_text(f"before\n{evidence.BEGIN}\nold\n{evidence.END}\nafter\n")
-    evidence.insert("new", file)
-    evidence.insert("newer", file)
-    assert file.read_text() == f"before\n{evidence.BEGIN}\n\nnewer\n{evidence.END}\nafter\n"
-    file.write_text("nothing")
-    with pytest.raises(ValueError, match="calibration:begin"):
-        evidence.insert("new", file)
 
 
 @pytest.mark.parametrize(
@@ -121,7 +107,7 @@ def test_a_wrong_study_is_one_sentence(
 
 
 def test_the_shipped_study_is_valid() -> None:
-    parts = study_cli.read(ROOT / "examples" / "calibration_study.yaml")
+    parts = study_cli.read(ROOT / "capo_verl/experiments/calibration/study.yaml")
     assert set(parts) == {"tiny", "smollm2"}
     assert len(parts["tiny"].runs()) == 18
 
@@ -134,8 +120,9 @@ def test_last_number_of_a_sentence() -> None:
     assert compute_score("x", "It appears twice.", "2") == 1.0
 
 
-def test_committed_tables_are_those_of_the_committed_data() -> None:
-    folder = ROOT / "docs" / "evidence"
-    text = evidence.markdown(evidence.load(folder))
-    assert (folder / "calibration.md").read_text(encoding="utf-8") == text
-    assert text in (ROOT / "docs" / "evidence.md").read_text(encoding="utf-8")
+def test_the_committed_page_is_what_its_data_give() -> None:
+    folder = ROOT / study_cli.RESULTS
+    page = (folder / evidence.PAGE).read_text(encoding="utf-8")
+    assert evidence.markdown(evidence.load(folder)) == page
+    assert max(len(line) for line in page.splitlines() if not line.startswith("|")) <= 100
+    assert [name for name in evidence.FIGURES if not (folder / f"{name}.png").exists()] == []

@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import matplotlib
 import pandas as pd
 import pytest
 import yaml
@@ -19,7 +20,7 @@ import yaml
 from capo_verl.config import CapoConfig
 from capo_verl.experiments.study import worker
 from capo_verl.experiments.study.config import RunConfig
-from capo_verl.experiments.study.evidence import draw, render
+from capo_verl.experiments.study.evidence import PAGE, RESULTS, draw, render
 from capo_verl.experiments.study.frame import pack, study_frame
 from capo_verl.experiments.study.grid import load_study, parse_study
 from capo_verl.experiments.study.pool import run_study
@@ -41,7 +42,7 @@ STUDY = {
 
 def test_every_shipped_study_can_be_read():
     names, filtered = set(), set()
-    for path in sorted((ROOT / "examples" / "studies").glob("*.yaml")):
+    for path in sorted((ROOT / "capo_verl/experiments/study/studies").glob("*.yaml")):
         study = load_study(path)
         assert study.runs and study.name == path.stem
         names.add(study.name)
@@ -183,14 +184,9 @@ def test_pack_and_page(results, tmp_path):
     assert len(runs) == 12 and set(runs["control"]) == {"grpo"}
     frame = study_frame(study, Store(folder).runs())
     assert sorted(frame["run_id"]) == sorted(runs["run_id"])
-    page = (
-        "Intro\n<!-- study tiny -->\nold\n<!-- end tiny -->\nEnd\n<!-- study other -->\n<!-- end "
-        "other -->\n"
-    )
-    found = render(page, runs, curves)
-    assert found.startswith("Intro\n") and "old" not in found and "No results yet." in found
-    assert "| kl_budget |" in found and "4 failed: 4 x ValueError: loss='no_such_loss'" in found
-    assert render(found, runs, curves) == found
+    page = render(runs, curves)
+    assert page.startswith("# Studies") and "## tiny\n\n![tiny: Accuracy" in page
+    assert "| kl_budget |" in page and "4 failed: 4 x ValueError: loss='no_such_loss'" in page
     made = draw(runs, curves, tmp_path)
     assert [p.name for p in made] == ["tiny-curves.png"]
     first = {p.name: p.read_bytes() for p in tmp_path.glob("tiny-*")}
@@ -199,12 +195,25 @@ def test_pack_and_page(results, tmp_path):
 
 
 def test_the_committed_page_is_what_its_data_give():
-    page = (ROOT / "docs" / "evidence.md").read_text()
-    folder = ROOT / "docs" / "evidence"
-    assert render(page, read(folder / "runs.parquet"), read(folder / "curves.parquet")) == page
-    assert page.count("<!-- study ") == page.count("<!-- end ") > 5
-    for figure in re.findall(r"\]\((evidence/[^)]+)\)", page):
-        assert (ROOT / "docs" / figure).exists(), figure
+    page = (RESULTS / PAGE).read_text(encoding="utf-8")
+    assert render(read(RESULTS / "runs.parquet"), read(RESULTS / "curves.parquet")) == page
+    assert page.count("\n## ") > 5
+    assert max(len(line) for line in page.splitlines() if not line.startswith("|")) <= 100
+    figures = re.findall(r"\]\(([\w-]+\.png)\)", page)
+    assert len(figures) > 10 and not [f for f in figures if not (RESULTS / f).exists()]
+
+
+def test_the_committed_figures_are_what_their_data_give(tmp_path):
+    """Bit for bit where the versions that draw are those of the committed files."""
+    drawn_by = re.search(r"Matplotlib v([\d.]+)", (RESULTS / "verl-curves.svg").read_text())
+    if matplotlib.__version__ != drawn_by[1]:
+        pytest.skip(f"the committed figures are Matplotlib {drawn_by[1]}'s")
+    runs, curves = read(RESULTS / "runs.parquet"), read(RESULTS / "curves.parquet")
+    runs = runs[runs["study"].isin(("verl", "long"))]
+    made = draw(runs, curves, tmp_path)
+    assert [p.name for p in made] == ["long-curves.png", "verl-curves.png"]
+    for path in (*made, *(p.with_suffix(".svg") for p in made)):
+        assert path.read_bytes() == (RESULTS / path.name).read_bytes(), path.name
 
 
 def test_a_dead_worker_is_a_failed_run(tmp_path):
@@ -239,7 +248,7 @@ def test_ctrl_c_keeps_what_is_finished(tmp_path, cache):
     path = tmp_path / "many.yaml"
     path.write_text(yaml.safe_dump(many))
     command = [
-        sys.executable, str(ROOT / "scripts" / "study.py"), "run", str(path), "--jobs", "2",
+        sys.executable, "-m", "capo_verl.experiments.study", "run", str(path), "--jobs", "2",
         "--results", str(tmp_path / "r"), "--cache", str(cache),
     ]  # fmt: skip
     process = subprocess.Popen(

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -13,27 +12,28 @@ from capo_verl.experiments.study.grid import parse_study
 from capo_verl.experiments.study.measures import summarise
 from capo_verl.experiments.study.verl_config import VerlRunConfig
 from capo_verl.experiments.study.verl_tier import command, drops_tokens, environment, read_curve
+from capo_verl.viewer.file_log import Entry, FileLog
 
 RECORDED = Path(__file__).resolve().parents[2] / "cpu" / "quickstart" / "data"
 
 
 def test_records_become_a_curve():
     entries = [
-        {"step": 0, "data": {"val-core/x/acc/mean@1": 0.4}},
-        {
-            "step": 1,
-            "data": {"critic/score/mean": 0.5, "response_length/mean": 8.0, "capo/kl_mean": 1e-4,
+        Entry(0, {"val-core/x/acc/mean@1": 0.4}),
+        Entry(
+            1,
+            {"critic/score/mean": 0.5, "response_length/mean": 8.0, "capo/kl_mean": 1e-4,
                 "perf/time_per_step": 2.0},
-        },
-        {
-            "step": 2,
-            "data": {
+        ),
+        Entry(
+            2,
+            {
                 "critic/score/mean": 0.7, "response_length/mean": 6.0, "capo/kl_mean": 3e-4,
                 "capo/rejection_rate": 0.25,
                 "capo/lr_scale": 0.5, "perf/time_per_step": 3.0, "val-core/x/acc/mean@1": 0.6,
                 "actor/entropy": None,
             },
-        },
+        ),
     ]  # fmt: skip
     base, row = read_curve(entries, completions=16, drops=True)
     assert base == {
@@ -55,7 +55,7 @@ def test_records_become_a_curve():
 
 
 def test_a_recorded_run_can_be_read():
-    entries = [json.loads(line) for line in (RECORDED / "grpo.jsonl").read_text().splitlines()]
+    entries = FileLog(RECORDED / "grpo.jsonl").new_entries()
     rows = read_curve(entries, completions=64, drops=False)
     assert rows[0]["step"] == 0 and all(0 <= row["accuracy"] <= 1 for row in rows) and len(rows) > 1
     assert "rejection" not in rows[-1] and rows[-1]["tokens"] > 0
@@ -77,7 +77,7 @@ def test_who_drops_tokens(switch, drops, tmp_path):
 
 def test_a_run_without_validation_is_an_error():
     with pytest.raises(RuntimeError, match="test_freq"):
-        read_curve([{"step": 1, "data": {"critic/score/mean": 0.5}}], 8, drops=False)
+        read_curve([Entry(1, {"critic/score/mean": 0.5})], 8, drops=False)
 
 
 def test_launcher_and_environment(tmp_path):

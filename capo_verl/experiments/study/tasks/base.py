@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a task of the tiny tier is: problems of one length, demonstrations, a score and the end of a
-response.
-"""
+"""Tasks of the tiny tier: problems of one length, demonstrations, a score and an end token."""
 
 from __future__ import annotations
 
@@ -13,9 +11,7 @@ from torch import Tensor
 
 
 class Problems(NamedTuple):
-    """A batch of problems; both tensors are int64, and repeat over completions by plain
-    indexing.
-    """
+    """A batch of problems, int64 tensors that repeat over completions by plain indexing."""
 
     prompts: Tensor
     """``[N, prompt_length]`` token ids, padded by tokens the model sees."""
@@ -37,11 +33,9 @@ class Task(ABC):
     end: int | None = None
     """Token that ends a response early, if the task has one."""
     competence: float | None = None
-    """Accuracy of the model that ``noisy`` warm starts begin with, where the recipe's is out of
-    reach.
-    """
+    """Accuracy that ``noisy`` warm starts begin with, where the recipe's is out of reach."""
     graded: bool = False
-    """Whether the reward has values between 0 and 1."""
+    """True if the reward has values between 0 and 1."""
 
     @abstractmethod
     def problems(self, n: int, generator: torch.Generator, held_out: bool = False) -> Problems:
@@ -57,14 +51,14 @@ class Task(ABC):
 
     @abstractmethod
     def correct(self, problems: Problems, responses: Tensor) -> Tensor:
-        """``[N]`` float32, 1 where the response is right; ``responses [N, response_length]``."""
+        """Correctness ``[N]`` float32, 1 where the response ``[N, response_length]`` is right."""
 
     def reward(self, problems: Problems, responses: Tensor) -> Tensor:
-        """``[N]`` float32 in [0, 1]; :meth:`correct` unless the task grades."""
+        """Reward ``[N]`` float32 in [0, 1]; :meth:`correct` unless the task grades."""
         return self.correct(problems, responses)
 
     def mask(self, responses: Tensor) -> Tensor:
-        """``[N, response_length]`` bool: up to and including the first ``end``."""
+        """Mask ``[N, response_length]`` bool: up to and including the first ``end``."""
         if self.end is None:
             return torch.ones_like(responses, dtype=torch.bool)
         ended = (responses == self.end).cumsum(-1)

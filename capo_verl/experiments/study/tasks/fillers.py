@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``fillers``: sorting in which most rare tokens carry no signal: filler tokens between the digits,
-which the reward ignores.
+"""``fillers``: sorting in which most rare tokens carry no signal.
+
+Filler tokens between the digits, which the reward ignores, are those.
 """
 
 from __future__ import annotations
@@ -17,8 +18,10 @@ FIRST_FILLER = 16
 
 
 class Fillers(Task):
-    """Prompt: digits and a separator. Response: the digits sorted, with fillers from a heavy-tailed
-    distribution between them.
+    """Sorted digits with fillers between them.
+
+    The prompt has digits and a separator; the fillers of the response come from a heavy-tailed
+    distribution.
 
     A response ends with its last digit (or when its room is used up: then it is wrong); which
     fillers stand where does not matter. Demonstrations hold a filler with probability ``share`` at
@@ -69,7 +72,7 @@ class Fillers(Task):
         return torch.where(filler, drawn, problems.key.gather(1, place))
 
     def mask(self, responses: Tensor) -> Tensor:
-        """Up to and including the digit that completes the answer."""
+        """Mask up to and including the digit that completes the answer."""
         written = (responses < FIRST_FILLER).cumsum(-1)
         return torch.cat((torch.zeros_like(written[:, :1]), written[:, :-1]), 1) < self.digits
 

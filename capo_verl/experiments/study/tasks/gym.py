@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``gym``: reasoning-gym's ``palindrome_generation``, one character per token, scored by the
-family's own scorer.
+"""``gym``: reasoning-gym's ``palindrome_generation``, one character per token.
+
+The family's own scorer judges.
 """
 
 from __future__ import annotations
@@ -19,8 +20,10 @@ POOL, HELD_OUT = 20_000, 2_000
 
 
 class Palindromes(Task):
-    """Prompt: scrambled letters, padded on the left; response: a palindrome of exactly these
-    letters, and an end token.
+    """Palindromes of scrambled letters.
+
+    The prompt has the letters, padded on the left; the response a palindrome of exactly these, and
+    an end token.
 
     Many answers are right. The family scores 1 for those, and 0.02 to 0.05 for consolation;
     :meth:`correct` counts the 1s.
@@ -81,7 +84,7 @@ class Palindromes(Task):
         return scores if self.graded else (scores == 1).float()
 
     def scores(self, problems: Problems, responses: Tensor) -> Tensor:
-        """``[N]`` float32, the family's own score of every response; 0 without an end token."""
+        """Score ``[N]`` float32, the family's own; 0 without an end token."""
         entries, score = self.entries, self.dataset.score_answer
         texts = [decode(row) for row in responses.tolist()]
         pairs = zip(problems.key[:, 0].tolist(), texts, strict=True)

@@ -15,8 +15,10 @@ SEPARATOR = 10
 
 
 class InsertionSort(Task):
-    """Prompt: digits and a separator; response: after each of ``digits - 1`` passes the whole list
-    and a separator.
+    """Sorting by insertion, pass by pass.
+
+    The prompt has digits and a separator; the response the whole list and a separator after each of
+    ``digits - 1`` passes.
 
     Pass i inserts digit i into the sorted digits before it. The reward looks at the last list
     alone, as the reward of a long chain of thought looks at the answer.

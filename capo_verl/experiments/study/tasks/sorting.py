@@ -12,8 +12,10 @@ SEPARATOR = 10
 
 
 class Sorting(Task):
-    """Prompt: ``digits`` digits and a separator; response: the digits sorted. Tokens 11-15 exist
-    and are never right.
+    """Sorted digits.
+
+    The prompt has ``digits`` digits and a separator, the response the digits sorted. Tokens 11-15
+    exist and are never right.
 
     Args:
         digits: how many.

@@ -15,7 +15,9 @@ PLUS, EQUALS, END = 10, 11, 12
 
 
 class Sums(Task):
-    """Prompt ``3+4+8=``; response: the running sums in two digits each, ``07`` ``15``, and an end
+    """Running sums.
+
+    The prompt is ``3+4+8=``; the response the sums in two digits each, ``07`` ``15``, and an end
     token.
 
     The reward looks at the number before the end token: a response may take fewer or other steps.

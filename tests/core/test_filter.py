@@ -3,6 +3,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -33,86 +37,81 @@ def kept_tokens(batch: Batch, accepted: np.ndarray, top_k: int | None):
     ]
 
 
+@contextmanager
+def tiny_chunks() -> Iterator[None]:
+    """Many chunks even at the sizes of these tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in ("curvature", "support", "kernels.plain"):
+            patch.setattr(f"capo_verl.core.{module}.scratch_elements", lambda device: 7)
+        patch.setattr("capo_verl.core.filter.block_tokens", lambda device: 3)
+        patch.setattr("capo_verl.core.kernels.plain.TILE_ELEMENTS", 5)
+        patch.setattr("capo_verl.core.kernels.plain.BLOCK_ENTRIES", 7)
+        patch.setattr("capo_verl.core.accepted.SCRATCH_ELEMENTS", 5)
+        yield
+
+
+def check_batch_shifts(capo: CapoFilter, oracle: Oracle, batch: Batch, accepted: np.ndarray):
+    """m_H and m_F of the whole batch, before the filter and after it."""
+    for shifts, keep in zip(capo.batch_shifts(), (batch.mask, accepted), strict=True):
+        sequences = [
+            [x for x, k in zip(row, ks, strict=True) if k]
+            for row, ks in zip(batch.tokens(capo.config.top_k), keep, strict=True)
+        ]
+        expected = oracle.set_shifts(sequences, LR)
+        np.testing.assert_allclose([float(x) for x in shifts], expected, rtol=1e-9, atol=1e-16)
+
+
+def check_moments(capo: CapoFilter, oracle: Oracle):
+    state = capo.state_dict()
+    np.testing.assert_allclose(state["exp_avg"], oracle.exp_avg, rtol=1e-9, atol=1e-16)
+    np.testing.assert_allclose(state["exp_avg_sq"], oracle.exp_avg_sq, rtol=1e-9, atol=1e-18)
+    assert state["step"] == oracle.step_count
+
+
+GRANULARITIES = [
+    "token", "sequence", "batch", ("token", "sequence"), ("batch", "token"),
+    ("token", "sequence", "batch"),
+]  # fmt: skip
+CONFIGS = st.builds(
+    CapoConfig,
+    optimizer_model=st.sampled_from(["adam", "sgd"]),
+    top_k=st.one_of(st.none(), st.integers(1, 23)),
+    policy_shift_max=st.sampled_from([None, 0.0, 1e-5, 1e-3]),
+    objective_shift_max=st.sampled_from([None, 1e-3, 2e-2]),
+    objective_shift_min=st.sampled_from(["symmetric", 0.0, -1e-3, None]),
+    granularity=st.sampled_from(GRANULARITIES),
+    policy_shift=st.sampled_from(["sampled", "exact"]),
+    betas=st.just((0.8, 0.95)),
+    eps=st.just(1e-6),
+)
+SHAPES = st.tuples(st.integers(1, 4), st.integers(1, 7), st.integers(1, 9), st.integers(2, 23))
+"""Sequences, tokens of each, hidden size, vocabulary."""
+
+
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(
-    seed=st.integers(0, 2**32 - 1),
-    shape=st.tuples(st.integers(1, 4), st.integers(1, 7), st.integers(1, 9), st.integers(2, 23)),
-    top_k=st.one_of(st.none(), st.integers(1, 23)),
-    optimizer_model=st.sampled_from(["adam", "sgd"]),
-    granularity=st.sampled_from(
-        [
-            "token",
-            "sequence",
-            "batch",
-            ("token", "sequence"),
-            ("batch", "token"),
-            ("token", "sequence", "batch"),
-        ]
-    ),
-    tau_f=st.sampled_from([None, 0.0, 1e-5, 1e-3]),
-    tau_h=st.sampled_from([None, 1e-3, 2e-2]),
-    low=st.sampled_from(["symmetric", 0.0, -1e-3, None]),
-    ties=st.booleans(),
-    policy_shift=st.sampled_from(["sampled", "exact"]),
-    tiny_scratch=st.booleans(),
-)
-def test_equals_oracle(
-    seed,
-    shape,
-    top_k,
-    optimizer_model,
-    granularity,
-    tau_f,
-    tau_h,
-    low,
-    ties,
-    policy_shift,
-    tiny_scratch,
-):
-    b, t, h, v = shape
-    top_k = None if top_k is None else min(top_k, v)
-    config = CapoConfig(
-        optimizer_model=optimizer_model, top_k=top_k, policy_shift_max=tau_f,
-        objective_shift_max=tau_h,
-        objective_shift_min=low, granularity=granularity, betas=(0.8, 0.95), eps=1e-6,
-        policy_shift=policy_shift,
-    )  # fmt: skip
+    seed=st.integers(0, 2**32 - 1), shape=SHAPES, config=CONFIGS, ties=st.booleans(),
+    chunks_of=st.sampled_from([nullcontext, tiny_chunks]),
+)  # fmt: skip
+def test_equals_oracle(seed, shape, config, ties, chunks_of):
+    vocabulary, hidden = shape[3], shape[2]
+    top_k = None if config.top_k is None else min(config.top_k, vocabulary)
+    config = replace(config, top_k=top_k)
     rng = np.random.default_rng(seed)
-    capo, oracle = make(config, v, h)
-    with pytest.MonkeyPatch.context() as patch:
-        if tiny_scratch:  # many chunks even at these sizes
-            for module in ("curvature", "support", "kernels.plain"):
-                patch.setattr(f"capo_verl.core.{module}.scratch_elements", lambda device: 7)
-            patch.setattr("capo_verl.core.filter.block_tokens", lambda device: 3)
-            patch.setattr("capo_verl.core.kernels.plain.TILE_ELEMENTS", 5)
-            patch.setattr("capo_verl.core.kernels.plain.BLOCK_ENTRIES", 7)
-            patch.setattr("capo_verl.core.accepted.SCRATCH_ELEMENTS", 5)
+    capo, oracle = make(config, vocabulary, hidden)
+    with chunks_of():
         for _ in range(3):
-            batch = Batch.random(rng, b, t, h, v, ties)
+            batch = Batch.random(rng, *shape, ties)
             out = capo.evaluate(*batch.arguments(LR))
             m_h, m_f, accepted = oracle_decision(oracle, config, batch, LR)
             np.testing.assert_allclose(out.objective_shift.numpy(), m_h, rtol=1e-9, atol=1e-16)
             np.testing.assert_allclose(out.policy_shift.numpy(), m_f, rtol=1e-9, atol=1e-18)
             np.testing.assert_array_equal(out.accepted.numpy(), accepted)
-            before, after = capo.batch_shifts()
-            for shifts, keep in ((before, batch.mask), (after, accepted)):
-                sequences = [
-                    [x for x, k in zip(row, ks, strict=True) if k]
-                    for row, ks in zip(batch.tokens(top_k), keep, strict=True)
-                ]
-                expected = oracle.set_shifts(sequences, LR)
-                np.testing.assert_allclose(
-                    [float(x) for x in shifts], expected, rtol=1e-9, atol=1e-16
-                )
+            check_batch_shifts(capo, oracle, batch, accepted)
             capo.step()
             oracle.update(kept_tokens(batch, accepted, top_k))
-            if optimizer_model == "adam":
-                state = capo.state_dict()
-                np.testing.assert_allclose(state["exp_avg"], oracle.exp_avg, rtol=1e-9, atol=1e-16)
-                np.testing.assert_allclose(
-                    state["exp_avg_sq"], oracle.exp_avg_sq, rtol=1e-9, atol=1e-18
-                )
-                assert state["step"] == oracle.step_count
+            if config.optimizer_model == "adam":
+                check_moments(capo, oracle)
 
 
 # m_F ~ d^2 and m_H ~ d: what rounding of the inputs does to them, relative to their size in the

@@ -231,7 +231,7 @@ class CapoFSDPEngineWithLMHead(CapoEngineMixin, FSDPEngineWithLMHead):
         # verl gives it all parameters; those without gradients, as around LoRA's, stay as they are.
         groups: list[dict[str, Any]] = self.optimizer.param_groups
         parameters = (p for group in groups for p in group["params"] if p.requires_grad)
-        return [p.detach().to_local() if isinstance(p, DTensor) else p.data for p in parameters]
+        return [p.to_local().detach() if isinstance(p, DTensor) else p.data for p in parameters]
 
     def _spread_parameters(self) -> None:
         # Nothing to send; but no gathered copy of the weights may outlive the change.

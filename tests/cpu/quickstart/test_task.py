@@ -12,6 +12,7 @@ pd = pytest.importorskip("pandas")
 reasoning_gym = pytest.importorskip("reasoning_gym")
 
 from capo_verl.cpu.quickstart import task
+from capo_verl.data import gym
 
 SMALL = task.TaskConfig(test_size=20, train_size=50, sft_size=70)
 
@@ -92,8 +93,8 @@ def test_reward_is_the_scorers(data_dir, garble):
             row["extra_info"],
         )
         right = response.lower() == entry["answer"].lower()
-        assert task.compute_score(*arguments) == {"score": expected, "acc": float(right)}
-        assert task.compute_score(*arguments, partial_credit=False) == {
+        assert gym.compute_score(*arguments) == {"score": expected, "acc": float(right)}
+        assert gym.compute_score(*arguments, partial_credit=False) == {
             "score": float(right),
             "acc": float(right),
         }
@@ -103,20 +104,20 @@ def test_reward_serves_other_reasoning_gym_tasks():
     entry = reasoning_gym.create_dataset("chain_sum", seed=1, size=1)[0]
     info = {"entry": json.dumps(entry)}
     assert (
-        task.compute_score("reasoning_gym/chain_sum", entry["answer"], entry["answer"], info)["acc"]
+        gym.compute_score("reasoning_gym/chain_sum", entry["answer"], entry["answer"], info)["acc"]
         == 1.0
     )
     assert (
-        task.compute_score("reasoning_gym/chain_sum", "no idea", entry["answer"], info)["acc"]
+        gym.compute_score("reasoning_gym/chain_sum", "no idea", entry["answer"], info)["acc"]
         == 0.0
     )
 
 
 def test_foreign_rows_are_refused():
     with pytest.raises(ValueError, match="reasoning_gym/<generator>"):
-        task.compute_score("openai/gsm8k", "1", "1", {"entry": "{}"})
+        gym.compute_score("openai/gsm8k", "1", "1", {"entry": "{}"})
     with pytest.raises(ValueError, match="extra_info.entry is missing"):
-        task.compute_score(task.DATA_SOURCE, "1", "1", {"index": 0})
+        gym.compute_score(task.DATA_SOURCE, "1", "1", {"index": 0})
 
 
 def test_too_few_words_is_one_clear_sentence():
@@ -132,4 +133,4 @@ def test_verl_loads_the_reward_function_by_its_package_path():
     pytest.importorskip("verl")
     from verl.utils.import_utils import load_extern_object
 
-    assert load_extern_object("pkg://capo_verl.data.gym", "compute_score") is task.compute_score
+    assert load_extern_object("pkg://capo_verl.data.gym", "compute_score") is gym.compute_score

@@ -18,8 +18,8 @@ pytest.importorskip("verl")
 
 from omegaconf import OmegaConf
 
-from capo_verl.cpu.quickstart import task as reward
 from capo_verl.cpu.smollm2 import pretrained, task
+from capo_verl.data import gym
 from tests.cpu.smollm2.engine_cases import measure
 from tests.helpers.spawn import ENGINE_MODULES, run_on_ranks
 
@@ -170,7 +170,7 @@ def test_prompts_fit_and_splits_share_no_problem(tokenizer, cache):
             letter, text = prompt[-1]["content"].split('"')[1::2]
             assert answer == str(text.lower().count(letter))
             scores = [
-                reward.compute_score(
+                gym.compute_score(
                     row["data_source"], response, answer, row["extra_info"], partial_credit=False
                 )["score"]
                 for response in (answer, f"It is {answer}.", "")

@@ -57,11 +57,10 @@ tests() {
     phase "pytest: $1" env TMPDIR="$scratch" "$VENV/bin/python" -m pytest --durations=15 \
         --junitxml="$reports/pytest: $1.xml" "${@:2}" || failed=1
 }
-# What a test or a run forgot. pytest keeps its folders, Ray its logs, torch what it compiled.
+# What a test or a run forgot; pytest keeps its own folders.
 leftovers() {
     local found
-    found=$(find "$scratch" -mindepth 1 -maxdepth 1 \
-        ! -name 'pytest-of-*' ! -name ray ! -name 'torchinductor_*' -printf '%f\n' | sort)
+    found=$(find "$scratch" -mindepth 1 -maxdepth 1 ! -name 'pytest-of-*' -printf '%f\n' | sort)
     if [ -n "$found" ]; then
         echo "left in the temporary folder:" "$found" >&2
         return 1

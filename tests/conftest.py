@@ -1,12 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import functools
+import multiprocessing.util
 import os
+import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+
+if "PYTEST_XDIST_WORKER" not in os.environ:  # whose parent has done this
+    # What runs leave in the temporary folder goes with this one at the end: verl's locks of
+    # checkpoints, Ray's logs, what killed processes had. pytest's own folders stay where they are.
+    # The name is short: the path of a socket is limited to a hundred characters.
+    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", tempfile.gettempdir())
+    os.environ["TMPDIR"] = tempfile.tempdir = tempfile.mkdtemp(prefix="capo_")
+    # After multiprocessing's own folder, which is in it (priority -100).
+    remove = functools.partial(shutil.rmtree, ignore_errors=True)
+    multiprocessing.util.Finalize(None, remove, [tempfile.tempdir], exitpriority=-200)
 
 # verl chooses its platform once per process, when it is first asked: before any test imports it.
 os.environ["VERL_PLATFORM"] = "cpu"

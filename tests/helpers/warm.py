@@ -33,6 +33,8 @@ while at < len(arguments) and arguments[at] in ("-u", "-W"):
     at += 1 + (arguments[at] == "-W")
 if at >= len(arguments) or (arguments[at][0] == "-" and arguments[at] not in ("-c", "-m")):
     os.execv(REAL, [REAL, *arguments])  # asks for its version, or reads a program
+if os.environ.get("TRITON_INTERPRET") != {interpret!r}:  # Triton reads it when it is imported
+    os.execv(REAL, [REAL, *arguments])
 server = socket.socket(socket.AF_UNIX)
 server.connect({address!r})
 variables = ["=".join(pair) for pair in os.environ.items()]
@@ -81,7 +83,7 @@ def environment_folder() -> Path:
             return
         server.stdin.close()
         server.wait()
-        shutil.rmtree(folder)
+        shutil.rmtree(folder, ignore_errors=True)
 
     atexit.register(stop)
     real = Path(sys.executable).parent
@@ -92,7 +94,8 @@ def environment_folder() -> Path:
             (bin_folder / program.name).symlink_to(program)
     (bin_folder / "capo-verl").unlink()
     client = bin_folder / "python"
-    client.write_text(CLIENT.format(python=sys.executable, address=address))
+    interpret = os.environ.get("TRITON_INTERPRET")
+    client.write_text(CLIENT.format(python=sys.executable, address=address, interpret=interpret))
     client.chmod(0o755)
     (bin_folder / "python3").symlink_to("python")
     command = bin_folder / "capo-verl"

@@ -33,6 +33,7 @@ DATA = {
     "capo_verl/plugin/REQUIRED_VERL.txt",
     *(f"capo_verl/viewer/assets/{name}" for name in ASSETS),
 }
+EXPERIMENTS = "capo_verl/experiments/"
 METADATA = {"METADATA", "RECORD", "WHEEL", "entry_points.txt", "top_level.txt", "licenses/LICENSE"}
 MACHINE_PATHS = re.compile(rb"/(?:tmp|home|root|Users)/[\w.]+/")
 
@@ -44,13 +45,16 @@ def project() -> dict:
 
 @pytest.fixture(scope="session")
 def modules(source) -> set[str]:
-    """Every Python file of the two packages in the checkout."""
+    """Every Python file of the two packages in the checkout, but for the experiments."""
     files = [
         file
         for package in ("capo_verl", "hydra_plugins")
         for file in (source / package).rglob("*.py")
     ]
     found = {file.relative_to(source).as_posix() for file in files}
+    experiments = {name for name in found if name.startswith(EXPERIMENTS)}
+    assert len(experiments) > 40
+    found -= experiments
     assert {
         "capo_verl/core/kernels/fused/support_kernel.py",
         "hydra_plugins/capo_verl_search_path.py",
@@ -78,6 +82,13 @@ def test_wheel_holds_the_packages_and_nothing_else(wheel, modules):
     assert files[f"{info}/licenses/LICENSE"] == (ROOT / "LICENSE").read_bytes()
     assert files[f"{info}/top_level.txt"].split() == [b"capo_verl", b"hydra_plugins"]
     assert b"Root-Is-Purelib: true\nTag: py3-none-any\n" in files[f"{info}/WHEEL"]
+
+
+def test_wheel_and_sdist_leave_the_experiments_out(wheel, sdist):
+    with tarfile.open(sdist) as archive:
+        names = [member.name.partition("/")[2] for member in archive.getmembers()]
+    found = [name for name in (*contents(wheel), *names) if name.startswith(EXPERIMENTS)]
+    assert names and found == []
 
 
 def test_wheel_holds_the_files_of_the_checkout(wheel, source):

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -46,6 +47,8 @@ SCHEDULE = tuple(
 )  # fmt: skip
 DIAGNOSTICS = ("sample_tokens", "batch_shift")
 """Knobs of CAPO beginning like these change nothing but what is reported."""
+RETIRED = re.compile(r"'(reuse_next_forward|predictor)': [^,}]*, ")
+"""Knobs in the records of release 0.1 that later releases do not have."""
 LENGTH = (STEPS, EPOCHS)
 BATCH = ("data.train_batch_size", f"{ROLLOUT}.n")
 
@@ -143,6 +146,8 @@ def _read(path: Path) -> dict[str, Any] | None:
         return None
     except json.JSONDecodeError as e:
         raise ValueError(f"{path} is not what a run writes there ({e}): delete it") from e
+    if isinstance(found, dict) and isinstance(found.get(CAPO), str):
+        found[CAPO] = RETIRED.sub("", found[CAPO])
     if not isinstance(found, dict):
         raise ValueError(f"{path} is not what a run writes there: delete it")
     return found

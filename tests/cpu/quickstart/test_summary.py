@@ -33,7 +33,4 @@ def test_rows_of_a_capo_run_and_of_a_grpo_run():
 def test_filter_share_comes_from_verls_timing():
     entry = Entry(1, {"capo/filter_seconds": 0.1, "timing_s/update_actor": 2.0})
     assert Record.of(entry).filter_share == 0.05
-    assert (
-        Record.of(Entry(1, {"timing_s/update_actor": 2.0})).filter_share
-        is None
-    )
+    assert Record.of(Entry(1, {"timing_s/update_actor": 2.0})).filter_share is None

@@ -108,8 +108,7 @@ def test_reward_serves_other_reasoning_gym_tasks():
         == 1.0
     )
     assert (
-        gym.compute_score("reasoning_gym/chain_sum", "no idea", entry["answer"], info)["acc"]
-        == 0.0
+        gym.compute_score("reasoning_gym/chain_sum", "no idea", entry["answer"], info)["acc"] == 0.0
     )
 
 

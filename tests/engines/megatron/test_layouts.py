@@ -119,9 +119,7 @@ def recording_of(models):
 @pytest.fixture(scope="module")
 def replays_of(request, models, recording_of):
     return launch_by_size(
-        request,
-        replay,
-        lambda case: (case, recording_of(case).batch, models[case.model])
+        request, replay, lambda case: (case, recording_of(case).batch, models[case.model])
     )
 
 

@@ -85,6 +85,23 @@ def test_knobs_that_differ_from_the_preset_tell_runs_apart(run, written):
                        OmegaConf.select(run(engine=engine), OPTIM)}  # fmt: skip
 
 
+def test_a_record_of_a_release_with_more_knobs_is_of_the_same_run(run, written, tmp_path):
+    budget = "actor_rollout_ref.actor.policy_loss.capo.kl_budget.delta"
+    overrides = ("+capo=kl_budget", f"{budget}=2e-4")
+    written(*overrides)
+    record = tmp_path / "run" / FILE
+    now = "'estimator': 'exact', 'line_search': None"
+    then = (
+        "'estimator': 'exact', 'reuse_next_forward': True, 'predictor': 'none', 'line_search': None"
+    )
+    text = record.read_text()
+    assert now in text
+    record.write_text(text.replace(now, then))
+    check_identity(run(*overrides))
+    with pytest.raises(ValueError, match="holds checkpoints of another run: capo was"):
+        check_identity(run("+capo=kl_budget", f"{budget}=1e-4"))
+
+
 def test_only_a_run_that_writes_checkpoints_is_remembered(run, tmp_path, monkeypatch):
     record_identity(run("trainer.save_freq=-1"))
     record_identity(run("trainer.default_local_dir='hdfs://somewhere'"))

@@ -59,7 +59,7 @@ def cells(report: Report) -> list[list[str]]:
 
 
 def growth_lines(report: Report) -> list[str]:
-    """How time grows with tokens, per contender: one sentence each."""
+    """A sentence per contender: the growth of its time with tokens."""
     lines = []
     for key, label in LABELS.items():
         evaluate, update = report.growth(key, "evaluate"), report.growth(key, "update")

@@ -36,7 +36,7 @@ FIGURES = {
     "calibration_depth": "Calibration over the depth trained",
     "calibration_batch": "Predicted policy shift of the batch and the KL of its step",
 }
-"""What :func:`draw` makes, with their captions."""
+"""The figures of :func:`draw`, with their captions."""
 BATCH_PREDICTORS = {
     "constant": "a constant",
     "policy_shift": "batch m_F",

@@ -28,9 +28,8 @@ def cluster() -> Iterator[TwoNodes]:
     reason = why_not()
     if reason:
         pytest.skip(reason)
-    folder = Path(
-        tempfile.mkdtemp(prefix="slurm-")
-    )  # sockets below it: pytest's own folders are too long
+    # Sockets lie below it: every other temporary folder has too long a name.
+    folder = Path(tempfile.mkdtemp(prefix="slurm-", dir="/tmp"))
     two_nodes = TwoNodes(folder)
     try:
         two_nodes.start()

@@ -121,7 +121,7 @@ def test_one_process_prints_all_and_starts_nothing(tmp_path, tiny_model):
     config = yaml.safe_load(done.stdout)
     assert config["trainer"]["total_training_steps"] == 77  # the command line comes last
     assert config["actor_rollout_ref"]["actor"]["policy_loss"]["capo"]["policy_shift_max"] == 1e-4
-    assert "# Plan: model" in done.stdout
+    assert f"# Plan: {tiny_model.name}, " in done.stdout
     assert not (tmp_path / "run").exists()
     refused = call(
         "run_quickstart_cpu.sh",

@@ -262,4 +262,4 @@ def test_wrong_command_line_is_one_sentence(monkeypatch, capsys, argv, hint):
     monkeypatch.setattr(runner, "run", lambda *_: pytest.fail("started"))
     args = parse(*argv)
     assert args.run(args) == 2
-    assert hint in capsys.readouterr().out
+    assert hint in capsys.readouterr().err

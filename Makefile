@@ -8,7 +8,7 @@ VENV := $(or $(CAPO_VENV),.venv)
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
 
-quick:  ## lint, types and the tests without Ray, Slurm or process groups: three minutes
+quick:  ## lint, types and the tests without Ray, Slurm or process groups
 	bash scripts/test.sh --quick
 
 test:  ## everything that CI runs

@@ -9,8 +9,16 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 import torch
+
+hypothesis.settings.register_profile("ci", max_examples=60, deadline=None, derandomize=True)
+hypothesis.settings.register_profile(
+    "fuzz", max_examples=5000, deadline=None, print_blob=True,
+    suppress_health_check=list(hypothesis.HealthCheck),
+)  # fmt: skip
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 if "PYTEST_XDIST_WORKER" not in os.environ:  # whose parent has done this
     # What runs leave in the temporary folder goes with this one at the end: verl's locks of

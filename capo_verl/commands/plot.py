@@ -4,9 +4,13 @@
 from __future__ import annotations
 
 import argparse
+import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 from capo_verl.commands.refusal import refuse
+from capo_verl.viewer.notes import visible
+from capo_verl.viewer.series import Run
 
 AXES = ("steps", "completions", "accepted")
 
@@ -70,12 +74,20 @@ def run(args: argparse.Namespace) -> int:
         from capo_verl.viewer.load import load_runs
         from capo_verl.viewer.panels import choose_axis
 
-        runs = choose(load_runs(args.runs), args.where)
+        lost: list[str] = []
+        runs = choose(load_runs(args.runs, lost.append), args.where)
         groups = group_runs(runs, args.group_by)
         written = save_figures(groups, choose_axis(runs, args.x), args.output)
     except (ValueError, OSError) as e:
-        return refuse("plot", e)
+        return refuse("plot", visible(str(e)))
+    tell_notes("plot", runs, lost)
     for group in groups:
-        print(f"{group.label}: {', '.join(str(run.source) for run in group.runs)}")
-    print(f"{len(written)} files in {args.output}; all panels: {written[0]}")
+        print(visible(f"{group.label}: {', '.join(str(run.source) for run in group.runs)}"))
+    print(visible(f"{len(written)} files in {args.output}; all panels: {written[0]}"))
     return 0
+
+
+def tell_notes(command: str, runs: Iterable[Run], lost: Iterable[str]) -> None:
+    """Print on standard error what of the runs is missing in what was written, a line each."""
+    for note in (*lost, *(note for run in runs for note in run.notes)):
+        print(visible(f"capo-verl {command}: note: {note}"), file=sys.stderr)

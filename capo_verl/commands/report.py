@@ -6,8 +6,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from capo_verl.commands.plot import add_run_arguments
+from capo_verl.commands.plot import add_run_arguments, tell_notes
 from capo_verl.commands.refusal import refuse
+from capo_verl.viewer.notes import reason, visible
+from capo_verl.viewer.series import Run
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -38,12 +40,14 @@ def run(args: argparse.Namespace) -> int:
         from capo_verl.viewer.load import load_runs
         from capo_verl.viewer.page import write_page
 
-        runs = choose(load_runs(args.runs), args.where)
+        lost: list[str] = []
+        runs = choose(load_runs(args.runs, lost.append), args.where)
         if args.tokenizer:
             _put_into_text(runs, args.tokenizer)
-        write_page(group_runs(runs, args.group_by), args.output)
+        write_page(group_runs(runs, args.group_by), args.output, notes=lost)
     except (ValueError, OSError) as e:
-        return refuse("report", e)
+        return refuse("report", visible(str(e)))
+    tell_notes("report", runs, lost)
     samples = sum(len(run.samples) for run in runs)
     print(
         f"{args.output}: {len(runs)} runs, {samples} sequences of sampled tokens, "
@@ -52,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _put_into_text(runs: list, name: str) -> None:  # type: ignore[type-arg]
+def _put_into_text(runs: list[Run], name: str) -> None:
     from transformers import AutoTokenizer
 
     from capo_verl.viewer.samples import put_into_text
@@ -60,8 +64,9 @@ def _put_into_text(runs: list, name: str) -> None:  # type: ignore[type-arg]
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except Exception as e:  # of many kinds
-        raise ValueError(
-            f"--tokenizer {name}: cannot be loaded ({type(e).__name__}: {str(e).splitlines()[0]})"
-        ) from e
+        raise ValueError(f"--tokenizer {name}: cannot be loaded ({reason(e)})") from e
     for run in runs:
-        put_into_text(run.samples, tokenizer)
+        try:
+            put_into_text(run.samples, tokenizer)
+        except Exception as e:  # of many kinds: an id that the tokenizer does not have, say
+            run.notes.append(f"{run.source}: --tokenizer {name} cannot decode it ({reason(e)})")

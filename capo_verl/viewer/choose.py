@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from capo_verl.viewer.config import names_key
+from capo_verl.viewer.notes import shorten
 from capo_verl.viewer.series import Run
 
 
@@ -35,7 +36,7 @@ def choose(runs: Sequence[Run], where: Sequence[str]) -> list[Run]:
             if any(_same(v, value) for v in _values(run, key) for value in values)
         ]
         if not left:
-            there = sorted({str(value) for run in before for value in _values(run, key)})
+            there = sorted({shorten(str(v), 60) for run in before for v in _values(run, key)})
             shown = ", ".join(there[:20]) or "none: no configuration has this key"
             raise ValueError(
                 f"--where {key}={' '.join(values)}: no run has it; values there are: {shown}"

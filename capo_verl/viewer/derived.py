@@ -16,6 +16,11 @@ THRESHOLD = "capo/policy_threshold"
 TRAINING = ("critic/score/mean", "critic/rewards/mean")
 
 
+def is_source(metric: str) -> bool:
+    """True for a logged metric that accuracy or reward is derived from."""
+    return metric in TRAINING or any(pattern.fullmatch(metric) for pattern in HELD_OUT)
+
+
 def add_derived(run: Run) -> None:
     """Add the series of this module for which the run has what they need.
 
@@ -58,7 +63,10 @@ def _add_threshold(run: Run) -> None:
 
 
 def _held_out(series: Mapping[str, Series]) -> Series | None:
-    """Mean over the held-out sets, at the steps at which all of them were measured."""
+    """Mean over the held-out sets, at the steps at which all of them were measured.
+
+    It has a gap where one of them has.
+    """
     for pattern in HELD_OUT:
         sets = [found.at() for key, found in series.items() if pattern.fullmatch(key)]
         if sets:
@@ -75,7 +83,7 @@ def _completions(run: Run) -> Series | None:
     """Completions so far, from the configuration or from the logged lengths.
 
     Without a configuration, a step's tokens are divided by the mean length of a prompt with its
-    response.
+    response; a step without them counts as the next one that has them.
     """
     steps, config = _steps(run), run.config or {}
     batch, n = config.get("data.train_batch_size"), config.get("actor_rollout_ref.rollout.n")
@@ -84,11 +92,12 @@ def _completions(run: Run) -> Series | None:
     names = ("perf/total_num_tokens", "prompt_length/mean", "response_length/mean")
     if any(name not in run.series for name in names):
         return None
-    tokens, prompt, response = (run.series[name].at() for name in names)
-    so_far, found = 0.0, Series()
+    tokens, prompt, response = (run.series[name].known() for name in names)
+    so_far, counted, found = 0.0, 0, Series()
     for step in steps:
         if step in tokens and step in prompt and step in response and prompt[step] + response[step]:
-            so_far += round(tokens[step] / (prompt[step] + response[step]))
+            so_far += round(tokens[step] / (prompt[step] + response[step])) * (step - counted)
+            counted = step
         found.steps.append(step)
         found.values.append(so_far)
     return found
@@ -102,18 +111,19 @@ def _accepted_tokens(run: Run) -> Series | None:
     """
     if COMPLETIONS not in run.series or "response_length/mean" not in run.series:
         return None
-    completions, lengths = run.series[COMPLETIONS].at(), run.series["response_length/mean"].at()
+    completions = run.series[COMPLETIONS].known()
+    lengths = run.series["response_length/mean"].known()
     filters = not any(
         (key.endswith("policy_loss.capo.mode") and value == "track")
         or (key.endswith("policy_loss.capo.weighting") and value != "hard")
         for key, value in (run.config or {}).items()
     )
     rejected = (
-        run.series["capo/rejection_rate"].at()
+        run.series["capo/rejection_rate"].known()
         if filters and "capo/rejection_rate" in run.series
         else {}
     )
-    stopped = run.series["capo/filter_stopped"].at() if "capo/filter_stopped" in run.series else {}
+    stopped = run.series.get("capo/filter_stopped", Series()).known()
     rejected = {step: 0.0 if stopped.get(step) else share for step, share in rejected.items()}
     so_far, before, found = 0.0, 0.0, Series()
     for step, total in sorted(completions.items()):

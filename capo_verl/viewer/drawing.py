@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from capo_verl.viewer.groups import Band, Group, band
-from capo_verl.viewer.panels import AXES, Panel, shown_panels
+from capo_verl.viewer.panels import AXES, Panel, require_drawable, shown_panels
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -40,12 +40,7 @@ def save_figures(groups: Sequence[Group], axis: str, folder: Path) -> list[Path]
     """
     from matplotlib import rc_context
 
-    panels = shown_panels(run for group in groups for run in group.runs)
-    if not panels:
-        raise ValueError(
-            "nothing to draw: none of the runs has a metric that is drawn (docs/viewer.md lists "
-            "them)"
-        )
+    panels = require_drawable(run for group in groups for run in group.runs)
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     for name, chosen in [(OVERVIEW, panels), *((panel.key, [panel]) for panel in panels)]:
@@ -81,7 +76,9 @@ def draw(groups: Sequence[Group], panels: Sequence[Panel], axis: str) -> Figure:
         if len(groups) > 1 or len(groups[0].runs) > 1:
             _name_groups(figure, groups, legend_columns)
         else:
-            figure.suptitle(groups[0].label, fontsize=10, fontweight="bold", x=0.01, ha="left")
+            figure.suptitle(
+                groups[0].label, fontsize=10, fontweight="bold", x=0.01, ha="left", parse_math=False
+            )
     return figure
 
 
@@ -99,12 +96,13 @@ def _draw_panel(place: Axes, panel: Panel, groups: Sequence[Group], axis: str) -
                 marker=marker or ("." if few else None),
                 markersize=4, markevery=1 if few else max(1, len(found.x) // 10),
             )  # fmt: skip
+            if not few and (alone := _alone(found)):  # between gaps, with no line to a neighbour
+                place.plot(*alone, color=colour, linestyle="none", marker=".", markersize=4)
             if len(group.runs) > 1:
                 place.fill_between(
                     found.x, found.low, found.high, color=colour, alpha=0.15, linewidth=0
                 )
     if panel.log:
-        place.set_yscale("log")
         _readable_log_axis(place)
     else:
         low, high = panel.limits
@@ -128,6 +126,19 @@ def _draw_panel(place: Axes, panel: Panel, groups: Sequence[Group], axis: str) -
         _name_curves(place, [curve.label for curve in curves])
 
 
+def _alone(found: Band) -> list[list[float]]:
+    """x and y of the points without a neighbour; empty if there are none."""
+    there = [False, *(not math.isnan(y) for y in found.mean), False]
+    points = [
+        (x, y)
+        for x, y, before, here, after in zip(
+            found.x, found.mean, there, there[1:], there[2:], strict=False
+        )
+        if here and not before and not after
+    ]
+    return [list(column) for column in zip(*points, strict=True)]
+
+
 def _few_ticks() -> Any:
     from matplotlib.ticker import MaxNLocator
 
@@ -137,22 +148,23 @@ def _few_ticks() -> Any:
 def _readable_log_axis(place: Axes) -> None:
     """Ticks at powers of ten, and some between them where the values lie within less than two."""
     import numpy as np
-    from matplotlib.ticker import LogLocator, NullFormatter
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
     drawn = [np.asarray(line.get_ydata(), dtype=float).tolist() for line in place.lines]
     values = [value for line in drawn for value in line if value > 0]
-    if not values:
-        return
-    decades = math.log10(max(values)) - math.log10(min(values))
+    low, high = (min(values), max(values)) if values else (1.0, 1.0)
+    decades = math.log10(high) - math.log10(low)
+    if decades < 1.5:  # before the scale, which would look for limits between equal values
+        place.set_ylim(low / 1.3 if low < high else low / 3, high * 1.3 if low < high else high * 3)
+    place.set_yscale("log")
+    place.yaxis.set_minor_formatter(NullFormatter())
     if decades >= 1.5:
         place.yaxis.set_major_locator(LogLocator(numticks=7))
-        place.yaxis.set_minor_formatter(NullFormatter())
     else:
-        place.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        place.yaxis.set_minor_formatter(NullFormatter())
+        # In a narrow range there need be no 1, 2 or 5.
+        narrow = MaxNLocator(nbins=5) if decades < 0.5 else LogLocator(subs=(1, 2, 5))
+        place.yaxis.set_major_locator(narrow)
         place.yaxis.set_major_formatter(lambda value, _: f"{value:.3g}")
-        low, high = min(values), max(values)
-        place.set_ylim(low / 1.3 if low < high else low / 3, high * 1.3 if low < high else high * 3)
 
 
 def _style(number: int) -> tuple[str, str]:
@@ -170,22 +182,18 @@ def _name_groups(figure: Figure, groups: Sequence[Group], columns: int) -> None:
     from matplotlib.lines import Line2D
 
     handles = []
-    for number, group in enumerate(groups):
+    for number in range(len(groups)):
         colour, marker = _style(number)
         handles.append(
-            Line2D(
-                [],
-                [],
-                color=colour,
-                marker=marker or None,
-                markersize=4,
-                linewidth=2,
-                label=group.label,
-            )
+            Line2D([], [], color=colour, marker=marker or None, markersize=4, linewidth=2)
         )
-    figure.legend(
-        handles=handles, loc="outside upper left", ncols=columns, frameon=False, fontsize=9
-    )
+    legend = figure.legend(
+        handles, ["?"] * len(groups), loc="outside upper left", ncols=columns, frameon=False,
+        fontsize=9,
+    )  # fmt: skip
+    for text, group in zip(legend.get_texts(), groups, strict=True):
+        text.set_parse_math(False)  # a name is no formula, and may begin with _
+        text.set_text(group.label if shown_panels(group.runs) else f"{group.label} (no numbers)")
 
 
 def _name_curves(place: Axes, labels: Iterable[str]) -> None:

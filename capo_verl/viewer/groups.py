@@ -4,14 +4,18 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from capo_verl.viewer.config import UNIMPORTANT, names_key, varying_keys
+from capo_verl.viewer.notes import shorten, visible
 from capo_verl.viewer.panels import Curve, Panel, axis_values
 from capo_verl.viewer.series import Run
+
+LONGEST_SETTING = 60
 
 
 @dataclass(frozen=True)
@@ -24,7 +28,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Band:
-    """Mean of a group's runs, and their range, at increasing x."""
+    """Mean of a group's runs, and their range, at increasing x; NaN for a gap."""
 
     x: list[float]
     mean: list[float]
@@ -53,7 +57,10 @@ def group_runs(runs: Sequence[Run], over: Sequence[str] = ("seed",)) -> list[Gro
 
 
 def band(panel: Panel, curve: Curve, group: Group, axis: str) -> Band:
-    """Mean and range at each step, over the runs of the group that have a value there."""
+    """Mean and range at each step, over the runs of the group that logged a value there.
+
+    Where one of them cannot be drawn there is a gap: the mean of the others is of other runs.
+    """
     at: dict[int, list[tuple[float, float]]] = {}
     for run in group.runs:
         positions, series = axis_values(run, axis) or {}, panel.series(run, curve)
@@ -65,8 +72,8 @@ def band(panel: Panel, curve: Curve, group: Group, axis: str) -> Band:
     return Band(
         [sum(x for x, _ in at[step]) / len(at[step]) for step in steps],
         [sum(v) / len(v) for v in values],
-        [min(v) for v in values],
-        [max(v) for v in values],
+        [math.nan if any(map(math.isnan, v)) else min(v) for v in values],
+        [math.nan if any(map(math.isnan, v)) else max(v) for v in values],
     )
 
 
@@ -99,5 +106,7 @@ def _label(members: list[Run], over: Sequence[str], varying: list[str]) -> str:
 
 def _settings(config: Mapping[str, Any], varying: list[str]) -> str:
     return ", ".join(
-        f"{key.rsplit('.', 1)[-1]}={config[key]}" for key in varying[:3] if key in config
+        visible(shorten(f"{key.rsplit('.', 1)[-1]}={config[key]}", LONGEST_SETTING))
+        for key in varying[:3]
+        if key in config
     )

@@ -3,11 +3,23 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from capo_verl.viewer.derived import ACCEPTED, ACCURACY, COMPLETIONS, REWARD, THRESHOLD
-from capo_verl.viewer.series import Run, Series
+from capo_verl.viewer.derived import (
+    ACCEPTED,
+    ACCURACY,
+    COMPLETIONS,
+    REWARD,
+    THRESHOLD,
+    is_source,
+)
+from capo_verl.viewer.notes import spans
+from capo_verl.viewer.series import LARGEST, Run, Series
+
+NO_NUMBER = f"NaN, infinite or beyond {LARGEST:g}"
+MOST_NAMES = 8
 
 
 @dataclass(frozen=True)
@@ -34,20 +46,20 @@ class Panel:
     limits: tuple[float | None, float | None] = (None, None)
 
     def series(self, run: Run, curve: Curve) -> Series:
-        """Values of a curve in the panel's unit; empty if the run has none."""
+        """Values of a curve in the panel's unit, NaN for a gap; empty if the run has none."""
         found = run.series.get(curve.metric, Series())
         kept = [
             (s, v * self.factor)
             for s, v in zip(found.steps, found.values, strict=True)
-            if v > 0 or not self.log
+            if not self.log or math.isnan(v) or v > 0
         ]
         return Series([s for s, _ in kept], [v for _, v in kept])
 
     def curves_of(self, runs: Iterable[Run]) -> list[Curve]:
-        """Curves for which at least one of the runs has values."""
+        """Curves for which at least one of the runs has a value that can be drawn."""
         runs = list(runs)
         return [
-            curve for curve in self.curves if any(self.series(run, curve).steps for run in runs)
+            curve for curve in self.curves if any(self.series(run, curve).known() for run in runs)
         ]
 
 
@@ -134,7 +146,7 @@ def axis_values(run: Run, axis: str) -> dict[int, float] | None:
     if axis == "steps":
         return {step: float(step) for series in run.series.values() for step in series.steps}
     series = run.series.get(_AXIS_SERIES[axis])
-    return None if series is None else series.at()
+    return None if series is None else series.known()
 
 
 def choose_axis(runs: Iterable[Run], wanted: str | None = None) -> str:
@@ -159,3 +171,50 @@ def shown_panels(runs: Iterable[Run]) -> list[Panel]:
     """Panels for which there is something to draw."""
     runs = list(runs)
     return [panel for panel in PANELS if panel.curves_of(runs)]
+
+
+def require_drawable(runs: Iterable[Run]) -> list[Panel]:
+    """:func:`shown_panels`, of which there is one at least.
+
+    Raises:
+        ValueError: if there is none, with what the runs' notes say.
+    """
+    runs = list(runs)
+    panels = shown_panels(runs)
+    if not panels:
+        notes = [note for run in runs for note in run.notes]
+        raise ValueError(
+            "; ".join(
+                [
+                    "nothing to draw: none of the runs has a metric that is drawn (docs/viewer.md "
+                    "lists them)",
+                    *notes,
+                ]
+            )
+        )
+    return panels
+
+
+def gap_notes(run: Run) -> list[str]:
+    """Sentences about the logged values that cannot be drawn, for metrics that would be."""
+    drawn = {curve.metric for panel in PANELS for curve in panel.curves}
+    logged = {
+        name: series for name, series in run.series.items() if name in drawn or is_source(name)
+    }
+    where = f"{run.source}, {run.part}" if run.part else str(run.source)
+    if logged and not any(series.known() for series in logged.values()):
+        return [f"{where}: every value of {_names(logged)} is {NO_NUMBER}; none is drawn"]
+    together: dict[tuple[int, ...], list[str]] = {}
+    for name, series in logged.items():
+        together.setdefault(tuple(series.gaps()), []).append(name)
+    together.pop((), None)
+    return [
+        f"{where}: {_names(names)}: {NO_NUMBER} at step{'s' if len(gaps) > 1 else ''} "
+        f"{spans(gaps)}; a gap in the line"
+        for gaps, names in together.items()
+    ]
+
+
+def _names(metrics: Iterable[str]) -> str:
+    first, rest = list(metrics)[:MOST_NAMES], list(metrics)[MOST_NAMES:]
+    return ", ".join(first) + (f" and {len(rest)} more" if rest else "")

@@ -22,11 +22,11 @@ function make(tag, attributes = {}, ...children) {
 
 const colour = (number) => `var(--c${number % COLOURS})`;
 
-function show(value) {
+function show(value, digits = 4) {
   if (value === null || value === undefined) return "–";
   const size = Math.abs(value);
-  if (size !== 0 && (size < 1e-3 || size >= 1e6)) return value.toExponential(2);
-  return Number(value.toPrecision(4)).toLocaleString("en", { maximumSignificantDigits: 4 });
+  if (size !== 0 && (size < 1e-3 || size >= 1e6)) return value.toExponential(digits - 2);
+  return value.toLocaleString("en", { maximumSignificantDigits: digits });
 }
 
 const tip = make("div", { class: "tip", hidden: true, role: "tooltip", id: "tip" });

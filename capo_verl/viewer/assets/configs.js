@@ -10,7 +10,7 @@ function buildConfigs() {
     return;
   }
   const keys = [...new Set(known.flatMap((run) => Object.keys(run.config)))].sort();
-  const text = (run, key) => (key in run.config ? JSON.stringify(run.config[key]).replace(/^"(.*)"$/s, "$1") : null);
+  const text = (run, key) => (Object.hasOwn(run.config, key) ? JSON.stringify(run.config[key]).replace(/^"(.*)"$/s, "$1") : null);
   const differs = new Map(keys.map((key) => [key, new Set(known.map((run) => text(run, key))).size > 1]));
   const only = document.getElementById("only-differences"), search = document.getElementById("config-search");
   only.checked = known.length > 1 && [...differs.values()].some(Boolean);

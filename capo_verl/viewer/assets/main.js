@@ -14,7 +14,15 @@ function buildTheme() {
   apply();
 }
 
+function buildNotes() {
+  const notes = document.getElementById("notes");
+  notes.hidden = !DATA.notes.length;
+  notes.querySelector("summary").textContent = `Not all could be read or drawn: ${DATA.notes.length} note${DATA.notes.length > 1 ? "s" : ""}`;
+  notes.querySelector("ul").append(...DATA.notes.map((note) => make("li", {}, note)));
+}
+
 buildTheme();
+buildNotes();
 buildCurves();
 buildConfigs();
 buildTokens();

@@ -1,19 +1,20 @@
 // SPDX-License-Identifier: Apache-2.0
 // From the data to what is drawn: which runs, averaged or not, smoothed, over which x.
 
-// Exponential moving average, corrected for its start; in logarithms on logarithmic axes.
+// Exponential moving average, corrected for its start; in logarithms on logarithmic axes. A gap (null) stays one.
 function smooth(values, log) {
   const weight = state.smoothing;
   if (!weight) return values;
   let mean = 0, total = 0;
   return values.map((value) => {
+    if (value === null) return null;
     mean = weight * mean + (1 - weight) * (log ? Math.log(value) : value);
     total = weight * total + (1 - weight);
     return log ? Math.exp(mean / total) : mean / total;
   });
 }
 
-// Points [{step, x, y}] of one run's curve; x is null-free.
+// Points [{step, x, y}] of one run's curve; y is null in a gap.
 function pointsOf(run, panel, index) {
   const [steps, values] = run.panels[panel.key]?.[index] ?? [[], []];
   const at = state.axis === "steps" ? null : run.axes[state.axis];
@@ -35,8 +36,9 @@ function averaged(runs, panel, index) {
     }
   const mean = (list) => list.reduce((a, b) => a + b, 0) / list.length;
   return [...at].sort((a, b) => a[0] - b[0]).map(([step, points]) => {
-    const ys = points.map((point) => point.y);
-    return { step, x: mean(points.map((point) => point.x)), y: mean(ys), low: Math.min(...ys), high: Math.max(...ys) };
+    const ys = points.map((point) => point.y), x = mean(points.map((point) => point.x));
+    if (ys.includes(null)) return { step, x, y: null, low: null, high: null };  // the mean of the others is of other runs
+    return { step, x, y: mean(ys), low: Math.min(...ys), high: Math.max(...ys) };
   });
 }
 
@@ -44,7 +46,7 @@ function averaged(runs, panel, index) {
 function linesOf(panel) {
   const lines = [];
   const add = (label, number, index, points) => {
-    if (!points.length) return;
+    if (points.every((point) => point.y === null)) return;
     const ys = smooth(points.map((point) => point.y), panel.log);
     const drawn = points.map((point, i) => ({ ...point, raw: point.y, y: ys[i] }));
     if (points[0].low !== undefined)

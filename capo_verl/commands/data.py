@@ -14,7 +14,9 @@ EPILOG = """examples:
   capo-verl data math math500 aime24 --output data
   capo-verl data reasoning_gym/countdown --output data
   capo-verl data --list
+  capo-verl data judge '\\frac{1}{2}' 0.5       # how the reward compares an answer; -- before a -3
 """
+JUDGE = "judge"
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -88,7 +90,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def run(args: argparse.Namespace) -> int:
-    """Write the files; returns the exit code."""
+    """Write the files, or judge an answer; returns the exit code."""
+    if args.names[:1] == [JUDGE]:
+        return judge(args.names[1:])
     if not (args.list or args.names):
         return refuse("data", "name at least one data set (--list shows them)")
     from capo_verl.data import datasets
@@ -105,6 +109,29 @@ def run(args: argparse.Namespace) -> int:
     except (ValueError, OSError) as error:
         return refuse("data", error)
     return 0
+
+
+def judge(texts: list[str]) -> int:
+    """Print how the reward compares an answer with a reference; 0 if they are equal, 1 if not.
+
+    The answer may be a response with a box or answer tags.
+    """
+    if len(texts) != 2:
+        return refuse("data", f"judge REFERENCE ANSWER: {len(texts)} texts were given")
+    from capo_verl.data.rewards.extraction import final_answer
+    from capo_verl.data.rewards.math_answers import TIMEOUT_SECONDS
+    from capo_verl.data.rewards.pool import pool
+
+    reference, answer = texts
+    request = {"reference": reference, "answer": final_answer(answer) or answer, "explain": True}
+    verdict = pool("math", 1).judge(request, TIMEOUT_SECONDS)
+    for line in verdict.steps:
+        print(line)
+    if verdict.trouble:
+        print(f"the answer could not be judged ({verdict.trouble}) and scores 0")
+    else:
+        print("equal: 1" if verdict.score else "not equal: 0")
+    return 0 if verdict.score else 1
 
 
 def _count(text: str) -> int:

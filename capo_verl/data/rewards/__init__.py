@@ -6,5 +6,13 @@
 ``pool``          worker processes, killed and replaced when an answer takes too long
 ``worker``        what runs in them
 ``guard``         what they may not do
-``equivalence``   whether two answers are equal, by math-verify
+
+Equality of two answers, from the outside in:
+
+``equivalence``   the whole: lists, equations, single values
+``notation``      one notation for what may be written in many
+``final_form``    refusal of answers that restate the question
+``structure``     lists, tuples, sets and relations in a text
+``quantities``    units, percent signs, bases, times, ratios
+``values``        numbers and expressions
 """

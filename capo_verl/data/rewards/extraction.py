@@ -8,7 +8,7 @@ import re
 MAX_ANSWER_CHARS = 1000
 """A longer answer is wrong: the longest reference answers have some two hundred characters."""
 
-BOX = re.compile(r"\\(?:boxed|fbox)(?![a-zA-Z])\s*")
+BOX = re.compile(r"\\(?:boxed|fbox|framebox(?:\[[^\]]*\]){0,2})(?![a-zA-Z])\s*")
 BARE = re.compile(r"[^\s${}\\]+")
 ANSWER_FORMATS = ("boxed", "tags", "plain")
 
@@ -41,19 +41,29 @@ def final_answer(response: str, answer_format: str = "boxed") -> str | None:
 
 
 def last_box(text: str) -> str | None:
-    r"""Contents of the last complete ``\boxed{...}`` or ``\fbox{...}``; nested boxes are opened."""
+    r"""Contents of the last complete ``\boxed{...}`` that has any, or ``\fbox``, ``\framebox``.
+
+    Nested boxes are opened.
+    """
     found = _last_box(text)
     return found[0].strip() if found else None
 
 
 def _last_tags(text: str) -> tuple[str, int] | None:
     end = text.rfind("</answer>")
-    start = text.rfind("<answer>", 0, end) if end >= 0 else -1
-    return (text[start + len("<answer>") : end], end) if start >= 0 else None
+    while end >= 0:
+        start = text.rfind("<answer>", 0, end)
+        if start < 0:
+            return None
+        inside = text[start + len("<answer>") : end]
+        if inside.strip():
+            return inside, end
+        end = text.rfind("</answer>", 0, start)
+    return None
 
 
 def _last_box(text: str) -> tuple[str, int] | None:
-    """Content and end of the last complete box; of a box inside a box, the inner content.
+    """Content and end of the last complete box that has a content; of nested ones, the inner.
 
     Linear in the text.
     """
@@ -73,12 +83,14 @@ def _last_box(text: str) -> tuple[str, int] | None:
             start = opened.pop()
             if start is not None:
                 inside = last is not None and last[1] > start
-                last = (last[0] if last and inside else text[start:i], i)
-        elif i in starts and starts[i].group().endswith((" ", "\n", "\t")):
+                content = last[0] if last and inside else text[start:i]
+                if re.search(r"[^\s{}]", BOX.sub("", content)):
+                    last = (content, i)
+        elif i in starts:
             # TeX's box without braces, as some of MATH's solutions have it: up to the end of the
             # formula.
-            content = BARE.match(text, i)
-            if content:
-                last = (content[0], content.end())
+            bare = BARE.match(text, i)
+            if bare and re.search(r"\w", bare[0]):
+                last = (bare[0], bare.end())
         i += 1
     return last

@@ -18,7 +18,8 @@ from typing import Any
 
 from capo_verl.data.gym import SOURCE_PREFIX
 from capo_verl.data.rewards.extraction import MAX_ANSWER_CHARS, final_answer
-from capo_verl.data.rewards.pool import Verdict, pool
+from capo_verl.data.rewards.notation import spelling
+from capo_verl.data.rewards.pool import ELSEWHERE, Verdict, pool
 
 WORKERS = 2
 """Processes per reward worker of verl (of which there are ``reward.num_workers``, 8 by default)."""
@@ -61,11 +62,12 @@ def compute_score(
     Returns:
         ``score`` in [0, 1]; ``acc``: 1.0 for the full mark; ``pred``: the answer found, for
         majority votes; ``answered``: 1.0 if there was one; ``judge_failed``: 1.0 if it took too
-        long, too much memory, or could not be read. The same keys for every row, as verl requires.
+        long, too much memory, could not be read, or no worker started. The same keys for every
+        row, as verl requires.
 
     Raises:
         ValueError: for a row that this function cannot score.
-        RuntimeError: if no worker starts.
+        RuntimeError: if a package of the workers is missing.
     """
     extra = extra_info or {}
     gym = data_source.startswith(SOURCE_PREFIX)
@@ -83,7 +85,7 @@ def compute_score(
         return _result(0.0, "", answered=False, failed=False)
     if len(answer) > limit:
         return _result(0.0, answer, answered=True, failed=True)
-    if not gym and _spelling(answer) == _spelling(ground_truth):
+    if not gym and spelling(answer) == spelling(ground_truth):
         return _result(1.0, answer, answered=True, failed=False)
     request = {"answer": answer, "reference": ground_truth}
     if gym:
@@ -106,7 +108,7 @@ def _judge(kind: str, request: dict[str, Any], seconds: float, workers: int) -> 
     verdict = pool(kind, workers).judge(request, seconds)
     # What ended a worker may have been something else on the machine; what took too long is not
     # tried again and again.
-    if verdict.trouble != "died":
+    if verdict.trouble not in ELSEWHERE:
         with _lock:
             _verdicts[key] = verdict
             if len(_verdicts) > REMEMBERED:
@@ -124,13 +126,6 @@ def _result(
         "answered": float(answered),
         "judge_failed": float(failed),
     }
-
-
-def _spelling(text: str) -> str:
-    r"""A text without spaces, ``\text{}``, a full stop and the case of words."""
-    text = re.sub(r"\\(?:text|mathrm|textbf)\{([^{}]*)\}", r"\1", text.strip().strip("$"))
-    text = "".join(text.split()).rstrip(".")
-    return text.casefold() if re.fullmatch(r"[^\W\d_]{2,}.*", text) and "\\" not in text else text
 
 
 def _default_workers() -> int:

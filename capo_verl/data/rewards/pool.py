@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import atexit
 import json
+import logging
 import os
 import queue
 import select
@@ -23,8 +24,12 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+logger = logging.getLogger(__name__)
+
 START_SECONDS = 120.0
 """Seconds for importing sympy or reasoning-gym on a machine that is busy."""
+DIED, NOT_STARTED = ELSEWHERE = ("died", "not started")
+"""Troubles that are not the answer's: it is tried once more, and its verdict is not remembered."""
 
 
 @dataclass(frozen=True)
@@ -35,8 +40,15 @@ class Verdict:
     trouble: str = ""
     """Reason that the score is 0, or empty.
 
-    ``timeout``, ``died``, ``memory``, or the class of the error that the answer caused.
+    ``timeout``, ``died``, ``memory``, ``not started``, or the class of the error that the answer
+    caused.
     """
+    steps: tuple[str, ...] = ()
+    """How the answer was compared, line by line, if the request asked for it (``explain``)."""
+
+
+class NotReadyError(Exception):
+    """A worker that ended, or was not ready in time."""
 
 
 class _Worker:
@@ -58,13 +70,11 @@ class _Worker:
         hello = self._receive(START_SECONDS)
         if hello is None or not hello.get("ready"):
             self.kill()
-            reason = (hello or {}).get(
-                "failed", f"it ended, or was not ready within {START_SECONDS:.0f} s"
-            )
+            if hello is None:
+                raise NotReadyError
             raise RuntimeError(
-                f"the process that judges answers ({kind}) did not start: {reason}; pip install "
-                f"'capo-verl[data]', or run: {sys.executable} -m "
-                f"capo_verl.data.rewards.worker {kind}"
+                f"the process that judges answers ({kind}) did not start: {hello['failed']}; "
+                f"pip install 'capo-verl[data]', or run: {_by_hand(kind)}"
             )
 
     @property
@@ -129,6 +139,7 @@ class Pool:
         for _ in range(size):
             self._idle.put(None)
         self._workers: set[_Worker] = set()
+        self._warned = False
         self._lock = threading.Lock()
         atexit.register(self.close)
 
@@ -137,25 +148,40 @@ class Pool:
 
         ``seconds`` limits the time of judging alone, without that of waiting for a worker.
 
+        A worker that ends, or does not start in time, is replaced once.
+
         Raises:
-            RuntimeError: if a worker cannot be started at all.
+            RuntimeError: if a worker says that it cannot start: a package is missing.
         """
         verdict = self._judge_once(request, seconds)
-        # An idle worker may have been ended by something else, for example for want of memory on
-        # the machine.
-        return self._judge_once(request, seconds) if verdict.trouble == "died" else verdict
+        # A busy machine, or one short of memory, says nothing about the answer.
+        if verdict.trouble in ELSEWHERE:
+            verdict = self._judge_once(request, seconds)
+        if verdict.trouble == NOT_STARTED and not self._warned:
+            self._warned = True
+            logger.warning(
+                "no process that judges answers (%s) was ready within %.0f s, twice: the answer "
+                "scores 0 with judge_failed=1, and so will others; to see why, run: %s",
+                self.kind, START_SECONDS, _by_hand(self.kind),
+            )  # fmt: skip
+        return verdict
 
     def _judge_once(self, request: dict[str, Any], seconds: float) -> Verdict:
         worker = self._idle.get()
         try:
             if worker is None:
-                worker = _Worker(self.kind)
+                try:
+                    worker = _Worker(self.kind)
+                except NotReadyError:
+                    return Verdict(0.0, NOT_STARTED)
                 with self._lock:
                     self._workers.add(worker)
             reply = worker.ask(request, seconds)
             if reply is not None:
-                return Verdict(reply["score"], reply.get("refused", ""))
-            trouble = "died" if worker.has_ended() else "timeout"
+                return Verdict(
+                    reply["score"], reply.get("refused", ""), tuple(reply.get("steps", ()))
+                )
+            trouble = DIED if worker.has_ended() else "timeout"
             worker.kill()
             with self._lock:
                 self._workers.discard(worker)
@@ -175,6 +201,10 @@ class Pool:
             workers, self._workers = self._workers, set()
         for worker in workers:
             worker.kill()
+
+
+def _by_hand(kind: str) -> str:
+    return f"{sys.executable} -m capo_verl.data.rewards.worker {kind}"
 
 
 def pool(kind: str, size: int) -> Pool:

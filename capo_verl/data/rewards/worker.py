@@ -28,6 +28,13 @@ def math(request: Request) -> float:
     return float(equal(request["reference"], request["answer"]))
 
 
+def explain(request: Request) -> list[str]:
+    """Lines that say how the answer is compared with the reference."""
+    from capo_verl.data.rewards.equivalence import explain as lines
+
+    return list(lines(request["reference"], request["answer"]))
+
+
 def reasoning_gym(request: Request) -> float:
     """reasoning-gym's score of ``request["answer"]``, in [0, 1]."""
     from capo_verl.data.gym import compute_score
@@ -95,8 +102,13 @@ def main(kind: str) -> None:
         signal.setitimer(signal.ITIMER_REAL, ORPHAN_SECONDS)
         refused = RefusedError.count
         try:
-            score = judge(json.loads(line))
-            reply(score=score, refused="" if score or RefusedError.count == refused else "refused")
+            request = json.loads(line)
+            score = judge(request)
+            reply(
+                score=score,
+                refused="" if score or RefusedError.count == refused else "refused",
+                steps=explain(request) if request.get("explain") else [],
+            )
         except MemoryError:
             reply(score=0.0, refused="memory")
         # an answer that cannot be read is a wrong answer; the reason is counted and reported

@@ -109,9 +109,10 @@ def test_what_only_ends_like_an_answer(answer, reference):
 @pytest.mark.parametrize(("answer", "reference"), QUESTIONS)
 def test_math_verify_would_pay_for_questions(answer, reference):
     """Or the refusals above would prove nothing."""
-    from capo_verl.data.rewards.equivalence import _same_value
+    from capo_verl.data.rewards.equivalence import same
+    from capo_verl.data.rewards.notation import normalise
 
-    assert _same_value(reference, answer)
+    assert same(normalise(reference), normalise(answer))
 
 
 @pytest.mark.parametrize(("answer", "reference"), FINAL)
@@ -492,6 +493,36 @@ def test_a_worker_that_cannot_start_says_why(tmp_path, monkeypatch):
         match=r"did not start: math_verify is missing; pip install 'capo-verl\[data\]'",
     ):
         pool.judge({"reference": "1", "answer": "2"}, 20.0)
+
+
+def test_a_worker_that_is_not_ready_in_time_costs_its_answer_only(tmp_path, monkeypatch, caplog):
+    """Started twice, then 0 and one warning; the next answer starts one again."""
+    starts = tmp_path / "starts"
+    (tmp_path / "slow").mkdir()
+    (tmp_path / "slow/math_verify.py").write_text(
+        f"open({str(starts)!r}, 'a').write('.'); import time; time.sleep(60)\n"
+    )
+    pool = Pool("math", 1)
+    request = {"reference": "1", "answer": "2"}
+    with monkeypatch.context() as patch:
+        patch.setattr("capo_verl.data.rewards.pool.START_SECONDS", 8.0)
+        patch.syspath_prepend(tmp_path / "slow")
+        assert pool.judge(request, 20.0) == Verdict(0.0, "not started")
+        assert starts.read_text() == ".."
+        patch.setattr("capo_verl.data.rewards.pool.START_SECONDS", 0.01)
+        assert pool.judge(request, 20.0).trouble == "not started"
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "no process that judges answers (math) was ready within 8 s, twice" in caplog.text
+    assert pool.judge({"reference": "1", "answer": "1.0"}, 20.0) == Verdict(1.0)
+    pool.close()
+
+
+def test_what_no_worker_has_judged_is_not_remembered(monkeypatch):
+    verdicts = iter([Verdict(0.0, "not started"), Verdict(1.0)])
+    monkeypatch.setattr(Pool, "judge", lambda *_: next(verdicts))
+    first, second = (score("\\frac{2}{4}", "0.5") for _ in range(2))
+    assert (first["score"], first["judge_failed"]) == (0.0, 1.0)
+    assert (second["score"], second["judge_failed"]) == (1.0, 0.0)
 
 
 def test_verls_own_loader_and_reward_manager():

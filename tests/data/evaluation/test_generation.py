@@ -84,8 +84,11 @@ def test_generate_stop_continue_and_score(tmp_path):
     evaluate(*options)
     resumed = (output / "completions.jsonl").read_bytes().splitlines(keepends=True)
     assert resumed[:9] == kept and len(resumed) == 24
-    by_problem = Counter((r["key"], r["response"]) for r in map(json.loads, resumed))
-    assert max(by_problem.values()) == 1  # the server's seed moved on: nothing is sampled twice
+    # The server's seed moved on: nothing is sampled twice, but for answers that end at once.
+    answers = Counter(
+        (r["key"], r["response"]) for r in map(json.loads, resumed) if r["tokens"] >= 6
+    )
+    assert answers.total() > 12 and max(answers.values()) == 1
 
     # Scores: those of the reward function, and again without a server.
     import pyarrow.parquet as parquet

@@ -77,6 +77,7 @@ HOW = (
     How(r"capo-verl doctor.*", prefix="VERL_PLATFORM=cpu", ray=True,
         says=r"(?i)all .*checks passed|\"status\": \"ok\""),
     How(r"make \w+", append="--dry-run"),
+    How(r"capo-verl data judge .*", says="^equal: 1$|\nequal: 1$"),
     How(r"sphinx-build .*", makes=("outputs/site/index.html",)),
     # GPU launchers
     How(r"DRY_RUN=1 bash examples/run_qwen\S+_megatron\.sh( >resolved\.yaml)?", says=r"GiB"),

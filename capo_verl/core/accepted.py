@@ -22,6 +22,7 @@ from capo_verl.core.kernels.entries import RowEntries, sort_by_row
 from capo_verl.core.kernels.moments import Moments
 from capo_verl.core.memory import fold_limit
 from capo_verl.core.support import FullSupport, Support, TopKSupport
+from capo_verl.core.validation import check_unmodified, version
 
 SCRATCH_ELEMENTS = 1 << 24
 """Elements of one reduction, and of hidden states joined for it: 64 MiB of float32.
@@ -80,10 +81,18 @@ class AcceptedTokens:
         if isinstance(support, FullSupport):
             self._fold_full(hidden, advantages, support, accepted)
             return
-        self._kept.append(_MicroBatch(hidden, _version(hidden), advantages, support, accepted))
+        self._kept.append(_MicroBatch(hidden, version(hidden), advantages, support, accepted))
         held = sum(m.hidden.nbytes for m in self._kept)
         if held > fold_limit(self._rows, self._hidden_size):
             self._fold()
+
+    def check(self) -> None:
+        """
+        Raises:
+            RuntimeError: if hidden states were overwritten since they were evaluated.
+        """
+        for m in self._kept:
+            check_unmodified(m.hidden, m.version)
 
     def clear(self) -> None:
         """Forget everything; the memory is given back."""
@@ -101,9 +110,6 @@ class AcceptedTokens:
     def update(self, moments: Moments, groups: Sequence[collectives.Group]) -> None:
         """Move ``moments`` and their number of updates by the mean gradients over all ranks of
         ``groups``. Collective.
-
-        Raises:
-            RuntimeError: if hidden states were overwritten since they were evaluated.
         """
         if self._sums is not None:
             self._fold()
@@ -172,12 +178,6 @@ class AcceptedTokens:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _entries(self, kept: Sequence[_MicroBatch]) -> RowEntries:
-        for m in kept:
-            if m.version != _version(m.hidden):
-                raise RuntimeError(
-                    "hidden_states were modified in place between CapoFilter.evaluate() and "
-                    "step(); they are needed for the moments until then: pass a copy to evaluate()"
-                )
         row = torch.cat([m.support.ids for m in kept]) - kept[0].support.shard.start
         weight = torch.cat([m.advantages[:, None] * m.support.v for m in kept])
         return sort_by_row(row, weight, torch.cat([m.accepted for m in kept]), self._rows)
@@ -211,8 +211,3 @@ class AcceptedTokens:
                 self._rows, self._hidden_size, device=self._count.device, dtype=self.dtype
             )
         return self._sums
-
-
-def _version(x: Tensor) -> int:
-    """Version of the tensor's storage, as autograd counts it; inference tensors have none."""
-    return 0 if x.is_inference() else x._version

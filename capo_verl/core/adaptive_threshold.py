@@ -43,8 +43,8 @@ class AdaptiveThreshold:
 
     def discard(self) -> None:
         """Forget the tokens seen since the last step."""
-        self._keys: list[Tensor] = []
-        self._counts: list[Tensor] = []
+        self._shifts: list[Tensor] = []
+        self._masks: list[Tensor] = []
 
     def move(self, device: torch.device) -> None:
         self.value = self.value.to(device)
@@ -54,8 +54,8 @@ class AdaptiveThreshold:
 
         Does not wait for the device.
         """
-        self._keys.append(ordered_keys(policy_shift, mask))
-        self._counts.append(mask.sum())
+        self._shifts.append(policy_shift)
+        self._masks.append(mask)
 
     def step(self, comparable: Tensor | bool, dtype: torch.dtype) -> None:
         """Move by the quantile of the tokens added. Collective; does not wait for the device.
@@ -66,15 +66,14 @@ class AdaptiveThreshold:
             dtype: of the shifts, the same on all ranks.
         """
         device = self.value.device
-        keys = self._keys or [
-            ordered_keys(
-                torch.empty(0, device=device, dtype=dtype), torch.ones((), device=device).bool()
-            )
-        ]
-        counts = self._counts or [torch.zeros((), device=device, dtype=torch.int64)]
-        count = collectives.sum_(torch.stack(counts).sum(), self._groups)
+        # Joined before their bits are looked at: micro-batches may differ in dtype.
+        shifts = torch.cat([torch.empty(0, device=device, dtype=dtype), *self._shifts])
+        mask = torch.cat([torch.empty(0, device=device, dtype=torch.bool), *self._masks])
+        count = collectives.sum_(mask.sum(), self._groups)
         share = 1 - self._target.target_rejection
-        found = nearest_rank(torch.cat(keys)[None], count, (share,), self._groups)[0, 0].double()
+        found = nearest_rank(ordered_keys(shifts, mask)[None], count, (share,), self._groups)[
+            0, 0
+        ].double()
         memory = self._target.memory
         moved = (memory * self.value.log() + (1 - memory) * found.log()).exp()
         # A quantile of 0 (no advantage anywhere) has no logarithm, and would reject everything ever

@@ -12,7 +12,7 @@ from capo_verl.core import collectives
 from capo_verl.core.curvature import Shifts, sequence_sums, set_shifts
 from capo_verl.core.optimizer_model import OptimizerModel
 from capo_verl.core.support import FullSupport, Support, TopKSupport
-from capo_verl.core.validation import Inputs
+from capo_verl.core.validation import Inputs, check_unmodified, version
 
 
 class BatchShifts(NamedTuple):
@@ -22,6 +22,15 @@ class BatchShifts(NamedTuple):
     """All response tokens."""
     after: Shifts
     """Shifts of the tokens inside the trust region; of all, weighted, with soft weights."""
+
+
+class _MicroBatch(NamedTuple):
+    inputs: Inputs
+    version: int
+    """Of the hidden states, which are the caller's."""
+    supports: list[Support]
+    kept: Tensor
+    advantages: Tensor
 
 
 class RetainedTokens:
@@ -38,7 +47,7 @@ class RetainedTokens:
         self.clear()
 
     def clear(self) -> None:
-        self._kept: list[tuple[Inputs, list[Support], Tensor, Tensor]] = []
+        self._kept: list[_MicroBatch] = []
         self._places = 0
         self._tokens: list[Tensor] = []
         self._seen: list[Tensor] = []
@@ -63,21 +72,23 @@ class RetainedTokens:
             supports: of its tokens, in parts.
             kept: ``[N]`` bool, the tokens ``after`` filtering; advantages: ``[N]``, theirs then.
         """
-        n = len(kept)
-        tokens = inputs.mask.sum()
-        self._seen.append(tokens)
+        n, tokens = len(kept), inputs.mask.sum()
         if self.max_tokens == 0 or (
             self._kept and self.max_tokens is not None and self._places + n > self.max_tokens
         ):
+            self._seen.append(tokens)
             return
-        self._places += n
-        self._tokens.append(tokens)
         no_logits = inputs.hidden.new_empty(
             0
         )  # not a view of the logits: it would keep all of them alive
-        self._kept.append(
-            (inputs._replace(logits=no_logits), [s.snapshot() for s in supports], kept, advantages)
-        )
+        micro_batch = _MicroBatch(
+            inputs._replace(logits=no_logits), version(inputs.hidden),
+            [s.snapshot() for s in supports], kept, advantages,
+        )  # fmt: skip
+        self._places += n
+        self._kept.append(micro_batch)
+        self._tokens.append(tokens)
+        self._seen.append(tokens)
 
     def shifts(
         self,
@@ -90,7 +101,7 @@ class RetainedTokens:
         """Mean over tokens per sequence, then over sequences, along the direction of the whole set.
 
         Raises:
-            RuntimeError: if nothing was kept.
+            RuntimeError: if nothing was kept, or hidden states were overwritten since.
         """
         if self.max_tokens == 0:
             raise RuntimeError("batch_shifts() needs capo.batch_shift_tokens > 0 (or null)")
@@ -98,8 +109,10 @@ class RetainedTokens:
             raise RuntimeError(
                 "batch_shifts() found no tokens: call evaluate() before it, and step() after it"
             )
-        inputs = [kept[0] for kept in self._kept]
-        support = _concatenate([support for kept in self._kept for support in kept[1]])
+        for micro_batch in self._kept:
+            check_unmodified(micro_batch.inputs.hidden, micro_batch.version)
+        inputs = [kept.inputs for kept in self._kept]
+        support = _concatenate([support for kept in self._kept for support in kept.supports])
         sequence = _number_sequences(inputs)
         num_sequences = sum(i.num_sequences for i in inputs)
         hidden = [i.hidden for i in inputs]
@@ -123,7 +136,10 @@ class RetainedTokens:
         )
         return BatchShifts(
             before,
-            over(torch.cat([k[2] for k in self._kept]), torch.cat([k[3] for k in self._kept])),
+            over(
+                torch.cat([k.kept for k in self._kept]),
+                torch.cat([k.advantages for k in self._kept]),
+            ),
         )
 
 

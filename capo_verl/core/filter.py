@@ -6,6 +6,7 @@ layout.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import wraps
 from typing import Any, NamedTuple, TypeVar, cast
 
@@ -24,7 +25,15 @@ from capo_verl.core.output import CapoOutput, Stage
 from capo_verl.core.penalty import PenaltyTerms, joined_terms, penalises, token_shifts_and_terms
 from capo_verl.core.support import Support, find_support
 from capo_verl.core.trust_region import judge
-from capo_verl.core.validation import Inputs, check_inputs, find_problems, raise_for
+from capo_verl.core.validation import (
+    Inputs,
+    check_inputs,
+    find_problems,
+    is_count,
+    note_overflow,
+    raise_for,
+    shown,
+)
 from capo_verl.core.weighting import Weighting, Weights
 
 _Method = TypeVar("_Method", bound=Callable[..., Any])
@@ -95,7 +104,15 @@ class CapoFilter:
                 "capo.mode=off measures nothing: make no filter, or set capo.mode=track"
             )
         tp = collectives.size(tp_group)
-        padded_vocab_size = padded_vocab_size or -(-vocab_size // tp) * tp
+        for name, size in (
+            ("vocab_size", vocab_size),
+            ("hidden_size", hidden_size),
+            ("padded_vocab_size", padded_vocab_size),
+        ):
+            if not is_count(size, least=1) and (size is not None or name != "padded_vocab_size"):
+                raise ValueError(f"{name}={shown(size)}: expected an integer >= 1")
+        if padded_vocab_size is None:
+            padded_vocab_size = -(-vocab_size // tp) * tp
         if config.top_k is not None and config.top_k > vocab_size:
             raise ValueError(
                 f"capo.top_k={config.top_k} exceeds the vocabulary of {vocab_size} tokens; use "
@@ -142,9 +159,14 @@ class CapoFilter:
         """
 
     def set_optimizer(self, betas: tuple[float, float], eps: float) -> None:
-        """Follow the real optimizer's hyper-parameters, should they change during training."""
+        """Follow the real optimizer's hyper-parameters, should they change during training.
+
+        Raises:
+            ValueError: for what ``CapoConfig`` refuses as ``betas`` and ``eps``.
+        """
+        checked = replace(self.config, betas=betas, eps=eps)
         if isinstance(self.model, AdamModel):
-            self.model.betas, self.model.eps = betas, eps
+            self.model.betas, self.model.eps = checked.betas, checked.eps
 
     @_exact
     def evaluate(
@@ -169,8 +191,9 @@ class CapoFilter:
         Args:
             hidden_states: ``[..., H]``, input of the LM head at the position that predicts the
                 token. Kept by reference until :meth:`step`, unless ``skip_masked`` makes a copy;
-                modifying it in place before is an error there.
-            logits: ``[..., rows]``, after temperature, this rank's vocabulary rows. Only read. Or
+                modifying it in place before is an error there. All other tensors may change.
+            logits: ``[..., rows]``, after temperature, this rank's vocabulary rows. Only read. A
+                masked vocabulary has a finite floor, such as -1e4, in place of -inf. Or
                 :class:`ProjectedLogits`: the LM head, which the filter multiplies with the hidden
                 states itself, a run of tokens at a time.
             actions: ``[...]`` integer, global ids of the taken tokens.
@@ -187,8 +210,8 @@ class CapoFilter:
                 the last dimension is time, every row a sequence of its own.
             num_sequences: required with ``sequence_ids``.
             max_tokens: with ``skip_masked``, an upper bound of the number of tokens in the mask,
-                known without asking the device for it. Default on a GPU: all positions, at the cost
-                of memory for those outside the mask.
+                known without asking the device for it; more tokens are an error. Default on a GPU:
+                all positions, at the cost of memory for those outside the mask.
             check_values: raise for unusable values, which waits for the device. If False they are
                 only marked in the result, and the caller has to :meth:`discard` the mini-batch.
 
@@ -196,9 +219,12 @@ class CapoFilter:
             :class:`CapoOutput`. float64 inputs are evaluated in float64, all others in float32.
 
         Raises:
-            ValueError: for wrong shapes, or non-finite values or token ids out of range inside the
-                mask (how many, where); nothing has been updated then. For penalties without logits.
+            ValueError: for wrong types or shapes; for values inside the mask that are not finite,
+                whose products are not, or that are no token ids (how many, where). For penalties
+                without logits. Nothing has changed then.
+            RuntimeError: if earlier ``hidden_states`` were modified in place.
         """
+        self.model.check()
         if penalises(self.config) and isinstance(logits, ProjectedLogits):
             raise ValueError(
                 "capo.policy_penalty and capo.objective_penalty are functions of the logits, but "
@@ -207,11 +233,10 @@ class CapoFilter:
         inputs = check_inputs(
             hidden_states, logits, actions, advantages, response_mask, learning_rate,
             temperature=temperature, skip_masked=skip_masked, sequence_ids=sequence_ids,
-            num_sequences=num_sequences,
-            max_tokens=max_tokens if skip_masked else None, hidden_size=self.hidden_size,
-            shard=self.shard,
+            num_sequences=num_sequences, max_tokens=max_tokens, hidden_size=self.hidden_size,
+            shard=self.shard, dtype=self.model.dtype,
         )  # fmt: skip
-        dtype = torch.promote_types(self.model.dtype, inputs.dtype)
+        dtype = inputs.advantages.dtype
         rows = (
             ProjectedRows(inputs.logits, inputs.hidden, inputs.temperature)
             if isinstance(inputs.logits, ProjectedLogits)
@@ -232,40 +257,39 @@ class CapoFilter:
             )
             for tokens in blocks
         ]  # fmt: skip
-        problems = find_problems(inputs, _joined([s.finite for s in supports]), self.shard)
-        if check_values:
-            raise_for(problems, inputs, self.shard)
-        self.model.promote(dtype)
+        problems = find_problems(
+            inputs,
+            _joined([s.finite for s in supports]),
+            self.shard,
+            self.model.gradient_limit(dtype),
+        )
         inputs = inputs._replace(
-            advantages=inputs.advantages.to(dtype),
             sequence=inputs.sequence.clamp(0, max(0, inputs.num_sequences - 1)),
         )
-
+        parts = [inputs.part(tokens) for tokens in blocks]
         decisions = [
-            self._decide(inputs.part(tokens), support, tokens.start)
-            for tokens, support in zip(blocks, supports, strict=True)
+            self._decide(part, support, tokens.start)
+            for part, tokens, support in zip(parts, blocks, supports, strict=True)
         ]
-        verdict = _joined([decision.stages[-1].verdict for decision in decisions])
+        stages = [
+            Stage(same[0].granularity,
+                *(_joined(list(x)) for x in zip(*(s[1:] for s in same), strict=True)))
+            for same in zip(*(decision.stages for decision in decisions), strict=True)
+        ]  # fmt: skip
+        if not isinstance(self.model, AdamModel) or self.model.eps > 0:  # else 0 / 0 is expected
+            shifts = [x for s in stages for x in (s.objective_shift, s.policy_shift)]
+            note_overflow(problems, inputs.mask, shifts)
+        if check_values:
+            raise_for(problems, inputs, self.shard)
+        verdict = stages[-1].verdict
         weights = Weights(
             *map(
                 _joined, map(list, zip(*(decision.weights for decision in decisions), strict=True))
             )
         )
-        if self.keep_for_batch_shifts:
-            if self.config.weighting == "hard":
-                self._retained.add(inputs, supports, verdict, inputs.advantages)
-            else:
-                self._retained.add(
-                    inputs, supports, inputs.mask, inputs.advantages * weights.trusted
-                )
-        stages = tuple(
-            Stage(same[0].granularity,
-                *(inputs.restore(_joined(list(x))) for x in zip(*(s[1:] for s in same),
-                    strict=True)))
-            for same in zip(*(decision.stages for decision in decisions), strict=True)
-        )  # fmt: skip
+        stages = [Stage(s.granularity, *map(inputs.restore, s[1:])) for s in stages]
         terms = [decision.terms for decision in decisions if decision.terms is not None]
-        return CapoOutput(
+        out = CapoOutput(
             objective_shift=stages[0].objective_shift,
             policy_shift=stages[0].policy_shift,
             accepted=inputs.restore(weights.accepted),
@@ -274,9 +298,24 @@ class CapoFilter:
             in_trust_region=inputs.restore(verdict),
             in_support=inputs.restore(_joined([s.inside for s in supports])),
             problems={what: inputs.restore(bad) for what, bad in problems.items()},
-            stages=stages,
+            stages=tuple(stages),
             penalty_terms=joined_terms(terms, inputs) if terms else None,
         )
+        # From here on things change: what can be refused has been.
+        soft = self.config.weighting != "hard"
+        if self.keep_for_batch_shifts:
+            if soft:
+                kept, advantages = inputs.mask, inputs.advantages * weights.trusted
+            else:
+                kept, advantages = verdict, inputs.advantages
+            self._retained.add(inputs, supports, kept, advantages)
+        self.model.promote(dtype)
+        for part, support, decision in zip(parts, supports, decisions, strict=True):
+            applied = decision.weights
+            self._weighting.add(decision.stages[-1].policy_shift, applied.trusted, part.mask)
+            advantages = part.advantages * applied.applied if soft else part.advantages
+            self.model.accumulate(part.hidden, advantages, support, applied.accepted)
+        return out
 
     @_exact
     def step(self) -> None:
@@ -288,8 +327,10 @@ class CapoFilter:
         move here too, from sums over the same ranks.
 
         Raises:
-            RuntimeError: if ``hidden_states`` were modified in place since they were evaluated.
+            RuntimeError: if ``hidden_states`` were modified in place since they were evaluated;
+                nothing has changed then.
         """
+        self.model.check()
         self._weighting.step(self.model.is_settled, self.model.dtype)
         self.model.update((self.dp_group, self.cp_group))
         self._retained.clear()
@@ -306,7 +347,8 @@ class CapoFilter:
             policy_shift: ``sampled`` or ``exact``, in place of the config's.
 
         Raises:
-            RuntimeError: with ``batch_shift_tokens=0``.
+            RuntimeError: with ``batch_shift_tokens=0``, or if ``hidden_states`` were modified in
+                place since they were evaluated.
         """
         exact = (policy_shift or self.config.policy_shift) == "exact"
         return self._retained.shifts(self.model, self.tp_group, self.dp_group, self.cp_group, exact)
@@ -346,6 +388,10 @@ class CapoFilter:
         """
         self.model.load_state_dict(state)
 
+    def check_state_dict(self, state: dict[str, Any]) -> None:
+        """Raise what :meth:`load_state_dict` would raise, and change nothing."""
+        self.model.check_state_dict(state)
+
     def adaptive_state(self) -> dict[str, float]:
         """State of what adapts besides the moments: threshold and guard. Empty if nothing
         does.
@@ -362,6 +408,10 @@ class CapoFilter:
             ValueError: for an unknown name or a value that is no number; nothing is changed then.
         """
         self._weighting.load(state)
+
+    def check_adaptive_state(self, state: dict[str, float]) -> None:
+        """Raise what :meth:`load_adaptive_state` would raise, and change nothing."""
+        self._weighting.check(state)
 
     @property
     def policy_shift_max(self) -> float | Tensor | None:
@@ -384,9 +434,7 @@ class CapoFilter:
         return self._weighting.stopped
 
     def _decide(self, inputs: Inputs, support: Support, first_token: int) -> _Decision:
-        """Apply all granularities to a block of tokens, and remember the accepted ones for
-        :meth:`step`.
-        """
+        """Apply all granularities to a block of tokens; nothing is remembered."""
         stages: list[Stage] = []
         verdict, terms = inputs.mask, None
         for granularity in self.config.stages:
@@ -405,12 +453,7 @@ class CapoFilter:
             objective_ok, policy_ok = judge(self.config, shifts, self.policy_shift_max)
             verdict = verdict & objective_ok & policy_ok
             stages.append(Stage(granularity, *shifts, objective_ok, policy_ok, verdict))
-        weights = self._weighting.weigh(
-            stages[-1].policy_shift, inputs.advantages, verdict, inputs.mask
-        )
-        soft = self.config.weighting != "hard"
-        advantages = inputs.advantages * weights.applied if soft else inputs.advantages
-        self.model.accumulate(inputs.hidden, advantages, support, weights.accepted)
+        weights = self._weighting.weigh(stages[-1].policy_shift, verdict, inputs.mask)
         return _Decision(stages, weights, terms)
 
     def _shifts(

@@ -9,8 +9,10 @@ comes to the same scale.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 from capo_verl.config import KLBudgetConfig
+from capo_verl.core.validation import is_number, shown
 
 STEPS_BACK = 3
 """Bound on the number of times a step is shortened, with a forward pass each: far from the old
@@ -50,9 +52,13 @@ class KLBudget:
                 measured) or a negative number (rounding) changes nothing.
 
         Raises:
-            ValueError: if ``kl`` is NaN; nothing has changed then.
+            ValueError: if ``kl`` is NaN or no number; nothing has changed then.
         """
-        if kl is None or kl < 0:
+        if kl is None:
+            return
+        if not (is_number(kl) or isinstance(kl, float)):
+            raise ValueError(f"kl={shown(kl)}: expected a number, or None")
+        if kl < 0:
             return
         if math.isnan(kl):
             raise ValueError(
@@ -77,29 +83,35 @@ class KLBudget:
         """``{"scale": s}``."""
         return {"scale": self.scale}
 
+    def check_state_dict(self, state: dict[str, float]) -> None:
+        """
+        Raises:
+            ValueError: naming the key and the value, if it is not a state of :meth:`state_dict`.
+        """
+        if not isinstance(state, Mapping):
+            raise ValueError(f"kl_budget state: expected a dict, got {shown(state)}")
+        keys = sorted(str(key) for key in set(state) - RETIRED)
+        if keys != ["scale"]:
+            raise ValueError(
+                f"kl_budget state: expected the key scale, got {', '.join(keys) or 'none'}"
+            )
+        for name, value in state.items():
+            if not is_number(value) or value <= 0:
+                raise ValueError(
+                    f"kl_budget state: {name}={shown(value)}, expected a positive number"
+                )
+        if state["scale"] > 1:
+            raise ValueError(f"kl_budget state: scale={shown(state['scale'])}, expected at most 1")
+
     def load_state_dict(self, state: dict[str, float]) -> None:
         """Take over the state of :meth:`state_dict`.
 
         A scale below this run's ``scale_min`` is raised to it.
 
         Raises:
-            ValueError: naming the key and the value, if it is not such a state; nothing has changed
-                then.
+            ValueError: as :meth:`check_state_dict`; nothing has changed then.
         """
-        keys = sorted(set(state) - RETIRED)
-        if keys != ["scale"]:
-            raise ValueError(
-                f"kl_budget state: expected the key scale, got {', '.join(keys) or 'none'}"
-            )
-        for name, value in state.items():
-            if (
-                isinstance(value, bool)
-                or not isinstance(value, int | float)
-                or not 0 < value < math.inf
-            ):
-                raise ValueError(f"kl_budget state: {name}={value!r}, expected a positive number")
-        if state["scale"] > 1:
-            raise ValueError(f"kl_budget state: scale={state['scale']!r}, expected at most 1")
+        self.check_state_dict(state)
         self.scale = max(self.config.scale_min, float(state["scale"]))
 
 

@@ -13,6 +13,14 @@ from torch import Tensor
 
 from capo_verl.core.chunks import chunk_slices
 
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""The dtypes of hidden states, logits and moments; float8 has no arithmetic."""
+
+
+def describe(x: Tensor) -> str:
+    """Dtype and shape, as errors show them."""
+    return f"{str(x.dtype).removeprefix('torch.')} {list(x.shape)}"
+
 
 @dataclass(frozen=True)
 class VocabShard:
@@ -137,14 +145,11 @@ class ProjectedLogits:
             ("weight", self.weight, [rows, hidden_size]),
             ("bias", self.bias, [rows]),
         ):
-            if tensor is not None and (
-                list(tensor.shape) != shape or not tensor.is_floating_point()
-            ):
-                dtype = str(tensor.dtype).removeprefix("torch.")
+            if tensor is not None and (list(tensor.shape) != shape or tensor.dtype not in FLOATS):
                 raise ValueError(
                     f"logits: expected ProjectedLogits.{name} to be a float tensor {shape} (the "
-                    "vocabulary rows of this rank"
-                    f"{', H' if name == 'weight' else ''}), got {dtype} {list(tensor.shape)}"
+                    f"vocabulary rows of this rank{', H' if name == 'weight' else ''}), got "
+                    f"{describe(tensor)}"
                 )
 
 

@@ -42,7 +42,8 @@ class StepMetrics:
         self._counts: list[Tensor] = []
         self._masses: list[Tensor] = []
         self._sums: list[Tensor] = []
-        self._keys: list[Tensor] = []
+        self._shifts: list[Tensor] = []
+        self._masks: list[Tensor] = []
         self._sequences: list[Tensor] = []
 
     def add(
@@ -77,30 +78,29 @@ class StepMetrics:
             mask, rejected, objective_rejected, policy_rejected,
             positive, positive & rejected, negative, negative & rejected, mask & ~out.in_support,
         )  # fmt: skip
-        self._counts.append(torch.stack(counted).flatten(1).sum(-1))
+        counts = torch.stack(counted).flatten(1).sum(-1)
         weights, mass = out.trust_weights, advantages.abs()
-        self._penalised |= out.penalty_terms is not None
         penalty = (
             torch.zeros_like(weights) if out.penalty_terms is None else out.penalty_terms.value
         )
         summed = (weights, penalty, mass, mass * weights, mass, mass * weights)
         among = (mask, mask, positive, positive, negative, negative)
-        self._masses.append(
-            torch.stack(
-                [
-                    torch.where(of, x, 0.0).sum(dtype=torch.float64)
-                    for x, of in zip(summed, among, strict=True)
-                ]
-            )
-        )
+        masses = [
+            torch.where(of, x, 0.0).sum(dtype=torch.float64)
+            for x, of in zip(summed, among, strict=True)
+        ]
         shifts = torch.stack((out.policy_shift, out.objective_shift)).flatten(1)
         mask = mask.flatten()
-        self._sums.append(torch.where(mask, shifts, 0.0).sum(-1, dtype=torch.float64))
-        self._keys.append(ordered_keys(shifts, mask))
         tokens = torch.stack((mask, out.trust_weights.flatten() > 0)).float()
-        self._sequences.append(
-            tokens.new_zeros(2, num_sequences).index_add_(1, sequence_ids.flatten(), tokens)
-        )
+        sequences = tokens.new_zeros(2, num_sequences).index_add_(1, sequence_ids.flatten(), tokens)
+        # All of them, or none.
+        self._penalised |= out.penalty_terms is not None
+        self._counts.append(counts)
+        self._masses.append(torch.stack(masses))
+        self._sums.append(torch.where(mask, shifts, 0.0).sum(-1, dtype=torch.float64))
+        self._shifts.append(shifts)
+        self._masks.append(mask.clone())
+        self._sequences.append(sequences)
 
     def compute(self, further: Mapping[str, Tensor] | None = None) -> dict[str, float]:
         """The metrics of the step, equal on all data- and context-parallel ranks; names are in
@@ -124,9 +124,9 @@ class StepMetrics:
             emptied,
         )
         totals = collectives.sum_(torch.cat([x.double() for x in columns]), groups)
-        quantiles = nearest_rank(
-            torch.cat(self._keys, dim=-1), totals[0], tuple(QUANTILES.values()), groups
-        )
+        # Joined before their bits are looked at: micro-batches may differ in dtype.
+        keys = ordered_keys(torch.cat(self._shifts, dim=-1), torch.cat(self._masks))
+        quantiles = nearest_rank(keys, totals[0], tuple(QUANTILES.values()), groups)
 
         values = torch.cat(
             (

@@ -8,7 +8,8 @@ optimizer's. All tensors hold this rank's vocabulary rows only.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,8 +19,9 @@ from capo_verl.core import collectives
 from capo_verl.core.accepted import AcceptedTokens
 from capo_verl.core.kernels import Kernels, plain
 from capo_verl.core.kernels.moments import Moments
-from capo_verl.core.logits import VocabShard
+from capo_verl.core.logits import FLOATS, VocabShard
 from capo_verl.core.support import Support
+from capo_verl.core.validation import is_count, is_number, shown
 
 
 class SgdModel:
@@ -38,10 +40,17 @@ class SgdModel:
         """True once P(g) is on the scale that it keeps."""
         return True
 
+    def gradient_limit(self, dtype: torch.dtype) -> float:
+        """The largest gradient that can be squared."""
+        return largest_square(dtype)
+
     def partial_sums(
         self, hidden: Tensor, advantages: Tensor, support: Support, directions: Tensor | None = None
     ) -> Tensor:
         return plain.identity_sums(hidden, advantages, support, directions)
+
+    def check(self) -> None:
+        pass
 
     def accumulate(
         self, hidden: Tensor, advantages: Tensor, support: Support, accepted: Tensor
@@ -60,11 +69,14 @@ class SgdModel:
     def state_dict(self) -> dict[str, Any]:
         return {}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        if state:
+    def check_state_dict(self, state: dict[str, Any]) -> None:
+        if not isinstance(state, Mapping) or state:
             raise ValueError(
-                f"optimizer_model='sgd' has no state, but the checkpoint holds {sorted(state)}"
+                f"optimizer_model='sgd' has no state, but the checkpoint holds {shown(state)}"
             )
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.check_state_dict(state)
 
 
 class AdamModel:
@@ -115,8 +127,8 @@ class AdamModel:
         if torch.promote_types(self.dtype, dtype) != self.dtype:
             self.dtype = dtype
             self._accepted.move(dtype=dtype)
-            if self.exp_avg.dtype != torch.bfloat16:
-                self.exp_avg, self.exp_avg_sq = self.exp_avg.to(dtype), self.exp_avg_sq.to(dtype)
+            stored = self._stored(dtype)
+            self.exp_avg, self.exp_avg_sq = self.exp_avg.to(stored), self.exp_avg_sq.to(stored)
 
     def move(self, device: torch.device) -> None:
         """Move everything to ``device``."""
@@ -157,6 +169,18 @@ class AdamModel:
         )
         return torch.where(self._steps == 0, gradient, first.div_(second.sqrt_().add_(self.eps)))
 
+    def gradient_limit(self, dtype: torch.dtype) -> float:
+        """The largest gradient whose square the moments hold, with arithmetic in ``dtype``."""
+        stored = self.exp_avg.dtype
+        return largest_square(stored if stored == torch.bfloat16 else dtype)
+
+    def check(self) -> None:
+        """
+        Raises:
+            RuntimeError: if hidden states were overwritten since they were evaluated.
+        """
+        self._accepted.check()
+
     def accumulate(
         self, hidden: Tensor, advantages: Tensor, support: Support, accepted: Tensor
     ) -> None:
@@ -181,35 +205,48 @@ class AdamModel:
             groups: data- and context-parallel groups over which the accepted tokens are spread.
 
         Raises:
-            RuntimeError: if hidden states were overwritten since they were evaluated.
+            RuntimeError: as :meth:`check`; nothing is changed then.
         """
+        self.check()
         self._accepted.update(self.moments, groups)
         self.discard()
 
     def state_dict(self) -> dict[str, Any]:
         return {"exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq, "step": self.step_count}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over saved moments.
-
-        Raises:
-            ValueError: for missing or unexpected keys, other shapes, non-finite values or a
-                negative step.
+    def check_state_dict(self, state: dict[str, Any]) -> None:
         """
-        expected = {"exp_avg", "exp_avg_sq", "step"}
-        if set(state) != expected:
-            raise ValueError(f"CAPO state holds {sorted(state)}, expected {sorted(expected)}")
-        step = int(state["step"])
-        if step < 0:
+        Raises:
+            ValueError: for missing or unexpected keys, other shapes or dtypes, values that are not
+                finite in this model's dtype, or a step that is no count.
+        """
+        expected = ("exp_avg", "exp_avg_sq", "step")
+        if not isinstance(state, Mapping) or set(state) != set(expected):
+            found = sorted(map(str, state)) if isinstance(state, Mapping) else state
+            raise ValueError(f"CAPO state holds {shown(found)}, expected {sorted(expected)}")
+        step = state["step"]
+        if is_number(step) and step < 0:
             raise ValueError(f"CAPO state: step={step} is negative")
-        for name in ("exp_avg", "exp_avg_sq"):
+        if not is_count(step):
+            raise ValueError(f"CAPO state: step={shown(step)}, expected an integer in 0..2^53")
+        for name in expected[:2]:
             value, shape = state[name], self.exp_avg.shape
+            if (
+                not isinstance(value, Tensor)
+                or value.dtype not in FLOATS
+                or value.layout != torch.strided
+                or value.is_meta
+            ):
+                raise ValueError(
+                    f"CAPO state: {name}={shown(value)}, expected a float tensor {list(shape)}"
+                )
             if value.shape != shape:
                 raise ValueError(
                     f"CAPO state: {name} has shape {tuple(value.shape)}, this rank needs "
                     f"{tuple(shape)}"
                 )
-            if not value.isfinite().all():
+            stored = self._stored(torch.promote_types(state["exp_avg"].dtype, torch.float32))
+            if not value.to(stored).isfinite().all():
                 raise ValueError(
                     f"CAPO state: {name} holds non-finite values; the checkpoint is corrupt"
                 )
@@ -217,11 +254,29 @@ class AdamModel:
             raise ValueError(
                 "CAPO state: exp_avg_sq holds negative values; the checkpoint is corrupt"
             )
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over saved moments.
+
+        Raises:
+            ValueError: as :meth:`check_state_dict`; nothing is changed then.
+        """
+        self.check_state_dict(state)
         self.promote(torch.promote_types(state["exp_avg"].dtype, torch.float32))
         self.exp_avg.copy_(state["exp_avg"])
         self.exp_avg_sq.copy_(state["exp_avg_sq"])
-        self._steps.fill_(step)
+        self._steps.fill_(int(state["step"]))
         self.discard()
+
+    def _stored(self, dtype: torch.dtype) -> torch.dtype:
+        """Dtype of the moments once ``dtype`` was promoted."""
+        now = self.exp_avg.dtype
+        return now if now == torch.bfloat16 else torch.promote_types(now, dtype)
+
+
+def largest_square(dtype: torch.dtype) -> float:
+    """A number whose square, and four times that, ``dtype`` holds."""
+    return math.sqrt(torch.finfo(dtype).max) / 2
 
 
 OptimizerModel = AdamModel | SgdModel

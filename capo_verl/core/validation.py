@@ -4,24 +4,71 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+import sys
+from numbers import Integral, Real
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from capo_verl.core.logits import ProjectedLogits, VocabShard
+from capo_verl.core.logits import FLOATS, ProjectedLogits, VocabShard, describe
 
+LOGITS = "logits are not finite"
+TOO_LARGE = "advantages, hidden_states or learning_rate are too large: their products overflow"
 TOKEN_PROBLEMS = (
-    "logits are not finite",
+    LOGITS,
     "hidden_states are not finite",
     "advantages are not finite",
     "actions are not token ids",
     "sequence_ids are out of range",
     "there are more response tokens than max_tokens",
+    "temperature is not a finite number > 0",
+    TOO_LARGE,
 )
 """The problems that values of a token can have."""
+LEARNING_RATE_MAX = 1e18
+"""Its square is a float32."""
 
 _SHOWN = 5
+
+
+def is_number(x: Any) -> bool:
+    """True for a finite number of Python or NumPy; not for bool, text or a tensor."""
+    limit = sys.float_info.max
+    return isinstance(x, Real) and not isinstance(x, bool) and bool(abs(x) <= limit)  # type: ignore[operator]
+
+
+def is_count(x: Any, least: int = 0) -> bool:
+    """True for an integer in ``least..2^53``, which a float64 counts exactly; not for bool."""
+    return isinstance(x, Integral) and not isinstance(x, bool) and least <= int(x) <= 1 << 53
+
+
+def shown(x: Any) -> str:
+    """A value as an error shows it, however large it is."""
+    if isinstance(x, Tensor):
+        return describe(x)
+    try:
+        text = " ".join(repr(x).split())
+    except ValueError:  # Python prints no integer of more than 4,300 digits
+        text = f"a huge {type(x).__name__}"
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def version(x: Tensor) -> int:
+    """Version of the tensor's storage, as autograd counts it; inference tensors have none."""
+    return 0 if x.is_inference() else x._version
+
+
+def check_unmodified(hidden: Tensor, since: int) -> None:
+    """
+    Raises:
+        RuntimeError: if hidden states were written to since they had the version ``since``.
+    """
+    if version(hidden) != since:
+        raise RuntimeError(
+            "hidden_states were modified in place between CapoFilter.evaluate() and step(); "
+            "they are needed for the moments until then: pass a copy to evaluate()"
+        )
 
 
 class Inputs(NamedTuple):
@@ -30,7 +77,7 @@ class Inputs(NamedTuple):
     """
 
     hidden: Tensor
-    """``[N, H]``"""
+    """``[N, H]``, the caller's if N = M."""
     logits: Tensor | ProjectedLogits
     """``[M, rows]``, all positions: they are too large to copy."""
     positions: Tensor | None
@@ -40,9 +87,9 @@ class Inputs(NamedTuple):
     temperature: Tensor | None
     """``[N]``, by which the logits still have to be divided."""
     actions: Tensor
-    """``[N]`` int64"""
+    """``[N]`` int64; this and what follows are copies."""
     advantages: Tensor
-    """``[N]``"""
+    """``[N]`` in the compute dtype: float64 if the model's tensors are, else float32."""
     mask: Tensor
     """``[N]`` bool"""
     sequence: Tensor
@@ -52,15 +99,7 @@ class Inputs(NamedTuple):
     shape: torch.Size
     """Shape of ``actions``, M elements."""
     overflow: Tensor | None
-    """Scalar bool, the mask holds more tokens than there are places; None if there is a place for
-    all.
-    """
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """float64 if the model's tensors are, else float32."""
-        wide = torch.float64 in (self.hidden.dtype, self.logits.dtype)
-        return torch.float64 if wide else torch.float32
+    """Scalar bool, the mask holds more tokens than ``max_tokens``; None without that."""
 
     def part(self, tokens: slice) -> Inputs:
         """The inputs of some of the N tokens; nothing is copied. Logits are read elsewhere."""
@@ -80,6 +119,8 @@ class Inputs(NamedTuple):
             m = self.shape.numel()
             at = torch.where(self.positions < 0, m, self.positions)
             x = x.new_zeros(m + 1).index_copy_(0, at, x)[:m]
+        else:
+            x = x.clone()  # who is given it may write to it
         return x.view(self.shape)
 
 
@@ -98,46 +139,76 @@ def check_inputs(
     max_tokens: int | None,
     hidden_size: int,
     shard: VocabShard,
+    dtype: torch.dtype,
 ) -> Inputs:
     """Check everything that needs no look at the values. See ``CapoFilter.evaluate`` for shapes.
+
+    Args:
+        dtype: of the arithmetic, if the tensors are not wider.
 
     Raises:
         ValueError: naming the argument, what was found and what is expected.
     """
-    shape = actions.shape
-    if actions.is_floating_point() or actions.dtype == torch.bool or not shape:
-        raise ValueError(
-            "actions: expected integer token ids with at least one dimension, got "
-            f"{_describe(actions)}"
-        )
-    tensors = [("hidden_states", hidden_states, hidden_size)]
+    tensors: dict[str, Any] = {
+        "hidden_states": hidden_states,
+        "actions": actions,
+        "logits": logits,
+        "advantages": advantages,
+        "response_mask": response_mask,
+        "temperature": temperature,
+        "sequence_ids": sequence_ids,
+    }
     if isinstance(logits, ProjectedLogits):
         logits.check(shard.rows, hidden_size)
-    else:
-        tensors.append(("logits", logits, shard.rows))
-    for name, tensor, last in tensors:
-        if tensor.shape != (*shape, last) or not tensor.is_floating_point():
+        tensors["logits"] = logits.weight
+    for name, x in tensors.items():
+        if x is None and name in ("temperature", "sequence_ids"):
+            continue
+        if not isinstance(x, Tensor) or x.layout != torch.strided:
+            raise ValueError(f"{name}: expected a dense tensor, got {shown(x)}")
+        if x.device != hidden_states.device:
             raise ValueError(
-                f"{name}: expected a float tensor {[*shape, last]} (shape of actions, then "
-                f"{'H' if name == 'hidden_states' else 'the vocabulary rows of this rank'}), got "
-                f"{_describe(tensor)}"
+                f"{name}: is on {x.device}, hidden_states are on {hidden_states.device}: "
+                "move them to the same device"
             )
+    shape = actions.shape
+    if not _is_integer(actions) or not shape:
+        raise ValueError(
+            "actions: expected integer token ids with at least one dimension, got "
+            f"{describe(actions)}"
+        )
+    floats = [("hidden_states", hidden_states, hidden_size, "H")]
+    if isinstance(logits, Tensor):
+        floats.append(("logits", logits, shard.rows, "the vocabulary rows of this rank"))
+    for name, tensor, last, what in floats:
+        if tensor.shape != (*shape, last) or tensor.dtype not in FLOATS:
+            raise ValueError(
+                f"{name}: expected a float tensor {[*shape, last]} (shape of actions, then {what}; "
+                f"no float8), got {describe(tensor)}"
+            )
+    for name, x in tensors.items():
+        if x is not None and x.dtype not in FLOATS and (x.is_floating_point() or x.is_complex()):
+            raise ValueError(f"{name}: expected float16 to float64 or integers, got {describe(x)}")
     if response_mask.shape != shape:
         raise ValueError(
             f"response_mask: expected shape {list(shape)} like actions, got "
-            f"{_describe(response_mask)}"
+            f"{describe(response_mask)}"
         )
     if advantages.dim() not in (0, len(shape)) or any(
         a not in (1, n) for a, n in zip(advantages.shape, shape, strict=False)
     ):
         raise ValueError(
             f"advantages: expected shape {list(shape)} like actions, or 1 in place of a dimension "
-            f"(one per sequence: {[*shape[:-1], 1]}), got {_describe(advantages)}"
+            f"(one per sequence: {[*shape[:-1], 1]}), got {describe(advantages)}"
         )
-    if isinstance(learning_rate, Tensor) or not (
-        math.isfinite(learning_rate) and learning_rate >= 0
-    ):
-        raise ValueError(f"learning_rate: expected a finite float >= 0, got {learning_rate!r}")
+    if not is_number(learning_rate) or not 0 <= learning_rate <= LEARNING_RATE_MAX:
+        large = is_number(learning_rate) and learning_rate > 0
+        allowed = f"<= {LEARNING_RATE_MAX:g}" if large else ">= 0"
+        raise ValueError(
+            f"learning_rate: expected a finite float {allowed}, got {shown(learning_rate)}"
+        )
+    if max_tokens is not None and not is_count(max_tokens):
+        raise ValueError(f"max_tokens: expected an integer >= 0, or None, got {shown(max_tokens)}")
     if (sequence_ids is None) != (num_sequences is None):
         raise ValueError("sequence_ids and num_sequences must be given together")
     if sequence_ids is None:
@@ -145,37 +216,47 @@ def check_inputs(
         sequence_ids = torch.arange(num_sequences, device=actions.device).repeat_interleave(
             shape[-1]
         )
-    elif sequence_ids.shape != shape or sequence_ids.is_floating_point():
+    elif sequence_ids.shape != shape or not _is_integer(sequence_ids):
         raise ValueError(
-            f"sequence_ids: expected integers of shape {list(shape)}, got {_describe(sequence_ids)}"
+            f"sequence_ids: expected integers of shape {list(shape)}, got {describe(sequence_ids)}"
         )
+    if not is_count(num_sequences, least=min(1, actions.numel())):
+        raise ValueError(f"num_sequences: expected an integer >= 1, got {shown(num_sequences)}")
     if temperature is not None and temperature.shape != shape:
         raise ValueError(
-            f"temperature: expected shape {list(shape)} like actions, got {_describe(temperature)}"
+            f"temperature: expected shape {list(shape)} like actions, got {describe(temperature)}"
         )
-    assert num_sequences is not None
     m = actions.numel()
     mask = response_mask.reshape(m).bool()
     positions = _positions(mask, max_tokens) if skip_masked else None
+    if torch.float64 in (hidden_states.dtype, logits.dtype):
+        dtype = torch.float64
 
     def tokens(x: Tensor) -> Tensor:
         return x if positions is None else x[positions]
 
+    def copied(x: Tensor, dtype: torch.dtype) -> Tensor:
+        """What is read after this call, and small."""
+        return tokens(x.detach().reshape(m)).to(dtype, copy=True)
+
+    hidden = tokens(hidden_states.detach().reshape(m, hidden_size))
+    if hidden.is_inference() and positions is None:
+        hidden = hidden.clone()  # torch does not count what is written to it
     return Inputs(
-        hidden=tokens(hidden_states.detach().reshape(m, hidden_size)),
+        hidden=hidden,
         logits=logits
         if isinstance(logits, ProjectedLogits)
         else logits.detach().reshape(m, shard.rows),
         positions=positions,
-        temperature=None if temperature is None else tokens(temperature.reshape(m)),
-        actions=tokens(actions.reshape(m)).long(),
-        advantages=tokens(advantages.detach().expand(shape).reshape(m)),
-        mask=mask if positions is None else mask[positions] & (positions >= 0),
-        sequence=tokens(sequence_ids.reshape(m)).long(),
-        num_sequences=num_sequences,
+        temperature=None if temperature is None else tokens(temperature.detach().reshape(m)),
+        actions=copied(actions, torch.int64),
+        advantages=copied(advantages.expand(shape), dtype),
+        mask=mask.clone() if positions is None else mask[positions] & (positions >= 0),
+        sequence=copied(sequence_ids, torch.int64),
+        num_sequences=int(num_sequences or 0),
         learning_rate=float(learning_rate),
         shape=shape,
-        overflow=None if positions is None else mask.sum() > len(positions),
+        overflow=mask.sum() > max_tokens if skip_masked and max_tokens is not None else None,
     )
 
 
@@ -186,34 +267,57 @@ def _positions(mask: Tensor, max_tokens: int | None) -> Tensor:
     """
     if max_tokens is None and mask.device.type == "cpu":
         return mask.nonzero()[:, 0]
-    size = len(mask) if max_tokens is None else min(max_tokens, len(mask))
+    # At least one place: without any, nobody would learn of a token that has none.
+    size = len(mask) if max_tokens is None else min(max(1, max_tokens), len(mask))
     return torch.nonzero_static(mask, size=size, fill_value=-1)[:, 0]
 
 
-def find_problems(inputs: Inputs, finite_logits: Tensor, shard: VocabShard) -> dict[str, Tensor]:
+def find_problems(
+    inputs: Inputs, finite_logits: Tensor, shard: VocabShard, limit: float
+) -> dict[str, Tensor]:
     """Problems of the values inside the mask: one of ``TOKEN_PROBLEMS`` -> ``[N]`` bool.
     Does not wait for the device.
 
     Args:
         finite_logits: ``[N]`` bool, of the support.
+        limit: of a gradient whose square can be remembered.
     """
-    if len(inputs.mask):
-        finite = inputs.hidden.amin(-1).isfinite() & inputs.hidden.amax(-1).isfinite()
-    else:
-        finite = torch.ones_like(inputs.mask)
+    none = torch.zeros_like(inputs.mask)
+    finite, warm, largest = ~none, ~none, torch.zeros_like(inputs.advantages)
+    if len(none):
+        high, low = inputs.hidden.amax(-1), inputs.hidden.amin(-1)
+        finite = high.isfinite() & low.isfinite()
+        largest = torch.maximum(high, -low).to(largest.dtype)
+    if inputs.temperature is not None:
+        temperature = inputs.temperature.to(inputs.logits.dtype)  # which it divides
+        warm = temperature.isfinite() & (temperature > 0)
+    known = inputs.advantages.isfinite()
+    # Either factor is squared by itself as well.
+    product = inputs.advantages.abs().clamp(min=1) * largest.clamp(min=1)
     bad = (
-        ~finite_logits,
+        warm & ~finite_logits,
         ~finite,
-        ~inputs.advantages.isfinite(),
+        ~known,
         (inputs.actions < 0) | (inputs.actions >= shard.vocab_size),
         (inputs.sequence < 0) | (inputs.sequence >= inputs.num_sequences),
-        torch.zeros_like(inputs.mask)
-        if inputs.overflow is None
-        else inputs.overflow.expand_as(inputs.mask),
+        none if inputs.overflow is None else inputs.overflow.expand_as(none),
+        ~warm,
+        finite & known & (product > limit),
     )
     return {
         what: of_tokens & inputs.mask for what, of_tokens in zip(TOKEN_PROBLEMS, bad, strict=True)
     }
+
+
+def note_overflow(problems: dict[str, Tensor], mask: Tensor, shifts: list[Tensor]) -> None:
+    """Add the tokens of ``mask [N]`` whose ``shifts`` are not finite, ``[N]`` each, to
+    ``problems``.
+
+    Only if there is no other problem, which would explain them. Does not wait for the device.
+    """
+    known = torch.stack(list(problems.values())).any()
+    overflows = ~torch.stack(shifts).isfinite().all(0)
+    problems[TOO_LARGE] = problems[TOO_LARGE] | (overflows & mask & ~known)
 
 
 def raise_for(problems: dict[str, Tensor], inputs: Inputs, shard: VocabShard) -> None:
@@ -234,11 +338,15 @@ def raise_for(problems: dict[str, Tensor], inputs: Inputs, shard: VocabShard) ->
         index = bad.nonzero()[:, 0]
         at = (index if inputs.positions is None else inputs.positions[index]).tolist()
         if at:
-            shown = ", ".join(str(_position(i, inputs.shape)) for i in at[:_SHOWN])
+            places = ", ".join(str(_position(i, inputs.shape)) for i in at[:_SHOWN])
             more = ", …" if len(at) > _SHOWN else ""
-            values = allowed.get(what, "")
+            values, advice = allowed.get(what, ""), ""
+            logits = inputs.logits if what == LOGITS else None
+            if isinstance(logits, Tensor) and logits[at].isneginf().any():
+                advice = " (mask tokens by a finite floor such as -1e4 in place of -inf)"
             found.append(
-                f"{what}{values} at {len(at)} of {total} response tokens: position {shown}{more}"
+                f"{what}{values} at {len(at)} of {total} response tokens: position {places}{more}"
+                f"{advice}"
             )
     raise ValueError("; ".join(found))
 
@@ -251,5 +359,5 @@ def _position(index: int, shape: torch.Size) -> tuple[int, ...] | int:
     return tuple(reversed(at)) if len(at) > 1 else at[0]
 
 
-def _describe(x: Tensor) -> str:
-    return f"{str(x.dtype).removeprefix('torch.')} {list(x.shape)}"
+def _is_integer(x: Tensor) -> bool:
+    return not (x.is_floating_point() or x.is_complex() or x.dtype == torch.bool)

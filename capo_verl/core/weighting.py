@@ -3,8 +3,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -15,6 +14,7 @@ from capo_verl.core import collectives
 from capo_verl.core.adaptive_threshold import AdaptiveThreshold
 from capo_verl.core.rejection_guard import RejectionGuard
 from capo_verl.core.soft_weights import soft_weights
+from capo_verl.core.validation import is_number, shown
 
 STATE_KEYS = ("policy_threshold", "filter_stopped", "rejection_streak")
 RETIRED = ("balance_positive", "balance_negative")
@@ -68,14 +68,12 @@ class Weighting:
         """Scalar bool on the device: the guard has ended the filtering; None without a guard."""
         return None if self._guard is None else self._guard.stopped
 
-    def weigh(
-        self, policy_shift: Tensor, advantages: Tensor, verdict: Tensor, mask: Tensor
-    ) -> Weights:
-        """Weights of some tokens, which count for what adapts.
+    def weigh(self, policy_shift: Tensor, verdict: Tensor, mask: Tensor) -> Weights:
+        """Weights of some tokens.
 
         Args:
-            policy_shift: ``[N]``, m_F; advantages: ``[N]``; verdict, mask: ``[N]`` bool, inside the
-                trust region and the mask.
+            policy_shift: ``[N]``, m_F; verdict, mask: ``[N]`` bool, inside the trust region and the
+                mask.
         """
         if self._soft:
             tau = self.policy_shift_max
@@ -83,10 +81,6 @@ class Weighting:
             trusted = torch.where(mask, soft_weights(policy_shift, tau), 0.0)
         else:
             trusted = verdict.to(policy_shift.dtype)
-        if self._threshold is not None:
-            self._threshold.add(policy_shift, mask)
-        if self._guard is not None:
-            self._guard.add(trusted, mask)
         whole = mask.to(trusted.dtype)
         if self._tracks:
             return Weights(trusted, whole, mask)
@@ -95,6 +89,15 @@ class Weighting:
             applied = torch.where(self._guard.stopped, whole, trusted)
             accepted = accepted | (mask & self._guard.stopped)
         return Weights(trusted, applied, accepted)
+
+    def add(self, policy_shift: Tensor, trusted: Tensor, mask: Tensor) -> None:
+        """Count some tokens of the step for what adapts: ``[N]`` each, as for :meth:`weigh` and of
+        its result.
+        """
+        if self._threshold is not None:
+            self._threshold.add(policy_shift, mask)
+        if self._guard is not None:
+            self._guard.add(trusted, mask)
 
     def step(self, comparable: Tensor | bool, dtype: torch.dtype) -> None:
         """The optimizer steps.
@@ -130,27 +133,45 @@ class Weighting:
         """State of the parts, for ``CapoFilter.adaptive_state``."""
         return {name: value for part in self._adaptive for name, value in part.state().items()}
 
-    def load(self, state: dict[str, float]) -> None:
-        """Take over a state, for ``CapoFilter.load_adaptive_state``."""
+    def check(self, state: dict[str, float]) -> None:
+        """
+        Raises:
+            ValueError: unless this is a state of :meth:`state`, or of an earlier release.
+        """
+        if not isinstance(state, Mapping):
+            raise ValueError(f"CAPO adaptive state: expected a dict, got {shown(state)}")
         for name, value in state.items():
             if name not in (*STATE_KEYS, *RETIRED):
                 raise ValueError(
                     f"CAPO adaptive state: {name} is unknown; expected some of "
                     f"{', '.join(STATE_KEYS)}"
                 )
-            if (
-                isinstance(value, bool)
-                or not isinstance(value, int | float)
-                or not math.isfinite(value)
-                or value < 0
-            ):
+            if not is_number(value) or value < 0:
                 raise ValueError(
-                    f"CAPO adaptive state: {name}={value!r} is not a finite number >= 0; it is "
-                    "corrupt"
+                    f"CAPO adaptive state: {name}={shown(value)} is not a finite number >= 0; it "
+                    "is corrupt"
                 )
-        if state.get("policy_threshold", 1.0) == 0:
+        for name, most in (("filter_stopped", 1), ("rejection_streak", 2**53)):
+            value = state.get(name, 0)
+            if value > most or value != int(value):
+                raise ValueError(
+                    f"CAPO adaptive state: {name}={shown(value)} is not an integer in 0..{most}; "
+                    "it is corrupt"
+                )
+        # The shifts that it is compared with are float32.
+        tau = torch.tensor(float(state.get("policy_threshold", 1)), dtype=torch.float32)
+        if tau == 0 or tau.isinf():
             raise ValueError(
-                "CAPO adaptive state: policy_threshold=0 would reject every token; it is corrupt"
+                f"CAPO adaptive state: policy_threshold={state['policy_threshold']:g} would "
+                f"reject {'every' if tau == 0 else 'no'} token; it is corrupt"
             )
+
+    def load(self, state: dict[str, float]) -> None:
+        """Take over a state, for ``CapoFilter.load_adaptive_state``.
+
+        Raises:
+            ValueError: as :meth:`check`; nothing is changed then.
+        """
+        self.check(state)
         for part in self._adaptive:
             part.load(state)

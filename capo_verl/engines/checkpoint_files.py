@@ -10,12 +10,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
 
 from capo_verl.utils import replace_text
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 VERSION = 1
 
@@ -44,23 +51,25 @@ def gather(
         filter_state: of this rank's filter, empty if it has none: the first rank need not hold the
             LM head.
     """
-    states: list[dict[str, float]] = [{}] * dist.get_world_size()
-    dist.all_gather_object(states, filter_state)
-    adaptive = next((state for state in states if state), {})
+    adaptive = next((state for state in gathered(filter_state) if state), {})
     if kl_budget is None and not adaptive and moments:
         return None  # as before there was anything but moments
     return Control(moments, kl_budget, adaptive)
 
 
 def save(checkpoint: str, control: Control) -> None:
-    """Write the file, whole or not at all. Collective over all ranks."""
-    if dist.get_rank() == 0:
-        path = path_of(checkpoint)
+    """Write the file, whole or not at all. Collective over all ranks.
+
+    Raises:
+        RuntimeError: on every rank, if it cannot be written.
+    """
+    path = path_of(checkpoint)
+
+    def write() -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        payload = control._asdict()
-        text = json.dumps({"version": VERSION, **payload, "sha256": _sum(payload)}, indent=1)
-        replace_text(path, text + "\n")
-    dist.barrier()
+        replace_text(path, contents_of(control))
+
+    together(write if dist.get_rank() == 0 else None, path, not_saved)
 
 
 def load(checkpoint: str) -> Control | None:
@@ -73,20 +82,14 @@ def load(checkpoint: str) -> Control | None:
         RuntimeError: on every rank, if it cannot be read or was damaged.
     """
     path = path_of(checkpoint)
-    control, problem = None, ""
-    if dist.get_rank() == 0 and path.exists():
-        try:
-            control = _read(path)
-        except (
-            Exception
-        ) as e:  # whatever the reason: all ranks have to learn of it before any of them stops
-            problem = f"{type(e).__name__}: {e}"
-    found: list[Any] = [control, problem]
-    dist.broadcast_object_list(found, src=0)
-    control, problem = found
-    if problem:
-        raise unusable(path, problem)
-    return control
+    reads = dist.get_rank() == 0 and path.exists()
+    return gathered(together((lambda: _read(path)) if reads else None, path, unusable))[0]
+
+
+def contents_of(control: Control) -> str:
+    """The text of the file."""
+    payload = control._asdict()
+    return json.dumps({"version": VERSION, **payload, "sha256": _sum(payload)}, indent=1) + "\n"
 
 
 def has_no_moments(checkpoint: str) -> bool:
@@ -99,12 +102,24 @@ def has_no_moments(checkpoint: str) -> bool:
 
 
 def _read(path: Path) -> Control:
-    payload = json.loads(path.read_text())
+    payload = json.loads(path.read_text(encoding="utf-8"))
+    expected = {"version", "sha256", *Control._fields}
+    if not isinstance(payload, dict) or payload.keys() - expected:
+        raise ValueError(f"it holds something else than {', '.join(sorted(expected))}")
+    if expected - payload.keys():
+        raise KeyError(f"missing: {', '.join(sorted(expected - payload.keys()))}")
     if payload.pop("version") != VERSION:
         raise ValueError(f"it is of another version than {VERSION}")
     if payload.pop("sha256") != _sum(payload):
         raise ValueError("its checksum does not fit: the file was damaged after it was written")
-    return Control(**payload)
+    control = Control(**payload)
+    if (
+        not isinstance(control.moments, bool)
+        or not isinstance(control.kl_budget, dict | None)
+        or not isinstance(control.filter, dict)
+    ):
+        raise ValueError("moments is not true or false, or kl_budget or filter no table of numbers")
+    return control
 
 
 def _sum(payload: dict[str, Any]) -> str:
@@ -128,15 +143,54 @@ def check_model(saved: tuple[int, int], model: tuple[int, int]) -> None:
         )
 
 
-def check_undamaged(unchanged: bool) -> None:
-    """
+class Header(NamedTuple):
+    """What a state of moments says of itself, beside their values."""
+
+    step: int
+    vocab_size: int
+    hidden_size: int
+
+
+def sealed(checksums: Sequence[int], header: Header) -> list[int]:
+    """Checksums of ``MOMENTS`` with the header in them: int64 each, modulo 2^64."""
+    return [
+        (total + _hash(f"{name} {header.step} {header.vocab_size} {header.hidden_size}") + _SIGN)
+        % (2 * _SIGN)
+        - _SIGN
+        for name, total in zip(MOMENTS, checksums, strict=True)
+    ]
+
+
+_SIGN = 1 << 63
+
+
+def _hash(text: str) -> int:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
+
+
+def check_undamaged(
+    saved: Sequence[int], checksums: Sequence[int], header: Header, path: Path
+) -> None:
+    """Compare what was written beside the moments with what was read.
+
+    Args:
+        saved: what :func:`sealed` returned then, or the bare ``checksums`` of release 0.1, which
+            gets a warning.
+        checksums: of the moments as they were read.
+
     Raises:
-        ValueError: if the checksum is another one than that of what was written.
+        ValueError: if they differ.
     """
-    if not unchanged:
+    if list(saved) == sealed(checksums, header):
+        return
+    if list(saved) != list(checksums):
         raise ValueError(
             "its checksum does not fit: the files were damaged after they were written"
         )
+    logger.warning(
+        "the CAPO state in %s is of release 0.1: no checksum covers its number of updates, %d",
+        path, header.step,
+    )  # fmt: skip
 
 
 def unusable(path: Path, problem: str) -> RuntimeError:
@@ -145,3 +199,54 @@ def unusable(path: Path, problem: str) -> RuntimeError:
         f"the CAPO state in {path} cannot be used ({problem}); resume from another checkpoint, or "
         f"remove the directory {path.parent} to start with empty moments"
     )
+
+
+def not_saved(path: Path, problem: str) -> RuntimeError:
+    """The error to raise on every rank. ``path`` as for :func:`unusable`."""
+    return RuntimeError(
+        f"the checkpoint {path.parent.parent} was not saved: {path} cannot be written ({problem}); "
+        "free disk space or change the folder's permissions, then resume from the one before"
+    )
+
+
+def together(
+    work: Callable[[], T] | None, path: Path, error: Callable[[Path, str], RuntimeError]
+) -> T | None:
+    """Do this rank's work; if it fails on any rank, fail on all. Collective over all ranks.
+
+    Args:
+        work: None on ranks that have none. A collective in it has to fail on all of its ranks.
+        path: what is read or written.
+        error: :func:`unusable` or :func:`not_saved`.
+
+    Raises:
+        RuntimeError: on every rank, of the first one whose work raised.
+    """
+    result, problem = None, ""
+    try:
+        result = None if work is None else work()
+    except (Exception, CheckpointException) as e:
+        # Whatever the reason: all have to learn of it before any of them stops.
+        problem = _reason(e)
+    problems = [problem for problem in gathered(problem) if problem]
+    if problems:
+        raise error(path, problems[0])
+    return result
+
+
+def gathered(x: T) -> list[T]:
+    """``x`` of every rank, in rank order. Collective."""
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, x)
+    return found
+
+
+def _reason(e: BaseException) -> str:
+    """The reason on one line."""
+    if isinstance(e, CheckpointException) and e.failures:  # each rank's, with its traceback
+        e = next(iter(e.failures.values()))[0]
+    text = " ".join(str(e).split())
+    if "weights_only" in text:
+        # torch goes on to advise loading it without that, which would run what is in it.
+        text = "a file is damaged, or holds more than tensors"
+    return f"{type(e).__name__}: {text}"

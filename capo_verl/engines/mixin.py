@@ -249,6 +249,5 @@ class CapoEngineMixin(CapoCheckpointMixin):
                 watch_half_precision(
                     head.module, lambda: control.probe.sees_head, self._see_lm_head
                 )
+        self._take_over_loaded(config)
         self._capo = config
-        if self._loaded_from is not None:
-            self._take_over_loaded_state(config)

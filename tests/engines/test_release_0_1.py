@@ -51,6 +51,7 @@ def test_a_checkpoint_continues(engine: str, layout: Layout | FsdpLayout, runs: 
     assert metrics.keys() == recorded["metrics"].keys()
     for name, values in recorded["metrics"].items():
         assert metrics[name] == pytest.approx(values, rel=1e-4, abs=1e-9), name
+    assert "is of release 0.1: no checksum covers its number of updates, 2" in ranks[0]["said"]
 
 
 def test_the_dataclass_is_found_under_its_old_name() -> None:

@@ -8,6 +8,7 @@ ranks.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,24 @@ import torch
 import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 from capo_verl.core.checksum import checksum
 from capo_verl.engines import checkpoint_files
 from capo_verl.engines.checkpoint import State
-from capo_verl.engines.checkpoint_files import MOMENTS, check_model, check_undamaged, unusable
+from capo_verl.engines.checkpoint_files import (
+    MOMENTS,
+    Header,
+    check_model,
+    check_undamaged,
+    not_saved,
+    sealed,
+    together,
+    unusable,
+)
+from capo_verl.utils import replacing
+
+CHECKSUMS = tuple(f"checksum.{name}" for name in MOMENTS)
 
 
 def path_of(checkpoint: str) -> Path:
@@ -27,14 +41,22 @@ def path_of(checkpoint: str) -> Path:
 
 
 def save(checkpoint: str, state: State) -> None:
-    """Write the moments. Collective over all ranks."""
-    if dist.get_rank() == 0:
-        path = path_of(checkpoint)
+    """Write the moments, whole or not at all. Collective over all ranks.
+
+    Raises:
+        RuntimeError: on every rank, if they cannot be written.
+    """
+    path = path_of(checkpoint)
+
+    def write() -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         moments = {name: state[name].cpu().contiguous() for name in MOMENTS}
-        sums = {f"checksum.{name}": str(_checksum(moments[name])) for name in MOMENTS}
-        save_file(moments, path, metadata={"step": str(state["step"]), **sums})
-    dist.barrier()
+        header = Header(state["step"], *moments["exp_avg"].shape)
+        sums = dict(zip(CHECKSUMS, map(str, sealed(_checksums(moments), header)), strict=True))
+        with replacing(path) as temporary:
+            save_file(moments, temporary, metadata={"step": str(header.step), **sums})
+
+    together(write if dist.get_rank() == 0 else None, path, not_saved)
 
 
 def load(checkpoint: str, shape: tuple[int, int], device: torch.device) -> State | None:
@@ -52,28 +74,17 @@ def load(checkpoint: str, shape: tuple[int, int], device: torch.device) -> State
             or is corrupt.
     """
     path = path_of(checkpoint)
-    state, problem = None, ""
-    if (
-        dist.get_rank() == 0
-        and path.parent.is_dir()
-        and not checkpoint_files.has_no_moments(checkpoint)
-    ):
-        try:
-            state = _read(path, shape)
-        except Exception as e:
-            # Whatever the reason: all ranks have to learn of it before any of them stops.
-            problem = f"{type(e).__name__}: {e}"
-    header: list[Any] = [
-        problem,
-        None if state is None else (state["step"], state["exp_avg"].dtype),
-    ]
+
+    def read() -> State | None:
+        saved = path.parent.is_dir() and not checkpoint_files.has_no_moments(checkpoint)
+        return _read(path, shape) if saved else None
+
+    state = together(read if dist.get_rank() == 0 else None, path, unusable)
+    header: list[Any] = [None if state is None else (state["step"], state["exp_avg"].dtype)]
     dist.broadcast_object_list(header, src=0)
-    problem, found = header
-    if problem:
-        raise unusable(path, problem)
-    if found is None:
+    if header[0] is None:
         return None
-    step, dtype = found
+    step, dtype = header[0]
     moments = {}
     for name in MOMENTS:
         tensor = torch.empty(shape, dtype=dtype) if state is None else state[name]
@@ -85,12 +96,16 @@ def load(checkpoint: str, shape: tuple[int, int], device: torch.device) -> State
 
 def _read(path: Path, shape: tuple[int, int]) -> State:
     with safe_open(path, framework="pt") as file:
-        metadata, moments = file.metadata(), {name: file.get_tensor(name) for name in MOMENTS}
-    for name, tensor in moments.items():
+        metadata, moments = file.metadata() or {}, {n: file.get_tensor(n) for n in MOMENTS}
+    for tensor in moments.values():
         check_model(tuple(tensor.shape), shape)
-        check_undamaged(metadata[f"checksum.{name}"] == str(_checksum(tensor)))
-    return {**moments, "step": int(metadata["step"])}
+    if set(metadata) != {"step", *CHECKSUMS}:
+        raise ValueError(f"its header does not hold step, {', '.join(CHECKSUMS)}")
+    header = Header(int(metadata["step"]), *shape)
+    saved = [int(metadata[name]) for name in CHECKSUMS]
+    check_undamaged(saved, _checksums(moments), header, path)
+    return {**moments, "step": header.step}
 
 
-def _checksum(x: torch.Tensor) -> int:
-    return int(checksum(x, 0, None))
+def _checksums(moments: Mapping[str, Tensor]) -> list[int]:
+    return [int(checksum(moments[name], 0, None)) for name in MOMENTS]

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -251,6 +252,9 @@ class CapoFSDPEngineWithLMHead(CapoEngineMixin, FSDPEngineWithLMHead):
 
     def _save_state(self, checkpoint_path: str, state: State) -> None:
         checkpoint.save(checkpoint_path, state)
+
+    def _state_path(self, checkpoint_path: str) -> Path:
+        return checkpoint.path_of(checkpoint_path)
 
     def _load_state(self, checkpoint_path: str) -> State | None:
         head = self.lm_head

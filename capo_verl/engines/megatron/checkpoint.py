@@ -10,24 +10,39 @@ from __future__ import annotations
 
 import os
 import re
+import tempfile
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from megatron.core import parallel_state as mpu
 from megatron.core.dist_checkpointing import ShardedTensor
-from torch.distributed.checkpoint.api import CheckpointException
 from verl.utils.device import get_device_id
 from verl.utils.megatron.dist_checkpointing import load_dist_checkpointing, save_dist_checkpointing
 
 from capo_verl.core.checksum import checksum
 from capo_verl.engines.checkpoint import State
-from capo_verl.engines.checkpoint_files import MOMENTS, check_model, check_undamaged, unusable
+from capo_verl.engines.checkpoint_files import (
+    MOMENTS,
+    Header,
+    check_model,
+    check_undamaged,
+    gathered,
+    not_saved,
+    sealed,
+    together,
+    unusable,
+)
 from capo_verl.engines.megatron.safe_metadata import check_metadata
 
+SOLITARY = ("common.pt", ".metadata", "metadata.json")
+"""Files that the first rank writes and every rank reads."""
+SLACK = 1 << 20
+"""Bytes of a rank's files beside the moments: indices, headers of archives."""
 
-def directory(checkpoint: str) -> str:
-    return os.path.join(checkpoint, "capo", "dist_ckpt")
+
+def directory(checkpoint: str) -> Path:
+    return Path(checkpoint, "capo", "dist_ckpt")
 
 
 def layout_of_random_states(checkpoint: str) -> tuple[int, int] | None:
@@ -51,23 +66,49 @@ def save(checkpoint: str, state: State, vocab_size: int) -> None:
 
     Args:
         state: this rank's rows; empty if it holds none.
+
+    Raises:
+        RuntimeError: on every rank, if they cannot be written.
     """
     path = directory(checkpoint)
-    os.makedirs(path, exist_ok=True)
-    torch.distributed.barrier()
+    # Megatron lets the first rank write some files alone; failing at them, it would leave the
+    # others in their next collective. So the room is there before anything is written.
+    size = sum(state[name].nbytes for name in MOMENTS) if state else 0
+    room = together(lambda: _reserve(path, size), path, not_saved)
+    assert room is not None
+    room.close()
     if state:
         device = torch.device(
             get_device_id()
         )  # of the collectives; offloaded moments are elsewhere
         state = {**state, **{name: state[name].to(device) for name in MOMENTS}}
-        header = [state["step"], vocab_size, state["exp_avg"].shape[1]]
+        header = Header(state["step"], vocab_size, state["exp_avg"].shape[1])
         state = {
             **state,
             "header": torch.tensor(header, device=device),
-            "checksum": _checksum(state),
+            "checksum": torch.tensor(sealed(_checksums(state), header), device=device),
         }
-    save_dist_checkpointing(_sharded(state), path)
-    torch.distributed.barrier()
+    together(lambda: save_dist_checkpointing(_sharded(state), str(path)), path, not_saved)
+
+
+def _reserve(path: Path, size: int) -> IO[bytes]:
+    """Take the room that this rank is going to write to, until the file is closed.
+
+    Args:
+        size: bytes of its rows, which its data-parallel replicas share.
+
+    Raises:
+        OSError: if there is none.
+    """
+    path.mkdir(parents=True, exist_ok=True)
+    if torch.distributed.get_rank() == 0:
+        for name in SOLITARY:
+            if Path(path, name).exists():  # of an attempt that did not end
+                Path(path, name).open("ab").close()
+    file = tempfile.TemporaryFile(dir=path)  # noqa: SIM115  closed once all ranks hold theirs
+    replicas = mpu.get_data_parallel_world_size(with_context_parallel=True)
+    os.posix_fallocate(file.fileno(), 0, SLACK + size // replicas)
+    return file
 
 
 def load(checkpoint: str, rows: int, hidden_size: int, vocab_size: int) -> State | None:
@@ -86,52 +127,50 @@ def load(checkpoint: str, rows: int, hidden_size: int, vocab_size: int) -> State
             or is corrupt.
     """
     path = directory(checkpoint)
-    if not os.path.isdir(path):
+    if not any(gathered(path.is_dir())):
         return None
-    state, problem = {}, ""
-    try:
-        check_metadata(Path(path, ".metadata"))
-        state = _load(path, rows, hidden_size, vocab_size)
-    except (
-        Exception,
-        CheckpointException,
-    ) as e:  # whatever the reason: all ranks have to learn of it before one stops
-        problem = _reason(e)
-    problems: list[str] = [""] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(problems, problem)
-    if any(problems):
-        raise unusable(Path(path), next(p for p in problems if p))
-    return state
-
-
-def _reason(e: BaseException) -> str:
-    """The reason on one line: torch wraps each rank's, with traceback, into an exception."""
-    if isinstance(e, CheckpointException) and e.failures:
-        e = next(iter(e.failures.values()))[0]
-    return f"{type(e).__name__}: {' '.join(str(e).split())}"
-
-
-def _load(path: str, rows: int, hidden_size: int, vocab_size: int) -> State:
+    together(lambda: _check_files(path), path, unusable)
     template: State = {}
     if rows:
         device = torch.device(get_device_id())
         template = {name: torch.zeros(rows, hidden_size, device=device) for name in MOMENTS}
         template |= {"header": torch.zeros(3, dtype=torch.int64, device=device)}
         template |= {"checksum": torch.zeros(2, dtype=torch.int64, device=device)}
-    loaded = load_dist_checkpointing(_sharded(template), path)
-    if not rows:
-        return {}
-    state = loaded["capo"]
-    step, saved_vocabulary, saved_hidden = state.pop("header").tolist()
-    check_model((saved_vocabulary, saved_hidden), (vocab_size, hidden_size))
-    saved = state.pop("checksum")
-    check_undamaged(torch.equal(_checksum(state), saved))
-    return {**state, "step": step}
+    loaded = together(
+        lambda: load_dist_checkpointing(_sharded(template), str(path)), path, unusable
+    )
+    assert loaded is not None
+    model = (vocab_size, hidden_size)
+    return together(lambda: _checked(loaded["capo"], model, path) if rows else {}, path, unusable)
 
 
-def _checksum(state: State) -> torch.Tensor:
+def _check_files(path: Path) -> None:
+    """Look at what every rank reads by itself, before they read together.
+
+    Raises:
+        Exception: naming the file that is missing or damaged.
+    """
+    for name in SOLITARY:
+        Path(path, name).read_bytes()
+    check_metadata(Path(path, ".metadata"))
+    try:
+        common = torch.load(Path(path, "common.pt"), map_location="cpu", weights_only=True)
+    except Exception as e:
+        raise ValueError("common.pt is damaged, or holds more than tensors") from e
+    if not isinstance(common, dict):
+        raise ValueError("common.pt holds no table")
+
+
+def _checked(state: State, model: tuple[int, int], path: Path) -> State:
+    header = Header(*state.pop("header").tolist())
+    check_model((header.vocab_size, header.hidden_size), model)
+    check_undamaged(state.pop("checksum").tolist(), _checksums(state), header, path)
+    return {**state, "step": header.step}
+
+
+def _checksums(state: State) -> list[int]:
     group, rank = mpu.get_tensor_model_parallel_group(), mpu.get_tensor_model_parallel_rank()
-    return torch.stack([checksum(state[name], rank * len(state[name]), group) for name in MOMENTS])
+    return [int(checksum(state[name], rank * len(state[name]), group)) for name in MOMENTS]
 
 
 def _sharded(state: State) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -270,6 +271,9 @@ class CapoMegatronEngineWithLMHead(CapoEngineMixin, MegatronEngineWithLMHead):
 
     def _save_state(self, checkpoint_path: str, state: State) -> None:
         checkpoint.save(checkpoint_path, state, self._vocab_size())
+
+    def _state_path(self, checkpoint_path: str) -> Path:
+        return checkpoint.directory(checkpoint_path)
 
     def _load_state(self, checkpoint_path: str) -> State | None:
         head = self.lm_head

@@ -3,7 +3,7 @@
 
 VENV := $(or $(CAPO_VENV),.venv)
 .DEFAULT_GOAL := help
-.PHONY: help quick test test-gpu style types docs architecture clean
+.PHONY: help quick test fuzz test-gpu style types docs architecture clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -13,6 +13,9 @@ quick:  ## lint, types and the tests without Ray, Slurm or process groups
 
 test:  ## everything that CI runs
 	bash scripts/test.sh
+
+fuzz:  ## the tests of random damage, with many more examples
+	HYPOTHESIS_PROFILE=fuzz bash scripts/test.sh -q -k fuzz
 
 test-gpu:  ## the kernels' tests, on this machine's GPU
 	bash scripts/test.sh tests/core/kernels

@@ -66,8 +66,11 @@ def _load(path: Path, problems: list[str]) -> list[Run]:
     before, folder = len(problems), path.is_dir()
     runs = _load_folder(path, problems) if folder else _load_files([path], problems)
     if not runs and len(problems) == before:
-        what = "no log of a run in this folder" if folder else "not a log of a run"
-        problems.append(f"{path}: {what}; give {KINDS}")
+        problems.append(
+            f"{path}: no log of a run in this folder; give {KINDS}"
+            if folder
+            else f"{path}: not a log of a run; give {KINDS}"
+        )
     return runs
 
 

@@ -59,14 +59,14 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def open_page(browser, report) -> Callable:
-    """Load the page afresh and wait until its script has run; returns the driver."""
+    """Load a page afresh and wait until its script has run; returns the driver."""
     from selenium.webdriver.support.ui import WebDriverWait
 
-    def open_it(width: int = 1400, height: int = 1000):
+    def open_it(width: int = 1400, height: int = 1000, page: Path = report):
         browser.set_window_size(width, height)
         for kind in ("browser", "performance"):  # reading empties them
             browser.get_log(kind)
-        browser.get(report.as_uri())
+        browser.get(page.as_uri())
         WebDriverWait(browser, SECONDS).until(
             lambda d: d.execute_script("return document.documentElement.dataset.ready") == "yes"
         )

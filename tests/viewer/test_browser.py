@@ -5,6 +5,9 @@ cannot run as code.
 
 from __future__ import annotations
 
+import math
+from pathlib import Path
+
 import pytest
 
 selenium = pytest.importorskip("selenium")
@@ -12,8 +15,9 @@ selenium = pytest.importorskip("selenium")
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import Select, WebDriverWait
 
+from capo_verl.commands.main import main
 from tests.viewer.conftest import SECONDS, requested
-from tests.viewer.logs import SCRIPT_END
+from tests.viewer.logs import SCRIPT_END, write_config, write_file_log
 
 
 def wait(driver, condition, what: str):
@@ -234,6 +238,108 @@ def test_tokens_are_reached_by_keyboard(open_page):
         '"z"', "rejected", "id", "2", "m_F", "1.00e-5 nats", "m_H", "0.001", "advantage", "1",
         "probability", "0.5", "weight", "0",
     ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def odd_report(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The page about a run with gaps and with values in small ranges, and one with odd names."""
+    folder = tmp_path_factory.mktemp("odd")
+    rows = [
+        (
+            step,
+            {
+                "actor/entropy": math.nan if step in (5, 7) else 1.0,
+                "critic/score/mean": 1000.0001 + 1e-5 * step,
+                "capo/objective_shift_p50": 1e-3 + 1e-4 * step,
+                "capo/objective_shift_p99": -1e-5 * step,
+                "capo/kl_mean": 1.02e-4 + 1e-8 * step,
+                "capo/lr_scale": 1.0 + 1e-16 * step,
+                "capo/batch_objective_shift_before": 12_345_678.0 + step,
+                "response_length/mean": 1e99,
+            },
+        )
+        for step in range(20)
+    ]
+    write_file_log(folder / "runs" / "gaps" / "metrics.jsonl", rows)
+    odd = folder / "runs" / SCRIPT_END.replace("/", "")
+    write_file_log(odd / "metrics.jsonl", [(1, {"capo/weight_mean": math.nan})])
+    write_config(odd, constructor={"toString": [math.nan]})
+    arguments = [str(folder / "runs"), "--output", str(folder / "report.html")]
+    assert main(["report", *arguments]) == 0
+    return folder / "report.html"
+
+
+def labels(driver, panel: str, axis: str = "y") -> list[str]:
+    found = driver.find_elements("css selector", f"#panel-{panel} .tick-{axis}")
+    return [e.get_attribute("textContent") for e in found]
+
+
+@pytest.mark.parametrize(
+    ("panel", "first"),
+    [
+        ("reward", ["1,000.0001", "1,000.00015", "1,000.0002"]),
+        ("objective_shift", ["0", "0.0005", "0.001"]),
+        ("kl", ["1.0200e-4", "1.0205e-4", "1.0210e-4"]),
+        ("batch_objective_shift", ["12,345,680", "12,345,685", "12,345,690"]),
+        ("scale", ["0.5", "1", "2"]),
+        ("length", ["0", "2e98", "4e98"]),
+        ("entropy", ["0", "0.2", "0.4"]),
+    ],
+)
+def test_labels_of_ticks_tell_them_apart(open_page, odd_report, panel, first):
+    driver = open_page(page=odd_report)
+    found = labels(driver, panel)
+    assert len(set(found)) == len(found) > 1
+    assert found[:3] == first
+
+
+def test_labels_of_ticks_are_within_the_picture(open_page, odd_report):
+    driver = open_page(page=odd_report)
+    outside = driver.execute_script(
+        "return [...document.querySelectorAll('.plot .tick-y')].filter((e) => "
+        "e.getBBox().x < 0).map((e) => e.textContent)"
+    )
+    assert outside == []
+
+
+def test_a_gap_is_no_line_and_is_read_as_no_number(open_page, odd_report):
+    driver = open_page(page=odd_report)
+    assert errors(driver) == []
+    (path,) = paths(driver, "entropy")
+    assert path.count("M") == 3 and path.count("L") == 4 + 0 + 11
+    assert count(driver, "#panel-entropy circle") == 1  # step 6, without a line to a neighbour
+    svg = find(driver, "#panel-entropy svg")
+    driver.execute_script("arguments[0].focus()", svg)
+    svg.send_keys(Keys.HOME, *[Keys.ARROW_RIGHT] * 5)
+    tip = find(driver, "#tip")
+    wait(driver, tip.is_displayed, "the tooltip")
+    assert tip.text.split("\n") == ["step 5", "gaps", "no number"]
+    set_value(driver, "#smoothing", 0.9)
+    assert paths(driver, "entropy") == [path]  # of equal values
+
+
+def test_small_differences_are_read_in_the_tooltip(open_page, odd_report):
+    driver = open_page(page=odd_report)
+    svg = find(driver, "#panel-reward svg")
+    driver.execute_script("arguments[0].focus()", svg)
+    svg.send_keys(Keys.HOME, Keys.ARROW_RIGHT)
+    tip = find(driver, "#tip")
+    wait(driver, tip.is_displayed, "the tooltip")
+    assert tip.text.split("\n")[-1] == "1,000.00011"
+
+
+def test_notes_and_odd_names_are_shown_as_text(open_page, odd_report):
+    driver = open_page(page=odd_report)
+    assert find(driver, "#notes summary").text == "Not all could be read or drawn: 2 notes"
+    notes = [e.text for e in driver.find_elements("css selector", "#notes li")]
+    assert any("capo/weight_mean is NaN" in note and SCRIPT_END[2:9] in note for note in notes)
+    assert (driver.title, count(driver, "main img")) == ("CAPO report", 0)
+    cells = [e.text for e in driver.find_elements("css selector", "#config-table tbody th")]
+    assert "constructor.toString" in cells
+
+
+def test_without_notes_there_is_no_box(open_page):
+    assert not find(open_page(), "#notes").is_displayed()
 
 
 @pytest.mark.parametrize("width", [1400, 420])

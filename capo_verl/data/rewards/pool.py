@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Worker processes that judge answers, within limits of time and memory that hold.
 
-An answer that breaks a limit costs its worker; the next one gets a fresh process.
+An answer that breaks a limit costs the process that judges; the next one gets a fresh fork.
 
 verl calls a reward function in threads of a Ray actor. Neither can a thread be stopped, nor does
 math-verify's own time limit (``signal.alarm``) work in one. Workers are plain child processes that
@@ -16,6 +16,7 @@ import logging
 import os
 import queue
 import select
+import signal
 import subprocess
 import sys
 import threading
@@ -51,7 +52,13 @@ class NotReadyError(Exception):
     """A worker that ended, or was not ready in time."""
 
 
+class DiedError(Exception):
+    """What judged has ended: by itself, or by somebody else."""
+
+
 class _Worker:
+    """A process that imports once, and its fork that judges (``worker.py``)."""
+
     def __init__(self, kind: str) -> None:
         # The same module search path as here: Ray adds to it in ways that a child process would not
         # inherit.
@@ -67,8 +74,11 @@ class _Worker:
             stderr=subprocess.DEVNULL,
             env=environment,
         )
+        self._received = b""
+        self._requests = 0
+        self.pid = 0
         hello = self._receive(START_SECONDS)
-        if hello is None or not hello.get("ready"):
+        if hello is None or not self._is_hello(hello):
             self.kill()
             if hello is None:
                 raise NotReadyError
@@ -77,26 +87,51 @@ class _Worker:
                 f"pip install 'capo-verl[data]', or run: {_by_hand(kind)}"
             )
 
-    @property
-    def pid(self) -> int:
-        return self._process.pid
-
     def ask(self, request: dict[str, Any], seconds: float) -> dict[str, Any] | None:
-        """The reply; None if there is none in time, or the process died."""
+        """The reply to one request; None if there is none in time.
+
+        Raises:
+            DiedError: if what judges has ended.
+        """
+        while (waiting := self._receive(0.0)) is not None:
+            self._is_hello(waiting)  # of the successor of one that ended while it was idle
+        self._requests += 1
+        deadline = time.monotonic() + seconds
         assert self._process.stdin is not None
         try:
-            self._process.stdin.write(json.dumps(request).encode() + b"\n")
+            self._process.stdin.write(
+                json.dumps({**request, "id": self._requests}).encode() + b"\n"
+            )
             self._process.stdin.flush()
         except BrokenPipeError:
-            return None
-        return self._receive(seconds)
+            raise DiedError from None
+        while (reply := self._receive(deadline - time.monotonic())) is not None:
+            if self._is_hello(reply):
+                raise DiedError
+            if reply["id"] == self._requests:
+                return reply
+        if self.has_ended():
+            raise DiedError
+        return None
+
+    def replace(self) -> bool:
+        """End what judges; its successor is a fork. False if there is none in time."""
+        os.kill(self.pid, signal.SIGKILL)
+        deadline = time.monotonic() + START_SECONDS
+        while (reply := self._receive(deadline - time.monotonic())) is not None:
+            if self._is_hello(reply):
+                return True
+        return False
+
+    def _is_hello(self, reply: dict[str, Any]) -> bool:
+        self.pid = reply.get("pid", self.pid)
+        return "ready" in reply
 
     def _receive(self, seconds: float) -> dict[str, Any] | None:
         assert self._process.stdout is not None
         deadline = time.monotonic() + seconds
         descriptor = self._process.stdout.fileno()
-        received = b""
-        while not received.endswith(b"\n"):
+        while b"\n" not in self._received:
             poll = select.poll()  # not select(): Ray's actors have more than 1,024 open files
             poll.register(descriptor, select.POLLIN)
             if not poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
@@ -104,8 +139,9 @@ class _Worker:
             chunk = os.read(descriptor, 65536)
             if not chunk:
                 return None
-            received += chunk
-        return json.loads(received)
+            self._received += chunk
+        line, self._received = self._received.split(b"\n", 1)
+        return json.loads(line)
 
     def has_ended(self) -> bool:
         """True if the process has ended, not only failed to answer.
@@ -118,6 +154,7 @@ class _Worker:
         return any(event & select.POLLHUP for _, event in poll.poll(0))
 
     def kill(self) -> None:
+        """End the process, and with it what judges."""
         self._process.kill()
         self._process.wait()
         for pipe in (self._process.stdin, self._process.stdout):
@@ -160,7 +197,7 @@ class Pool:
         if verdict.trouble == NOT_STARTED and not self._warned:
             self._warned = True
             logger.warning(
-                "no process that judges answers (%s) was ready within %.0f s, twice: the answer "
+                "no process that judges answers (%s) was ready within %g s, twice: the answer "
                 "scores 0 with judge_failed=1, and so will others; to see why, run: %s",
                 self.kind, START_SECONDS, _by_hand(self.kind),
             )  # fmt: skip
@@ -176,22 +213,29 @@ class Pool:
                     return Verdict(0.0, NOT_STARTED)
                 with self._lock:
                     self._workers.add(worker)
-            reply = worker.ask(request, seconds)
-            if reply is not None:
-                return Verdict(
-                    reply["score"], reply.get("refused", ""), tuple(reply.get("steps", ()))
-                )
-            trouble = DIED if worker.has_ended() else "timeout"
-            worker.kill()
-            with self._lock:
-                self._workers.discard(worker)
-            worker = None
-            return Verdict(0.0, trouble)
+            try:
+                reply = worker.ask(request, seconds)
+            except DiedError:
+                if worker.has_ended():
+                    self._discard(worker)
+                    worker = None
+                return Verdict(0.0, DIED)
+            if reply is None:
+                if not worker.replace():
+                    self._discard(worker)
+                    worker = None
+                return Verdict(0.0, "timeout")
+            return Verdict(reply["score"], reply.get("refused", ""), tuple(reply.get("steps", ())))
         finally:
             self._idle.put(worker)
 
+    def _discard(self, worker: _Worker) -> None:
+        worker.kill()
+        with self._lock:
+            self._workers.discard(worker)
+
     def pids(self) -> list[int]:
-        """Processes that run now."""
+        """Processes that judge now."""
         with self._lock:
             return sorted(worker.pid for worker in self._workers)
 

@@ -7,14 +7,18 @@ takes too long (``pool.py``).
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import json
 import logging
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
+PR_SET_PDEATHSIG = 1
+"""Number of Linux' ``prctl`` by which a process asks for a signal at its parent's end."""
 ORPHAN_SECONDS = 60.0
 """An answer that takes this long ends the worker even if nobody is left to kill it."""
 
@@ -80,9 +84,11 @@ KINDS: dict[str, Callable[[], Callable[[Request], float]]] = {
 
 
 def main(kind: str) -> None:
-    """Answer requests until stdin is closed."""
-    from capo_verl.data.rewards.guard import RefusedError, confine
+    """Answer requests until stdin is closed.
 
+    What judges is a fork of this process, which has imported all it needs: one that was killed is
+    replaced in milliseconds.
+    """
     replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # whatever else is printed must not look like a reply
 
@@ -95,26 +101,57 @@ def main(kind: str) -> None:
     except ImportError as error:
         reply(failed=f"{error.name or error} is missing")
         return
-    confine()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
-    reply(ready=True)
-    for line in sys.stdin:
+    gc.freeze()  # forks share these objects
+    while True:
+        child = os.fork()
+        if child == 0:
+            _end_with(os.getppid())
+            _serve(judge, reply)
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+        if status == 0:
+            return
+
+
+def _end_with(parent: int) -> None:
+    """Let the kernel end this process when ``parent`` ends."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(0)
+
+
+def _serve(judge: Callable[[Request], float], reply: Callable[..., None]) -> None:
+    from capo_verl.data.rewards.guard import RefusedError, confine
+
+    confine()
+    reply(ready=True, pid=os.getpid())
+    for line in _lines(0):
         signal.setitimer(signal.ITIMER_REAL, ORPHAN_SECONDS)
         refused = RefusedError.count
+        request = json.loads(line)
         try:
-            request = json.loads(line)
             score = judge(request)
             reply(
+                id=request["id"],
                 score=score,
                 refused="" if score or RefusedError.count == refused else "refused",
                 steps=explain(request) if request.get("explain") else [],
             )
         except MemoryError:
-            reply(score=0.0, refused="memory")
+            reply(id=request["id"], score=0.0, refused="memory")
         # an answer that cannot be read is a wrong answer; the reason is counted and reported
         except Exception as error:
-            reply(score=0.0, refused=type(error).__name__)
+            reply(id=request["id"], score=0.0, refused=type(error).__name__)
         signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+def _lines(descriptor: int) -> Iterator[bytes]:
+    """Lines as they come, until the end of the file. Not more is read than there is."""
+    received = b""
+    while chunk := os.read(descriptor, 1 << 16):
+        *lines, received = (received + chunk).split(b"\n")
+        yield from lines
 
 
 if __name__ == "__main__":

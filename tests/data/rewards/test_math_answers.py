@@ -495,26 +495,41 @@ def test_a_worker_that_cannot_start_says_why(tmp_path, monkeypatch):
         pool.judge({"reference": "1", "answer": "2"}, 20.0)
 
 
-def test_a_worker_that_is_not_ready_in_time_costs_its_answer_only(tmp_path, monkeypatch, caplog):
+def test_a_worker_that_is_not_ready_in_time_costs_its_answer_only(monkeypatch, caplog):
     """Started twice, then 0 and one warning; the next answer starts one again."""
-    starts = tmp_path / "starts"
-    (tmp_path / "slow").mkdir()
-    (tmp_path / "slow/math_verify.py").write_text(
-        f"open({str(starts)!r}, 'a').write('.'); import time; time.sleep(60)\n"
-    )
+    started = []
+    popen = subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", lambda *args, **kwargs: (
+        started.append(args), popen(*args, **kwargs))[1])  # fmt: skip
     pool = Pool("math", 1)
-    request = {"reference": "1", "answer": "2"}
+    request = {"reference": "1", "answer": "1.0"}
     with monkeypatch.context() as patch:
-        patch.setattr("capo_verl.data.rewards.pool.START_SECONDS", 8.0)
-        patch.syspath_prepend(tmp_path / "slow")
-        assert pool.judge(request, 20.0) == Verdict(0.0, "not started")
-        assert starts.read_text() == ".."
         patch.setattr("capo_verl.data.rewards.pool.START_SECONDS", 0.01)
-        assert pool.judge(request, 20.0).trouble == "not started"
+        assert [pool.judge(request, 20.0) for _ in range(2)] == 2 * [Verdict(0.0, "not started")]
+    assert len(started) == 4
     assert [record.levelname for record in caplog.records] == ["WARNING"]
-    assert "no process that judges answers (math) was ready within 8 s, twice" in caplog.text
-    assert pool.judge({"reference": "1", "answer": "1.0"}, 20.0) == Verdict(1.0)
+    assert "no process that judges answers (math) was ready within 0.01 s, twice" in caplog.text
+    assert pool.judge(request, 20.0) == Verdict(1.0)
     pool.close()
+
+
+def test_answers_that_hang_cost_their_limit_and_no_start():
+    """Nothing is imported anew after one: the next answer is judged by a fork."""
+    pool = Pool("math", 1)
+    right = {"reference": "\\frac{1}{2}", "answer": "0.5"}
+    assert pool.judge(right, 20.0) == Verdict(1.0)
+    (before,) = pool.pids()
+    template = next(iter(pool._workers))._process.pid
+    for _ in range(5):
+        assert pool.judge({"reference": "5", "answer": SLOW[0]}, 0.3) == Verdict(0.0, "timeout")
+        assert pool.judge(right, 20.0) == Verdict(1.0)
+    (after,) = pool.pids()
+    assert after != before and next(iter(pool._workers))._process.pid == template
+    pool.close()
+    deadline = time.monotonic() + 10
+    while Path(f"/proc/{after}").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def test_what_no_worker_has_judged_is_not_remembered(monkeypatch):

@@ -10,10 +10,9 @@ from functools import lru_cache
 from typing import Any
 
 from capo_verl.data.rows import Row, make_row
+from capo_verl.data.schema import SOURCE_PREFIX as SOURCE_PREFIX
 from capo_verl.data.templates import Template
 
-SOURCE_PREFIX = "reasoning_gym/"
-"""Prefix of a row's ``data_source``; the generator's name follows."""
 TUPLE = "__tuple__"
 
 Entry = Mapping[str, Any]

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import argparse
 import json
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -23,9 +24,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from capo_verl.data import gym, lengths, overlap, sources
 from capo_verl.data.datasets import DATASETS, GYM_LICENCE, DataSet, find
 from capo_verl.data.gym import SOURCE_PREFIX
-from capo_verl.data.rows import Row, check_rows, math_rows
+from capo_verl.data.rows import PROMPT, REWARD, Row, check_rows, math_rows
 from capo_verl.data.templates import TEMPLATES
 from capo_verl.utils import replace_text, replacing
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 REPORT = "report.json"
 INSTRUCTIONS = [
@@ -86,8 +90,11 @@ def run(args: argparse.Namespace, console: Console) -> None:
         if tokenizer is not None:
             for file in progress.track(files, description="measuring"):
                 measured[file.label] = lengths.measure(file.rows, tokenizer, args.max_prompt_length)
-        for file in progress.track(files, description="writing"):
-            write_parquet(file.rows, file.path(output))
+        tables = [as_table(file.rows, f"{file.label} ({file.origin})") for file in files]
+        for file, table in progress.track(
+            list(zip(files, tables, strict=True)), description="writing"
+        ):
+            write_parquet(table, file.path(output))
     _write_report(output / REPORT, _report(args, files, found, measured))
     _show(Console(), output, files, found, measured, args)
 
@@ -108,8 +115,11 @@ def _plan(args: argparse.Namespace) -> dict[str, Callable[[], list[Prepared]]]:
                 raise ValueError(f"{name} is generated, --from {args.source} does not apply")
             plan[name] = partial(_prepare_gym, name, args, settings)
             continue
-        if local and name not in DATASETS and args.question_column and args.answer_column:
-            dataset = DataSet(name, name, name, "that of the file", {"train": 0, "test": 0})
+        if local and name not in DATASETS:  # in verl's schema, if no columns are named
+            dataset = DataSet(
+                name, name, name, "that of the file", {"train": 0, "test": 0},
+                question=(PROMPT,), answer=(REWARD,),
+            )  # fmt: skip
         else:
             dataset = find(name)
         if args.split and args.split not in dataset.sizes:
@@ -200,17 +210,46 @@ def _drop(
             )
 
 
-def write_parquet(rows: Sequence[Row], path: Path) -> None:
+def as_table(rows: Sequence[Row], origin: str) -> pa.Table:
+    """Rows as columns.
+
+    Args:
+        origin: what the rows were read from, for errors.
+
+    Raises:
+        ValueError: naming the first row with another type than those before it.
+    """
+    import pyarrow as pa
+
+    def problem(count: int) -> Exception | None:
+        try:
+            pa.Table.from_pylist(list(rows[:count]))
+        except (pa.ArrowException, OverflowError) as error:
+            return error
+        return None
+
+    try:
+        return pa.Table.from_pylist(list(rows))
+    except (pa.ArrowException, OverflowError):
+        counts = range(len(rows) + 1)
+        first = bisect_left(counts, True, key=lambda count: problem(count) is not None)
+        raise ValueError(
+            f"{origin}, row {first - 1}: a key of extra_info or of a message has another type than "
+            f"in the rows before ({problem(first)})"
+        ) from None
+
+
+def write_parquet(rows: Sequence[Row] | pa.Table, path: Path) -> None:
     """Write one parquet file, whole or not at all.
 
     The same rows and the same pyarrow give the same bytes.
     """
-    import pyarrow as pa
     import pyarrow.parquet as parquet
 
+    table = as_table(rows, str(path)) if isinstance(rows, Sequence) else rows
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
-        parquet.write_table(pa.Table.from_pylist(list(rows)), temporary)
+        parquet.write_table(table, temporary)
 
 
 def write_json(value: Any, path: Path) -> None:

@@ -3,17 +3,29 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
+import io
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 from capo_verl.data import wheels
 from capo_verl.data.datasets import DataSet
+from capo_verl.data.values import plain, short
 
 SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
+MARKS = {
+    codecs.BOM_UTF8: "utf-8-sig",
+    codecs.BOM_UTF32_LE: "utf-32",  # begins like UTF-16's
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+"""Byte order marks and encodings."""
 
 Splits = dict[str, tuple[str, list[dict[str, Any]]]]
 """Split to (what it was read from, records)."""
@@ -71,7 +83,7 @@ def from_wheel(dataset: DataSet, folder: Path | None = None) -> Splits:
         if name.endswith(".toml"):
             records.append(_toml(content.decode()))
         else:
-            records += _json_lines(content.decode(), name)
+            records += _json(content.decode())
     chosen = [
         r for r in records if all(str(r.get(key)) == value for key, value in source.where.items())
     ]
@@ -111,45 +123,126 @@ def from_path(dataset: DataSet, path: Path, split: str | None) -> Splits:
 def read_file(path: Path) -> Iterator[dict[str, Any]]:
     """Records of a jsonl, json, parquet or csv file.
 
+    Text is UTF-8, or UTF-16 with its byte order mark; jsonl may be one JSON list.
+
     Raises:
         ValueError: naming the file, and the line if it has lines.
     """
     try:
         if path.suffix == ".parquet":
-            import pyarrow.parquet as parquet
-
-            yield from parquet.read_table(path).to_pylist()
-            return
-        text = path.read_text(encoding="utf-8")
-        if path.suffix == ".csv":
-            yield from csv.DictReader(text.splitlines(keepends=True))
-        elif path.suffix == ".json" and text.lstrip().startswith("["):
-            records = json.loads(text)
-            if not all(isinstance(record, dict) for record in records):
-                raise ValueError("not a list of objects")
-            yield from records
+            yield from _parquet(path)
+        elif path.suffix == ".csv":
+            yield from _csv(_text(path))
         elif path.suffix in (".json", ".jsonl"):
-            yield from _json_lines(text, str(path))
+            yield from _json(_text(path))
         else:
             raise ValueError(f"a file ending in {', '.join(SUFFIXES)} is expected")
-    except (OSError, ValueError) as error:  # pyarrow's and json's errors are both ValueErrors
-        prefix = "" if str(path) in str(error) else f"{path}: "
-        raise ValueError(f"{prefix}{str(error).splitlines()[0]}") from error
+    except (OSError, ValueError, csv.Error, RecursionError) as error:
+        line = str(error).splitlines()[0] if str(error) else type(error).__name__
+        joint = ", " if line.startswith("line ") else ": "
+        prefix = "" if str(path) in line else f"{path}{joint}"
+        raise ValueError(prefix + line) from error
 
 
-def _json_lines(text: str, name: str) -> list[dict[str, Any]]:
-    records = []
+def _text(path: Path) -> str:
+    content = path.read_bytes()
+    mark = next((m for m in MARKS if content.startswith(m)), b"")
+    try:
+        text = content.decode(MARKS[mark] if mark else "utf-8")
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        raise ValueError(f"line {line}: {error}: save it as UTF-8") from error
+    if "\0" in text:
+        line = text[: text.index("\0")].count("\n") + 1
+        raise ValueError(f"line {line}: a NUL character: save it as UTF-8")
+    return text
+
+
+def _parquet(path: Path) -> Iterator[dict[str, Any]]:
+    import numpy
+    import pyarrow as pa
+    import pyarrow.parquet as parquet
+
+    try:
+        table = parquet.ParquetFile(path).read()  # read_table takes columns from the path, too
+        _refuse_twice(table.column_names, "column")
+        short_floats = {pa.float16(): numpy.float16, pa.float32(): numpy.float32}
+        for i, column in enumerate(table.columns):
+            kind = short_floats.get(column.type)
+            if kind is not None:  # Python would make 0.10000000149011612 of 0.1
+                values = [v if v is None else plain(kind(v)) for v in column.to_pylist()]
+                table = table.set_column(i, table.column_names[i], pa.array(values, pa.float64()))
+        yield from table.to_pylist()
+    except pa.ArrowException as error:
+        raise ValueError(str(error)) from error
+
+
+def _csv(text: str) -> Iterator[dict[str, Any]]:
+    """Records of a CSV file with a header, each with as many fields as that."""
+    lines = csv.reader(io.StringIO(text, newline=""), strict=True)
+    names: list[str] = []
+    start = 1
+    try:
+        for fields in lines:
+            if names and fields and len(fields) != len(names):
+                raise ValueError(
+                    f"{len(fields)} fields, but the header names {len(names)} columns "
+                    f"({', '.join(names)}): quote fields that hold a comma"
+                )
+            if names and fields:
+                yield dict(zip(names, fields, strict=True))
+            elif fields:
+                names = fields
+                _refuse_twice(names, "column")
+            start = lines.line_num + 1
+    except (ValueError, csv.Error) as error:
+        raise ValueError(f"line {start}: {error}") from error
+
+
+def _json(text: str) -> Iterator[dict[str, Any]]:
+    """Records of a JSON list, or of lines with an object each."""
+    if text.lstrip().startswith("["):
+        records = _loads(text)
+        for i, record in enumerate(records):
+            if not isinstance(record, dict):
+                raise ValueError(f"not a list of objects: number {i} is {short(record)}")
+        yield from records
+        return
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:
-            record = json.loads(line)
+            record = _loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f"line {number}: no JSON at character {error.colno}: {error.msg}"
+            ) from error
         except ValueError as error:
-            raise ValueError(f"{name}, line {number}: {error}") from error
+            raise ValueError(f"line {number}: {error}") from error
         if not isinstance(record, dict):
-            raise ValueError(f"{name}, line {number}: not an object")
-        records.append(record)
-    return records
+            raise ValueError(f"line {number}: not an object")
+        yield record
+
+
+def _loads(text: str) -> Any:
+    return json.loads(text, object_pairs_hook=_object, parse_float=_number)
+
+
+def _number(text: str) -> float | Decimal:
+    """A float, or a Decimal if a float is another number."""
+    exact, value = Decimal(text), float(text)
+    return value if Decimal(repr(value)) == exact else exact
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    _refuse_twice([key for key, _ in pairs], "key")
+    return dict(pairs)
+
+
+def _refuse_twice(names: Sequence[str], what: str) -> None:
+    if len(set(names)) < len(names):
+        twice = next(name for i, name in enumerate(names) if name in names[:i])
+        raise ValueError(f"the {what} {twice!r} is there twice: rename or remove one")
 
 
 def _toml(text: str) -> dict[str, Any]:

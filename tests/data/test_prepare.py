@@ -209,8 +209,8 @@ BAD = {
     "not on the hub": (["asdiv", "--from", "hub"], "asdiv is not on the hub: --from package"),
     "column": (["math500", "--from", "IN", "--answer-column", "gold"], "record 0: no answer in "
     "column gold; it has answer, pro"),
-    "form": (["math500", "--from", "IN", "--answer-form", "hashes"], "record 0: no answer of the "
-    "form 'hashes' in '0'"),
+    "form": (["math500", "--from", "IN", "--answer-form", "hashes"], "record 0, column answer: no "
+    "answer of the form 'hashes' in '0'"),
     "generator": (["reasoning_gym/countdwn"], "reasoning-gym has no generator 'countdwn': close: "
     "countdown"),
     "generator's file": (["reasoning_gym/countdown", "--from", "IN"], "is generated, --from"),

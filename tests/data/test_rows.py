@@ -96,7 +96,7 @@ def test_templates():
 @pytest.mark.parametrize(("record", "message"), [
     ({"answer": "1"}, "x.csv, record 0: no question in column problem or question; it has answer"),
     ({"problem": "p", "id": 1}, "x.csv, record 0: no answer in column answer; it has id, problem"),
-    ({"problem": "p", "answer": " "}, "x.csv, record 0: no answer of the form 'plain' in ' '"),
+    ({"problem": "p", "answer": " "}, "x.csv, record 0, column answer: no answer, it is empty"),
 ])  # fmt: skip
 def test_bad_record(record, message):
     with pytest.raises(ValueError) as error:

@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from capo_verl.data.schema import prompt_problems
 from capo_verl.data.sources import read_file
+from capo_verl.data.values import text_of
 
 
 @dataclass(frozen=True)
@@ -38,16 +40,22 @@ def read_problems(files: Sequence[str], limit: int | None = None) -> list[Proble
         if not rows:
             raise ValueError(f"--data {file}: no rows")
         for number, row in enumerate(rows[:limit]):
+            place = f"--data {file}, row {number}"
             try:
-                prompt = [
-                    {"role": str(m["role"]), "content": str(m["content"])} for m in row["prompt"]
-                ]
-                source, truth = str(row["data_source"]), str(row["reward_model"]["ground_truth"])
+                asked, source, truth = (
+                    row["prompt"], row["data_source"], row["reward_model"]["ground_truth"],
+                )  # fmt: skip
             except (KeyError, TypeError) as error:
                 raise ValueError(
-                    f"--data {file}, row {number}: not a row of verl's schema "
-                    f"({type(error).__name__}: {error}); write the file with `capo-verl data`"
+                    f"{place}: not a row of verl's schema ({type(error).__name__}: {error}); write "
+                    "the file with `capo-verl data`"
                 ) from error
+            for field, problem in prompt_problems(asked, roles=None):
+                raise ValueError(f"{place}, prompt{field}: {problem}")
+            prompt = [{"role": m["role"], "content": m["content"]} for m in asked]
+            source = text_of(source, f"{place}, data_source")
+            if not isinstance(truth, str):
+                truth = text_of(truth, f"{place}, reward_model.ground_truth")
             text = json.dumps([source, prompt, truth], ensure_ascii=True)
             key = hashlib.sha256(text.encode()).hexdigest()[:16]
             problems.setdefault(

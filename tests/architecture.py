@@ -32,7 +32,7 @@ ALLOWED: dict[str, set[str]] = {
     "core": {"config"},
     "rivals": {"config"},
     "data": {"utils"},
-    "plugin": {"utils", "config", "core", "rivals"},
+    "plugin": {"utils", "config", "core", "rivals", "data"},
     "engines": {"utils", "config", "core", "viewer"},
     "launch": {*_ENGINES},
     "cpu": {*_RUNS, "engines"},

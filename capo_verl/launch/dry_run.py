@@ -20,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from capo_verl.launch.hardware import gpu_memory, machine_memory
 from capo_verl.launch.plan import make_plan
-from capo_verl.plugin.checks import files, identity, run_spec
+from capo_verl.plugin.checks import data, files, identity, run_spec
 from capo_verl.plugin.checks.model_shape import find_shape
 from capo_verl.plugin.checks.sizes import PLANNED
 from capo_verl.plugin.state import REFUSED, on_cpu, refusal
@@ -47,12 +47,9 @@ def compose(overrides: Sequence[str]) -> DictConfig:
         return compose_one(overrides)
 
 
-def validate(config: DictConfig) -> list[str]:
+def validate(config: DictConfig) -> None:
     """verl's own checks and this project's, but for those of files which a run on another machine
     may have.
-
-    Returns:
-        What a run on this machine would be refused for, none of it an error here.
 
     Raises:
         ValueError, AssertionError: what verl's ``main_ppo`` would refuse before it starts Ray.
@@ -68,7 +65,20 @@ def validate(config: DictConfig) -> list[str]:
     # Behind the hook of this project's plugin, which checks files as well.
     unchecked = getattr(validate_config, "__wrapped__", validate_config)
     unchecked(config, need_reference_policy(config), need_critic(config))
-    return [*files.cache_problems(config), *files.data_problems(config)]
+
+
+def look_at_files(config: DictConfig) -> list[str]:
+    """Notes on the files of a run: how many rows were read or, unless the dry run is strict, what a
+    run on this machine would be refused for.
+
+    Raises:
+        ValueError: in a strict dry run, for what a run on this machine is refused for.
+    """
+    if not _is_strict():
+        return [*files.cache_problems(config), *data.read_data(config)[0]]
+    notes = files.check_files(config)
+    identity.check_identity(config)
+    return notes
 
 
 def plan(config: DictConfig) -> tuple[str, list[str]]:
@@ -112,10 +122,8 @@ def dry_run(overrides: Sequence[str]) -> tuple[str, list[str]]:
     """
     with contextlib.redirect_stdout(sys.stderr):  # verl's checks print
         config = compose(overrides)
-        notes = validate(config)
-        if _is_strict():
-            files.check_files(config)
-            identity.check_identity(config)
+        validate(config)
+        notes = look_at_files(config)
     table, more = plan(config)
     planned = "".join(f"# {line}\n" for line in table.splitlines())
     return OmegaConf.to_yaml(config, resolve=True) + planned, [*notes, *more]

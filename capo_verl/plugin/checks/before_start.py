@@ -6,6 +6,8 @@ Each refusal is one sentence.
 
 from __future__ import annotations
 
+import logging
+
 from omegaconf import DictConfig
 
 from capo_verl.plugin.checks.capo import check_capo
@@ -15,6 +17,8 @@ from capo_verl.plugin.checks.names import check_names
 from capo_verl.plugin.checks.resume import check_resume
 from capo_verl.plugin.checks.rivals import check_rival
 from capo_verl.plugin.checks.sizes import check_sizes, check_warmup
+
+logger = logging.getLogger(__name__)
 
 
 def check_config(config: DictConfig) -> None:
@@ -35,5 +39,8 @@ def before_start(config: DictConfig) -> None:
         ValueError: naming key or file, the value, and what to set.
         RuntimeError: if CAPO is switched on and the plugin is not registered properly.
     """
-    for check in (check_config, check_files, check_resume, check_identity):
-        check(config)
+    check_config(config)
+    for note in check_files(config):
+        logger.info(note)
+    check_resume(config)
+    check_identity(config)

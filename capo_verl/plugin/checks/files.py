@@ -13,10 +13,10 @@ import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
+from capo_verl.plugin.checks.data import read_data
 from capo_verl.plugin.checks.model_shape import local_config
 from capo_verl.plugin.checks.run_spec import MODEL
 
@@ -31,21 +31,26 @@ def sees_files() -> bool:
     ).startswith("ray://")
 
 
-def check_files(config: DictConfig) -> None:
+def check_files(config: DictConfig) -> list[str]:
     """Check the model, the data files and the output directory of a run.
+
+    Returns:
+        Notes: how many rows of the data were read.
 
     Raises:
         ValueError: for a model, data file or output directory that cannot be used.
     """
     if not sees_files():
-        return
+        return []
+    data, notes = read_data(config)
     for problem in [
         *model_problems(config),
         *cache_problems(config),
-        *data_problems(config),
+        *data,
         *output_problems(config),
     ]:
         raise ValueError(problem)
+    return notes
 
 
 def model_problems(config: DictConfig) -> Iterator[str]:
@@ -85,73 +90,6 @@ def cache_problems(config: DictConfig) -> Iterator[str]:
         yield (
             f"{MODEL}.path={model} is neither a folder nor in Hugging Face's cache, and "
             f"{offline[0]} is set: download it first, or unset {offline[0]}"
-        )
-
-
-def data_problems(config: DictConfig) -> Iterator[str]:
-    """Files that verl's own dataset could not read."""
-    if OmegaConf.select(config, "data.custom_cls.path") is not None:
-        return
-    column = OmegaConf.select(config, "data.prompt_key") or "prompt"
-    for key in ("train_files", "val_files"):
-        files = OmegaConf.select(config, f"data.{key}")
-        rows: list[int | None] = []
-        for file in files if isinstance(files, list | ListConfig) else [files]:
-            problem, count = _data_file(f"data.{key}={file}", str(file), column)
-            if problem:
-                yield problem
-            rows.append(count)
-        if key == "train_files" and None not in rows:
-            yield from _too_few(config, sum(row for row in rows if row is not None))
-
-
-def _data_file(what: str, name: str, column: str) -> tuple[str | None, int | None]:
-    """Problem of one data file, and its number of rows.
-
-    Either is None if there is none, or it cannot be told.
-    """
-    path = Path(name).expanduser()
-    if "://" in name or any(c in name for c in "*?[") or path.is_dir():
-        return None, None
-    if not path.exists():
-        return f"{what} does not exist: set it to a parquet file in verl's schema", None
-    if path.suffix not in (".parquet", ".json", ".jsonl"):  # verl/utils/dataset/rl_dataset.py
-        return (
-            f"{what} is neither .parquet, .json nor .jsonl: set it to a parquet file in verl's "
-            "schema",
-            None,
-        )
-    if path.suffix != ".parquet":
-        return None, None
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        metadata = pyarrow.parquet.read_metadata(path)
-    except (OSError, pyarrow.ArrowException) as e:
-        return f"{what} cannot be read ({e}): set it to a parquet file in verl's schema", None
-    names = metadata.schema.to_arrow_schema().names
-    if column not in names:
-        return (
-            f"{what} lacks the column '{column}' (it has {', '.join(names)}): prepare it anew, or "
-            "set data.prompt_key",
-            None,
-        )
-    return None, metadata.num_rows
-
-
-def _too_few(config: DictConfig, rows: int) -> Iterator[str]:
-    """Problem of a data set that is smaller than a batch.
-
-    verl leaves out an incomplete batch, and divides by their number (``trainer_base.py:765``).
-    """
-    batch = OmegaConf.select(config, "data.train_batch_size")
-    limit: Any = OmegaConf.select(config, "data.train_max_samples") or -1
-    used = rows if limit < 0 else min(rows, limit)
-    if used < batch:
-        yield (
-            f"data.train_files have {used} prompts, less than one data.train_batch_size={batch}: "
-            "lower it, or give more"
         )
 
 

@@ -132,10 +132,18 @@ def _ranks(run: RunSpec) -> Iterator[str]:
 
 
 def _batches(run: RunSpec) -> Iterator[str]:
-    """Batch sizes that do not divide.
+    """Batch sizes that do not divide, and mini-batches that are more than the batch.
 
-    ``verl/workers/engine_workers.py:267``, ``verl/workers/engine/utils.py:125``.
+    ``verl/workers/config/actor.py:225``, ``verl/workers/engine_workers.py:267``,
+    ``verl/workers/engine/utils.py:125``.
     """
+    # With micro-batches by tokens verl fills the batch up with samples that count for nothing
+    # (verl/trainer/ppo/padding_utils.py:144).
+    if run.prompts < run.mini_batch and run.tokens_per_gpu is None:
+        yield (
+            f"data.train_batch_size={run.prompts} prompts are less than one "
+            f"{ACTOR}.ppo_mini_batch_size={run.mini_batch}: lower ppo_mini_batch_size"
+        )
     if run.dynamic_cp:
         return
     mini, dp = run.mini_batch * run.completions_per_prompt, run.dp

@@ -7,8 +7,6 @@ import os
 import subprocess
 import sys
 
-import pyarrow
-import pyarrow.parquet
 import pytest
 
 from capo_verl.launch.dry_run import compose
@@ -16,6 +14,7 @@ from capo_verl.plugin.checks import files
 from capo_verl.plugin.checks.names import check_names
 from capo_verl.plugin.checks.sizes import check_sizes
 from tests.launch.launchers import ROOT, call
+from tests.plugin.checks.verl_rows import write_splits
 
 MODEL = "actor_rollout_ref.model.path"
 
@@ -23,11 +22,7 @@ MODEL = "actor_rollout_ref.model.path"
 @pytest.fixture
 def data(tmp_path):
     """Two parquet files in verl's schema, eight prompts each."""
-    for split in ("train", "test"):
-        pyarrow.parquet.write_table(
-            pyarrow.table({"prompt": [["x"]] * 8}), tmp_path / f"{split}.parquet"
-        )
-    return tmp_path
+    return write_splits(tmp_path)
 
 
 @pytest.fixture
@@ -100,13 +95,14 @@ def test_a_name_on_the_hub_is_accepted_where_the_hub_may_be_asked(run, monkeypat
         "exist: set it to a parquet"),
         (["data.val_files=[/no/test.parquet]"], "data.val_files=/no/test.parquet does not exist"),
         ([f"data.val_files={__file__}"], "is neither .parquet, .json nor .jsonl"),
-        (["data.prompt_key=question"], "lacks the column 'question' .it has prompt.: prepare it "
-        "anew, or set data.prompt_key"),
+        (["data.prompt_key=question"], "lacks the column 'question' .it has data_source, "
+        "prompt, .*: prepare it anew, or set data.prompt_key"),
         (
             ["data.train_batch_size=9", "actor_rollout_ref.actor.ppo_mini_batch_size=9"],
             "data.train_files have 8 prompts, less than one data.train_batch_size=9",
         ),
         (["data.train_max_samples=4"], "data.train_files have 4 prompts"),
+        (["data.val_files=[]"], "data.val_files have no rows: give some"),
         (["trainer.save_freq=1", "trainer.default_local_dir=/proc/nowhere"], "/proc/nowhere cannot "
         "be written to .No such"),
         (["trainer.resume_mode=resume_path"], "trainer.resume_from_path=None: set it to the folder "

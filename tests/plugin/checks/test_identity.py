@@ -20,6 +20,7 @@ from capo_verl.plugin.checks.identity import (
 from capo_verl.plugin.state import REFUSED
 from capo_verl.utils import TRACKER
 from tests.launch.launchers import command_line
+from tests.plugin.checks.verl_rows import write_splits
 
 OPTIM = "actor_rollout_ref.actor.optim"
 RESTART = f"{OPTIM}.use_checkpoint_opt_param_scheduler"
@@ -241,16 +242,9 @@ def test_nothing_is_compared_without_a_checkpoint_or_a_record(run, written, tmp_
 def test_verls_validation_compares_and_remembers_and_a_dry_run_only_compares(
     tmp_path, tiny_model, monkeypatch, capsys
 ):
-    import pyarrow
-    import pyarrow.parquet
     from verl.utils.config import validate_config
 
-    data = tmp_path / "data"
-    data.mkdir()
-    for split in ("train", "test"):
-        pyarrow.parquet.write_table(
-            pyarrow.table({"prompt": [["x"]] * 8}), data / f"{split}.parquet"
-        )
+    write_splits(tmp_path / "data")
 
     def overrides(capo):
         return command_line(

@@ -53,7 +53,13 @@ RUN = RunSpec(
         },
         {"micro_batch": None, "log_prob_micro_batch": None, "tokens_per_gpu": 384, "cp": 4},
         {"engine": "fsdp2", "tp": 1},
-        {"prompts": 15},  # verl pads the batch
+        {"prompts": 17},  # verl pads the batch
+        {
+            "prompts": 15,
+            "micro_batch": None,
+            "log_prob_micro_batch": None,
+            "tokens_per_gpu": 4096,
+        },
         {"mini_batch": 3, "dynamic_cp": True},
         {"tokens_per_gpu": 16, "dynamic_cp": True},
     ],
@@ -95,6 +101,8 @@ def test_everything_that_does_not_divide_is_named():
         "does not fill whole nodes"),
         ({"mini_batch": 5, "completions_per_prompt": 1}, "=5 x .*n=1 = 5 completions do not divide "
         "by the data-parallel size 4"),
+        ({"prompts": 15}, "data.train_batch_size=15 prompts are less than one "
+        ".*ppo_mini_batch_size=16: lower ppo_mini_batch_size"),
         ({"micro_batch": 5}, "on 4 data-parallel ranks are 32 each, "
         ".*ppo_micro_batch_size_per_gpu=5"),
         ({"log_prob_micro_batch": 5}, "are 32 each, .*log_prob_micro_batch_size_per_gpu=5"),
@@ -112,6 +120,26 @@ def test_everything_that_does_not_divide_is_named():
 def test_refused_with_the_numbers(change, expected):
     found = problems(dataclasses.replace(RUN, **change), SHAPE)
     assert re.search(expected, found[0]) and "\n" not in found[0]
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("prompts", [100, 255, 256, 300])
+def test_a_mini_batch_of_more_than_the_batch_is_refused_where_verl_refuses_it(prompts, dynamic):
+    from verl.workers.config import ActorConfig, OptimizerConfig
+
+    actor = ActorConfig(
+        strategy="fsdp", rollout_n=8, ppo_mini_batch_size=256, ppo_micro_batch_size_per_gpu=4,
+        use_dynamic_bsz=dynamic, optim=OptimizerConfig(lr=1e-6),
+    )  # fmt: skip
+    try:
+        actor.validate(n_gpus=8, train_batch_size=prompts)
+        refused = False
+    except ValueError as error:
+        refused = f"train_batch_size ({prompts}) must be >= " in str(error)
+    micro = {"micro_batch": None, "tokens_per_gpu": 4096} if dynamic else {}
+    run = dataclasses.replace(RUN, prompts=prompts, mini_batch=256, **micro)
+    assert any("are less than one" in problem for problem in problems(run, SHAPE)) == refused
+    assert refused == (prompts < 256 and not dynamic)
 
 
 def test_the_vocabulary_is_split_evenly_where_nobody_pads_it():

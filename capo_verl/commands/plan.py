@@ -176,10 +176,22 @@ def _resolved(path: Path) -> RunSpec:
 
 
 def _described(args: argparse.Namespace) -> RunSpec:
-    """The run that the arguments describe."""
+    """The run that the arguments describe.
+
+    Raises:
+        PlanError: for a mini-batch that is more than the batch.
+    """
     from capo_verl.config import verl_knobs
+    from capo_verl.launch.plan import PlanError
     from capo_verl.plugin.checks.run_spec import RunSpec
 
+    if (args.mini_batch or 0) > args.prompts:
+        # verl/workers/config/actor.py:225 refuses it for micro-batches of so many completions. For
+        # those of so many tokens verl/trainer/ppo/padding_utils.py:144 fills the batch up.
+        raise PlanError(
+            f"--prompts {args.prompts} are less than one --mini-batch {args.mini_batch}: verl "
+            "refuses that, or fills it up with samples that count for nothing; lower --mini-batch"
+        )
     offload = not (args.no_offload or args.cpu)
     return RunSpec(
         engine=args.engine, cpu=args.cpu, nodes=args.nodes, gpus_per_node=args.gpus_per_node,

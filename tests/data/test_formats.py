@@ -359,3 +359,12 @@ def test_problems_to_be_evaluated_have_text(tmp_path, record, message):
 def test_the_truth_of_a_problem_to_be_evaluated(tmp_path, value, text):
     (tmp_path / "x.jsonl").write_bytes(jsonl(truth(value))[1])
     assert read_problems([str(tmp_path / "x.jsonl")])[0].ground_truth == text
+
+
+def test_a_folder_with_a_split_in_two_formats(tmp_path, capsys):
+    (tmp_path / "test.jsonl").write_bytes(answers("1")[1])
+    (tmp_path / "test.csv").write_text("problem,answer\nq,2\n")
+    out = tmp_path / "out"
+    assert main(["data", "math500", "--from", str(tmp_path), "--output", str(out)]) == 2
+    assert "test.jsonl and test.csv are there: remove all but one" in capsys.readouterr().err
+    assert not out.exists()

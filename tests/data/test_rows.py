@@ -94,8 +94,10 @@ def test_templates():
 
 
 @pytest.mark.parametrize(("record", "message"), [
-    ({"answer": "1"}, "x.csv, record 0: no question in column problem or question; it has answer"),
-    ({"problem": "p", "id": 1}, "x.csv, record 0: no answer in column answer; it has id, problem"),
+    ({"answer": "1"}, "x.csv, record 0: no question in column problem or question; it has answer: "
+    "name it by --question-column"),
+    ({"problem": "p", "id": 1}, "x.csv, record 0: no answer in column answer; it has id, problem: "
+    "name it by --answer-column"),
     ({"problem": "p", "answer": " "}, "x.csv, record 0, column answer: no answer, it is empty"),
 ])  # fmt: skip
 def test_bad_record(record, message):

@@ -10,8 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from capo_verl.commands.main import main as capo_verl
+from capo_verl.cpu.quickstart.task import TaskConfig, prepare_data
 from capo_verl.launch.dry_run import compose, main
 from capo_verl.plugin.checks import data
+from capo_verl.plugin.checks.before_start import before_start
 from tests.launch.launchers import command_line
 from tests.plugin.checks.verl_rows import verl_row, write
 
@@ -263,3 +266,24 @@ def test_a_strict_dry_run(tmp_path, tiny_model, monkeypatch, capsys, rows, code,
     assert (printed.out == "") == (code == 2)
     (line,) = [line for line in printed.err.splitlines() if said in line]
     assert line.startswith("note: " if code == 0 else "capo_verl: refused before start: ")
+
+
+def test_the_start_of_a_run_is_refused_as_well(tmp_path, tiny_model, monkeypatch):
+    _, *overrides = command_line("run_quickstart_cpu.sh", tmp_path, MODEL_PATH=tiny_model)
+    (tmp_path / "data").mkdir()
+    for split, last in (("train", verl_row()), ("test", truth(" "))):
+        write([verl_row()] * 7 + [last], tmp_path / f"data/{split}.parquet")
+    monkeypatch.setenv("VERL_PLATFORM", "cpu")
+    with pytest.raises(ValueError, match="val_files=.*test.parquet, row 7, .*ground_truth: ' ' is"):
+        before_start(compose([*overrides, "data.train_batch_size=8"]))
+
+
+def test_what_this_package_writes_is_taken(tmp_path):
+    pytest.importorskip("reasoning_gym")
+    prepared = ["reasoning_gym/rush_hour", "--train-size", "4", "--test-size", "0"]
+    assert capo_verl(["data", *prepared, "--output", str(tmp_path)]) == 0
+    quickstart, _ = prepare_data(TaskConfig(train_size=4, test_size=4, sft_size=1), tmp_path)
+    rush_hour = tmp_path / "reasoning_gym_rush_hour"
+    for file in (quickstart / "train.parquet", rush_hour / "train.parquet"):
+        for reward in (GYM, MATH):
+            assert data.read_data(configured(file, f"{KEY}.path={reward}"))[0] == []

@@ -30,9 +30,22 @@ refuse() {
 }
 
 # quoted TEXT: a value for Hydra, whatever the text contains; only quotes, and backslashes before
-# one, are special in it.
+# one, are special in it. The dot keeps newlines at the end.
 quoted() {
-    printf "'%s'" "$(sed -E "s/(\\\\*)'/\1\1\\\\'/g; s/(\\\\+)\$/\1\1/" <<<"$1")"
+    local text
+    text=$(printf '%s' "$1" | sed -zE "s/(\\\\*)'/\1\1\\\\'/g; s/(\\\\+)\$/\1\1/" && printf .)
+    printf "'%s'" "${text%.}"
+}
+
+# refuse_interpolation NAME...: OmegaConf would take ${...} in a value as a reference, however it is
+# quoted: verl resolves its configuration more than once.
+refuse_interpolation() {
+    local name
+    for name in "$@"; do
+        if [[ ${!name:-} == *"\${"* ]]; then
+            refuse "$name=${!name} has \${ in it, which OmegaConf resolves: choose another name"
+        fi
+    done
 }
 
 # choose_algorithm "$@": fills ALGORITHM. A preset brings its own settings, and explicit ones would
@@ -173,6 +186,8 @@ launch() {
         { ! mkdir -p "$OUTPUT_DIR" 2>/dev/null || [[ ! -w $OUTPUT_DIR ]]; }; then
         refuse "OUTPUT_DIR=$OUTPUT_DIR cannot be written to: set it to a folder of yours"
     fi
+    refuse_interpolation OUTPUT_DIR DATA_DIR MODEL_PATH REWARD_PATH VERL_FILE_LOGGER_PATH \
+        PROJECT_NAME EXPERIMENT_NAME
     local metrics=${VERL_FILE_LOGGER_PATH:-$OUTPUT_DIR/metrics.jsonl}
     VERL_FILE_LOGGER_PATH=$(metrics_of_this_attempt "$metrics")
     export VERL_FILE_LOGGER_PATH

@@ -3,16 +3,20 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 MANIFEST = "manifest.json"
+ABANDONED_SECONDS = 6 * 3600.0
+"""Age at which an unfinished folder is taken for that of a builder that was killed."""
 
 
 def cache_root() -> Path:
@@ -47,6 +51,7 @@ def cached_folder(
     if is_complete(target, recipe):
         return target, True
     root.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(root, target)
     scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=root))
     try:
         build(scratch)
@@ -55,14 +60,35 @@ def cached_folder(
             json.dumps(manifest, indent=2, sort_keys=True) + "\n", encoding="utf-8"
         )
         scratch.chmod(0o755)
-        if target.exists():
+        while not _moved(scratch, target):
             if is_complete(target, recipe):  # another process was faster
                 return target, True
-            shutil.rmtree(target)
-        scratch.rename(target)
+            shutil.rmtree(target, ignore_errors=True)  # damaged; another may remove it, too
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return target, False
+
+
+def _moved(folder: Path, target: Path) -> bool:
+    """Rename a folder; False if there is one that is not empty at ``target``."""
+    try:
+        folder.rename(target)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        return False
+    return True
+
+
+def _remove_abandoned(root: Path, target: Path) -> None:
+    """Remove what builders of ``target`` have left that were killed: a living one writes to it."""
+    for scratch in root.glob(f".{target.name}.*"):
+        try:
+            newest = max(path.stat().st_mtime for path in (scratch, *scratch.rglob("*")))
+        except OSError:  # it is being moved or removed
+            continue
+        if time.time() - newest > ABANDONED_SECONDS:
+            shutil.rmtree(scratch, ignore_errors=True)
 
 
 def is_complete(folder: Path, recipe: Mapping[str, Any]) -> bool:

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -99,17 +100,61 @@ def decide(this: Attempt, progress: Progress | None, earlier: Sequence[Attempt])
 
 
 def read_attempts(history: Path) -> list[Attempt]:
-    """Earlier attempts of this run, oldest first."""
+    """Earlier attempts of this run, oldest first.
+
+    A line that is none, as a full disk leaves it, is reported and left out: what has been trained
+    does not depend on it.
+    """
     if not history.exists():
         return []
-    return [Attempt(**json.loads(line)) for line in history.read_text().splitlines()]
+    attempts = []
+    for number, line in enumerate(_text(history).splitlines(), start=1):
+        try:
+            attempts.append(Attempt(**json.loads(line)))
+        except (TypeError, ValueError, RecursionError):
+            _warn(f"{history}: line {number} is no attempt and is left out")
+    return attempts
 
 
 def newest_checkpoint(checkpoints: Path) -> int:
-    """The step that verl's tracker names; 0 without one."""
+    """The step that verl's tracker names; 0 without one, or with one that names none."""
     tracker = checkpoints / TRACKER
-    text = tracker.read_text().strip() if tracker.exists() else ""
-    return int(text) if text.isdecimal() else 0
+    text = _text(tracker).strip() if tracker.exists() else "0"
+    if not re.fullmatch(r"[0-9]{1,18}", text):
+        _warn(f"{tracker}: {text[:40]!r} is no step, taken as 0; write the newest one there")
+        return 0
+    return int(text)
+
+
+def _undamaged(read: Callable[[], Progress | None]) -> Progress | None:
+    """What ``read`` returns; None with a warning if the file is damaged."""
+    try:
+        return read()
+    except (ValueError, OSError) as error:
+        _warn(str(error))
+        return None
+
+
+def _remember(history: Path, attempt: Attempt) -> None:
+    """Append one line, on a line of its own even if the last one was cut off."""
+    cut = history.exists() and _text(history)[-1:] not in ("", "\n")
+    try:
+        with history.open("a", encoding="utf-8") as file:
+            file.write("\n" * cut + json.dumps(asdict(attempt)) + "\n")
+    except OSError as error:
+        _warn(f"{history}: {error.strerror}; a failure at the same step will be tried once more")
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text("utf-8", errors="replace")
+    except OSError as error:
+        _warn(f"{path}: {error.strerror}")
+        return ""
+
+
+def _warn(text: str) -> None:
+    print(f"WARNING: {text}")  # in order with what main prints
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -130,8 +175,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--exit-code", required=True, type=int)
     parser.add_argument("--stop-requested", action="store_true")
     args = parser.parse_args(argv)
-    now = Progress.read(args.checkpoints)
-    before = Progress(**json.loads(args.before.read_text())) if args.before.exists() else None
+    now = _undamaged(lambda: Progress.read(args.checkpoints))
+    before = _undamaged(lambda: Progress.read_file(args.before))
     progress = None if now == before else now
     this = Attempt(
         args.attempt,
@@ -143,8 +188,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     outcome = decide(this, progress, read_attempts(args.history))
     if outcome.action != FINISHED:
-        with args.history.open("a") as file:
-            file.write(json.dumps(asdict(this)) + "\n")
+        _remember(args.history, this)
     print(outcome.action)
     print(outcome.reason)
     return 0

@@ -111,6 +111,11 @@ def tail(path: Path, lines: int = TAIL_LINES) -> str:
     return "\n".join(f"    {line}" for line in text.splitlines()[-lines:]) or "    (empty)"
 
 
+def log_of(pattern: str, node: str) -> Path:
+    """A node's log: ``{node}`` in ``pattern`` is its name; other braces are the path's own."""
+    return Path(pattern.replace("{node}", node))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """0 if the cluster is complete, 3 if it is not in time."""
     parser = argparse.ArgumentParser(
@@ -140,7 +145,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         ray.init(address=args.address, log_to_driver=False, logging_level="ERROR")
     except ConnectionError as e:
         print(f"no Ray at {args.address}: {e}", file=sys.stderr)
-        print(tail(Path(args.log.format(node=args.nodes[0]))), file=sys.stderr)
+        print(tail(log_of(args.log, args.nodes[0])), file=sys.stderr)
         return 3
     try:
         wait_for(
@@ -152,7 +157,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     except NotReady as e:
         for node in e.nodes:
-            path = Path(args.log.format(node=node))
+            path = log_of(args.log, node)
             print(f"  last lines of {path}:\n{tail(path)}", file=sys.stderr)
         print(e, file=sys.stderr)  # last, where the job's own output shows it
         return 3

@@ -60,20 +60,30 @@ class Progress:
 
     @classmethod
     def read(cls, folder: str | os.PathLike[str]) -> Progress | None:
-        """State that the last step left; None before the first one.
+        """State that the last step left in ``folder``; None before the first one.
 
         Raises:
             ValueError: if the file holds something else.
         """
-        path = Path(folder) / PROGRESS
+        return cls.read_file(Path(folder) / PROGRESS)
+
+    @classmethod
+    def read_file(cls, path: Path) -> Progress | None:
+        """State in a file; None if there is none.
+
+        Raises:
+            ValueError: if the file holds something else.
+        """
         try:
-            text = path.read_text()
+            found = cls(**json.loads(path.read_text("utf-8")))
+            numbers = (found.step, found.total_steps, found.checkpoint or 0, found.step_seconds)
+            if not all(type(number) in (int, float) for number in numbers):
+                raise TypeError("a step that is no number")
         except FileNotFoundError:
             return None
-        try:
-            return cls(**json.loads(text))
-        except (TypeError, json.JSONDecodeError) as e:
+        except (TypeError, ValueError, RecursionError) as e:
             raise ValueError(f"{path} is not what a run writes there ({e}); delete it") from e
+        return found
 
 
 def install(module: ModuleType) -> None:

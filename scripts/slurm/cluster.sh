@@ -59,11 +59,17 @@ choose_environment() {
         IN_ENVIRONMENT=(conda run --no-capture-output -n "$CONDA_ENV")
         if [[ $CONDA_ENV == */* ]]; then IN_ENVIRONMENT[3]=-p; fi
     elif [[ -n ${CONTAINER_IMAGE:-} ]]; then
+        for variable in root OUTPUT_DIR RAY_TMP_ROOT; do
+            [[ ${!variable} != *[:,]* ]] ||
+                refuse "$variable=${!variable}: containers' mounts are separated by , and :, so a" \
+                    "folder with one of them cannot be mounted: choose another"
+        done
         local mounts="$root,$OUTPUT_DIR,$RAY_TMP_ROOT${CONTAINER_MOUNTS:+,$CONTAINER_MOUNTS}"
         case ${CONTAINER_RUNTIME:-pyxis} in
             pyxis)
-                local mount pyxis_mounts=
-                for mount in ${mounts//,/ }; do
+                local mount mounted pyxis_mounts=
+                IFS=, read -ra mounted <<<"$mounts"
+                for mount in "${mounted[@]}"; do
                     [[ $mount == *:* ]] || mount=$mount:$mount
                     pyxis_mounts+=${pyxis_mounts:+,}$mount
                 done

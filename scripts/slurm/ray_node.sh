@@ -85,7 +85,7 @@ kill "$leash" 2>/dev/null
 if ((asked)); then code=0; fi
 
 for environment in /proc/[0-9]*/environ; do
-    if grep -qzsx "CAPO_VERL_RAY_NODE=$temp" "$environment"; then
+    if grep -qzsxF "CAPO_VERL_RAY_NODE=$temp" "$environment"; then
         pid=${environment#/proc/}
         kill -KILL "${pid%/environ}" 2>/dev/null
     fi

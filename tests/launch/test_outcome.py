@@ -168,3 +168,58 @@ def test_progress_survives_the_disk(tmp_path):
     (folder / "progress.json").write_text('{"step": 1')
     with pytest.raises(ValueError, match="progress.json is not what a run writes there"):
         Progress.read(folder)
+
+
+@pytest.fixture
+def finished(tmp_path, capsys):
+    """Runs the command for an attempt that has finished; its exit code and its lines."""
+    DONE.write(tmp_path)
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("10")
+
+    def call(exit_code: int = 0) -> list[str]:
+        code = main([
+            "--checkpoints", str(tmp_path), "--history", str(tmp_path / "attempts.jsonl"),
+            "--attempt", "7.1",
+            "--exit-code", str(exit_code), "--before", str(tmp_path / "before.json"),
+            "--resumed-from", "3",
+        ])  # fmt: skip
+        assert code == 0
+        return capsys.readouterr().out.splitlines()
+
+    return call
+
+
+DAMAGED = {
+    "attempts.jsonl": [b'{"name": "7.0", "exit_', b"\xff\xfe\n", b"[]\n", b'{"a": 1}\n',
+    b"[" * 5000],
+    "latest_checkpointed_iteration.txt": [b"", b"ten", b"\xff", b"-3", b"9" * 5000, "٣".encode()],
+    "before.json": [b"", b"{", b"[1]", b'{"step": "x"}', b"\xff",
+                    b'{"step": "1", "total_steps": 2, "checkpoint": 1, "step_seconds": 1}'],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "content"), [(name, content) for name, all_ in DAMAGED.items() for content in all_],
+    ids=lambda value: value if isinstance(value, str) else repr(value[:20]),
+)  # fmt: skip
+def test_a_damaged_file_is_named_and_a_finished_run_is_finished(finished, tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    *warnings, action, reason = finished()
+    assert (action, reason) == (FINISHED, "all 10 steps are done")
+    assert len(warnings) == 1
+    assert warnings[0].startswith(f"WARNING: {tmp_path / name}")
+
+
+def test_the_attempt_after_a_cut_line_is_remembered(finished, tmp_path):
+    history = tmp_path / "attempts.jsonl"
+    history.write_text('{"name": "7.0", "exit_')
+    assert finished(1)[-2] == REQUEUE
+    assert [earlier.name for earlier in read_attempts(history)] == ["7.1"]
+    assert finished(1)[-2] == GIVE_UP
+
+
+def test_a_damaged_progress_counts_as_none(finished, tmp_path):
+    (tmp_path / "progress.json").write_text("{")
+    *warnings, action, reason = finished()
+    assert (action, reason) == (FINISHED, "without error")
+    assert warnings[0].startswith(f"WARNING: {tmp_path / 'progress.json'} is not what a run writes")

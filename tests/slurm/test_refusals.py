@@ -49,6 +49,11 @@ def test_output_directory_that_cannot_be_written_to(submit, cluster, tmp_path):
     assert message in refused(by_hand(cluster, tmp_path, OUTPUT_DIR="/dev/null/run"))
 
 
+def test_temporary_folder_that_is_missing(submit):
+    job = submit(options=ONE_NODE, name="tmp", RAY_TMP_ROOT="/nowhere")
+    assert "RAY_TMP_ROOT=/nowhere is no folder that can be written to" in refused(job)
+
+
 def test_time_limit_below_one_step(cluster, tmp_path):
     job = by_hand(cluster, tmp_path, STEP_SECONDS="120")
     assert re.search(

@@ -149,9 +149,10 @@ def test_killed_child_is_a_failure(launch):
     assert launch("kill -9 $$")[0] == 137
 
 
-def test_ctrl_c_stops_the_whole_session(tmp_path):
-    """As a user would: the runner in a process of its own, a grandchild that survives its parent,
-    SIGINT.
+@pytest.fixture
+def stubborn_run(tmp_path):
+    """A runner in a process of its own, and a grandchild of it that ignores SIGTERM and survives
+    its parent.
     """
     launcher = tmp_path / "launcher.sh"
     launcher.write_text(
@@ -178,14 +179,31 @@ def test_ctrl_c_stops_the_whole_session(tmp_path):
     grandchild = int((tmp_path / "pid").read_text())
     assert psutil.pid_exists(grandchild)
     time.sleep(0.5)
+    yield process, grandchild
+    process.kill()
+
+
+def is_alive(pid: int) -> bool:
+    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+
+
+def test_ctrl_c_stops_the_whole_session(stubborn_run):
+    process, grandchild = stubborn_run
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "Stopped" in output
-    assert (
-        not psutil.pid_exists(grandchild)
-        or psutil.Process(grandchild).status() == psutil.STATUS_ZOMBIE
-    )
+    assert not is_alive(grandchild)
+
+
+def test_a_killed_runner_takes_its_session_along(stubborn_run):
+    process, grandchild = stubborn_run
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 30
+    while is_alive(grandchild):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 def test_leftovers_of_a_finished_child_are_stopped(tmp_path):

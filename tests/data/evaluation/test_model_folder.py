@@ -25,6 +25,9 @@ def model(whole, tmp_path) -> Path:
     return Path(shutil.copytree(whole, tmp_path / "model"))
 
 
+REWARD = "capo_verl.data.rewards.math_answers"
+
+
 def refusal(model: Path) -> str:
     with pytest.raises(ValueError, match="--model") as refused:
         find_model(str(model))
@@ -86,7 +89,7 @@ def test_missing_tokenizer(model):
 
 
 @pytest.mark.parametrize("command", [
-    ("calibrate", "--data", "{data}", "--model", "{model}"),
+    ("calibrate", "--data", "{data}", "--model", "{model}", "--reward", "{reward}:compute_score"),
     ("evaluate", "--data", "{data}", "--model", "{model}", "--output", "{model}/out"),
 ])  # fmt: skip
 def test_both_commands_say_so(model, tmp_path, capsys, command):
@@ -107,6 +110,6 @@ def test_both_commands_say_so(model, tmp_path, capsys, command):
     )
     file = model / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
-    assert main([part.format(data=data, model=model) for part in command]) == 2
+    assert main([part.format(data=data, model=model, reward=REWARD) for part in command]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert f"--model {model}: {file} has " in line

@@ -5,10 +5,11 @@ allowed.
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields
 from difflib import get_close_matches
+from numbers import Real
 from typing import Any, TypeVar
 
 Knobs = TypeVar("Knobs")
@@ -41,13 +42,19 @@ def build(
     return cls(**knobs)
 
 
+def is_number(x: Any) -> bool:
+    """True for a finite number of Python or NumPy; not for bool, text or a tensor."""
+    limit = sys.float_info.max  # an integer may be larger
+    return isinstance(x, Real) and not isinstance(x, bool) and bool(abs(x) <= limit)  # type: ignore[operator]
+
+
 def one_of(key: str, value: Any, allowed: Sequence[str]) -> None:
     if value not in allowed:
         raise ValueError(f"capo.{key}={value!r}: expected one of {', '.join(allowed)}")
 
 
 def number(key: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if not isinstance(value, int | float) or not is_number(value):
         raise ValueError(f"capo.{key}={value!r}: expected a finite number")
 
 

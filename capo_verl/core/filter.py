@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from capo_verl.config import CapoConfig
+from capo_verl.config.capo import POLICY_SHIFTS
 from capo_verl.core import collectives
 from capo_verl.core.batch_shifts import BatchShifts, RetainedTokens
 from capo_verl.core.chunks import block_tokens, chunk_slices
@@ -349,7 +350,12 @@ class CapoFilter:
         Raises:
             RuntimeError: with ``batch_shift_tokens=0``, or if ``hidden_states`` were modified in
                 place since they were evaluated.
+            ValueError: for another ``policy_shift``.
         """
+        if policy_shift not in (None, *POLICY_SHIFTS):
+            raise ValueError(
+                f"policy_shift={shown(policy_shift)}: expected {' or '.join(POLICY_SHIFTS)}"
+            )
         exact = (policy_shift or self.config.policy_shift) == "exact"
         return self._retained.shifts(self.model, self.tp_group, self.dp_group, self.cp_group, exact)
 

@@ -12,7 +12,8 @@ import math
 from collections.abc import Mapping
 
 from capo_verl.config import KLBudgetConfig
-from capo_verl.core.validation import is_number, shown
+from capo_verl.config.checks import is_number
+from capo_verl.core.validation import shown
 
 STEPS_BACK = 3
 """Bound on the number of times a step is shortened, with a forward pass each: far from the old

@@ -15,13 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from capo_verl.config.checks import is_number
 from capo_verl.core import collectives
 from capo_verl.core.accepted import AcceptedTokens
 from capo_verl.core.kernels import Kernels, plain
 from capo_verl.core.kernels.moments import Moments
 from capo_verl.core.logits import FLOATS, VocabShard
 from capo_verl.core.support import Support
-from capo_verl.core.validation import is_count, is_number, shown
+from capo_verl.core.validation import is_count, shown
 
 
 class SgdModel:

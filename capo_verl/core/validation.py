@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 import math
-import sys
-from numbers import Integral, Real
+from collections.abc import Mapping
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from capo_verl.config.checks import is_number
 from capo_verl.core.logits import FLOATS, ProjectedLogits, VocabShard, describe
 
 LOGITS = "logits are not finite"
@@ -23,6 +24,7 @@ TOKEN_PROBLEMS = (
     "sequence_ids are out of range",
     "there are more response tokens than max_tokens",
     "temperature is not a finite number > 0",
+    "response_mask is neither 0 nor 1",
     TOO_LARGE,
 )
 """The problems that values of a token can have."""
@@ -30,12 +32,6 @@ LEARNING_RATE_MAX = 1e18
 """Its square is a float32."""
 
 _SHOWN = 5
-
-
-def is_number(x: Any) -> bool:
-    """True for a finite number of Python or NumPy; not for bool, text or a tensor."""
-    limit = sys.float_info.max
-    return isinstance(x, Real) and not isinstance(x, bool) and bool(abs(x) <= limit)  # type: ignore[operator]
 
 
 def is_count(x: Any, least: int = 0) -> bool:
@@ -92,6 +88,8 @@ class Inputs(NamedTuple):
     """``[N]`` in the compute dtype: float64 if the model's tensors are, else float32."""
     mask: Tensor
     """``[N]`` bool"""
+    odd: Tensor | None
+    """``[N]`` bool, what was given as the mask is neither 0 nor 1; None if it was bool."""
     sequence: Tensor
     """``[N]`` int64"""
     num_sequences: int
@@ -110,6 +108,7 @@ class Inputs(NamedTuple):
             actions=self.actions[tokens],
             advantages=self.advantages[tokens],
             mask=self.mask[tokens],
+            odd=None,
             sequence=self.sequence[tokens],
         )
 
@@ -149,58 +148,29 @@ def check_inputs(
     Raises:
         ValueError: naming the argument, what was found and what is expected.
     """
-    tensors: dict[str, Any] = {
+    given = {
         "hidden_states": hidden_states,
         "actions": actions,
-        "logits": logits,
+        "logits": logits.weight if isinstance(logits, ProjectedLogits) else logits,
         "advantages": advantages,
         "response_mask": response_mask,
-        "temperature": temperature,
-        "sequence_ids": sequence_ids,
     }
-    if isinstance(logits, ProjectedLogits):
-        logits.check(shard.rows, hidden_size)
-        tensors["logits"] = logits.weight
-    for name, x in tensors.items():
-        if x is None and name in ("temperature", "sequence_ids"):
-            continue
-        if not isinstance(x, Tensor) or x.layout != torch.strided:
-            raise ValueError(f"{name}: expected a dense tensor, got {shown(x)}")
-        if x.device != hidden_states.device:
-            raise ValueError(
-                f"{name}: is on {x.device}, hidden_states are on {hidden_states.device}: "
-                "move them to the same device"
-            )
+    optional = {"temperature": temperature, "sequence_ids": sequence_ids}
+    _check_tensors({**given, **{name: x for name, x in optional.items() if x is not None}})
     shape = actions.shape
     if not _is_integer(actions) or not shape:
         raise ValueError(
             "actions: expected integer token ids with at least one dimension, got "
             f"{describe(actions)}"
         )
-    floats = [("hidden_states", hidden_states, hidden_size, "H")]
-    if isinstance(logits, Tensor):
-        floats.append(("logits", logits, shard.rows, "the vocabulary rows of this rank"))
-    for name, tensor, last, what in floats:
-        if tensor.shape != (*shape, last) or tensor.dtype not in FLOATS:
+    if isinstance(logits, ProjectedLogits):
+        logits.check(shard.rows, hidden_size)
+    _check_shapes(shape, hidden_states, logits, advantages, hidden_size, shard)
+    for name, x in (("response_mask", response_mask), ("temperature", temperature)):
+        if x is not None and x.shape != shape:
             raise ValueError(
-                f"{name}: expected a float tensor {[*shape, last]} (shape of actions, then {what}; "
-                f"no float8), got {describe(tensor)}"
+                f"{name}: expected shape {list(shape)} like actions, got {describe(x)}"
             )
-    for name, x in tensors.items():
-        if x is not None and x.dtype not in FLOATS and (x.is_floating_point() or x.is_complex()):
-            raise ValueError(f"{name}: expected float16 to float64 or integers, got {describe(x)}")
-    if response_mask.shape != shape:
-        raise ValueError(
-            f"response_mask: expected shape {list(shape)} like actions, got "
-            f"{describe(response_mask)}"
-        )
-    if advantages.dim() not in (0, len(shape)) or any(
-        a not in (1, n) for a, n in zip(advantages.shape, shape, strict=False)
-    ):
-        raise ValueError(
-            f"advantages: expected shape {list(shape)} like actions, or 1 in place of a dimension "
-            f"(one per sequence: {[*shape[:-1], 1]}), got {describe(advantages)}"
-        )
     if not is_number(learning_rate) or not 0 <= learning_rate <= LEARNING_RATE_MAX:
         large = is_number(learning_rate) and learning_rate > 0
         allowed = f"<= {LEARNING_RATE_MAX:g}" if large else ">= 0"
@@ -220,12 +190,8 @@ def check_inputs(
         raise ValueError(
             f"sequence_ids: expected integers of shape {list(shape)}, got {describe(sequence_ids)}"
         )
-    if not is_count(num_sequences, least=min(1, actions.numel())):
+    elif not is_count(num_sequences, least=min(1, actions.numel())):
         raise ValueError(f"num_sequences: expected an integer >= 1, got {shown(num_sequences)}")
-    if temperature is not None and temperature.shape != shape:
-        raise ValueError(
-            f"temperature: expected shape {list(shape)} like actions, got {describe(temperature)}"
-        )
     m = actions.numel()
     mask = response_mask.reshape(m).bool()
     positions = _positions(mask, max_tokens) if skip_masked else None
@@ -239,6 +205,10 @@ def check_inputs(
         """What is read after this call, and small."""
         return tokens(x.detach().reshape(m)).to(dtype, copy=True)
 
+    odd = None
+    if response_mask.dtype != torch.bool:
+        values = tokens(response_mask.detach().reshape(m))
+        odd = (values != 0) & (values != 1)
     hidden = tokens(hidden_states.detach().reshape(m, hidden_size))
     if hidden.is_inference() and positions is None:
         hidden = hidden.clone()  # torch does not count what is written to it
@@ -251,6 +221,7 @@ def check_inputs(
         temperature=None if temperature is None else tokens(temperature.detach().reshape(m)),
         actions=copied(actions, torch.int64),
         advantages=copied(advantages.expand(shape), dtype),
+        odd=odd,
         mask=mask.clone() if positions is None else mask[positions] & (positions >= 0),
         sequence=copied(sequence_ids, torch.int64),
         num_sequences=int(num_sequences or 0),
@@ -258,6 +229,50 @@ def check_inputs(
         shape=shape,
         overflow=mask.sum() > max_tokens if skip_masked and max_tokens is not None else None,
     )
+
+
+def _check_tensors(tensors: Mapping[str, Any]) -> None:
+    """Kind, device and dtype of each, before more is asked of them."""
+    device = getattr(tensors["hidden_states"], "device", None)
+    for name, x in tensors.items():
+        if not isinstance(x, Tensor) or x.layout != torch.strided:
+            raise ValueError(f"{name}: expected a dense tensor, got {shown(x)}")
+        if x.device != device:
+            raise ValueError(
+                f"{name}: is on {x.device}, hidden_states are on {device}: move them to the same "
+                "device"
+            )
+        # Of these two, _check_shapes names the only dtypes.
+        small = name not in ("hidden_states", "logits")
+        if small and x.dtype not in FLOATS and (x.is_floating_point() or x.is_complex()):
+            raise ValueError(f"{name}: expected float16 to float64 or integers, got {describe(x)}")
+
+
+def _check_shapes(
+    shape: torch.Size,
+    hidden_states: Tensor,
+    logits: Tensor | ProjectedLogits,
+    advantages: Tensor,
+    hidden_size: int,
+    shard: VocabShard,
+) -> None:
+    """What has other dimensions than ``actions``."""
+    floats = [("hidden_states", hidden_states, hidden_size, "H")]
+    if isinstance(logits, Tensor):
+        floats.append(("logits", logits, shard.rows, "the vocabulary rows of this rank"))
+    for name, tensor, last, what in floats:
+        if tensor.shape != (*shape, last) or tensor.dtype not in FLOATS:
+            raise ValueError(
+                f"{name}: expected a float tensor {[*shape, last]} (shape of actions, then "
+                f"{what}), got {describe(tensor)}"
+            )
+    if advantages.dim() not in (0, len(shape)) or any(
+        a not in (1, n) for a, n in zip(advantages.shape, shape, strict=False)
+    ):
+        raise ValueError(
+            f"advantages: expected shape {list(shape)} like actions, or 1 in place of a dimension "
+            f"(one per sequence: {[*shape[:-1], 1]}), got {describe(advantages)}"
+        )
 
 
 def _positions(mask: Tensor, max_tokens: int | None) -> Tensor:
@@ -302,6 +317,7 @@ def find_problems(
         (inputs.sequence < 0) | (inputs.sequence >= inputs.num_sequences),
         none if inputs.overflow is None else inputs.overflow.expand_as(none),
         ~warm,
+        none if inputs.odd is None else inputs.odd,
         finite & known & (product > limit),
     )
     return {

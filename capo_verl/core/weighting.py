@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from capo_verl.config import CapoConfig, TargetRejection
+from capo_verl.config.checks import is_number
 from capo_verl.core import collectives
 from capo_verl.core.adaptive_threshold import AdaptiveThreshold
 from capo_verl.core.rejection_guard import RejectionGuard
 from capo_verl.core.soft_weights import soft_weights
-from capo_verl.core.validation import is_number, shown
+from capo_verl.core.validation import shown
 
 STATE_KEYS = ("policy_threshold", "filter_stopped", "rejection_streak")
 RETIRED = ("balance_positive", "balance_negative")

@@ -138,7 +138,7 @@ EVALUATE: list[tuple[str, Callable[[dict], object], str]] = [
     ("sequence_ids out of range",
         given(sequence_ids=torch.full(SHAPE, 2), num_sequences=2), r"are out of range \(0..1\)"),
     ("float8 hidden", cast("hidden_states", FP8),
-        r"hidden_states: expected a float tensor .*no float8\), got float8_e4m3fn \[2, 3, 4\]"),
+        r"hidden_states: expected a float tensor .*, got float8_e4m3fn \[2, 3, 4\]"),
     ("float8 logits", cast("logits", FP8), r"logits: expected a float .*got float8_e4m3fn"),
     ("float8 advantages", cast("advantages", FP8), "advantages: expected float16 .* got float8_"),
     ("float8 mask", cast("response_mask", FP8), "response_mask: expected float16 .* got float8_"),
@@ -153,6 +153,13 @@ EVALUATE: list[tuple[str, Callable[[dict], object], str]] = [
     ("no mask", given(response_mask=None), "response_mask: expected a dense tensor, got None"),
     ("actions elsewhere", given(actions=torch.zeros(SHAPE, dtype=torch.int64, device="meta")),
         "actions: is on meta, hidden_states are on cpu: move them to the same device"),
+    ("a mask of 0.5", lambda kw: (cast("response_mask", torch.float32)(kw),
+        at("response_mask", 0.5)(kw)), f"response_mask is neither 0 nor 1 at 1 of 6 {DOTS}"),
+    ("a mask of nan", lambda kw: (cast("response_mask", torch.float64)(kw),
+        at("response_mask", NAN)(kw)), f"response_mask is neither 0 nor 1 at 1 of 6 {DOTS}"),
+    ("a mask of 2, skipping", lambda kw: (cast("response_mask", torch.int64)(kw),
+        at("response_mask", 2)(kw), kw.update(skip_masked=True)),
+        f"response_mask is neither 0 nor 1 at 1 of 6 {DOTS}"),
     ("float8 LM head", given(logits=ProjectedLogits(torch.zeros(V, H).to(FP8))),
         r"ProjectedLogits.weight to be a float tensor \[10, 4\] .*got float8_e4m3fn"),
     ("complex LM head bias",
@@ -323,6 +330,8 @@ def test_what_a_budget_cannot_learn_from(kl, message):
         (None, 1e-8, "capo.betas=None: expected two numbers"),
         ((0.9, "0.99"), 1e-8, "capo.betas='0.99': expected a finite number"),
         ((0.8, 0.99), NAN, "capo.eps=nan: expected a finite number"),
+        ((0.8, HUGE), 1e-8, "capo.betas=1000.*: expected a finite number"),
+        ((0.8, 0.99), HUGE, "capo.eps=1000.*: expected a finite number"),
         ((0.8, 0.99), None, "capo.eps=None: expected a finite number"),
         ((0.8, 0.99), -1e-8, "capo.eps=-1e-08: must be >= 0"),
     ],
@@ -373,6 +382,12 @@ def test_modified_hidden_states(call, knobs, monkeypatch):
     capo.discard()
     capo.evaluate(**arguments())
     capo.step()
+
+
+def test_batch_shifts_of_an_unknown_kind():
+    capo = trained()
+    message = "policy_shift='true': expected sampled or exact"
+    refused(capo, lambda: capo.batch_shifts("true"), message, ValueError)
 
 
 def test_modified_hidden_states_that_were_about_to_be_folded(monkeypatch):

@@ -16,13 +16,22 @@ TRACKER = "latest_checkpointed_iteration.txt"
 def replacing(path: Path) -> Iterator[Path]:
     """Yields where to write a file that is to be at ``path`` whole or not at all: after an
     exception what was there still is.
+
+    Raises:
+        OSError: naming the file, if it cannot be written.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         yield temporary
         os.replace(temporary, path)
+    except OSError as e:
+        # A write that finds no room names no file, and the temporary one is nobody's business.
+        if e.filename is None or (e.filename == str(temporary) and e.filename2 is None):
+            e.filename = str(path)
+        raise
     finally:
-        temporary.unlink(missing_ok=True)
+        if temporary.exists():
+            temporary.unlink()
 
 
 def replace_text(path: Path, text: str) -> None:

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""NaN on one rank: every rank learns where it is before the optimizer steps; the run stops, or
-leaves the batch out.
+"""NaN, or a number too large, on one rank: every rank learns where it is before the optimizer
+steps; the run stops, or leaves the batch out.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ def poisoned_step(engine: Any, knobs: dict[str, Any], where: str) -> dict[str, A
     handle = None
     if last and where in ("advantages", "old_log_probs"):
         batch[where].values()[-2] = NAN  # of the rank's last sample
+    if last and where == "size":
+        batch["advantages"].values()[-2] = 1e20  # finite, but its square is not
     if (where == "gradient" and torch.distributed.get_rank() == 0) or (where == "weight" and last):
         model = engine.module[-1] if isinstance(engine.module, list) else engine.module
         norm = next(m for m in model.modules() if type(m).__name__.endswith("RMSNorm"))
@@ -78,6 +80,8 @@ def stops(layout: Layout, model: str, places: list[str]) -> list[str]:
                 "mini-batch",
                 "old_log_probs": "rank 1: old_log_probs are not finite, first in sample 1 of its "
                 "mini-batch",
+                "size": "rank 1: advantages, hidden_states or learning_rate are too large: their "
+                "products overflow, first in sample 1 of its mini-batch",
             },
         ),
         (Layout(pp=2), {"gradient": "rank 0: gradients are not finite"}),

@@ -108,7 +108,8 @@ def read_data(config: DictConfig) -> tuple[list[str], list[str]]:
                 problems.append(found.problem)
             elif found.read:
                 end = "" if found.read == found.total else f", which is what {seconds:.1f} s allow"
-                notes.append(f"{what}: read {found.read} of {found.total or 'more'} rows{end}")
+                of = f" of {found.total}" if found.total else ""
+                notes.append(f"{what}: read {found.read}{of} rows{end}")
             rows.append(found.total)
         if None not in rows and not problems:
             problems += _too_few(config, key, sum(row for row in rows if row is not None))

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from capo_verl.data.rewards import quantities
 from capo_verl.data.rewards.final_form import is_final
-from capo_verl.data.rewards.notation import normalise, spelling, steps
+from capo_verl.data.rewards.notation import digits, normalise, spelling, steps
 from capo_verl.data.rewards.structure import LIST, SET, Group, Relation, structure, union
 from capo_verl.data.rewards.values import parse, same_object, same_value, scaled
 
@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 
 MAX_MEMBERS = 40
 """Members of a list that are compared with all of another."""
-CHOICE = re.compile(r"(?:\\text\s*\{)?\s*\(?\s*([A-J])\s*\)?\s*\}?(?:[\s.:)]+.*)?", re.DOTALL)
+CHOICE = re.compile(
+    r"\s*(?:(?:[Oo]ption|[Cc]hoice|[Aa]nswer)\s+)?\(?\s*([A-J])\s*\)?(?:[\s.:)]+.*)?", re.DOTALL
+)
 CHOICES = re.compile(r"[A-J]")
 LETTERS = re.compile(r"[A-Za-z]+")
 NAME = re.compile(
@@ -38,7 +40,7 @@ def equal(reference: str, answer: str) -> bool:
     Percent signs: "50%" equals "50", and "0.5", and "50%" only on the other side. What only
     restates the question equals nothing (``final_form.py``).
     """
-    wanted, given = normalise(_first_line(reference)), normalise(answer)
+    wanted, given = _normalised(_first_line(reference), answer)
     if not wanted or not given:
         return False
     return is_final(wanted, given, same) and same(wanted, given)
@@ -51,9 +53,24 @@ def explain(reference: str, answer: str) -> Iterator[str]:
         for name, after in steps(text):
             yield f"  {name}: {after}"
         yield f"  read as {_reading(normalise(text))}"
-    wanted, given = normalise(_first_line(reference)), normalise(answer)
+    wanted, given = _normalised(_first_line(reference), answer)
     if not is_final(wanted, given, same):
         yield "the answer restates the question, or states something untrue on the way"
+
+
+def _normalised(reference: str, answer: str) -> tuple[str, str]:
+    """Both in one notation. ``70,110`` is a list beside a list, and else a number."""
+    wanted, given = normalise(reference), normalise(answer)
+    if _is_list(wanted) and not _is_list(given):
+        given = normalise(answer, without=digits)
+    elif _is_list(given) and not _is_list(wanted):
+        wanted = normalise(reference, without=digits)
+    return wanted, given
+
+
+def _is_list(text: str) -> bool:
+    found = structure(text)
+    return isinstance(found, Group) and found.kind == LIST
 
 
 def _reading(text: str) -> str:
@@ -113,12 +130,14 @@ def _same_relation(
 
 
 def _stated(equation: Relation) -> str:
-    r"""The member of a chain that is its value: the last, but what stands before ``\approx``."""
-    members = list(equation.members)
-    for i, sign in enumerate(equation.signs):
-        if sign == r"\approx" and not _is_name(members[i]):
-            return members[i]
-    return members[-1]
+    r"""The member of a chain that is its value: the last.
+
+    A value before ``\approx`` or ``\in`` is what is stated.
+    """
+    for member, sign in zip(equation.members, equation.signs, strict=False):
+        if sign != "=" and not _is_name(member):
+            return member
+    return equation.members[-1]
 
 
 def _same_equation(wanted: Relation, given: Relation) -> bool:
@@ -221,6 +240,7 @@ def _same_members(wanted: tuple[str, ...], given: tuple[str, ...]) -> bool:
     """True if each member of one has its equal among the other's."""
     if max(len(wanted), len(given)) > MAX_MEMBERS or not wanted or not given:
         return wanted == given
+    wanted, given = _flat(wanted), _flat(given)
     left = list(given)
     matched: list[str] = []
     for member in wanted:
@@ -232,6 +252,18 @@ def _same_members(wanted: tuple[str, ...], given: tuple[str, ...]) -> bool:
             left.remove(found)
             matched.append(found)
     return all(any(same(member, other) for member in wanted) for other in left)
+
+
+def _flat(members: tuple[str, ...]) -> tuple[str, ...]:
+    r"""Members with those that stand for two: ``1\pm2``."""
+    found = [structure(member) for member in members]
+    return tuple(
+        part
+        for member, shape in zip(members, found, strict=True)
+        for part in (
+            shape.members if isinstance(shape, Group) and shape.kind == LIST else (member,)
+        )
+    )
 
 
 def _whole(reference: str, answer: str) -> bool:
@@ -271,7 +303,7 @@ def _same_percent(wanted: str, given: str, wanted_percent: bool, given_percent: 
 def _same_special(reference: str, answer: str) -> bool | None:
     """Verdict on choices, words, bases, times, ratios; None if neither side is any of them."""
     if CHOICES.fullmatch(_words(reference)):
-        match = CHOICE.fullmatch(answer)
+        match = CHOICE.fullmatch(re.sub(r"\\text\s*\{([^{}]*)\}", r"\1", answer))
         return match is not None and match[1] == _words(reference)
     if _are_words(reference) or _are_words(answer):
         return _words(reference).casefold() == _words(answer).casefold()
@@ -306,13 +338,11 @@ def _same_ratio(members: list[str], others: list[str]) -> bool:
 
 
 def _same_quantity(reference: str, answer: str) -> bool:
-    wanted, wanted_degrees = quantities.degrees(reference)
-    given, given_degrees = quantities.degrees(answer)
-    if wanted_degrees != given_degrees and "^{\\circ}" in reference + answer:
-        if _same_measured(wanted, given):
+    if quantities.DEGREE.search(reference + answer):
+        wanted, given = quantities.degrees(reference), quantities.degrees(answer)
+        if _same_measured(quantities.undegreed(wanted), quantities.undegreed(given)):
             return True
-        return _same_measured(quantities.radians(reference), quantities.radians(answer))
-    return _same_measured(wanted, given)
+    return _same_measured(quantities.radians(reference), quantities.radians(answer))
 
 
 def _same_measured(reference: str, answer: str) -> bool:
@@ -323,7 +353,6 @@ def _same_measured(reference: str, answer: str) -> bool:
         if wanted.unit.kind != given.unit.kind:
             return False
         other = scaled(other, given.unit.factor / wanted.unit.factor)
-    value, other = quantities.radians(value), quantities.radians(other)
     return same_value(value, other)
 
 

@@ -73,6 +73,10 @@ STYLES = (
     r"(?:text)?color(?:box)?\s*\{[^{}]*\}|[Ll]arge|LARGE|[hH]uge|small|bf|rm|it)"
 )
 STYLED = re.compile(STYLES + r"\s*\{([^{}]*)\}")
+ENUMERATION = re.compile(
+    r"(?:\d[\d.]*|[A-J])(?:\s*(?:,\s*(?:and|or)?|and|or)\s+(?:\d[\d.]*|[A-J]))+"
+)
+"""Numbers, or letters of choices, in a text."""
 SWITCHES = re.compile(
     r"\\(?:bf|it|rm|sf|tt|em|large|Large|LARGE|huge|Huge|small|normalsize|displaystyle|textstyle|"
     r"limits|nolimits|bold|boldmath|checkmark|color\s*\{[^{}]*\}|hfill|rule\{[^{}]*\}\{[^{}]*\})"
@@ -100,7 +104,7 @@ AFTERTHOUGHT = re.compile(
 def layout(text: str) -> str:
     r"""Text without spacing commands, line breaks at its ends, ``\left`` and ``\right``."""
     text = re.sub(r"\\(?:left|right|[bB]igg?[lrm]?)\s*(?=[()\[\]|./<>]|\\[{}|a-z])", "", text)
-    text = text.replace("\\!", "").replace("\\dots", "\\ldots").replace("\\cdots", "\\ldots")
+    text = re.sub(r"\\!\s*", "", text).replace("\\dots", "\\ldots").replace("\\cdots", "\\ldots")
     # An escaped line break of a matrix is no space after a backslash.
     text = re.sub(r"\\\\", "\0", text)
     text = SPACES.sub(" ", text).replace("\0", "\\\\")
@@ -136,6 +140,8 @@ def _unstyled(match: re.Match[str]) -> str:
     bare = content.strip()
     if not bare:
         return " "
+    if ENUMERATION.fullmatch(bare) or re.match(r"-?\d[\d.,]*\s+[A-Za-z]", bare):
+        return f" {bare} "
     if command.startswith(r"\operatorname") and bare.isalpha():
         return "\\operatorname\1" + bare + "\2"
     if not re.search(r"[A-Za-z]", re.sub(r"\\[a-zA-Z]+", "", bare)) or "\\" in bare:
@@ -359,6 +365,11 @@ def _call(text: str, name: str, before: str, after: str) -> str:
     return text
 
 
+def conditions(text: str) -> str:
+    r"""A set given by a condition as the condition: ``\{x\mid x>2\}`` is ``x>2``."""
+    return CONDITION.sub(r"\1", text)
+
+
 def brackets(text: str) -> str:
     """A value without brackets around it: ``(-3)`` is ``-3``. A set is no value."""
     while text.startswith("(") and text.endswith(")") and _group_end(text) == len(text) - 1:
@@ -378,6 +389,11 @@ def _group_end(text: str) -> int:
     return -1
 
 
+CONDITION = re.compile(
+    r"^\\\{\s*[a-zA-Z]\s*(?:\\in\s*\\mathbb\s*\{R\}\s*)?(?:\\mid(?![a-zA-Z])|\||:)\s*([^|:]+)\\\}$"
+)
+
+
 STEPS: tuple[tuple[str, Callable[[str], str]], ...] = (
     ("characters", characters),
     ("layout", layout),
@@ -390,6 +406,7 @@ STEPS: tuple[tuple[str, Callable[[str], str]], ...] = (
     ("words", words),
     ("exponents", exponents),
     ("plain notation", plain),
+    ("sets by a condition", conditions),
     ("brackets", brackets),
 )
 
@@ -411,8 +428,9 @@ def steps(text: str) -> Iterator[tuple[str, str]]:
         text = after
 
 
-def normalise(text: str) -> str:
-    """The text after all steps."""
+def normalise(text: str, *, without: Callable[[str], str] | None = None) -> str:
+    """The text after all steps, or after all but one."""
     for _, step in STEPS:
-        text = step(text)
+        if step is not without:
+            text = step(text)
     return text

@@ -104,7 +104,8 @@ CURRENCY = re.compile(
     r"(?P<sign>-?)\s*(?:US|USD)?\s*(?:\\?(?P<before>[$€£¥₹₽₩])\s*)(?P<amount>-?[\d.\\].*)|"
     r"(?P<value>.*\d)\s*\\?(?P<behind>[$€£¥₹₽₩])"
 )
-DEGREES = re.compile(r"\s*\^\{\\circ\}\s*(?:\\text\s*\{\s*)?([CFK])?(?:\s*\})?$")
+DEGREES = re.compile(r"\s*\^\{\\circ\}\s*(?:\\text\s*\{\s*)?[CFK]?(?:\s*\})?$")
+ANGLE_FUNCTION = r"\\(?:sin|cos|tan|cot|sec|csc)(?![a-z])"
 DEGREE = re.compile(r"\^\{\\circ\}")
 BASE = re.compile(
     r"([0-9A-Z]+)\s*_\s*(?:\{?\s*\(?(\d{1,2})\)?\s*\}?|\{\s*\\text\s*\{\s*(\w+)\s*\}\s*\})"
@@ -116,6 +117,7 @@ CLOCK = re.compile(r"(\d{1,2}):(\d{2})(?:\s*(?:\\text\s*\{\s*)?([ap])\.?\s*m\.?\
 HOUR = re.compile(r"(\d{1,2})()\s*(?:\\text\s*\{\s*)?([ap])\.?\s*m\.?\s*\}?", re.IGNORECASE)
 REMAINDER = re.compile(r"(\d+)\s*(?:\\text\s*\{\s*)?(?:r|rem|remainder)\.?(?:\s*\})?\s*(\d+)",
                        re.IGNORECASE)  # fmt: skip
+SECOND_ANSWER = {"or", "and", "not", "maybe", "perhaps", "possibly", "but"}
 UNIT_FRACTION = re.compile(
     rf"\\frac\s*\{{\s*({WORD})\s*\}}\s*\{{\s*({WORD}(?:\^\{{?\d\}}?)?)\s*\}}"
 )
@@ -143,12 +145,16 @@ def currency(text: str) -> str:
     return rf"{amount}\text{{ {name}}}"
 
 
-def degrees(text: str) -> tuple[str, bool]:
-    """The text without a degree sign at its end, and whether it is an angle in degrees."""
-    match = DEGREES.search(text)
-    if not match or re.match(r"\\(?:sin|cos|tan|cot|sec|csc)", text):
-        return text, False
-    return text[: match.start()], match[1] is None
+def degrees(text: str) -> str:
+    """The text without a sign of degrees, or of a temperature, at its end."""
+    if re.match(ANGLE_FUNCTION, text):
+        return text
+    return DEGREES.sub("", text)
+
+
+def undegreed(text: str) -> str:
+    """The text without its degree signs, where no function of an angle is taken."""
+    return text if re.search(ANGLE_FUNCTION, text) else DEGREE.sub("", text)
 
 
 def radians(text: str) -> str:
@@ -285,7 +291,14 @@ def _parts(word: str) -> list[str]:
 
 
 def _is_label(words: list[str], tail: str) -> bool:
-    """True for words that count something; single letters and short words may be variables."""
+    """True for words that count something; single letters and short words may be variables.
+
+    What has a number in it, or says "or", is a second answer.
+    """
+    if re.search(r"\d", re.sub(r"\^\s*\{?-?\d\}?", "", tail)) or SECOND_ANSWER & {
+        word.casefold() for word in words
+    }:
+        return False
     if "\\text" in tail or re.search(r"[\u4e00-\u9fff]", tail):
         return True
     return tail[:1].isspace() and all(len(word) > 2 and word.isalpha() for word in words)

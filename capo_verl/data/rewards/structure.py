@@ -55,9 +55,10 @@ def structure(text: str) -> Group | Relation | str:
         return Relation(
             tuple(member for member, _ in chain), tuple(RELATIONS[sign] for _, sign in chain[1:])
         )
-    if PLUS_MINUS.search(text) and text.count(r"\pm") + text.count(r"\mp") <= 2:
+    bracketed = _bracketed(text)
+    if bracketed is None and 0 < len(PLUS_MINUS.findall(text)) <= 2:
         return Group(LIST, _both_signs(text))
-    return _bracketed(text) or text
+    return bracketed or text
 
 
 def union(text: str) -> list[str]:

@@ -72,6 +72,10 @@ STEPS = {
         ("exp(16)", "e^{16}"), ("2*pi", r"2\cdot \pi "), ("x**2", "x^2"), ("x<=3", r"x\le 3"),
         ("sin(x)", r"\sin(x)"), (r"\text{pi day}", r"\text{pi day}"), (r"\dfrac12", r"\frac12"),
     ],
+    notation.conditions: [
+        (r"\{x\mid x>2\}", "x>2"), (r"\{x\in\mathbb{R}:x\ne 1\}", r"x\ne 1"),
+        (r"\{x|x>2\}", "x>2"), (r"\{1,2\}", r"\{1,2\}"),
+    ],
     notation.brackets: [("(-3)", "-3"), ("((5))", "5"), ("(1,2)", "(1,2)"), ("(1)(2)", "(1)(2)")],
 }  # fmt: skip
 
@@ -144,8 +148,10 @@ def test_quantities(text, expected):
     (quantities.percent, "75", ("75", False)),
     (quantities.currency, r"\$10", r"10\text{ dollar}"),
     (quantities.currency, "10€", r"10\text{ euro}"),
-    (quantities.currency, "10", "10"), (quantities.degrees, r"45^{\circ}", ("45", True)),
-    (quantities.degrees, r"10^{\circ}C", ("10", False)),
+    (quantities.currency, "10", "10"), (quantities.degrees, r"45^{\circ}", "45"),
+    (quantities.degrees, r"10^{\circ}C", "10"),
+    (quantities.degrees, r"\tan 15^{\circ}", r"\tan 15^{\circ}"),
+    (quantities.undegreed, r"180^{\circ}-x", "180-x"),
     (quantities.radians, r"\tan 15^{\circ}", r"\tan {(15\cdot\frac{\pi}{180})}"),
 ])  # fmt: skip
 def test_what_a_number_carries(read, text, expected):

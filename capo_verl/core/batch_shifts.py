@@ -82,7 +82,7 @@ class RetainedTokens:
             0
         )  # not a view of the logits: it would keep all of them alive
         micro_batch = _MicroBatch(
-            inputs._replace(logits=no_logits), version(inputs.hidden),
+            inputs._replace(logits=no_logits, odd=None), version(inputs.hidden),
             [s.snapshot() for s in supports], kept, advantages,
         )  # fmt: skip
         self._places += n

@@ -16,6 +16,7 @@ from capo_verl.commands.doctor.example import Example
 from tests.commands.doctor.command import doctor, rows
 from tests.helpers import warm
 from tests.helpers.tiny_inputs import make_inputs
+from tests.plugin.checks.verl_rows import write_splits
 
 EXAMPLES = Path(__file__).parents[3] / "examples"
 QUICKSTART = EXAMPLES / "run_quickstart_cpu.sh"
@@ -24,7 +25,8 @@ HERE = machine.Machine(gpus=0, gpu_memory=79.6, gpu_free=None, memory=24.0, memo
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
-    return make_inputs(tmp_path_factory.mktemp("inputs"))
+    """A model, and data that the launcher's reward takes."""
+    return write_splits(make_inputs(tmp_path_factory.mktemp("inputs")), 16)
 
 
 @pytest.fixture

@@ -30,7 +30,8 @@ def main(arguments: list[str]) -> int:
 def hf_folder(folder: Path) -> Path:
     folder.mkdir(parents=True)
     (folder / "config.json").write_text("{}")
-    (folder / "model-00001-of-00002.safetensors").write_text("")
+    (folder / "tokenizer.json").write_text("{}")
+    (folder / "model-00001-of-00002.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
     return folder
 
 

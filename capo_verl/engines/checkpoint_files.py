@@ -82,8 +82,11 @@ def load(checkpoint: str) -> Control | None:
         RuntimeError: on every rank, if it cannot be read or was damaged.
     """
     path = path_of(checkpoint)
-    reads = dist.get_rank() == 0 and path.exists()
-    return gathered(together((lambda: _read(path)) if reads else None, path, unusable))[0]
+
+    def read() -> Control | None:
+        return _read(path) if path.exists() else None
+
+    return gathered(together(read if dist.get_rank() == 0 else None, path, unusable))[0]
 
 
 def contents_of(control: Control) -> str:

@@ -25,6 +25,8 @@ def replacing(path: Path) -> Iterator[Path]:
         yield temporary
         os.replace(temporary, path)
     except OSError as e:
+        if e.errno is None:  # a library's own, with nothing but its message
+            raise OSError(f"{path}: {e}") from e
         # A write that finds no room names no file, and the temporary one is nobody's business.
         if e.filename is None or (e.filename == str(temporary) and e.filename2 is None):
             e.filename = str(path)

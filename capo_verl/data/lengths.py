@@ -25,14 +25,16 @@ def load_tokenizer(path: str, option: str = "--tokenizer") -> Any:
     """A tokenizer from a folder or the hub.
 
     Raises:
-        ValueError: if there is no tokenizer with a chat template.
+        ValueError: if there is no tokenizer that can be loaded, or it has no chat template.
     """
     from transformers import AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{option} {path}: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # of many kinds, for the files may hold anything
+        first, *_ = str(error).splitlines() or [""]
+        reason = f"{type(error).__name__}: {first}"
+        raise ValueError(f"{option} {path}: its tokenizer cannot be loaded ({reason})") from error
     if not tokenizer.chat_template:
         raise ValueError(
             f"{option} {path}: it has no chat template, so a prompt's length cannot be told"

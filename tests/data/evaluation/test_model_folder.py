@@ -88,6 +88,17 @@ def test_missing_tokenizer(model):
     assert f"{model} has no tokenizer (tokenizer.json, " in refusal(model)
 
 
+@pytest.mark.parametrize("content", ["", "{", "{}", "[]", "null", '{"added_tokens": []}'])
+def test_damaged_tokenizer(model, content):
+    from capo_verl.data.evaluation.generation import load_tokenizer
+
+    (model / "tokenizer.json").write_text(content)
+    with pytest.raises(ValueError, match="its tokenizer cannot be loaded") as refused:
+        load_tokenizer(str(model))
+    assert str(refused.value).startswith(f"--model {model}: ")
+    assert "\n" not in str(refused.value)
+
+
 @pytest.mark.parametrize("command", [
     ("calibrate", "--data", "{data}", "--model", "{model}", "--reward", "{reward}:compute_score"),
     ("evaluate", "--data", "{data}", "--model", "{model}", "--output", "{model}/out"),

@@ -93,7 +93,8 @@ HOW = (
     How(r"capo-verl data math .*--from FOLDER .*", append="--overwrite",
         makes=("data/math/train.parquet",)),
     How(r"capo-verl data mine --from FILE .*", makes=("data/mine/train.parquet",)),
-    How(r"capo-verl data .*--from package .*", makes=("data/asdiv/test.parquet",)),
+    How(r"capo-verl data .*--from package .*", append="--output outputs/package",
+        makes=("outputs/package/asdiv/test.parquet",)),
     How(
         r"capo-verl data reasoning_gym/countdown .*", append="--train-size 8 "
         "--test-size 4",

@@ -97,12 +97,12 @@ HOW = (
         makes=("outputs/package/asdiv/test.parquet",)),
     How(
         r"capo-verl data reasoning_gym/countdown .*", append="--train-size 8 "
-        "--test-size 4",
-        makes=("data/reasoning_gym_countdown/train.parquet",),
+        "--test-size 4 --output outputs/generated",
+        makes=("outputs/generated/reasoning_gym_countdown/train.parquet",),
     ),
     How(r"capo-verl data math .*", append="--output outputs/hub", code=2,
         says="hub"),
-    How(r"capo-verl evaluate .*", append=f"{_SHORT} --limit 2 --reward reward.py",
+    How(r"capo-verl evaluate .*", append=f"{_SHORT} --max-prompt-length 128 --limit 2 --reward reward.py",
         prefix="VERL_PLATFORM=cpu", ray=True, says="avg@16"),
     # plots
     How(r"capo-verl plot .*", makes=("figures",)),

@@ -41,8 +41,10 @@ if not torch.cuda.is_available():
 RAY = ("e2e/", "data/evaluation/test_generation.py", "slurm/")
 """Where tests start a Ray of their own, and wait for it most of the time."""
 ALONE = (
-    "cpu/quickstart/test_runner.py", "data/rewards/", "launch/test_ray_cluster.py",
-    "plugin/test_stop.py", "viewer/test_browser.py",
+    "cpu/quickstart/test_runner.py", "data/rewards/test_in_ray.py",
+    "data/rewards/test_math_answers.py", "data/rewards/test_verdicts.py", "data/test_cache.py",
+    "data/test_docs.py", "launch/test_ray_cluster.py", "plugin/test_stop.py",
+    "viewer/test_browser.py",
 )  # fmt: skip
 """Where tests wait for short real time limits, signals or a browser: nothing else should run beside
 them.
@@ -56,9 +58,9 @@ SLOW = (
 )  # fmt: skip
 """Where tests start interpreters, train, or interpret kernels."""
 LONG = (
-    "slurm/", "docs/test_commands.py", "engines/megatron/test_layouts.py", "e2e/",
-    "engines/megatron/", "data/evaluation/test_generation.py", "engines/fsdp/", "cpu/",
-    "launch/", "packaging/", "commands/", "outside_verl/", "experiments/",
+    "slurm/test_interruptions.py", "slurm/", "docs/test_commands.py",
+    "engines/megatron/test_layouts.py", "e2e/", "engines/megatron/",
+    "data/evaluation/test_generation.py", "engines/fsdp/", "cpu/", "launch/", "packaging/", "commands/", "outside_verl/", "experiments/",
 )  # fmt: skip
 """What takes longest, in this order: begun first, so that all processes are busy to the end."""
 
@@ -99,14 +101,16 @@ def tiny_model(tiny_qwen2: str) -> Path:
 
 @pytest.hookimpl(optionalhook=True)  # of pytest-xdist
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Each process takes a file at a time, in our order; all of Slurm's go to one, for there is one
-    cluster.
+    """Each process takes a file at a time, in our order. Slurm's longest has a cluster of its own;
+    the others share one.
     """
     from xdist.scheduler import LoadFileScheduling
 
     class ByFile(LoadFileScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            return "slurm" if nodeid.startswith("tests/slurm/") else super()._split_scope(nodeid)
+            file = super()._split_scope(nodeid)
+            alone = file.endswith("/test_interruptions.py")
+            return "slurm" if file.startswith("tests/slurm/") and not alone else file
 
     config.option.loadscopereorder = False
     return ByFile(config, log)

@@ -102,7 +102,8 @@ HOW = (
     ),
     How(r"capo-verl data math .*", append="--output outputs/hub", code=2,
         says="hub"),
-    How(r"capo-verl evaluate .*", append=f"{_SHORT} --max-prompt-length 128 --limit 2 --reward reward.py",
+    How(r"capo-verl evaluate .*",
+        append=f"{_SHORT} --max-prompt-length 128 --limit 2 --reward reward.py",
         prefix="VERL_PLATFORM=cpu", ray=True, says="avg@16"),
     # plots
     How(r"capo-verl plot .*", makes=("figures",)),

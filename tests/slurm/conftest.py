@@ -30,7 +30,8 @@ def cluster() -> Iterator[TwoNodes]:
         pytest.skip(reason)
     # Sockets lie below it: every other temporary folder has too long a name.
     folder = Path(tempfile.mkdtemp(prefix="slurm-", dir="/tmp"))
-    two_nodes = TwoNodes(folder)
+    process = os.environ.get("PYTEST_XDIST_WORKER", "gw0")
+    two_nodes = TwoNodes(folder, index=int(process.removeprefix("gw")))
     try:
         two_nodes.start()
         yield two_nodes

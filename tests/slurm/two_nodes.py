@@ -34,6 +34,7 @@ NODES = ("n1", "n2")
 
 CONFIG = """\
 ClusterName=two_nodes
+FirstJobId={first_job}
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={port}
 SlurmUser=root
@@ -87,9 +88,9 @@ def why_not() -> str | None:
     return None
 
 
-def _free_ports(count: int) -> int:
-    """The first of ``count`` neighbouring free ports below the range for clients."""
-    for first in range(16800, 19000, count):
+def _free_ports(count: int, start: int) -> int:
+    """The first of ``count`` neighbouring free ports, below the range for clients."""
+    for first in range(start, 19000, count):
         sockets = []
         try:
             for port in range(first, first + count):
@@ -101,7 +102,7 @@ def _free_ports(count: int) -> int:
         finally:
             for s in sockets:
                 s.close()
-    raise RuntimeError("no free ports between 16800 and 19000")
+    raise RuntimeError(f"no free ports between {start} and 19000")
 
 
 class TwoNodes:
@@ -109,9 +110,11 @@ class TwoNodes:
     Args:
         folder: everything is below it; sockets are, so it must be short.
         gpus: per node.
+        index: of this cluster among those that run on this machine at the same time. Each has
+            ports and job numbers of its own, from which Ray's ports follow.
     """
 
-    def __init__(self, folder: Path, gpus: int = 1):
+    def __init__(self, folder: Path, gpus: int = 1, index: int = 0):
         self.folder = folder
         self.environment = {**os.environ, "SLURM_CONF": str(folder / "slurm.conf")}
         self._pid_files = [
@@ -127,8 +130,9 @@ class TwoNodes:
         for i in range(gpus):
             os.mknod(folder / f"dev/nvidia{i}", 0o020666, os.makedev(1, 3))
         (folder / "gres.conf").write_text(f"Name=gpu File={folder}/dev/nvidia[0-{gpus - 1}]\n")
-        port = _free_ports(3)
+        port = _free_ports(3, 16800 + 300 * index)
         values = {
+            "first_job": 1 + 500 * index,
             "host": socket.gethostname().split(".")[0],
             "port": port,
             "first": port + 1,

@@ -60,7 +60,8 @@ SLOW = (
 LONG = (
     "slurm/test_interruptions.py", "slurm/", "docs/test_commands.py",
     "engines/megatron/test_layouts.py", "e2e/", "engines/megatron/",
-    "data/evaluation/test_generation.py", "engines/fsdp/", "cpu/", "launch/", "packaging/", "commands/", "outside_verl/", "experiments/",
+    "data/evaluation/test_generation.py", "engines/fsdp/", "cpu/", "launch/", "packaging/",
+    "commands/", "outside_verl/", "experiments/",
 )  # fmt: skip
 """What takes longest, in this order: begun first, so that all processes are busy to the end."""
 

@@ -9,11 +9,15 @@ from capo_verl.plugin.state import REFUSED
 
 
 def refuse(command: str, problem: str | BaseException) -> int:
-    """Print what is wrong on one line; returns the exit code.
+    """Print what is wrong on one line, control characters as escapes; returns the exit code.
 
     Args:
         command: name of the sub-command.
         problem: the sentence, or an error with it.
     """
-    print(f"capo-verl {command}: {' '.join(str(problem).split())}", file=sys.stderr)
+    sentence = "".join(
+        character if character.isprintable() else repr(character)[1:-1]
+        for character in " ".join(str(problem).split())
+    )
+    print(f"capo-verl {command}: {sentence}", file=sys.stderr)
     return REFUSED

@@ -55,3 +55,13 @@ def test_what_no_command_takes_is_refused(words, capsys):
     with pytest.raises(SystemExit) as refused:
         main(words)
     assert refused.value.code == 2 and "unrecognized arguments" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("problem", "line"), [
+    ("a\nb\tc", "a b c"), ("a\x1b[31mred", "a\\x1b[31mred"), ("é\ud800\u202e", "é\\ud800\\u202e"),
+])  # fmt: skip
+def test_a_refusal_is_one_line_that_a_terminal_can_show(problem, line, capsys):
+    from capo_verl.commands.refusal import refuse
+
+    assert refuse("plan", ValueError(problem)) == 2
+    assert capsys.readouterr().err == f"capo-verl plan: {line}\n"

@@ -29,9 +29,11 @@ CHOICE = re.compile(
 CHOICES = re.compile(r"[A-J]")
 LETTERS = re.compile(r"[A-Za-z]+")
 NAME = re.compile(
-    r"(?:\\text\s*\{[^{}]*\}|\\frac\{d\w*\}\{d\w\}|\\(?:vec|overrightarrow|overline|hat|bar)\s*\{\w+\}|\\?[a-zA-Z]+(?:_\{?\w+\}?)?(?:\([^()=]*\))?|[\s,()+|'*-]|\\angle|\\mathbb\{\w\})+"
+    r"(?:\\text\s*\{[^{}]*\}|\\frac\{d\w*\}\{d\w\}|\\(?:vec|overrightarrow|overline|hat|bar)\s*\{\w+\}|"
+    r"\\mathbb\{\w\}|\\?[a-zA-Z](?:_(?:\{\w+\}|\d+|[a-zA-Z]))?(?:\([^()=]*\))?|[\s,()+|'*-])+"
 )
-UNKNOWN = re.compile(r"(?<![a-zA-Z\\])[a-zA-Z](?![a-zA-Z])")
+MAX_NAME = 60
+"""Characters of the longest left side that is read as a name."""
 
 
 def equal(reference: str, answer: str) -> bool:
@@ -186,7 +188,7 @@ def _same_zeros(wanted: Relation, given: Relation) -> bool:
 
 def _is_name(text: str) -> bool:
     r"""True for what an equation defines: ``x``, ``f(2)``, ``(x, y)``, ``\text{Area}``."""
-    return bool(NAME.fullmatch(text))
+    return len(text) <= MAX_NAME and bool(NAME.fullmatch(text))
 
 
 def _has_unknown(text: str) -> bool:

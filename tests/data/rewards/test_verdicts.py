@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from capo_verl.data.rewards.math_answers import compute_score
+from capo_verl.data.rewards.pool import pool
 
 Case = tuple[str, str, float]
 
@@ -60,3 +61,19 @@ def test_the_table_is_whole():
 def test_a_reference_is_its_own_answer(kind):
     references = {reference for reference, _, _ in CASES[kind] if "\\boxed" not in reference}
     assert judged_wrongly([(reference, reference, 1) for reference in references]) == set()
+
+
+@pytest.mark.parametrize("piece", [
+    "a", "_a", "f(a)", "(a)", "\\text{a}", "a_1", "1 ", "1,111,", "0.1212", "\\frac{1}{", "**a",
+    "`",
+    "and ", "cm ", "^2", "$", "{", "\\{", "=", "\\pm", ":", "\u00b2", "\\overline{3}",
+    "the answer is ",
+])  # fmt: skip
+@pytest.mark.parametrize("around", ["{}", "5{}", "{}=5", "{}1=5", "5 {}!"])
+def test_a_long_answer_is_read_in_time(piece, around):
+    """No pattern takes for ever: what is long is judged, or refused, well within the limit."""
+    answer = around.format((piece * 1000)[:900])
+    for request in (
+        {"reference": "5", "answer": answer}, {"reference": answer, "answer": "5"}
+    ):  # fmt: skip
+        assert pool("math", 1).judge(request, 4.0).trouble != "timeout"

@@ -115,11 +115,11 @@ def _plan(args: argparse.Namespace) -> dict[str, Callable[[], list[Prepared]]]:
                 raise ValueError(f"{name} is generated, --from {args.source} does not apply")
             plan[name] = partial(_prepare_gym, name, args, settings)
             continue
-        if local and name not in DATASETS:  # in verl's schema, if no columns are named
-            dataset = DataSet(
-                name, name, name, "that of the file", {"train": 0, "test": 0},
-                question=(PROMPT,), answer=(REWARD,),
-            )  # fmt: skip
+        if local and name not in DATASETS:  # in verl's schema, or with columns of the usual names
+            dataset = DataSet(name, name, name, "that of the file", {"train": 0, "test": 0})
+            dataset = replace(
+                dataset, question=(PROMPT, *dataset.question), answer=(REWARD, *dataset.answer)
+            )
         else:
             dataset = find(name)
         if args.split and args.split not in dataset.sizes:

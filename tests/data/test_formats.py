@@ -304,13 +304,24 @@ def test_a_record_that_is_partly_in_verls_schema(tmp_path, record, source, asked
 
 
 @pytest.mark.parametrize(("options", "message"), [
-    ([], "record 0: no question in column prompt; it has A, Q"),
-    (["--question-column", "Q"], "record 0: no answer in column reward_model; it has A, Q"),
+    ([], "record 0: no question in column prompt or problem or question; it has A, Q"),
+    (
+        ["--question-column", "Q"],
+        "record 0: no answer in column reward_model or answer; it has A, Q",
+    ),
 ])  # fmt: skip
 def test_columns_of_a_file_that_is_not_in_verls_schema(tmp_path, capsys, options, message):
     file = jsonl({"Q": "q", "A": "1"})
     assert prepare(tmp_path, file, "--split", "test", *options, name="mine")[0] == 2
     assert message in capsys.readouterr().err
+
+
+def test_columns_of_the_usual_names_need_no_option(tmp_path):
+    file = jsonl({"question": "1+1?", "answer": "2"})
+    code, _, (row,) = prepare(tmp_path, file, "--split", "test", name="mine")
+    assert code == 0
+    assert "1+1?" in row["prompt"][-1]["content"]
+    assert row["reward_model"]["ground_truth"] == "2"
 
 
 def test_context_and_messages(tmp_path, capsys):

@@ -27,6 +27,8 @@ CHOICE = re.compile(
     r"\s*(?:(?:[Oo]ption|[Cc]hoice|[Aa]nswer)\s+)?\(?\s*([A-J])\s*\)?(?:[\s.:)]+.*)?", re.DOTALL
 )
 CHOICES = re.compile(r"[A-J]")
+LETTERED = re.compile(r"\\text\s*\{\s*\(([A-J])\)\s*\}\s*(\S.*)")
+"""A choice with its letter."""
 LETTERS = re.compile(r"[A-Za-z]+")
 NAME = re.compile(
     r"(?:\\text\s*\{[^{}]*\}|\\frac\{d\w*\}\{d\w\}|\\(?:vec|overrightarrow|overline|hat|bar)\s*\{\w+\}|"
@@ -122,10 +124,11 @@ def _same_relation(
     if isinstance(wanted, Relation) and isinstance(given, Relation):
         if wanted.is_equation and given.is_equation:
             return _same_equation(wanted, given)
-        if wanted.signs == given.signs and all(
-            same(*pair) for pair in zip(wanted.members, given.members, strict=True)
-        ):
-            return True
+        for chain in (given, given.reversed()):
+            if wanted.signs == chain.signs and all(
+                same(*pair) for pair in zip(wanted.members, chain.members, strict=True)
+            ):
+                return True
         if not (_has_unknown(reference) and _has_unknown(answer)):
             return False
     return _whole(reference, answer)
@@ -304,6 +307,8 @@ def _same_percent(wanted: str, given: str, wanted_percent: bool, given_percent: 
 
 def _same_special(reference: str, answer: str) -> bool | None:
     """Verdict on choices, words, bases, times, ratios; None if neither side is any of them."""
+    if lettered := LETTERED.fullmatch(reference):
+        return same(lettered[1], answer) or same(lettered[2], answer)
     if CHOICES.fullmatch(_words(reference)):
         match = CHOICE.fullmatch(re.sub(r"\\text\s*\{([^{}]*)\}", r"\1", answer))
         return match is not None and match[1] == _words(reference)

@@ -58,6 +58,8 @@ def _radical(match: re.Match[str]) -> str:
 def _character(character: str) -> str:
     if character in SYMBOLS:
         return SYMBOLS[character]
+    if unicodedata.category(character) == "So":  # a check mark, or another picture
+        return ""
     compatible = unicodedata.normalize("NFKC", character)
     if "⁄" in compatible:  # one half and the like
         above, below = compatible.split("⁄")
@@ -70,7 +72,7 @@ def _character(character: str) -> str:
 STYLES = (
     r"\\(?:text(?:bf|it|rm|sf|tt|sc|sl|up|normal)?|math(?:bf|it|rm|sf|tt|cal|scr|normal)|emph|underline|"
     r"boldsymbol|bm|pmb|mbox|hbox|operatorname\*?|overbrace|underbrace|boxed|fbox|framebox|"
-    r"(?:text)?color(?:box)?\s*\{[^{}]*\}|[Ll]arge|LARGE|[hH]uge|small|bf|rm|it)"
+    r"(?:text|f)?color(?:box)?\s*\{[^{}]*\}(?:\s*\{[^{}]*\}(?=\s*\{))?|ensuremath|[Ll]arge|LARGE|[hH]uge|small|bf|rm|it)"
 )
 STYLED = re.compile(STYLES + r"\s*\{([^{}]*)\}")
 ENUMERATION = re.compile(
@@ -78,16 +80,24 @@ ENUMERATION = re.compile(
 )
 """Numbers, or letters of choices, in a text."""
 SWITCHES = re.compile(
-    r"\\(?:bf|it|rm|sf|tt|em|large|Large|LARGE|huge|Huge|small|normalsize|displaystyle|textstyle|"
+    r"\\(?:bf|it|rm|sf|tt|em|large|Large|LARGE|huge|Huge|small|tiny|footnotesize|scriptsize|"
+    r"normalsize|displaystyle|textstyle|scriptstyle|nonumber|strut|relax|null|square|blacksquare|qed|"
+    r"(?:tag|label|[vh]phantom)\s*\{[^{}]*\}|"
     r"limits|nolimits|bold|boldmath|checkmark|color\s*\{[^{}]*\}|hfill|rule\{[^{}]*\}\{[^{}]*\})"
     r"(?![a-zA-Z])\s*"
 )
 SPACES = re.compile(r"\\(?:[,;: ]|q?quad(?![a-zA-Z])|hspace\*?\{[^{}]*\}|enspace(?![a-zA-Z]))|~")
 DELIMITERS = re.compile(r"\\[()\[\]](?!\s*\d+(?:\.\d+)?\s*(?:pt|em|ex|cm|mm)\b)")
-MARKDOWN = re.compile(r"\*\*(?=\S)(.+?)(?<=\S)\*\*|__(?=\S)(.+?)(?<=\S)__|"
-                      r"`([^`]+)`|^\*([^*]+)\*$")  # fmt: skip
+MARKDOWN = re.compile(
+    r"\*\*(?=\S)(.+?)(?<=\S)\*\*|__(?=\S)(.+?)(?<=\S)__|`([^`]+)`|"
+    r"^\*([^*]+)\*$|^_([^_]+)_$|^'([^']+)'$|^\"([^\"]+)\"$"
+)
 HTML = re.compile(r"</?(?:b|i|u|em|strong|span|div|p|code|sub|sup)(?:\s[^<>]*)?>", re.IGNORECASE)
-MATRIX = re.compile(r"\\begin\s*\{")
+ARRAY = re.compile(
+    r"[(\[]\s*\\begin\s*\{(?:array\}\s*\{[^{}]*\}|(?:small)?matrix\})((?:(?!\\begin).)*?)"
+    r"\\end\s*\{(?:array|(?:small)?matrix)\}\s*[)\]]",
+    re.DOTALL,
+)
 INTRODUCTION = re.compile(
     r"^(?:(?:so|thus|hence|therefore)[,\s]+)?(?:the\s+)?(?:final\s+)?(?:correct\s+)?"
     r"(?:answer|result|solution|value)\s*(?:is|are|equals|:|=)\s*(?:equal\s+to\s+)?:?\s*"
@@ -95,20 +105,40 @@ INTRODUCTION = re.compile(
     r"|^(?:about|approximately|approx\.?|roughly|around|nearly|exactly)\s+(?=[\d$\\.-])",
     re.IGNORECASE,
 )
+NAMED = re.compile(r"^[A-Za-z ]+[=:]\s*(?=[-\d])")
+LEADING = re.compile(
+    r"^(?:=|:|\\(?:approx|sim|to|rightarrow|Rightarrow|implies|therefore|longrightarrow)(?![a-zA-Z]))\s*"
+)
 AFTERTHOUGHT = re.compile(
     r"(?<=[\d}])\s+\(\s*(?!and\b|or\b)[A-Za-z][A-Za-z .-]{2,}\)$|"
     r"\s*\(\s*approx(?:imately|\.)?\s*\)$"
 )
 
 
+FOREIGN = {
+    "tg": "tan", "ctg": "cot", "cotg": "cot", "cotan": "cot", "arctg": "arctan", "lg": "log",
+    "cosec": "csc",
+}  # fmt: skip
+"""Names of functions as other languages write them."""
+FUNCTION_NAMES = {
+    name: name
+    for name in (
+        "arcsin", "arccos", "arctan", "sinh", "cosh", "tanh", "sin", "cos", "tan", "cot", "sec",
+        "csc", "ln", "log", "exp",
+    )
+} | FOREIGN  # fmt: skip
+
+
 def layout(text: str) -> str:
     r"""Text without spacing commands, line breaks at its ends, ``\left`` and ``\right``."""
     text = re.sub(r"\\(?:left|right|[bB]igg?[lrm]?)\s*(?=[()\[\]|./<>]|\\[{}|a-z])", "", text)
     text = re.sub(r"\\!\s*", "", text).replace("\\dots", "\\ldots").replace("\\cdots", "\\ldots")
+    text = re.sub(r"(=[^=]*?)\s*\\q?quad(?![a-zA-Z])\s*(?=[^=\\]*=)", r"\1, ", text)
     # An escaped line break of a matrix is no space after a backslash.
     text = re.sub(r"\\\\", "\0", text)
     text = SPACES.sub(" ", text).replace("\0", "\\\\")
     text = re.sub(r"\\phantom\s*\{[^{}]*\}", "", text)
+    text = ARRAY.sub(r"\\begin{pmatrix}\1\\end{pmatrix}", text)
     for infix, prefix in ((r"\choose", r"\binom"), (r"\over", r"\frac")):
         if infix in text:
             pattern = rf"\{{([^{{}}]*)\{infix}(?![a-zA-Z])([^{{}}]*)\}}"
@@ -142,6 +172,8 @@ def _unstyled(match: re.Match[str]) -> str:
         return " "
     if ENUMERATION.fullmatch(bare) or re.match(r"-?\d[\d.,]*\s+[A-Za-z]", bare):
         return f" {bare} "
+    if bare in FUNCTION_NAMES:
+        return rf"\{FUNCTION_NAMES[bare]} "
     if command.startswith(r"\operatorname") and bare.isalpha():
         return "\\operatorname\1" + bare + "\2"
     if not re.search(r"[A-Za-z]", re.sub(r"\\[a-zA-Z]+", "", bare)) or "\\" in bare:
@@ -173,11 +205,18 @@ def _closing(text: str, start: int) -> int:
 
 def talk(text: str) -> str:
     r"""Text without "the answer is", "about", a leading ``=`` or ``\approx``, a final full stop."""
+    text = re.sub(
+        r"^\\text\s*\{\s*(?:about|approximately|approx\.?|exactly|roughly)\s*\}", "", text
+    )
     spoken = re.fullmatch(r"\\text\s*\{([^{}]*)\}(.*)", text.strip(), re.DOTALL)
-    if spoken and (said := INTRODUCTION.sub("", spoken[1].strip())) != spoken[1].strip():
+    if (
+        spoken
+        and (said := NAMED.sub("", INTRODUCTION.sub("", spoken[1].strip()))) != spoken[1].strip()
+    ):
         text = said + spoken[2]
     text = INTRODUCTION.sub("", text.strip())
-    text = re.sub(r"^(?:=|\\approx(?![a-zA-Z])|\\sim(?![a-zA-Z])|:)\s*", "", text)
+    text = re.sub(r"^\\text\s*\{[A-Za-z ]*[=:]\s*\}\s*(?=\S)", "", text)
+    text = LEADING.sub("", text)
     text = AFTERTHOUGHT.sub("", text)
     text = re.sub(r"\s+is the (?:final |correct )?answer\.?$", "", text)
     text = re.sub(r"\s*\\text\{\s*\(?approx(?:imately|\.)?\)?\s*\}$", "", text)
@@ -303,7 +342,8 @@ FUNCTIONS = (
     "arcsin|arccos|arctan|sinh|cosh|tanh|sin|cos|tan|cot|sec|csc|ln|log|max|min|gcd|lcm|det|lim"
 )
 PLAIN_FUNCTION = re.compile(rf"(?<![a-zA-Z\\{{])({FUNCTIONS})(?=\s*[\d(^\\_]|\s+[a-z](?![a-zA-Z]))")
-PLAIN_NAMES = (
+FOREIGN_COMMAND = re.compile(rf"\\({'|'.join(FOREIGN)})(?![a-zA-Z])")
+PLAIN_NAMES: tuple[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]], ...] = (
     (re.compile(r"(?<![a-zA-Z\\])(?:infinity|infty|oo)(?![a-zA-Z])", re.IGNORECASE), r"\\infty "),
     (re.compile(r"(?<![a-zA-Z\\])pi(?![a-zA-Z])"), r"\\pi "),
     (re.compile(r"(?<![a-zA-Z\\])(theta|alpha|beta|gamma|phi)(?![a-zA-Z])"), r"\\\1 "),
@@ -319,7 +359,9 @@ PLAIN_NAMES = (
     (re.compile(r"\\(?:lbrace)(?![a-zA-Z])"), r"\\{"),
     (re.compile(r"\\(?:rbrace)(?![a-zA-Z])"), r"\\}"),
     (re.compile(r"\\[dtc]frac(?![a-zA-Z])"), r"\\frac"),
+    (re.compile(r"\\frac\s+(\d)\s+(\d)(?!\d)"), r"\\frac{\1}{\2}"),
     (re.compile(r"\\(?:colon)(?![a-zA-Z])"), ":"),
+    (FOREIGN_COMMAND, lambda match: rf"\{FOREIGN[match[1]]} "),
     (re.compile(r"\\(?:imath|jmath)(?![a-zA-Z])"), "i"),
     (re.compile(r"\^\s*\{?\s*\\(?:circ|degree)\s*\}?|\\degree(?![a-zA-Z])"), r"^{\\circ}"),
     (re.compile(r"\s*\\(?:div)(?![a-zA-Z])\s*"), "/"),
@@ -371,7 +413,14 @@ def conditions(text: str) -> str:
 
 
 def brackets(text: str) -> str:
-    """A value without brackets around it: ``(-3)`` is ``-3``. A set is no value."""
+    """A value without brackets around it: ``(-3)`` is ``-3``. A set is no value.
+
+    Brackets turned outwards are round: ``]0,1[``.
+    """
+    if text[:1] == "]" or text[-1:] == "[":
+        text = OUTWARDS.sub(
+            lambda m: f"{m[1].replace(']', '(')}{m[2]}{m[3].replace('[', ')')}", text
+        )
     while text.startswith("(") and text.endswith(")") and _group_end(text) == len(text) - 1:
         inside = text[1:-1].strip()
         if not inside or "," in inside or ";" in inside or re.fullmatch(r"[A-Za-z]", inside):
@@ -389,6 +438,7 @@ def _group_end(text: str) -> int:
     return -1
 
 
+OUTWARDS = re.compile(r"([\]\[(])([^\[\]()]*[,;][^\[\]()]*)([\]\[)])")
 CONDITION = re.compile(
     r"^\\\{\s*[a-zA-Z]\s*(?:\\in\s*\\mathbb\s*\{R\}\s*)?(?:\\mid(?![a-zA-Z])|\||:)\s*([^|:]+)\\\}$"
 )

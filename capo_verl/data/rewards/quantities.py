@@ -121,7 +121,9 @@ SECOND_ANSWER = {"or", "and", "not", "maybe", "perhaps", "possibly", "but"}
 UNIT_FRACTION = re.compile(
     rf"\\frac\s*\{{\s*({WORD})\s*\}}\s*\{{\s*({WORD}(?:\^\{{?\d\}}?)?)\s*\}}"
 )
-PART = re.compile(rf"(-?\d+(?:\.\d+)?)\s*({WORD}|{BARE_WORD})\s*(?:,|\band\b)?\s*")
+PART = re.compile(
+    rf"(-?\d+(?:\.\d+)?)\s*({WORD}|{BARE_WORD}|[hms](?![A-Za-z]))\s*(?:,|\band\b)?\s*"
+)
 
 
 def percent(text: str) -> tuple[str, bool]:
@@ -309,7 +311,9 @@ def _compound(text: str) -> Quantity | None:
     parts = PART.findall(text)
     if len(parts) < 2 or PART.sub("", text).strip():
         return None
-    units = [_unit(_words(" " + word)) for _, word in parts]
+    units = [
+        _unit(_words(rf"\text{{{word}}}" if len(word) == 1 else " " + word)) for _, word in parts
+    ]
     first = units[0]
     if first is None or any(unit is None or unit.kind != first.kind for unit in units):
         return None

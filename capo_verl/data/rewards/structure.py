@@ -17,6 +17,7 @@ RELATIONS = {
     "=": "=", r"\equiv": "=", r"\approx": r"\approx", r"\in": r"\in", "<": "<", ">": ">",
     r"\le": r"\le", r"\ge": r"\ge", r"\ne": r"\ne", r"\lt": "<", r"\gt": ">",
 }  # fmt: skip
+OPPOSITE = {"<": ">", ">": "<", r"\le": r"\ge", r"\ge": r"\le"}
 PLUS_MINUS = re.compile(r"\\(?:pm|mp)(?![a-zA-Z])")
 
 
@@ -37,6 +38,12 @@ class Relation:
 
     members: tuple[str, ...]
     signs: tuple[str, ...]
+
+    def reversed(self) -> Relation:
+        """The chain read from its end: ``3 > x > 2`` for ``2 < x < 3``."""
+        return Relation(
+            self.members[::-1], tuple(OPPOSITE.get(sign, sign) for sign in self.signs[::-1])
+        )
 
     @property
     def is_equation(self) -> bool:

@@ -33,6 +33,10 @@ OUT_OF_REACH = ("optimizer_cpu_offload", "use_precision_aware_optimizer")
 """Settings of Megatron's optimizer with which its float32 parameters are not where a line search
 could change them.
 """
+CAPTURED = "optimizer_cuda_graph"
+"""The setting of Megatron's optimizer that makes its Adam capturable: a CUDA graph reads the
+learning rate from where it was when the graph was captured.
+"""
 
 
 def check_capo(config: DictConfig) -> None:
@@ -144,20 +148,22 @@ def _warn_of_another_variant(config: DictConfig, preset: str) -> None:
 def _check_kl_budget(config: DictConfig, capo: CapoConfig) -> None:
     """Check the conditions of the control of the learning rate."""
     budget = capo.kl_budget
-    if budget is None:
+    if budget is None or OmegaConf.select(config, f"{ACTOR}.strategy") != "megatron":
         return
-    if (
-        budget.line_search is not None
-        and OmegaConf.select(config, f"{ACTOR}.strategy") == "megatron"
-    ):
-        for key in OUT_OF_REACH:
-            path = f"{ACTOR}.optim.override_optimizer_config.{key}"
-            if OmegaConf.select(config, path):
-                raise ValueError(
-                    f"{POLICY_LOSS}.capo.kl_budget.line_search={budget.line_search} cannot step "
-                    f"back with {path}=True, which "
-                    "keeps the parameters elsewhere; set it to False, or line_search=null"
-                )
+    override = f"{ACTOR}.optim.override_optimizer_config"
+    if OmegaConf.select(config, f"{override}.{CAPTURED}"):
+        raise ValueError(
+            f"{POLICY_LOSS}.capo.kl_budget.delta={budget.delta} cannot scale the learning rate "
+            f"with {override}.{CAPTURED}=True, whose Adam does not see a rate that was replaced; "
+            "set it to False, or kl_budget=null"
+        )
+    for key in OUT_OF_REACH if budget.line_search is not None else ():
+        if OmegaConf.select(config, f"{override}.{key}"):
+            raise ValueError(
+                f"{POLICY_LOSS}.capo.kl_budget.line_search={budget.line_search} cannot step "
+                f"back with {override}.{key}=True, which "
+                "keeps the parameters elsewhere; set it to False, or line_search=null"
+            )
 
 
 def _check_penalty(config: DictConfig, name: str, value: float) -> None:

@@ -35,8 +35,11 @@ class RunSpec:
     """Ranks of context parallelism; with FSDP, of Ulysses' sequence parallelism."""
     sequence_parallel: bool = True
     distributed_optimizer: bool = True
-    pads_vocab: bool = True
-    """True if the vocabulary is padded to a multiple of ``tp``; the mbridge backend does not."""
+    pads_vocab: bool = False
+    """True if the vocabulary is padded to a multiple of ``tp``.
+
+    Only Megatron-Bridge does it, with ``override_transformer_config.should_pad_vocab``.
+    """
     uneven_stages: bool = False
     """True if Megatron was told how to split the layers.
 
@@ -157,7 +160,8 @@ def from_config(config: DictConfig, cpu: bool) -> RunSpec:
         ),
         sequence_parallel=bool(value(f"{part}.sequence_parallel", False)),
         distributed_optimizer=bool(value(f"{part}.use_distributed_optimizer", True)),
-        pads_vocab=not (cpu or value(f"{part}.vanilla_mbridge", False)),
+        pads_vocab=bool(value(f"{override}.should_pad_vocab"))
+        and not (cpu or value(f"{part}.vanilla_mbridge")),
         uneven_stages=any(value(f"{override}.{key}") for key in split_by_hand),
         prompts=value("data.train_batch_size", 1),
         completions_per_prompt=value(f"{ROLLOUT}.n", 1),

@@ -211,11 +211,18 @@ def _model(run: RunSpec, shape: ModelShape) -> Iterator[str]:
         return
     tp = f"{MEGATRON}.tensor_model_parallel_size={run.tp}"
     sizes = {"attention heads": shape.heads, "rows of the feed-forward layer": shape.intermediate}
-    if not run.pads_vocab:
-        sizes["rows of the vocabulary"] = shape.vocab
     for what, size in sizes.items():
         if size % run.tp:
             yield f"{shape.name} has {size} {what}, which do not divide by {tp}: choose another"
+    if shape.vocab % run.tp and not run.pads_vocab:
+        padded = (
+            ", or let Megatron-Bridge (vanilla_mbridge=False) pad them with "
+            f"+{MEGATRON}.override_transformer_config.should_pad_vocab=True"
+        )
+        yield (
+            f"{shape.name} has {shape.vocab} rows of the vocabulary, which do not divide by {tp}: "
+            f"choose another{'' if run.cpu else padded}"
+        )
     if shape.kv_heads % run.tp and run.tp % shape.kv_heads:
         yield (
             f"{shape.name} has {shape.kv_heads} key-value heads, neither a multiple nor a divisor "

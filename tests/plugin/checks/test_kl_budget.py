@@ -55,3 +55,26 @@ def test_line_search_needs_the_parameters_at_hand(command_line, key):
     check_config(command_line("model_engine=megatron", override))
     with pytest.raises(ValueError, match=f"line_search=2.0 cannot step back with .*{key}=True"):
         check_config(command_line("model_engine=megatron", override, f"{BUDGET}.line_search=2.0"))
+
+
+MODE = "actor_rollout_ref.actor.policy_loss.capo.mode"
+CAPTURED = "actor_rollout_ref.actor.optim.override_optimizer_config.optimizer_cuda_graph"
+
+
+@pytest.mark.parametrize("more", [[], [f"{BUDGET}.line_search=2.0"]], ids=str)
+def test_a_captured_step_does_not_see_the_scaled_rate(command_line, more):
+    with pytest.raises(ValueError) as refusal:
+        check_config(command_line("model_engine=megatron", f"+{CAPTURED}=True", *more))
+    assert str(refusal.value) == (
+        f"{BUDGET}.delta=0.0003 cannot scale the learning rate with {CAPTURED}=True, whose Adam "
+        "does not see a rate that was replaced; set it to False, or kl_budget=null"
+    )
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [[f"+{CAPTURED}=False"], [f"+{CAPTURED}=True", f"{BUDGET}=null", f"{MODE}=filter"]],
+    ids=str,
+)
+def test_a_captured_step_is_accepted_where_nobody_scales_the_rate(command_line, overrides):
+    check_config(command_line("model_engine=megatron", *overrides))

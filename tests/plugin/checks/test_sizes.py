@@ -7,10 +7,13 @@ import dataclasses
 import re
 
 import pytest
+from hydra import compose, initialize_config_module
+from transformers import LlamaConfig
 
+from capo_verl.plugin.checks import sizes
 from capo_verl.plugin.checks.model_shape import KNOWN
 from capo_verl.plugin.checks.run_spec import RunSpec
-from capo_verl.plugin.checks.sizes import problems
+from capo_verl.plugin.checks.sizes import MEGATRON, check_sizes, problems
 
 SHAPE = KNOWN["qwen/qwen2.5-math-7b"]  # 28 layers, 28 heads, 4 key-value heads, 152,064 rows
 RUN = RunSpec(
@@ -144,9 +147,87 @@ def test_a_mini_batch_of_more_than_the_batch_is_refused_where_verl_refuses_it(pr
 
 def test_the_vocabulary_is_split_evenly_where_nobody_pads_it():
     odd = dataclasses.replace(SHAPE, vocab=151_001)
-    assert problems(RUN, odd) == []
-    (problem,) = problems(dataclasses.replace(RUN, pads_vocab=False), odd)
-    assert "151001 rows of the vocabulary, which do not divide by" in problem
+    assert problems(dataclasses.replace(RUN, pads_vocab=True), odd) == []
+    assert problems(RUN, odd) == [
+        "Qwen2.5-Math-7B has 151001 rows of the vocabulary, which do not divide by "
+        "actor_rollout_ref.actor.megatron.tensor_model_parallel_size=2: choose another, or let "
+        "Megatron-Bridge (vanilla_mbridge=False) pad them with "
+        "+actor_rollout_ref.actor.megatron.override_transformer_config.should_pad_vocab=True"
+    ]
+
+
+@pytest.fixture(scope="module")
+def command_line(tmp_path_factory):
+    """verl's configuration for a model with so many rows, on two GPUs that share it."""
+    with initialize_config_module("verl.trainer.config", version_base=None):
+
+        def composed(vocab, *overrides):
+            folder = tmp_path_factory.mktemp("model")
+            model = LlamaConfig(
+                vocab_size=vocab, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+                num_attention_heads=4, num_key_value_heads=2,
+            )  # fmt: skip
+            model.save_pretrained(folder)
+            return compose("ppo_trainer", overrides=[
+                "model_engine=megatron", "trainer.n_gpus_per_node=2",
+                "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=1",
+                f"{MEGATRON}.tensor_model_parallel_size=2",
+                f"actor_rollout_ref.model.path={folder}", *overrides,
+            ])  # fmt: skip
+
+        yield composed
+
+
+VANILLA = f"{MEGATRON}.vanilla_mbridge=True"
+PADDED = f"+{MEGATRON}.override_transformer_config.should_pad_vocab"
+
+
+@pytest.mark.parametrize(
+    ("vocab", "overrides"),
+    [
+        (126, []),
+        (126, [VANILLA]),
+        (126, [f"{PADDED}=False"]),
+        (125, [f"{PADDED}=True"]),
+        (125, [f"{MEGATRON}.tensor_model_parallel_size=1"]),
+    ],
+)
+def test_a_vocabulary_that_divides_or_is_padded_is_accepted(
+    command_line, monkeypatch, vocab, overrides
+):
+    monkeypatch.setattr(sizes, "on_cpu", lambda: False)
+    check_sizes(command_line(vocab, *overrides))
+
+
+@pytest.mark.parametrize(
+    "overrides", [[], [f"{PADDED}=False"], [VANILLA], [VANILLA, f"{PADDED}=True"]], ids=str
+)
+def test_a_vocabulary_that_nobody_pads_is_refused_before_the_start(
+    command_line, monkeypatch, overrides
+):
+    monkeypatch.setattr(sizes, "on_cpu", lambda: False)
+    expected = rf"has 125 rows of the vocabulary, .*size=2: .* with {re.escape(PADDED)}=True$"
+    with pytest.raises(ValueError, match=expected):
+        check_sizes(command_line(125, *overrides))
+
+
+def test_on_cpus_there_is_no_bridge_that_pads(command_line):
+    with pytest.raises(ValueError, match="has 125 rows of the vocabulary, .*: choose another$"):
+        check_sizes(command_line(125, f"{PADDED}=True"))
+
+
+@pytest.mark.parametrize("vocab", [125, 126])
+def test_megatron_embeds_what_is_accepted_here(vocab):
+    """The size that the refusal foresees is the one that Megatron asserts."""
+    from megatron.core.tensor_parallel.utils import VocabUtility
+
+    refused = problems(RUN, dataclasses.replace(SHAPE, vocab=vocab))
+    try:
+        VocabUtility.vocab_range_from_global_vocab_size(vocab, 0, world_size=2)
+    except AssertionError:
+        assert refused and vocab == 125
+    else:
+        assert not refused and vocab == 126
 
 
 def test_megatron_core_agrees():

@@ -17,6 +17,7 @@ from torch import Tensor
 from verl.utils.device import get_device_id
 
 from capo_verl.config import CapoConfig
+from capo_verl.core import collectives
 from capo_verl.engines.checkpoint import CapoCheckpointMixin
 from capo_verl.engines.filter_step import FilterStep
 from capo_verl.engines.kl_control import KLControl
@@ -231,10 +232,27 @@ class CapoEngineMixin(CapoCheckpointMixin):
                 "%s. Skipped: neither weights nor moments move (capo.on_nonfinite=skip_batch)", what
             )
 
+    def _check_trains_everywhere(self, device: torch.device) -> None:
+        """Let all ranks learn of one whose optimizer has no parameter groups: without a rate to
+        read, verl would stop there, after the step. Groups may be empty.
+
+        Raises:
+            ValueError: on every rank, naming those.
+        """
+        nothing = torch.tensor([not self.optimizer.param_groups], device=device).byte()
+        ranks = collectives.gather(nothing, dist.group.WORLD).nonzero()[:, 0].tolist()
+        if ranks:
+            raise ValueError(
+                f"the optimizer has no parameter groups on rank {', '.join(map(str, ranks))}, so "
+                "there is no learning rate to read: freeze fewer parameters, or choose another "
+                "actor_rollout_ref.actor.megatron.pipeline_model_parallel_size"
+            )
+
     def _switch_on(self, config: CapoConfig) -> None:
         """Make this a run with CAPO, at its first training step. Called on every rank."""
-        self._check_supported(config)
         device, head = torch.device(get_device_id()), self.lm_head
+        self._check_trains_everywhere(device)
+        self._check_supported(config)
         self._nonfinite = NonFinite(device)
         if head is not None and config.mode != "off":
             capo = head.make_filter(config, device)

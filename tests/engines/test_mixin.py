@@ -3,6 +3,10 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
+import pytest
+import torch
 import verl  # noqa: F401  plugins first
 from torch import nn
 
@@ -11,6 +15,7 @@ from capo_verl.core.logits import VocabShard
 from capo_verl.engines import mixin
 from capo_verl.engines.lm_head import LMHead
 from capo_verl.engines.mixin import CapoEngineMixin
+from tests.helpers.spawn import run_on_ranks
 
 
 class Engine:
@@ -18,6 +23,7 @@ class Engine:
 
     def __init__(self) -> None:
         self.calls: list[tuple] = []
+        self.optimizer = SimpleNamespace(param_groups=[{"lr": 0.1, "params": []}])
 
     def to(self, **what: object) -> None:
         self.calls.append(("to", what))
@@ -59,3 +65,32 @@ def test_before_the_first_training_step_there_is_nothing_to_move():
     assert engine.calls == [
         ("to", {"device": "cpu", "model": True, "optimizer": True, "grad": True})
     ]
+
+
+def switched_on(without: tuple[int, ...]) -> tuple[str, bool]:
+    """What a rank is told, where those ranks have no parameter groups, and if it is a run with
+    CAPO.
+    """
+    mixin.get_device_id = lambda: "cpu"
+    engine = CapoEngine()
+    if torch.distributed.get_rank() in without:
+        engine.optimizer.param_groups = []
+    try:
+        engine._switch_on(CapoConfig(top_k=4))
+    except ValueError as refusal:
+        return str(refusal), engine._capo is not None or engine._step is not None
+    return "", engine._capo is not None
+
+
+@pytest.mark.parametrize(("without", "named"), [((1,), "1"), ((0, 2), "0, 2")])
+def test_a_rank_without_parameter_groups_is_refused_on_all_ranks(without, named):
+    refusal = (
+        f"the optimizer has no parameter groups on rank {named}, so there is no learning rate to "
+        "read: freeze fewer parameters, or choose another "
+        "actor_rollout_ref.actor.megatron.pipeline_model_parallel_size"
+    )
+    assert run_on_ranks(switched_on, 3, without) == [(refusal, False)] * 3
+
+
+def test_empty_parameter_groups_are_accepted():
+    assert run_on_ranks(switched_on, 2, ()) == [("", True)] * 2

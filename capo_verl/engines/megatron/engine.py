@@ -234,7 +234,7 @@ class CapoMegatronEngineWithLMHead(CapoEngineMixin, MegatronEngineWithLMHead):
         return self.model_config.hf_config.get_text_config().vocab_size
 
     def _learning_rate(self) -> float:
-        return get_megatron_last_lr(self.optimizer)
+        return float(get_megatron_last_lr(self.optimizer))  # a capturable Adam has a tensor
 
     def _optimizer_steps(self) -> int:
         return int(self.lr_scheduler.num_steps)

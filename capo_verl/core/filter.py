@@ -204,7 +204,7 @@ class CapoFilter:
                 non-finite.
             learning_rate: alpha of the coming optimizer step.
             temperature: ``[...]`` > 0; if given, ``logits`` are before temperature and divided by
-                it in their own dtype.
+                it in their own dtype, those of :class:`ProjectedLogits` in float32 at least.
             skip_masked: evaluate only the tokens of the mask; the shifts of the others are reported
                 as 0. Saves the work for prompts and padding.
             sequence_ids: ``[...]`` integer in ``0..num_sequences``, for packed layouts. Default:

@@ -5,7 +5,7 @@ hidden states and LM head.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -45,8 +45,7 @@ class LogitRows:
     Args:
         logits: ``[M, rows]``; never written to.
         positions: ``[N]`` int64, which of the M; None = all.
-        temperature: ``[N]``, divides the logits in their own dtype, as the trainer does; None =
-            already done.
+        temperature: ``[N]``, divides the logits in the wider dtype of both; None = already done.
     """
 
     def __init__(
@@ -69,8 +68,7 @@ class LogitRows:
         """
         if self.temperature is None:
             return values
-        temperature = self.temperature[tokens].to(values.dtype)
-        return values / temperature.view(-1, *[1] * (values.dim() - 1))
+        return values / self.temperature[tokens].view(-1, *[1] * (values.dim() - 1))
 
     def part(self, tokens: slice) -> LogitRows:
         """The rows of some tokens; nothing is copied."""
@@ -86,8 +84,19 @@ class LogitRows:
         yield self
 
     def copy(self) -> LogitRows:
-        everything = slice(None)
-        return LogitRows(self.cool(self.read(everything, self.logits.shape[1]).clone(), everything))
+        logits = self.read(slice(None), self.logits.shape[1]).clone()
+        return LogitRows(logits, temperature=self.temperature)
+
+    @staticmethod
+    def concatenate(parts: Sequence[LogitRows]) -> LogitRows:
+        """Copies of the rows of all parts, in order."""
+        copies = [part.copy() for part in parts]
+        logits = torch.cat([x.logits for x in copies])
+        if all(x.temperature is None for x in copies):
+            return LogitRows(logits)
+        one = logits.new_ones(len(logits))
+        temperatures = (one[: len(x)] if x.temperature is None else x.temperature for x in copies)
+        return LogitRows(logits, temperature=torch.cat(list(temperatures)))
 
 
 def block_elements(device: torch.device) -> int:
@@ -159,7 +168,7 @@ class ProjectedRows(LogitRows):
     Args:
         projection: the LM head.
         hidden_states: ``[N, H]``; neither they nor the LM head are copied.
-        temperature: ``[N]``, divides the logits in their own dtype; None = already done.
+        temperature: ``[N]``, divides the logits in the wider dtype of both; None = already done.
     """
 
     def __init__(
@@ -202,5 +211,5 @@ class ProjectedRows(LogitRows):
         """The logits themselves: the LM head may not be there any more when they are read, as with
         FSDP.
         """
-        everything = slice(None)
-        return LogitRows(self.cool(self.read(everything, len(self._projection.weight)), everything))
+        logits = self.read(slice(None), len(self._projection.weight))
+        return LogitRows(logits, temperature=self.temperature)

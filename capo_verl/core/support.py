@@ -206,7 +206,7 @@ class FullSupport:
     def concatenate(parts: Sequence[FullSupport]) -> FullSupport:
         """The tokens of all parts, in order."""
         joined = copy(parts[0])
-        joined.logits = LogitRows(torch.cat([part.logits.copy().logits for part in parts]))
+        joined.logits = LogitRows.concatenate([part.logits for part in parts])
         for name in ("log_normaliser", "finite", "actions", "inside"):
             setattr(joined, name, torch.cat([getattr(part, name) for part in parts]))
         return joined

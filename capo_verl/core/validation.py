@@ -81,9 +81,11 @@ class Inputs(NamedTuple):
     None if N = M.
     """
     temperature: Tensor | None
-    """``[N]``, by which the logits still have to be divided."""
+    """``[N]``, by which the logits still have to be divided, in the dtype in which they are; this
+    and what follows are copies.
+    """
     actions: Tensor
-    """``[N]`` int64; this and what follows are copies."""
+    """``[N]`` int64"""
     advantages: Tensor
     """``[N]`` in the compute dtype: float64 if the model's tensors are, else float32."""
     mask: Tensor
@@ -218,7 +220,7 @@ def check_inputs(
         if isinstance(logits, ProjectedLogits)
         else logits.detach().reshape(m, shard.rows),
         positions=positions,
-        temperature=None if temperature is None else tokens(temperature.detach().reshape(m)),
+        temperature=None if temperature is None else copied(temperature, division_dtype(logits)),
         actions=copied(actions, torch.int64),
         advantages=copied(advantages.expand(shape), dtype),
         odd=odd,
@@ -229,6 +231,17 @@ def check_inputs(
         shape=shape,
         overflow=mask.sum() > max_tokens if skip_masked and max_tokens is not None else None,
     )
+
+
+def division_dtype(logits: Tensor | ProjectedLogits) -> torch.dtype:
+    """The dtype in which the trainer divides by the temperature.
+
+    That of the logits, if there are any; a fused cross-entropy divides what it has summed up in
+    float32.
+    """
+    if isinstance(logits, ProjectedLogits):
+        return torch.promote_types(logits.dtype, torch.float32)
+    return logits.dtype
 
 
 def _check_tensors(tensors: Mapping[str, Any]) -> None:
@@ -304,8 +317,7 @@ def find_problems(
         finite = high.isfinite() & low.isfinite()
         largest = torch.maximum(high, -low).to(largest.dtype)
     if inputs.temperature is not None:
-        temperature = inputs.temperature.to(inputs.logits.dtype)  # which it divides
-        warm = temperature.isfinite() & (temperature > 0)
+        warm = inputs.temperature.isfinite() & (inputs.temperature > 0)
     known = inputs.advantages.isfinite()
     # Either factor is squared by itself as well.
     product = inputs.advantages.abs().clamp(min=1) * largest.clamp(min=1)

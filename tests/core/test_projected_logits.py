@@ -16,8 +16,10 @@ from hypothesis import strategies as st
 
 from capo_verl import CapoConfig, CapoFilter
 from capo_verl.core import ProjectedLogits, chunks
+from capo_verl.core.kernels import plain
 from capo_verl.core.kernels.plain import BLOCK_ENTRIES
-from capo_verl.core.logits import ProjectedRows
+from capo_verl.core.logits import ProjectedRows, VocabShard
+from capo_verl.core.support import find_support
 from tests.core.test_filter import kept_tokens, make
 from tests.helpers.batches import Batch, oracle_decision
 from tests.helpers.spawn import run_on_ranks
@@ -132,10 +134,33 @@ def _tiny_scratch(patch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("top_k", [7, None])
+@pytest.mark.parametrize("temperature", [0.6, 0.7, 1.3])
+def test_divides_bfloat16_logits_in_float32(temperature, top_k):
+    """Probabilities, of the support and of its snapshot, are those of the rounded logits divided in
+    float64: a temperature or a quotient in bfloat16 would be 1e-3 off.
+    """
+    generator = torch.Generator().manual_seed(3)
+    hidden, weight = (
+        torch.randn(n, 32, generator=generator).bfloat16() for n in (5, 40)
+    )  # fmt: skip
+    rows = ProjectedRows(ProjectedLogits(weight), hidden, torch.full((5,), temperature))
+    actions, shard = torch.zeros(5, dtype=torch.int64), VocabShard(40, 40, 0)
+    support = find_support(rows, actions, top_k, shard, torch.float32, None, plain)
+    logits = torch.nn.functional.linear(hidden, weight).double() / temperature
+    expected = logits.topk(top_k or 40).values.softmax(-1)
+    joined = type(support).concatenate([support.snapshot(), support.snapshot()])
+    for some in (support, support.snapshot(), joined):
+        (block,) = some.blocks(1 << 20)
+        found = block.probs.double().sort(descending=True).values
+        each = expected.repeat(len(found) // 5, 1)
+        torch.testing.assert_close(found, each, rtol=3e-5, atol=0)
+
+
+@pytest.mark.parametrize("top_k", [7, None])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_equals_evaluation_of_the_heads_own_logits(dtype, top_k):
-    """In the dtype of the model: what the LM head and the trainer's division by the temperature
-    would have given.
+    """In the dtype of the model, what the LM head would have given; divided by the temperature in
+    float32, as a fused cross-entropy does.
     """
     rng = np.random.default_rng(4)
     model = Model(rng, 60, 16, bias=False)
@@ -145,7 +170,7 @@ def test_equals_evaluation_of_the_heads_own_logits(dtype, top_k):
     for _ in range(2):
         hidden, _, *rest = model.batch(rng, 3, 9).arguments(LR, dtype)
         temperature = torch.from_numpy(rng.uniform(0.5, 2.0, (3, 9))).float()
-        logits = (hidden @ head.weight.T) / temperature[..., None].to(dtype)
+        logits = (hidden @ head.weight.T).float() / temperature[..., None]
         a = fused.evaluate(hidden, head, *rest, temperature=temperature)
         b = plain.evaluate(hidden, logits, *rest)
         # A product of another shape may sum in another order: one rounding of a float32; in

@@ -279,8 +279,8 @@ def test_kernels_are_chosen_by_device_or_name(device):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_lm_head_in_place_of_logits(dtype, device, monkeypatch):
-    """In blocks of three tokens, with temperatures of their own: as on the whole product, bit for
-    bit.
+    """In blocks of three tokens, with temperatures of their own that divide in float32: as on the
+    whole product, bit for bit.
     """
     monkeypatch.setattr("capo_verl.core.logits.block_elements", lambda device: 3 * V)
     generator = torch.Generator().manual_seed(2)
@@ -292,7 +292,7 @@ def test_the_lm_head_in_place_of_logits(dtype, device, monkeypatch):
     temperature = torch.rand(4, 6, generator=generator).to(device) + 0.5
     config = CapoConfig(top_k=K, policy_shift_max=TAU, objective_shift_max=None)
     found = []
-    for logits in (hidden @ weight.T, ProjectedLogits(weight)):
+    for logits in ((hidden @ weight.T).float(), ProjectedLogits(weight)):
         capo = CapoFilter(config, V, H, device=device, kernels="triton")
         out = capo.evaluate(
             **batch | {"logits": logits},

@@ -59,18 +59,27 @@ def test_equals_a_stable_sort(kernels, kind, n, rows, k, device):
 
 
 @KERNELS
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_positions_temperature_strides_and_padding(kernels, dtype, device):
+@pytest.mark.parametrize(
+    ("dtype", "division"),
+    [
+        (torch.bfloat16, torch.bfloat16),
+        (torch.float16, torch.float16),
+        (torch.float32, torch.float32),
+        (torch.bfloat16, torch.float32),
+        (torch.float16, torch.float32),
+    ],
+)
+def test_positions_temperature_strides_and_padding(kernels, dtype, division, device):
     """As the trainer calls it: some positions of a larger tensor, divided by the temperature in the
-    logits' dtype.
+    logits' dtype, or as a fused cross-entropy does in float32.
     """
     n, rows, real, start = 3, 60, 55, 120
     wide = random_logits("random", 6, 2 * rows, dtype, device)
     wide[:, real:] = 99  # rows that only pad the vocabulary
     logits = wide[:, :rows]
     positions = torch.randperm(6, device=device)[:n]
-    temperature = torch.rand(n, device=device) + 0.5
-    cooled = logits[positions, :real] / temperature[:, None].to(dtype)
+    temperature = (torch.rand(n, device=device) + 0.5).to(division)
+    cooled = (logits[positions, :real].double() / temperature[:, None].double()).to(division)
     check(
         kernels,
         LogitRows(logits, positions, temperature),
@@ -88,9 +97,8 @@ def test_what_is_not_finite_is_marked(kernels, device):
     assert (keys[:, 0] == NON_FINITE).tolist() == [True, True, True, False, False]
     check(kernels, LogitRows(x[3:]), x[3:], 6, VocabShard(70, 70, 0))
     overflow = torch.full((1, 70), 6e4, device=device).half()
-    keys = kernels.best_keys(
-        LogitRows(overflow, None, torch.tensor([0.5], device=device)), 6, VocabShard(70, 70, 0)
-    )
+    cold = torch.full((1,), 0.5, device=device).half()
+    keys = kernels.best_keys(LogitRows(overflow, None, cold), 6, VocabShard(70, 70, 0))
     assert keys[0, 0] == NON_FINITE
 
 

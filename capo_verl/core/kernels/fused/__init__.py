@@ -25,9 +25,7 @@ def best_keys(logits: LogitRows, k: int, shard: VocabShard) -> Tensor:
     """The kernel of ``plain.best_keys``."""
     if k > MAX_K or shard.real_rows == 0 or logits.logits.stride(-1) != 1:
         return plain.best_keys(logits, k, shard)
-    temperature = (
-        None if logits.temperature is None else logits.temperature.to(logits.dtype).contiguous()
-    )
+    temperature = None if logits.temperature is None else logits.temperature.contiguous()
     with torch.cuda.device_of(
         logits.logits
     ):  # Triton launches on the current device; no matter on a CPU

@@ -39,7 +39,7 @@ def variants() -> dict[str, tuple[Any, dict[str, str], dict[str, Any]]]:
         "hidden": BF16, "ids": I64, "probs": F32, "actions": I64, "advantages": F32,
         "corrected": F32, "steps": I64, "sums": F32, "directions": F32, "eps": "fp32",
     }  # fmt: skip
-    support = {"logits": BF16, "positions": I64, "temperatures": BF16, "keys": I64}
+    support = {"logits": BF16, "positions": I64, "keys": I64}
     rows = {
         "token": I64,
         "weight": F32,
@@ -77,14 +77,14 @@ def variants() -> dict[str, tuple[Any, dict[str, str], dict[str, Any]]]:
     for add in (False, True):
         constants = {**blocks, "ADD": add, "ALL_ROWS": add}
         found[f"row_sums add={add}"] = moment_kernels._row_sums_kernel, rows, constants
-    for has_temperature in (False, True):
+    for temperature in (None, BF16, F32):  # F32: of a projection
         constants = {
             **support_kernel.constants(k, n_rows), "LOWEST": LOWEST, "NON_FINITE": NON_FINITE,
-            "HAS_POSITIONS": True, "HAS_TEMPERATURE": has_temperature,
+            "HAS_POSITIONS": True, "HAS_TEMPERATURE": temperature is not None,
         }  # fmt: skip
-        found[f"best_keys temperature={has_temperature}"] = (
+        found[f"best_keys temperature={temperature}"] = (
             support_kernel._best_keys_kernel,
-            support,
+            {**support, "temperatures": temperature or BF16},
             constants,
         )
     return found

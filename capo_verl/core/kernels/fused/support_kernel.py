@@ -26,12 +26,13 @@ GROUPS = 2048
 @triton.jit
 def _cooled(x, temperature, HAS_TEMPERATURE: tl.constexpr):
     if HAS_TEMPERATURE:
-        # As the trainer divides: in float32, rounded to the dtype of the logits.
+        # As the trainer divides: in float32, rounded to the dtype of the temperature.
         quotient = tl.div_rn(x.to(tl.float32), temperature.to(tl.float32))
-        if x.dtype == tl.bfloat16:  # by hand, because Triton's interpreter cuts instead of rounding
+        if temperature.dtype == tl.bfloat16:
+            # By hand, because Triton's interpreter cuts instead of rounding.
             bits = quotient.to(tl.int32, bitcast=True)
             return ((bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000).to(tl.float32, bitcast=True)
-        return quotient.to(x.dtype).to(tl.float32)
+        return quotient.to(temperature.dtype).to(tl.float32)
     return x.to(tl.float32)
 
 
@@ -101,9 +102,9 @@ def _best_keys_kernel(
     lowest = tl.min(low, 0)
     if HAS_TEMPERATURE:
         # Division by a positive number keeps the order.
-        bound = _cooled(bound.to(temperature.dtype), temperature, HAS_TEMPERATURE)
-        highest = _cooled(highest.to(temperature.dtype), temperature, HAS_TEMPERATURE)
-        lowest = _cooled(lowest.to(temperature.dtype), temperature, HAS_TEMPERATURE)
+        bound = _cooled(bound, temperature, HAS_TEMPERATURE)
+        highest = _cooled(highest, temperature, HAS_TEMPERATURE)
+        lowest = _cooled(lowest, temperature, HAS_TEMPERATURE)
     usable = (tl.sum(unusable, 0) == 0) & (tl.abs(highest) < infinity) & (tl.abs(lowest) < infinity)
 
     lower = _key(bound, tl.full([], 0xFFFFFFFF, tl.int64))
@@ -161,7 +162,7 @@ def launch_best_keys(
     Args:
         logits: ``[M, >= rows]``, the last dimension contiguous.
         positions: ``[N]`` int64, which of the M; negative: a token without candidates.
-        temperature: ``[N]`` in the dtype of the logits.
+        temperature: ``[N]`` in the dtype of the logits, or float32.
 
     Returns:
         ``[N, c]`` int64 with c >= k, in no order; ``NON_FINITE`` is among them where a logit is not

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import importlib
 from types import SimpleNamespace
 
 import pytest
@@ -94,3 +95,17 @@ def test_a_rank_without_parameter_groups_is_refused_on_all_ranks(without, named)
 
 def test_empty_parameter_groups_are_accepted():
     assert run_on_ranks(switched_on, 2, ()) == [("", True)] * 2
+
+
+@pytest.mark.parametrize("rate", [0.1, torch.tensor(0.1, dtype=torch.float64)], ids=str)
+@pytest.mark.parametrize("engine", ["fsdp.engine.CapoFSDP", "megatron.engine.CapoMegatron"])
+def test_the_rate_of_an_empty_group_is_read_as_a_number(engine, rate):
+    """Megatron's groups are the same on all ranks, also where a rank holds none of a group's
+    parameters; a capturable Adam keeps the rate in a tensor.
+    """
+    module, name = f"capo_verl.engines.{engine}EngineWithLMHead".rsplit(".", 1)
+    groups = [{"lr": rate, "params": []}, {"lr": 0.3, "params": [torch.zeros(1)]}]
+    optimizer = SimpleNamespace(param_groups=groups)
+    read = getattr(importlib.import_module(module), name)._learning_rate
+    found = read(SimpleNamespace(optimizer=optimizer))
+    assert type(found) is float and found == 0.1

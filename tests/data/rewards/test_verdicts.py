@@ -69,7 +69,7 @@ def test_a_reference_is_its_own_answer(kind):
     "and ", "cm ", "^2", "$", "{", "\\{", "=", "\\pm", ":", "\u00b2", "\\overline{3}",
     "the answer is ",
 ])  # fmt: skip
-@pytest.mark.parametrize("around", ["{}", "5{}", "{}=5", "{}1=5", "5 {}!"])
+@pytest.mark.parametrize("around", ["{}", "{}1=5", "5 {}!"])
 def test_a_long_answer_is_read_in_time(piece, around):
     """No pattern takes for ever: what is long is judged, or refused, well within the limit."""
     answer = around.format((piece * 1000)[:900])

@@ -30,11 +30,22 @@ refuse() {
 }
 
 # quoted TEXT: a value for Hydra, whatever the text contains; only quotes, and backslashes before
-# one, are special in it. The dot keeps newlines at the end.
+# one or at the end, are special in it.
 quoted() {
-    local text
-    text=$(printf '%s' "$1" | sed -zE "s/(\\\\*)'/\1\1\\\\'/g; s/(\\\\+)\$/\1\1/" && printf .)
-    printf "'%s'" "${text%.}"
+    local text=$1 plain slashes result=
+    while [[ -n $text ]]; do
+        plain=${text%%[\\\']*}
+        text=${text#"$plain"}
+        slashes=${text%%[!\\]*}
+        text=${text#"$slashes"}
+        result+=$plain$slashes
+        if [[ -z $text || $text == \'* ]]; then result+=$slashes; fi
+        if [[ $text == \'* ]]; then
+            result+=\\\'
+            text=${text#?}
+        fi
+    done
+    printf "'%s'" "$result"
 }
 
 # refuse_interpolation NAME...: OmegaConf would take ${...} in a value as a reference, however it is

@@ -204,7 +204,7 @@ def check_inputs(
         return x if positions is None else x[positions]
 
     def copied(x: Tensor, dtype: torch.dtype) -> Tensor:
-        """What is read after this call, and small."""
+        """Copy of a small tensor that is read after this call."""
         return tokens(x.detach().reshape(m)).to(dtype, copy=True)
 
     odd = None
@@ -269,7 +269,7 @@ def _check_shapes(
     hidden_size: int,
     shard: VocabShard,
 ) -> None:
-    """What has other dimensions than ``actions``."""
+    """Names of inputs that have other dimensions than ``actions``."""
     floats = [("hidden_states", hidden_states, hidden_size, "H")]
     if isinstance(logits, Tensor):
         floats.append(("logits", logits, shard.rows, "the vocabulary rows of this rank"))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a row of verl's schema must hold, for verl's trainer and for the rewards of this package."""
+"""Contents of a row of verl's schema, as verl's trainer and this package's rewards need them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Problems = Iterator[tuple[str, str]]
 
 
 def chat_problems(prompt: Any) -> Problems:
-    """What keeps a prompt from being text messages of which the last is the user's."""
+    """Problems of a prompt that is to be text messages, the last of them the user's."""
     prompt = plain(prompt)
     yield from prompt_problems(prompt)
     last = prompt[-1] if isinstance(prompt, list) and prompt else None
@@ -31,7 +31,7 @@ def chat_problems(prompt: Any) -> Problems:
 def prompt_problems(
     prompt: Any, roles: tuple[str, ...] | None = ROLES, parts: bool = False
 ) -> Problems:
-    """What keeps a prompt from being a list of chat messages; fields begin behind ``prompt``.
+    """Problems of a prompt that is to be chat messages; fields begin behind ``prompt``.
 
     Args:
         roles: that a message may have; None for any.
@@ -54,7 +54,7 @@ def prompt_problems(
 
 
 def reward_problems(row: Mapping[str, Any]) -> Problems:
-    """What the rewards of this package refuse in a row of verl's schema."""
+    """Problems of a row of verl's schema for the rewards of this package."""
     if not is_text(row.get("data_source")):
         yield "data_source", f"{short(row.get('data_source'))} is not a non-empty string"
     truth = key_of(row.get("reward_model"), "ground_truth")

@@ -27,7 +27,7 @@ State = dict[str, Any]
 
 
 class Loaded(NamedTuple):
-    """What a checkpoint holds, until a training step takes it over."""
+    """Contents of a checkpoint, until a training step takes them over."""
 
     checkpoint: str = ""
     """Its folder; empty if there was none."""
@@ -125,7 +125,7 @@ class CapoCheckpointMixin(BaseEngine):
             self._take_over(config, self._checked_parts(config, self._loaded))
 
     def _checked_parts(self, config: CapoConfig, loaded: Loaded) -> list[_Part]:
-        """What continues on this rank. Collective over all ranks.
+        """State that continues on this rank. Collective over all ranks.
 
         Raises:
             RuntimeError: on every rank, if any of it cannot be taken over on any.

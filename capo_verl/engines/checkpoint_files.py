@@ -147,7 +147,7 @@ def check_model(saved: tuple[int, int], model: tuple[int, int]) -> None:
 
 
 class Header(NamedTuple):
-    """What a state of moments says of itself, beside their values."""
+    """Header of a state of moments: all that it says beside their values."""
 
     step: int
     vocab_size: int

@@ -127,7 +127,7 @@ def newest_checkpoint(checkpoints: Path) -> int:
 
 
 def _undamaged(read: Callable[[], Progress | None]) -> Progress | None:
-    """What ``read`` returns; None with a warning if the file is damaged."""
+    """Return what ``read`` does; None with a warning if the file is damaged."""
     try:
         return read()
     except (ValueError, OSError) as error:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 from pathlib import Path
 
@@ -18,14 +19,13 @@ ODD = [
     "/a,b", "/a=b",
     "/$x", '/a"b', "/[1]", "/#x", "/%d", "/~", " /a ", "/'", "/é", "/a:b", "/\t",
 ]  # fmt: skip
-FUNCTION = "\n".join(
-    (ROOT / "examples/common.sh").read_text("utf-8").partition("quoted() {")[1:]
-).split("\n}\n")[0]
+COMMON = (ROOT / "examples/common.sh").read_text("utf-8")
+QUOTED = re.search(r"^quoted\(\) \{\n.*?^\}\n", COMMON, re.MULTILINE | re.DOTALL)
 
 
 def through_the_shell(text: str) -> str:
     """What ``quoted`` of the launchers makes of a text."""
-    script = FUNCTION.replace("quoted() {\n\n", "quoted() {\n") + '\n}\nquoted "$1"'
+    script = f'{QUOTED[0]}\nquoted "$1"'
     return subprocess.run(["bash", "-c", script, "bash", text], capture_output=True, check=True,
                           text=True).stdout  # fmt: skip
 

@@ -101,7 +101,7 @@ def _read_json(path: str, file: Path) -> dict[str, Any]:
 
 
 def _damage(file: Path) -> str:
-    """What is wrong with a file of safetensors, by its header; empty if nothing is.
+    """Damage of a file of safetensors, told by its header; empty if there is none.
 
     The header is a length of 8 bytes and JSON with each tensor's place behind it.
     """

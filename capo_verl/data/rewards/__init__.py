@@ -10,7 +10,9 @@
 Equality of two answers, from the outside in:
 
 ``equivalence``   the whole: lists, equations, single values
-``notation``      one notation for what may be written in many
+``notation``      one notation for what may be written in many; its steps are there,
+``decoration``    for letters and what is around them, and
+``numerals``      for numbers
 ``final_form``    refusal of answers that restate the question
 ``structure``     lists, tuples, sets and relations in a text
 ``quantities``    units, percent signs, bases, times, ratios

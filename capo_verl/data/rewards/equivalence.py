@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING
 
 from capo_verl.data.rewards import quantities
 from capo_verl.data.rewards.final_form import is_final
-from capo_verl.data.rewards.notation import digits, normalise, spelling, steps
+from capo_verl.data.rewards.notation import normalise, spelling, steps
+from capo_verl.data.rewards.numerals import digits
 from capo_verl.data.rewards.structure import LIST, SET, Group, Relation, structure, union
-from capo_verl.data.rewards.values import parse, same_object, same_value, scaled
+from capo_verl.data.rewards.values import is_opaque, parse, same_object, same_value, scaled
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -78,7 +79,7 @@ def _is_list(text: str) -> bool:
 
 
 def _reading(text: str) -> str:
-    """What a normalised answer is read as, for people."""
+    """Reading of a normalised answer, for people."""
     found = structure(text)
     if isinstance(found, Group):
         return f"{found.kind} of {len(found.members)}: {' | '.join(found.members)}"
@@ -175,7 +176,7 @@ def _same_zeros(wanted: Relation, given: Relation) -> bool:
         return False
     a, b = sides[0] - sides[1], sides[2] - sides[3]
     symbols = sorted(a.free_symbols | b.free_symbols, key=str)
-    if not symbols or a.has(sympy.Function("f").func) or not (a.free_symbols and b.free_symbols):
+    if not symbols or is_opaque(a, b):
         return False
     if a.free_symbols != b.free_symbols:
         return False

@@ -49,11 +49,11 @@ class Verdict:
 
 
 class NotReadyError(Exception):
-    """A worker that ended, or was not ready in time."""
+    """Raised for a worker that ended before it was ready, or was not ready in time."""
 
 
 class DiedError(Exception):
-    """What judged has ended: by itself, or by somebody else."""
+    """Raised when the process that judges has ended, by itself or by somebody else."""
 
 
 class _Worker:

@@ -40,7 +40,7 @@ UNITS: dict[str, dict[str, str | int]] = {
     "pressure": {"Pa pascal": 1, "kPa": 1000}, "temperature": {"K kelvin": 1},
     "degrees": {"deg degree 度": 1}, "radians": {"rad radian": 1}, "amount": {"mol mole": 1},
 }  # fmt: skip
-"""What is measured -> names of units and how many of the base unit each is."""
+"""Kind of quantity -> names of its units and how many of the base unit each is."""
 COMPOSED = {
     "mph": "mi/h", "mps": "m/s", "fps": "ft/s", "kph": "km/h", "kmph": "km/h", "kmh": "km/h",
     "l": "dm^3", "L": "dm^3", "liter": "dm^3", "litre": "dm^3", "升": "dm^3", "ml": "cm^3",
@@ -55,7 +55,7 @@ POWERS = {"square": 2, "sq": 2, "cubic": 3, "cu": 3, "squared": 2, "cubed": 3}
 
 @dataclass(frozen=True)
 class Unit:
-    """What a unit measures, as ``length`` and its power, and how many of the base unit it is."""
+    """Kinds of quantity that a unit measures, each with its power, and its size in base units."""
 
     kind: tuple[tuple[str, int], ...]
     factor: Fraction

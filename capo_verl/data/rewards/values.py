@@ -83,6 +83,8 @@ def parse(text: str) -> Any:
             normalization_config=None,
             conversion_config=ConversionConfig(lowercase_symbols=False),
         )
+    except MemoryError:
+        raise
     # The parser raises bare exceptions; what cannot be read equals nothing.
     except Exception:
         return None
@@ -192,7 +194,7 @@ def _same_expression(a: Any, b: Any) -> bool:
     a, b = _rational(a), _rational(b)
     if a == b:
         return True
-    if not (a.free_symbols or b.free_symbols) and not _is_opaque(a, b):
+    if not (a.free_symbols or b.free_symbols) and not is_opaque(a, b):
         if a.is_infinite or b.is_infinite or sympy.nan in (a, b):
             return False
         if a.is_Rational and b.is_Rational:
@@ -203,7 +205,7 @@ def _same_expression(a: Any, b: Any) -> bool:
             return _same_rational(*pair)
         return _same_number(a, b, bool(a_decimals) != bool(b_decimals) or not (
             _is_rational(a) and _is_rational(b)) and bool(a_decimals))  # fmt: skip
-    if _is_opaque(a, b):
+    if is_opaque(a, b):
         return _by_math_verify(a, b)
     return _same_function(a, b)
 
@@ -237,7 +239,7 @@ def _is_rational(value: Any) -> bool:
     return all(bool(part.is_Rational) for part in value.as_real_imag())
 
 
-def _is_opaque(*expressions: Any) -> bool:
+def is_opaque(*expressions: Any) -> bool:
     """True if an expression cannot be evaluated at a point."""
     import sympy
     from sympy.core.function import AppliedUndef

@@ -116,7 +116,8 @@ def main(kind: str) -> None:
 
 def _end_with(parent: int) -> None:
     """Let the kernel end this process when ``parent`` ends."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(0)
 

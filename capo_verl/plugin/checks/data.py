@@ -35,12 +35,12 @@ MANAGERS = ("naive", "dapo", "gdpo", "rate_limited", "remote")
 (``verl/experimental/reward_loop/reward_manager/``).
 """
 EXTRA_INFO = ("extra_info.answer_format", "extra_info.entry")
-"""What is read of ``extra_info``, which may be long."""
+"""Columns that are read of ``extra_info``, which may be long."""
 
 
 @dataclass(frozen=True)
 class Needs:
-    """What a run reads of a row."""
+    """Fields of a row that a run reads."""
 
     prompt: str
     """Column of the prompt."""
@@ -76,7 +76,7 @@ class Needs:
 
 @dataclass(frozen=True)
 class Reading:
-    """What was found in one data file."""
+    """Findings in one data file."""
 
     problem: str | None = None
     read: int = 0
@@ -261,7 +261,7 @@ def _silent_datasets() -> Iterator[None]:
 
 
 def _in_the_text(path: Path, needs: Needs) -> str | None:
-    """What is wrong with a JSON file as it is written.
+    """Fault of a JSON file as it is written.
 
     One number among texts makes ``datasets`` read numbers in other rows, too.
     """

@@ -7,24 +7,24 @@ from fractions import Fraction
 
 import pytest
 
-from capo_verl.data.rewards import notation, quantities
+from capo_verl.data.rewards import decoration, notation, numerals, quantities
 from capo_verl.data.rewards.structure import Group, Relation, structure, union
 
 STEPS = {
-    notation.characters: [
+    decoration.characters: [
         ("2√3", r"2\sqrt{3}"), ("√(x+1)", r"\sqrt(x+1)"), ("∛2", r"\sqrt[3]{2}"),
         ("x²+y¹⁰", "x^{2}+y^{10}"), ("10⁻³", "10^{-3}"), ("x₁", "x_{1}"), ("½", r"\frac{1}{2}"),
         ("−7", "-7"), ("１２", "12"), ("x≤3", r"x\le 3"), ("（1，2）", "(1,2)"), ("50％", "50%"),
         ("\ufeff5", "5"), ("90°", r"90^{\circ}"), ("1⁄2", "1/2"), ("plain", "plain"),
     ],
-    notation.layout: [
+    decoration.layout: [
         (r"\left( 3, \frac{1}{2} \right)", r"( 3, \frac{1}{2} )"), (r"1\,000", "1 000"),
         (r"13~\text{cm}", r"13 \text{cm}"), (r"\ 13\ ", "13"), (r"10,\!000", "10,000"),
         (r"\begin{pmatrix}1\\ 2\end{pmatrix}", r"\begin{pmatrix}1\\ 2\end{pmatrix}"),
         (r"\phantom{0}13", "13"), (r"\quad 13", "13"),
         (r"{5 \choose 2}", r"\binom{5 }{ 2}"), (r"{1\over 2}", r"\frac{1}{ 2}"),
     ],
-    notation.decoration: [
+    decoration.decoration: [
         (r"\boldsymbol{13}", "13"), (r"\color{blue}{13}", "13"), (r"{\bf 13}", "13"),
         (r"\emph{\textbf{13}}", "13"), ("**13**", "13"), ("***13***", "13"), ("`13`", "13"),
         ("<b>13</b>", "13"), (r"$1$, $2$", "1, 2"), ("$18", r"\$18"), (r"$\$5$", r"\$5"),
@@ -32,35 +32,35 @@ STEPS = {
         (r"\mathbf{v}", "v"), (r"\text{-}3", "-3"), (r"\operatorname{lcm}(4,6)",
         r"\operatorname{lcm}(4,6)"),
     ],
-    notation.talk: [
+    decoration.talk: [
         (r"\text{The answer is }13", "13"), ("about 5", "5"), (r"\approx 5", "5"), ("=13", "13"),
         ("13.", "13"), ("13,", "13"), (r"1/2 (cups)", "1/2"), ("f (x)", "f (x)"),
         (r"\text{Answer: 42}", "42"), ("x=5", "x=5"),
     ],
-    notation.digits: [
+    numerals.digits: [
         ("12,345", "12345"), ("12{,}345", "12345"), ("1 000 000", "1000000"), ("12'345", "12345"),
         ("1,23,4", "1,23,4"), ("1,234.5", "1234.5"), ("(1,234)", "(1,234)"), ("1,2", "1,2"),
         ("0,123", "0,123"), (r"\{100,200\}", r"\{100,200\}"),
         (r"\frac{1,000}{3}", r"\frac{1000}{3}"),
     ],
-    notation.repeating: [
+    numerals.repeating: [
         (r"0.\overline{3}", r"\frac{1}{3}"), (r"0.1\overline{6}", r"\frac{1}{6}"),
         (r"5.\overline{27}", r"\frac{58}{11}"), (r"0.\dot3", r"\frac{1}{3}"),
         ("0.(18)", r"\frac{2}{11}"),
         ("0.333...", r"\frac{1}{3}"), (r"0.1212\ldots", r"\frac{4}{33}"), ("0.333", "0.333"),
         ("3.1415...", "3.1415..."),
     ],
-    notation.mixed: [
+    numerals.mixed: [
         ("2 2/3", r"\frac{8}{3}"), (r"2\frac23", r"\frac{8}{3}"),
         (r"-2\dfrac{1}{3}", r"-\frac{7}{3}"),
         (r"2\frac{5}{3}", r"2\frac{5}{3}"), (r"x^2\frac12", r"x^2\frac12"), ("1 2/2", "1 2/2"),
     ],
-    notation.words: [
+    numerals.words: [
         ("two", "2"), ("twenty-one", "21"), ("2 million", "2000000"), (r"\text{three}", "3"),
         ("3rd", "3"), (r"1^{\text{st}}", "1"), ("1.5 million", "1500000"),
         ("twenty ten", "twenty ten"),
     ],
-    notation.exponents: [
+    numerals.exponents: [
         ("1.4e6", r"1.4\times 10^{6}"), ("1e-07", r"1\times 10^{-7}"),
         ("5.3E6", r"5.3\times 10^{6}"),
         ("4.5 x 10^33", r"4.5\times 10^{33}"), ("3*10**8", r"3\times 10^{8}"), ("10e", "10e"),

@@ -15,9 +15,9 @@
 #
 #   nodes                   rollout            weight   log-              CAPO            KV
 #   x GPUs   TP  PP         TP    rollout     sync    probs   update  moments   host  tokens
-#   2 x 8     8   1        4       47.8     24.9     10.4     51.5      0.7    250      532
-#   4 x 8     8   1        4       47.8     24.9     10.4     40.1      0.7    158      532
-#   4 x 8     4   2        4       47.8     24.9     13.2     43.9      1.5    164      532
+#   2 x 8     8   1        4       47.8     24.9     11.6     51.5      0.7    250      532
+#   4 x 8     8   1        4       47.8     24.9     11.6     40.1      0.7    158      532
+#   4 x 8     4   2        4       47.8     24.9     15.5     43.9      1.5    164      532
 #
 # Further variables: examples/common.sh and examples/common_megatron_gpu.sh.
 

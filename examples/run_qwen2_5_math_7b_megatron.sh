@@ -15,9 +15,9 @@
 #
 #   nodes                   rollout            weight   log-              CAPO            KV
 #   x GPUs   TP  PP         TP    rollout     sync    probs   update  moments   host  tokens
-#   1 x 8     2   1        1       47.8     23.3     17.6     47.5      2.0    158      628
-#   1 x 4     2   1        1       47.8     23.3     17.6     58.2      2.0    122      628
-#   4 x 8     2   1        1       47.8     23.3     17.6     38.5      2.0     94      628
+#   1 x 8     2   1        1       47.8     23.3     22.2     47.5      2.0    158      628
+#   1 x 4     2   1        1       47.8     23.3     22.2     58.2      2.0    122      628
+#   4 x 8     2   1        1       47.8     23.3     22.2     38.5      2.0     94      628
 #
 # Further variables: examples/common.sh and examples/common_megatron_gpu.sh.
 

@@ -15,9 +15,9 @@
 #
 #   nodes                   rollout            weight   log-              CAPO            KV
 #   x GPUs   TP  PP         TP    rollout     sync    probs   update  moments   host  tokens
-#   1 x 8     2   1        1       47.8     24.9     17.9     50.9      2.3    171      236
-#   1 x 4     4   1        1       47.8     21.1      8.9     42.9      1.2    111      236
-#   4 x 8     2   1        1       47.8     24.9     17.9     41.2      2.3    102      236
+#   1 x 8     2   1        1       47.8     24.9     22.5     50.9      2.3    171      236
+#   1 x 4     4   1        1       47.8     21.1     11.3     42.9      1.2    111      236
+#   4 x 8     2   1        1       47.8     24.9     22.5     41.2      2.3    102      236
 #
 # Further variables: examples/common.sh and examples/common_megatron_gpu.sh.
 

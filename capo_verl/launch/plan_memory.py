@@ -101,15 +101,48 @@ def activations(run: RunSpec, shape: ModelShape, tokens: int, stage: int) -> int
 def logits(run: RunSpec, shape: ModelShape, tokens: int, update: bool) -> int:
     """Bytes of the last stage, for ``tokens`` times this rank's rows of the vocabulary.
 
-    verl's ``_lm_head_logits_processor`` and Megatron's vocabulary-parallel cross-entropy hold at
-    once: the logits, their float32 softmax, and in the update the gradient in the logits' own
-    precision; without gradients, instead of that, the copy for the entropy. The entropy's own
-    softmax stays for the backward pass if ``entropy_coeff`` is not 0.
+    Args:
+        update: with gradients; else the log-probabilities, with which verl takes the entropy
+            (``trainer_base.py``).
+
+    Megatron hands verl float32 logits of a bfloat16 model (``Float16Module``, ``fp32_output``), and
+    its vocabulary-parallel cross-entropy overwrites them with their softmax. The update adds the
+    gradient behind the division by the temperature. The entropy takes a copy and a softmax of its
+    own (``_lm_head_logits_processor``). In float32, on a CPU, that division changes a view of the
+    LM head's output, whose gradient torch then copies.
+
+    FSDP's logits have the dtype of the forward pass. A temperature other than 1 makes a copy. On a
+    GPU flash-attention's cross-entropy writes the gradient over the logits, and the entropy is
+    compiled; on a CPU torch keeps every step.
     """
+    rows, with_entropy = shape.vocab // run.tp, run.keeps_entropy_graph or not update
     if run.fused_head:
+        return _fused_logits(run, rows, tokens, update)
+    if run.engine == "megatron":
+        at_once = 4 if update and run.cpu else 3 if with_entropy else 2
+        return tokens * rows * FLOAT32 * at_once
+    copy = int(run.temperature != 1)
+    if run.cpu:
+        at_once = (7 if run.keeps_entropy_graph else 3) if update else 3 + copy
+    else:
+        at_once = (3 if with_entropy else 1) + copy
+    return tokens * rows * width(run) * at_once
+
+
+def _fused_logits(run: RunSpec, rows: int, tokens: int, update: bool) -> int:
+    """Bytes of a fused LM head and cross-entropy, whose logits are never whole.
+
+    ``torch`` (``verl/utils/experimental/torch_functional.py``) makes float32 logits of 512 tokens
+    at a time; ``triton`` (``verl/utils/kernel/kernels.py``) three sums of every 1,024 rows, and in
+    the backward pass the gradients of 9,504 rows, the last block of which it copies.
+    """
+    if run.fused_head == "torch":
+        at_once = (7 if run.keeps_entropy_graph else 5) if update else 3
+        return min(tokens, 512) * rows * FLOAT32 * at_once
+    if run.cpu:  # blocks that stay in the cache (capo_verl/cpu/megatron/linear_cross_entropy.py)
         return 0
-    one = 2 * width(run) + FLOAT32 + (width(run) if update and run.keeps_entropy_graph else 0)
-    return int(tokens * shape.vocab / run.tp) * one
+    sums = 3 * FLOAT32 * -(-rows // 1024)
+    return tokens * (max(sums, width(run) * (9504 + rows % 9504)) if update else sums)
 
 
 def capo_filter(run: RunSpec, shape: ModelShape) -> FilterMemory:

@@ -12,10 +12,13 @@ import pytest
 from capo_verl.config import verl_knobs
 from capo_verl.launch import plan_memory
 from capo_verl.launch.plan import GIB, PlanError, make_plan
+from capo_verl.launch.plan_memory import FLOAT32
 from capo_verl.plugin.checks.model_shape import KNOWN, find_shape
 from capo_verl.plugin.checks.run_spec import RunSpec
 from tests.cpu.megatron.engine_cases import Layout
 from tests.helpers.spawn import ENGINE_MODULES, run_on_ranks
+from tests.helpers.tiny_model import make_tiny_model
+from tests.launch.logits_cases import ROWS, TOKENS, peak_bytes
 from tests.launch.state_cases import held_bytes
 
 QWEN_7B = KNOWN["qwen/qwen2.5-math-7b"]
@@ -99,9 +102,11 @@ def test_activations_by_hand():
 
 def test_logits_filter_and_cache_by_hand():
     tokens, rows = 1000, 152064 // 2
-    assert plan_memory.logits(RUN, QWEN_7B, tokens, update=True) == tokens * rows * (2 + 4 + 2)
-    fused = dataclasses.replace(RUN, fused_head=True)
-    assert plan_memory.logits(fused, QWEN_7B, tokens, update=True) == 0
+    fused = dataclasses.replace(RUN, fused_head="triton")
+    assert plan_memory.logits(fused, QWEN_7B, tokens, update=True) == tokens * 2 * (9504 + 0)
+    assert plan_memory.logits(fused, QWEN_7B, tokens, update=False) == tokens * 3 * 4 * 75
+    uneven = dataclasses.replace(QWEN_7B, vocab=2 * (9504 + 100))
+    assert plan_memory.logits(fused, uneven, tokens, update=True) == tokens * 2 * (9504 + 100)
     assert plan_memory.capo_filter(RUN, QWEN_7B).moments == 2 * rows * 3584 * 4
     assert plan_memory.capo_filter(dataclasses.replace(RUN, capo=None), QWEN_7B).moments == 0
     assert plan_memory.kv_cache_per_token(RUN, QWEN_7B) == 2 * 28 * 4 * 128 * 2
@@ -113,6 +118,74 @@ def test_logits_filter_and_cache_by_hand():
         plan_memory.kv_cache_per_token(dataclasses.replace(RUN, rollout_tp=7), QWEN_7B)
         == 2 * 28 * 128 * 2
     )
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        # Float32 of a bfloat16 model: their softmax and its gradient; with the entropy three.
+        ({}, (8, 12, 12)),
+        ({"cpu": True}, (16, 16, 12)),
+        # Bfloat16 of FSDP: flash-attention's gradient is written over them.
+        ({"engine": "fsdp2", "tp": 1}, (2, 6, 6)),
+        ({"engine": "fsdp2", "tp": 1, "temperature": 0.7}, (4, 8, 8)),
+        ({"engine": "fsdp2", "tp": 1, "cpu": True}, (12, 28, 12)),
+        ({"engine": "fsdp2", "tp": 1, "cpu": True, "temperature": 0.7}, (12, 28, 16)),
+    ],
+    ids=str,
+)
+def test_bytes_per_logit(change, expected):
+    run = dataclasses.replace(RUN, **change)
+    assert per_logit(run, QWEN_7B, 1000) == expected
+
+
+def per_logit(run, shape, tokens):
+    """Planned bytes per token and row: update, update with entropy, log-probabilities."""
+    entropy = dataclasses.replace(run, keeps_entropy_graph=True)
+    planned = (
+        plan_memory.logits(run, shape, tokens, update=True),
+        plan_memory.logits(entropy, shape, tokens, update=True),
+        plan_memory.logits(run, shape, tokens, update=False),
+    )
+    return tuple(size / (tokens * shape.vocab / run.tp) for size in planned)
+
+
+COMPILED_AWAY = FLOAT32
+"""Bytes per logit of a product in verl's entropy under Megatron: a compiler leaves it out, which
+the tests' ranks do without.
+"""
+
+
+@pytest.fixture(scope="module")
+def wide_model(tmp_path_factory):
+    return make_tiny_model(
+        tmp_path_factory.mktemp("wide"), vocab_size=ROWS, hidden_size=16, layers=1,
+        num_attention_heads=1, num_key_value_heads=1,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("run", "compiled_away"),
+    [
+        (RunSpec(), (0, COMPILED_AWAY, COMPILED_AWAY)),
+        (RunSpec(cpu=True, temperature=0.7), (0, 0, COMPILED_AWAY)),
+        (RunSpec(engine="fsdp", cpu=True), (0, 0, 0)),
+        (RunSpec(engine="fsdp2", cpu=True, temperature=0.7), (0, 0, 0)),
+        (RunSpec(engine="fsdp", fused_head="torch"), (0, 0, 0)),
+        (RunSpec(engine="fsdp2"), None),
+        (RunSpec(engine="fsdp2", temperature=0.7), None),
+    ],
+    ids=["megatron", "megatron-cpu", "fsdp-cpu", "fsdp2-cpu", "fsdp-fused", "fsdp2", "fsdp2-cool"],
+)
+def test_logits_take_what_is_planned(run, compiled_away, wide_model):
+    """Of FSDP on a GPU the update only: its entropy is compiled as a whole."""
+    (measured,) = run_on_ranks(peak_bytes, 1, run, wide_model, preload=ENGINE_MODULES)
+    found = [size / (TOKENS * ROWS) for size in measured.values()]
+    planned = per_logit(run, find_shape(wide_model), TOKENS)
+    if compiled_away is None:
+        found, planned, compiled_away = found[:1], planned[:1], (0,)
+    expected = [sum(pair) for pair in zip(planned, compiled_away, strict=True)]
+    assert found == pytest.approx(expected, rel=0.06, abs=0.5)
 
 
 def test_kl_probe_by_hand():

@@ -66,8 +66,14 @@ class RunSpec:
     """
     has_critic: bool = False
     keeps_entropy_graph: bool = False
-    fused_head: bool = False
-    """``use_fused_kernels``: the logits are never whole."""
+    """True if the update takes the entropy: ``entropy_coeff`` or ``calculate_entropy``."""
+    fused_head: str = ""
+    """Backend of ``use_fused_kernels``, ``torch`` or ``triton``: the logits are never whole.
+
+    Empty without.
+    """
+    temperature: float = 1.0
+    """``rollout.temperature``, by which the trainer divides the logits."""
 
     recompute: str = "none"
     """``none``, ``selective`` or ``full``, in whole layers."""
@@ -134,6 +140,9 @@ def from_config(config: DictConfig, cpu: bool) -> RunSpec:
     part = f"{ACTOR}.megatron" if megatron else f"{ACTOR}.fsdp_config"
     override = f"{part}.override_transformer_config"
     dynamic = bool(value(f"{ACTOR}.use_dynamic_bsz"))
+    fused_head = value(f"{MODEL}.fused_kernel_options.impl_backend", "torch")
+    if megatron:  # which takes them for packed batches only
+        fused_head = "triton" if value(f"{MODEL}.use_remove_padding") else ""
     checkpointing = "full" if value(f"{MODEL}.enable_gradient_checkpointing") else "none"
     split_by_hand = (
         "num_layers_in_first_pipeline_stage",
@@ -178,10 +187,10 @@ def from_config(config: DictConfig, cpu: bool) -> RunSpec:
         else None,
         dynamic_cp=bool(value(f"{part}.dynamic_context_parallel")),
         has_critic=bool(value("critic.enable", value("algorithm.adv_estimator") == "gae")),
-        keeps_entropy_graph=bool(value(f"{ACTOR}.entropy_coeff", 0)),
-        fused_head=bool(
-            value(f"{MODEL}.use_fused_kernels") and value(f"{MODEL}.use_remove_padding")
-        ),
+        keeps_entropy_graph=bool(value(f"{ACTOR}.entropy_coeff", 0))
+        or bool(value(f"{ACTOR}.calculate_entropy")),
+        fused_head=fused_head if value(f"{MODEL}.use_fused_kernels") else "",
+        temperature=value(f"{ROLLOUT}.temperature", 1.0),
         recompute=value(f"{override}.recompute_granularity", "none") if megatron else checkpointing,
         offload_parameters=not cpu and bool(value(f"{part}.param_offload")),
         offload_optimizer=not cpu and bool(value(f"{part}.optimizer_offload")),

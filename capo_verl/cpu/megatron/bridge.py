@@ -17,7 +17,6 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.transformer.identity_op import IdentityOp
 
 from capo_verl.cpu.megatron.attention import CausalSdpaAttention
-from capo_verl.cpu.megatron.torch_view import cuda_method_stays
 from capo_verl.plugin import compat
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
@@ -54,7 +53,7 @@ class RMSNorm(torch.nn.RMSNorm):
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
 
-def _local_layer_spec(config: Any, vp_stage: int | None) -> Any:
+def local_layer_spec(config: Any, vp_stage: int | None = None) -> Any:
     """Megatron-Core's decoder block without Transformer Engine: our attention, our norms."""
     block = get_gpt_decoder_block_spec(
         config, use_transformer_engine=False, normalization="RMSNorm", vp_stage=vp_stage
@@ -101,13 +100,12 @@ def make_cpu_bridge(bridge_cls: Any) -> Any:
 
         def _get_transformer_layer_spec(self, vp_stage: int | None = None) -> Any:
             self.has_vp_stage = True
-            return _local_layer_spec(self.config, vp_stage)
+            return local_layer_spec(self.config, vp_stage)
 
         def get_model(self, *args: Any, **kwargs: Any) -> list[torch.nn.Module]:
             # Megatron refuses a vocabulary that does not divide; mbridge pads it only when told so.
             self.make_vocab_size_divisible_by = mpu.get_tensor_model_parallel_world_size()
-            with cuda_method_stays():
-                return super().get_model(*args, **kwargs)
+            return super().get_model(*args, **kwargs)
 
     CpuBridge.__name__ = CpuBridge.__qualname__ = f"Cpu{bridge_cls.__name__}"
     CpuBridge._capo_verl_cpu = True

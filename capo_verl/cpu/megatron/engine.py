@@ -19,12 +19,19 @@ from verl.workers.engine.base import EngineRegistry
 from verl.workers.engine.megatron import transformer_impl
 
 from capo_verl.cpu.megatron import distributed_optimizer, linear_cross_entropy
-from capo_verl.cpu.megatron.bridge import ARCHITECTURES, TRANSFORMER_CONFIG, install_cpu_bridges
+from capo_verl.cpu.megatron.bridge import (
+    ARCHITECTURES,
+    TRANSFORMER_CONFIG,
+    install_cpu_bridges,
+    local_layer_spec,
+)
 from capo_verl.cpu.megatron.grad_clip import install_grad_clip
+from capo_verl.cpu.megatron.megatron_bridge import import_megatron_bridge
 from capo_verl.cpu.megatron.rng import seed_model_parallel
 from capo_verl.cpu.megatron.torch_view import cuda_method_stays, redirect_cuda_to_cpu
 from capo_verl.engines.megatron.engine import CapoMegatronEngineWithLMHead
 from capo_verl.plugin import compat
+from capo_verl.plugin.bridge import is_megatron_bridge
 
 if TYPE_CHECKING:  # whatever engine of verl the mixin is put before
     from verl.workers.engine.megatron.transformer_impl import MegatronEngineWithLMHead as _Engine
@@ -33,10 +40,7 @@ else:
 
 logger = logging.getLogger(__name__)
 
-ENGINE_CONFIG: dict[str, Any] = {
-    "vanilla_mbridge": True,  # Megatron-Bridge builds Transformer Engine layers
-    "dtype": "float32",
-}
+ENGINE_CONFIG: dict[str, Any] = {"dtype": "float32"}
 """Settings of ``actor_rollout_ref.actor.megatron`` on a CPU, whatever a launcher asks for."""
 
 
@@ -104,14 +108,30 @@ def cpu_engine_config(engine_config: Any) -> Any:
     (``verl/workers/config/engine.py:218``).
     """
     config = copy.copy(engine_config)
-    config.__dict__.update(ENGINE_CONFIG)
+    megatron_bridge = is_megatron_bridge(engine_config.vanilla_mbridge, cpu=True)
+    config.__dict__.update(ENGINE_CONFIG, vanilla_mbridge=not megatron_bridge)
     config.__dict__["override_transformer_config"] = {
         **engine_config.override_transformer_config,
         **TRANSFORMER_CONFIG,
+        # mbridge asks its own class (bridge.py).
+        **({"transformer_layer_spec": local_layer_spec} if megatron_bridge else {}),
         "sequence_parallel": engine_config.sequence_parallel
         and engine_config.tensor_model_parallel_size > 1,
     }
     return config
+
+
+def prepare_bridge(engine_config: Any) -> None:
+    """Make the bridge that ``cpu_engine_config`` has chosen ready for a CPU.
+
+    Raises:
+        ValueError: if Megatron-Bridge cannot be imported.
+    """
+    if not engine_config.vanilla_mbridge:
+        import_megatron_bridge()
+    else:
+        install_cpu_bridges()
+        compat.shim_mbridge()
 
 
 def _stay(*args: Any, **kwargs: Any) -> None:
@@ -140,15 +160,13 @@ class CpuMegatronMixin(_Engine):
         self, model_config: Any, engine_config: Any, optimizer_config: Any, checkpoint_config: Any
     ) -> None:
         check_cpu_settings(model_config, engine_config)
-        install_cpu_bridges()
-        compat.shim_mbridge()
+        self._given_engine_config = engine_config
+        engine_config = cpu_engine_config(engine_config)
         compat.import_checkpoint_modules()
+        prepare_bridge(engine_config)
         install_grad_clip()
         redirect_cuda_to_cpu()
-        self._given_engine_config = engine_config
-        super().__init__(
-            model_config, cpu_engine_config(engine_config), optimizer_config, checkpoint_config
-        )
+        super().__init__(model_config, engine_config, optimizer_config, checkpoint_config)
 
     def _init_device_mesh(self) -> None:
         super()._init_device_mesh()
@@ -166,6 +184,11 @@ class CpuMegatronMixin(_Engine):
         distributed_optimizer.start_adam(optimizer)
         return optimizer
 
+    def _routed_num_tokens(self, data: Any) -> torch.Tensor:
+        # Of a packed batch it is a view of the offsets. verl sums it over the ranks in place, on a
+        # GPU in the copy that `.to(device)` makes there.
+        return super()._routed_num_tokens(data).clone()
+
     def forward_step(self, *args: Any, **kwargs: Any) -> Any:
         with cuda_method_stays():
             return super().forward_step(*args, **kwargs)
@@ -179,10 +202,12 @@ class CpuMegatronMixin(_Engine):
             super().load_checkpoint(*args, **kwargs)
 
     def initialize(self) -> None:
-        super().initialize()
+        with cuda_method_stays():
+            super().initialize()
         redirect_cuda_to_cpu()  # building the model imports further modules
         if torch.distributed.get_rank() == 0:
-            settings = ", ".join(f"{key}={value}" for key, value in ENGINE_CONFIG.items())
+            names = ("vanilla_mbridge", *ENGINE_CONFIG)
+            settings = ", ".join(f"{name}={getattr(self.engine_config, name)}" for name in names)
             logger.warning("Megatron runs on the CPU with %s", settings)
 
 

@@ -51,8 +51,17 @@ class _Stream:
     def synchronize(self) -> None:
         pass
 
+    def __enter__(self) -> _Stream:
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        pass
+
 
 class _CudaView(ModuleType):
+    Stream = _Stream
+    """Made by Megatron-Bridge, to allocate gradient buffers on (``model_provider.py``)."""
+
     def __init__(self) -> None:
         super().__init__("torch.cuda")
 
@@ -62,6 +71,10 @@ class _CudaView(ModuleType):
     def current_stream(self, device: Any = None) -> _Stream:
         """Asked for by megatron-core >= 0.19 (``distributed/param_and_grad_buffer.py:632``)."""
         return _Stream()
+
+    def stream(self, stream: _Stream) -> _Stream:
+        """Context of work on a stream."""
+        return stream
 
     def synchronize(self, device: Any = None) -> None:
         pass
@@ -116,8 +129,9 @@ def redirect_cuda_to_cpu() -> list[str]:
 def cuda_method_stays() -> Iterator[None]:
     """Context in which ``tensor.cuda()`` and ``module.cuda()`` return what they are called on.
 
-    Models are moved to CUDA while they are built: by mbridge (``mbridge/core/util.py:151``), and by
-    Megatron-Core where tied embeddings meet pipeline stages
+    Models are moved to CUDA while they are built: by mbridge (``mbridge/core/util.py:151``), by
+    Megatron-Bridge (``models/model_provider.py:632``), and by Megatron-Core where tied embeddings
+    meet pipeline stages
     (``megatron/core/models/common/language_module/language_module.py:244``); indices in the forward
     pass, where context parallelism cuts rotary embeddings of padded batches
     (``megatron/core/models/common/embeddings/rope_utils.py:64``).

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from tests.helpers.bridge import settings_of
+
 LENGTHS = (9, 12, 7, 12)
 PROMPT = 4
 
@@ -116,6 +118,13 @@ def nll(model_output: dict, data: Any, dp_group: Any = None) -> tuple[torch.Tens
     return -(log_probs * mask).sum() / data["batch_num_tokens"] * data["dp_size"], {}
 
 
+def with_bridge(bridge: str, megatron: dict[str, Any]) -> dict[str, Any]:
+    """Settings of a bridge, and on top of them a test's own."""
+    settings, key = settings_of(bridge), "override_transformer_config"
+    override = {**settings.get(key, {}), **megatron.get(key, {})}
+    return {**settings, **megatron, key: override}
+
+
 def make_engine(
     layout: Layout,
     model_path: str,
@@ -123,8 +132,15 @@ def make_engine(
     lr: float = 0.5,
     optimizer_overrides: dict[str, Any] | None = None,
     lora: dict[str, Any] | None = None,
+    bridge: str = "",
     **megatron: Any,
 ) -> Any:
+    """An initialised engine.
+
+    Args:
+        bridge: one of ``BRIDGES``; by default the one of the environment.
+        megatron: further settings of ``actor_rollout_ref.actor.megatron``.
+    """
     from verl.trainer.config import CheckpointConfig
     from verl.workers.config import HFModelConfig, McoreEngineConfig, McoreOptimizerConfig
     from verl.workers.engine import EngineRegistry
@@ -143,7 +159,7 @@ def make_engine(
         use_remove_padding=layout.packed,
         use_distributed_optimizer=layout.distributed_optimizer,
         virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
-        **megatron,
+        **with_bridge(bridge, megatron),
     )
     optimizer_config = McoreOptimizerConfig(
         optimizer=optimizer, lr=lr, lr_decay_steps=100, lr_decay_style="constant", weight_decay=0.0,

@@ -21,6 +21,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         "untied": {},
         "tied": {"tie_word_embeddings": True},
         "odd-vocabulary": {"vocab_size": 125},
+        "llama": {"model_type": "llama"},
+        "qwen3": {"model_type": "qwen3"},
     }
     return {
         name: make_tiny_model(

@@ -5,7 +5,7 @@ same processes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -101,19 +101,26 @@ class Replay:
     """Data- and context-parallel rank, and whether the rank holds the LM head."""
 
 
-def replay(case: Case, batch: RecordedBatch, model_path: str) -> Replay:
+def replay(
+    case: Case,
+    batch: RecordedBatch,
+    model_path: str,
+    learning_rates: Sequence[float] = LEARNING_RATES,
+    bridge: str = "",
+) -> Replay:
+    """One optimizer step per learning rate."""
     from megatron.core import parallel_state as mpu
 
     engine = make_engine(
-        case.layout, model_path, optimizer="adam", lr=LEARNING_RATES[0],
+        case.layout, model_path, optimizer="adam", lr=learning_rates[0],
         optimizer_overrides={"adam_beta1": BETAS[0], "adam_beta2": BETAS[1], "adam_eps": EPS},
-        use_fused_kernels=case.fused, **_padding(case),
+        use_fused_kernels=case.fused, bridge=bridge, **_padding(case),
     )  # fmt: skip
     loss = make_loss("capo", KNOBS)
     data = make_batch(case, batch, mpu.get_data_parallel_rank())
     steps = []
     with engine.train_mode():
-        for learning_rate in LEARNING_RATES:
+        for learning_rate in learning_rates:
             for group in engine.optimizer.param_groups:
                 group["lr"] = learning_rate
             steps.append(_train_step(engine, data, loss))

@@ -9,6 +9,8 @@ from typing import Any, cast
 
 from omegaconf import DictConfig, OmegaConf
 
+from capo_verl.plugin.bridge import is_megatron_bridge
+
 ACTOR, MODEL, ROLLOUT = (
     "actor_rollout_ref.actor",
     "actor_rollout_ref.model",
@@ -35,6 +37,8 @@ class RunSpec:
     """Ranks of context parallelism; with FSDP, of Ulysses' sequence parallelism."""
     sequence_parallel: bool = True
     distributed_optimizer: bool = True
+    megatron_bridge: bool = False
+    """True if Megatron-Bridge loads and exports the weights, not mbridge."""
     pads_vocab: bool = False
     """True if the vocabulary is padded to a multiple of ``tp``.
 
@@ -152,6 +156,7 @@ def from_config(config: DictConfig, cpu: bool) -> RunSpec:
         "account_for_loss_in_pipeline_split",
     )
     capo = value(f"{ACTOR}.policy_loss.capo")
+    megatron_bridge = megatron and is_megatron_bridge(value(f"{part}.vanilla_mbridge", False), cpu)
     return RunSpec(
         model=str(value(f"{MODEL}.path", "")),
         engine=engine,
@@ -169,8 +174,8 @@ def from_config(config: DictConfig, cpu: bool) -> RunSpec:
         ),
         sequence_parallel=bool(value(f"{part}.sequence_parallel", False)),
         distributed_optimizer=bool(value(f"{part}.use_distributed_optimizer", True)),
-        pads_vocab=bool(value(f"{override}.should_pad_vocab"))
-        and not (cpu or value(f"{part}.vanilla_mbridge")),
+        megatron_bridge=megatron_bridge,
+        pads_vocab=megatron_bridge and bool(value(f"{override}.should_pad_vocab")),
         uneven_stages=any(value(f"{override}.{key}") for key in split_by_hand),
         prompts=value("data.train_batch_size", 1),
         completions_per_prompt=value(f"{ROLLOUT}.n", 1),

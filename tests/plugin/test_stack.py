@@ -9,6 +9,7 @@ import enum
 import importlib.metadata
 import json
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -234,10 +235,55 @@ def test_here_the_cpu_stack_is_complete():
     )
 
 
-def fake_distribution(folder: Path, name: str, version: str) -> None:
+def fake_distribution(folder: Path, name: str, version: str, requires: str = "") -> None:
     info = folder / f"{name.replace('-', '_')}-{version}.dist-info"
     info.mkdir()
-    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+    lines = ["Metadata-Version: 2.1", f"Name: {name}", f"Version: {version}"]
+    lines += [f"Requires-Dist: {requires}"] * bool(requires)
+    (info / "METADATA").write_text("\n".join(lines) + "\n")
+
+
+NCCL = "nvidia-nccl-cu13==2.28.9; platform_system == "
+HERE, ELSEWHERE = f"{NCCL}'{platform.system()}'", f"{NCCL}'Elsewhere'"
+
+
+@pytest.mark.parametrize(
+    ("packages", "version_py", "found"),
+    [
+        ({"torch": ("2.13.0+cpu", "")}, "", "cpu"),
+        ({"torch": ("2.13.0", ELSEWHERE)}, "", "cpu"),
+        ({"torch": ("2.8.0+rocm6.4", "")}, "", "cpu"),
+        ({"torch": ("2.11.0+cu130", "")}, "", "gpu"),
+        ({"torch": ("2.11.0", HERE)}, "", "gpu"),
+        ({"torch": ("2.8.0a0+5228986c39.nv25.5", "")}, "cuda: Optional[str] = '12.9'", "gpu"),
+        ({"torch": ("2.11.0", HERE)}, "cuda: Optional[str] = None", "cpu"),
+        ({"torch": ("2.13.0+cpu", ""), "vllm": ("0.28.0+cpu", HERE)}, "", "cpu"),
+        ({"torch": ("2.13.0+cpu", ""), "vllm": ("0.24.0", "flashinfer-python")}, "", "gpu"),
+        ({"torch": ("2.13.0+cpu", ""), "megatron-bridge": ("0.5.1", "")}, "", "gpu"),
+    ],
+    ids=str,
+)
+def test_the_stack_that_is_here(packages, version_py, found, tmp_path, monkeypatch):
+    for name, (version, requires) in packages.items():
+        fake_distribution(tmp_path, name, version, requires)
+    if version_py:
+        (tmp_path / "torch").mkdir()
+        (tmp_path / "torch/version.py").write_text(f"__version__ = '0'\n{version_py}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    if "megatron-bridge" not in packages:
+        installed = stack.installed_version
+        monkeypatch.setattr(
+            stack, "installed_version", lambda n: None if "bridge" in n else installed(n)
+        )
+    assert stack.present() == found
+
+
+def test_only_the_stack_that_is_here_is_proposed():
+    """Not a torch for CPUs over one for GPUs."""
+    reports = [stack.check(compat.CPU, {}.get, "3.12.1"), gpu_report(vllm=None)]
+    told = stack.render(reports, "gpu")
+    assert "(check_stack.py --stack cpu lists them)\nGPU stack: not installed, 1 of " in told
+    assert "download.pytorch.org" not in told and "  -> missing or wrong: 'vllm==0.24.0'" in told
 
 
 @pytest.mark.skipif(

@@ -43,3 +43,9 @@ def engine(*backends: str) -> Outcome:
     )
     names = dict.fromkeys(seen()["engines"].get(backend, {}).get("name") for backend in backends)
     return _ok_unless(problem, f"verl uses {' and '.join(map(str, names))}")
+
+
+@functools.cache
+def bridge_problem(vanilla_mbridge: bool) -> str | None:
+    """Why the way to the weights that a configuration takes cannot be imported; None if it can."""
+    return registration.bridge_problem(registration.bridge_error(vanilla_mbridge), vanilla_mbridge)

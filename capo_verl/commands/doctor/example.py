@@ -12,14 +12,14 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from capo_verl.commands.doctor import disk, memory
+from capo_verl.commands.doctor import disk, driver, memory
 from capo_verl.commands.doctor.answering_process import last_line
 from capo_verl.commands.doctor.check import OK, WARN, Broken, Outcome
 from capo_verl.commands.doctor.machine import Machine
 from capo_verl.launch.hardware import VARIABLE
 from capo_verl.launch.plan import Plan, make_plan
 from capo_verl.plugin.checks.model_shape import find_shape
-from capo_verl.plugin.checks.run_spec import RunSpec, from_config
+from capo_verl.plugin.checks.run_spec import ACTOR, RunSpec, from_config
 from capo_verl.plugin.checks.sizes import PLANNED
 
 SECONDS = 300.0
@@ -99,6 +99,11 @@ class Example:
                 "the dry run is refused: "
                 f"{last_line(self._done.stderr) or f'exit code {self._done.returncode}'}"
             )
+        if self.run.engine == "megatron" and (self.run.cpu or self._here.gpus):
+            vanilla = bool(OmegaConf.select(self.config, f"{ACTOR}.megatron.vanilla_mbridge"))
+            problem = driver.bridge_problem(vanilla)
+            if problem:
+                raise Broken(f"{self._script.name} resolves, but {problem}")
         lines = self._done.stderr.splitlines()
         notes = [line.removeprefix(NOTE) for line in lines if line.startswith(NOTE)]
         notes = [

@@ -49,8 +49,9 @@ def look() -> dict[str, Any]:
         ``loaded``: whether verl has loaded it; ``errors``: module -> why it could not be imported;
             ``failures``: what the plugin
         could not register -> why; ``missing``: registered names that are not there; ``engines``:
-        backend -> ``name`` and whether it is ``ours``, or ``error``; ``versions``: package ->
-        version, None if it is not installed.
+        backend -> ``name``, whether it is ``ours``, and of Megatron's the ``bridge_error``
+            (:func:`bridge_error`), or ``error``; ``versions``: package -> version, None if it is
+        not installed.
     """
 
     def text(error: BaseException) -> str:
@@ -92,6 +93,8 @@ def look() -> dict[str, Any]:
         else:
             ours = any(base.__module__ == "capo_verl.engines.mixin" for base in engine.__mro__)
             engines[backend] = {"name": f"{engine.__module__}.{engine.__name__}", "ours": ours}
+            if backend == "megatron":
+                engines[backend]["bridge_error"] = bridge_error()
     entry_points = [
         e for e in importlib.metadata.entry_points(group=GROUP) if e.value.startswith("capo_verl.")
     ]
@@ -119,6 +122,45 @@ def look() -> dict[str, Any]:
             **{name: version(name) for name in PACKAGES},
         },
     }
+
+
+def bridge_error(vanilla_mbridge: bool | None = None) -> str:
+    """Import the way to Hugging Face weights that verl's Megatron engine takes, as it would.
+
+    Args:
+        vanilla_mbridge: of ``actor.megatron``; None for verl's default, Megatron-Bridge.
+
+    Returns:
+        Why it cannot be imported; empty if it can.
+    """
+    try:
+        engine = importlib.import_module("verl.workers.engine").EngineRegistry.get_engine_cls(
+            "language_model", "megatron"
+        )
+        config = importlib.import_module("verl.workers.config").McoreEngineConfig()
+        if vanilla_mbridge is not None:
+            config.__dict__["vanilla_mbridge"] = vanilla_mbridge  # the dataclass is frozen
+        own = sys.modules[engine.__module__]
+        if hasattr(own, "prepare_bridge"):  # on a CPU: what is installed, and without CUDA
+            own.prepare_bridge(own.cpu_engine_config(config))
+        else:
+            name = "mbridge" if config.vanilla_mbridge else "bridge"
+            importlib.import_module(f"verl.models.mcore.{name}")
+    except Exception as e:
+        return " ".join(f"{type(e).__name__}: {e}".split())
+    return ""
+
+
+def bridge_problem(error: str, vanilla_mbridge: bool = False) -> str | None:
+    """What the error of :func:`bridge_error` means; None if there is none."""
+    if not error:
+        return None
+    name = "mbridge" if vanilla_mbridge else "Megatron-Bridge"
+    return (
+        f"{name}, which reads and writes the weights, cannot be imported ({error}): "
+        "scripts/check_stack.py --stack gpu says what to install; VERL_PLATFORM=cpu runs without "
+        "GPUs"
+    )
 
 
 def plugin_problem(seen: dict[str, Any]) -> str | None:
@@ -181,7 +223,7 @@ def engine_problem(seen: dict[str, Any], backend: str) -> str | None:
             "unset VERL_USE_EXTERNAL_MODULES"
         )
         return f"verl would use {found['name']}, not CAPO's engine: {why}"
-    return None
+    return bridge_problem(found.get("bridge_error", ""))
 
 
 def problems(seen: dict[str, Any]) -> list[str]:

@@ -31,15 +31,18 @@ def compare(reports: Sequence[Report]) -> Outcome:
         return Outcome(
             OK, f"the {' and '.join(report.stack for report in complete)} stack is complete: {told}"
         )
-    nearest = min(reports, key=lambda report: len(report.problems))
-    wrong = ", ".join(f"{f.name}{f.wanted} ({f.found or 'missing'})" for f in nearest.problems)
+    here = next(report for report in reports if report.stack == stack.present())
+    wrong = ", ".join(f"{f.name}{f.wanted} ({f.found or 'missing'})" for f in here.problems)
     return Outcome(
         WARN,
-        f"other versions than the tested ones; the nearest stack, {nearest.stack}, has {wrong}: "
-        f"scripts/check_stack.py --stack {nearest.stack} says how to install it",
+        f"other versions than the tested ones; of the {here.stack} stack, which is what is here, "
+        f"differ {wrong}: scripts/check_stack.py --stack {here.stack} says how to install it",
     )
 
 
 def table(reports: Sequence[Report]) -> str:
-    """All packages, if no stack is complete; else "": then the message says enough."""
-    return "" if any(report.complete for report in reports) else stack.render(reports)
+    """The packages of the stack that is here, if none is complete; else "": then the message says
+    enough.
+    """
+    complete = any(report.complete for report in reports)
+    return "" if complete else stack.render(reports, stack.present())

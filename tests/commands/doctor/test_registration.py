@@ -42,6 +42,11 @@ def test_every_module_that_the_plugin_waits_for_is_imported(seen, monkeypatch):
 
 
 MISSING = {"error": "AssertionError: Unknown backend: megatron"}
+NO_BRIDGE = {
+    "name": "capo_verl.engines.megatron.engine.CapoMegatronEngineWithLMHead",
+    "ours": True,
+    "bridge_error": "ModuleNotFoundError: No module named 'transformer_engine'",
+}
 
 
 @pytest.mark.parametrize(
@@ -72,10 +77,34 @@ MISSING = {"error": "AssertionError: Unknown backend: megatron"}
             "verl has no megatron engine here (AssertionError: Unknown backend: megatron): install "
             "Megatron-Core (scripts/check_stack.py)",
         ),
+        (
+            {"engines": {"megatron": NO_BRIDGE}},
+            "Megatron-Bridge, which reads and writes the weights, cannot be imported "
+            "(ModuleNotFoundError: No module named 'transformer_engine'): scripts/check_stack.py "
+            "--stack gpu says what to install; VERL_PLATFORM=cpu runs without GPUs",
+        ),
     ],
 )  # fmt: skip
 def test_each_problem_is_one_sentence(seen, changes, problem):
     assert registration.problems({**copy.deepcopy(seen), **changes}) == [problem]
+
+
+@pytest.mark.parametrize(("vanilla", "module"), [(None, "bridge"), (True, "mbridge")])
+def test_the_bridge_of_a_configuration_is_imported(vanilla, module, monkeypatch):
+    """As on a GPU, by verl's own engine."""
+    import sys
+
+    from verl.workers.engine import EngineRegistry
+    from verl.workers.engine.megatron.transformer_impl import MegatronEngineWithLMHead
+
+    monkeypatch.setattr(EngineRegistry, "get_engine_cls", lambda *_: MegatronEngineWithLMHead)
+    monkeypatch.setitem(sys.modules, f"verl.models.mcore.{module}", None)
+    error = registration.bridge_error(vanilla)
+    assert error.startswith("ModuleNotFoundError: ") and f"verl.models.mcore.{module}" in error
+
+
+def test_on_a_cpu_the_bridge_is_what_is_installed():
+    assert registration.bridge_error() == registration.bridge_error(True) == ""
 
 
 class Answer:

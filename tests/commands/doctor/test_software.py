@@ -3,18 +3,27 @@
 
 from __future__ import annotations
 
+import pytest
+
 from capo_verl.commands.doctor import software
 from capo_verl.plugin import compat, stack
 from tests.plugin.test_stack import gpu_report, pin
 
 
-def test_the_nearest_stack_is_named():
-    reports = [stack.check(compat.CPU, {}.get, "3.11.7"), gpu_report(vllm="0.23.0", triton=None)]
+@pytest.mark.parametrize("fewer", [{}, {"torch": pin("torch")}], ids=["cpu lacks all", "close"])
+def test_the_stack_that_is_here_is_named(fewer, monkeypatch):
+    """However near the other one may be."""
+    monkeypatch.setattr(stack, "present", lambda: "gpu")
+    reports = [
+        stack.check(compat.CPU, fewer.get, "3.11.7"),
+        gpu_report(vllm="0.23.0", triton=None),
+    ]
     outcome = software.compare(reports)
     assert outcome.status == "warn"  # nothing is known to be broken
     assert outcome.message == (
-        "other versions than the tested ones; the nearest stack, gpu, has triton (missing), "
-        "vllm==0.24.0 (0.23.0): scripts/check_stack.py --stack gpu says how to install it"
+        "other versions than the tested ones; of the gpu stack, which is what is here, differ "
+        "triton (missing), vllm==0.24.0 (0.23.0): scripts/check_stack.py --stack gpu says how to "
+        "install it"
     )
     assert (
         f"GPU stack: not installed, 2 of {len(reports[1].packages) + 1} missing or wrong\n"

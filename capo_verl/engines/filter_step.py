@@ -50,7 +50,7 @@ class FilterStep:
         capo: the filter.
         config: its knobs.
         device: where the training runs, for the timer.
-        nonfinite: where NaN and infinity are noted.
+        nonfinite: where NaN, infinity and the decisions are noted.
         tap: picks up the hidden states of the micro-batch in flight.
     """
 
@@ -124,9 +124,11 @@ class FilterStep:
                 response.sequence_ids,
                 response.num_sequences,
             )
+            weights = out.weights.float()
+            self._nonfinite.note_decisions(weights)
         self.samples.keep(out)
         self._penalty_terms = out.penalty_terms
-        return out.weights.float()
+        return weights
 
     def take_penalty_terms(self) -> PenaltyTerms | None:
         """Hand on the terms of the micro-batch just evaluated, for ``curvature_penalty``.

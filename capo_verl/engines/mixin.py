@@ -210,7 +210,8 @@ class CapoEngineMixin(CapoCheckpointMixin):
         return self._steps_before + self._optimizer_steps()
 
     def _agree_to_step(self, config: CapoConfig) -> None:
-        """Let all ranks learn of NaN or infinity on any: all stop, or all skip the optimizer step.
+        """Let all ranks learn of NaN or infinity on any, or of contradictory decisions: all stop,
+        or all skip the optimizer step.
 
         Raises:
             RuntimeError: on every rank, naming rank and sample, with ``on_nonfinite=error``.
@@ -253,7 +254,7 @@ class CapoEngineMixin(CapoCheckpointMixin):
         device, head = torch.device(get_device_id()), self.lm_head
         self._check_trains_everywhere(device)
         self._check_supported(config)
-        self._nonfinite = NonFinite(device)
+        self._nonfinite = NonFinite(device, None if head is None else head.tp_group)
         if head is not None and config.mode != "off":
             capo = head.make_filter(config, device)
             tap = HiddenStatesTap(head.linear)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from tensordict import TensorDict
 from verl.workers.utils.padding import no_padding_2_padding, response_from_nested
 
 from capo_verl import CapoConfig, CapoFilter
+from capo_verl.core import collectives
 from capo_verl.core.validation import TOKEN_PROBLEMS
 from capo_verl.engines.filter_step import ACCEPTED, PENALTY, FilterStep
 from capo_verl.engines.lm_head import HiddenStatesTap
@@ -243,6 +245,14 @@ def test_a_gradient_norm_that_overflows_counts():
     nonfinite = NonFinite(torch.device("cpu"))
     nonfinite.note_gradients([torch.full((4,), 3e38)])
     assert [f.what for f in nonfinite.agree(None)] == ["gradients are not finite"]
+
+
+def test_the_gather_has_the_documented_bytes(monkeypatch):
+    sent = []
+    monkeypatch.setattr(collectives, "gather", lambda x, group: sent.append(x.nbytes) or x)
+    assert NonFinite(torch.device("cpu")).agree(None) == []
+    page = Path(__file__).parents[2] / "docs" / "parallelism.md"
+    assert f"do tensor-parallel ranks decide alike? | `{sent[0]}` |" in page.read_text()
 
 
 def make_step(**knobs) -> FilterStep:

@@ -1,15 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""NaN, or a number too large, on one rank: every rank learns where it is before the optimizer
-steps; the run stops, or leaves the batch out.
+"""NaN, a number too large, or a decision of its own on one rank: every rank learns where it is
+before the optimizer steps; the run stops, or leaves the batch out.
 """
 
 from __future__ import annotations
 
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 
+from capo_verl import CapoFilter
+from capo_verl.engines.nonfinite import NonFinite
 from tests.cpu.megatron.engine_cases import Layout, export
 from tests.engines.megatron.capo_cases import KNOBS, make_batch, make_loss
 from tests.engines.megatron.state_cases import moments, new_engine, step
@@ -19,7 +22,7 @@ NAN = float("nan")
 
 
 def poisoned_step(engine: Any, knobs: dict[str, Any], where: str) -> dict[str, Any]:
-    """A step in which one value on the last rank is NaN."""
+    """A step in which one value on the last rank is NaN, or one decision the opposite."""
     last = torch.distributed.get_rank() == torch.distributed.get_world_size() - 1
     batch = make_batch(engine, 1.0)
     handle = None
@@ -31,12 +34,22 @@ def poisoned_step(engine: Any, knobs: dict[str, Any], where: str) -> dict[str, A
         model = engine.module[-1] if isinstance(engine.module, list) else engine.module
         norm = next(m for m in model.modules() if type(m).__name__.endswith("RMSNorm"))
         handle = norm.register_forward_hook(_nan_gradient if where == "gradient" else _nan_output)
+    evaluate = _contrary if last and where == "decision" else CapoFilter.evaluate
     try:
-        with engine.train_mode():
+        with engine.train_mode(), mock.patch.object(CapoFilter, "evaluate", evaluate):
             return engine.train_batch(batch, make_loss("capo", knobs))["metrics"]
     finally:
         if handle is not None:
             handle.remove()
+
+
+def _contrary(
+    self: CapoFilter, *args: Any, evaluate: Any = CapoFilter.evaluate, **kwargs: Any
+) -> Any:
+    out = evaluate(self, *args, **kwargs)
+    token = int(args[4].flatten().nonzero()[0])
+    out.weights.view(-1)[token] = 1 - out.weights.view(-1)[token]
+    return out
 
 
 def _nan_output(module: torch.nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
@@ -85,7 +98,14 @@ def stops(layout: Layout, model: str, places: list[str]) -> list[str]:
             },
         ),
         (Layout(pp=2), {"gradient": "rank 0: gradients are not finite"}),
-        (Layout(tp=2), {"weight": "hidden_states are not finite"}),
+        (
+            Layout(tp=2),
+            {
+                "weight": "hidden_states are not finite",
+                "decision": "rank 1: decisions about tokens are not those of rank 0, which has the "
+                "same tokens. Nothing",
+            },
+        ),
     ],
     ids=str,
 )
@@ -95,6 +115,41 @@ def test_all_ranks_stop_with_the_place_in_the_message(layout, expected, tiny_qwe
     for message, place in zip(ranks[0], expected.values(), strict=True):
         assert message.startswith("optimizer step ") and place in message
         assert "Nothing was updated." in message and "on_nonfinite=skip_batch" in message
+
+
+CONTRADICTIONS = [
+    ({}, {}),
+    ({1: [0, 0, 1], 3: [0, 0, 1]}, {}),  # other data-parallel ranks have other tokens
+    ({3: [1, 0, 0.999]}, {3: 1}),
+    ({0: [0, 1, 1]}, {2: 0}),  # as many tokens as the others
+]
+
+
+def noted() -> list[list[str]]:
+    """What a rank of two tensor-parallel groups, 0 and 2, 1 and 3, learns if each rank decided
+    twice as given, and the others as by default.
+    """
+    groups = [torch.distributed.new_group([first, first + 2]) for first in (0, 1)]
+    rank, said = torch.distributed.get_rank(), []
+    nonfinite = NonFinite(torch.device("cpu"), groups[rank % 2])
+    for decisions, _ in CONTRADICTIONS:
+        for weight in decisions.get(rank, [1, 0, 1]) * 2:
+            nonfinite.note_decisions(torch.tensor([[float(weight)]]))
+        said.append([str(finding) for finding in nonfinite.agree(torch.distributed.group.WORLD)])
+        nonfinite.clear()
+    return said
+
+
+def test_all_ranks_learn_who_decides_otherwise_than_its_tensor_parallel_group():
+    expected = [
+        [
+            f"rank {rank}: decisions about tokens are not those of rank {first}, which has the "
+            "same tokens"
+            for rank, first in found.items()
+        ]
+        for _, found in CONTRADICTIONS
+    ]
+    assert run_on_ranks(noted, 4, preload=ENGINE_MODULES) == [expected] * 4
 
 
 def skip(layout: Layout, model: str, poisoned: bool) -> dict[str, Any]:

@@ -21,6 +21,7 @@ ACTOR, MODEL = "actor_rollout_ref.actor", "actor_rollout_ref.model"
 FUSED = (f"{MODEL}.use_fused_kernels=True", f"{MODEL}.use_remove_padding=True")
 
 LAYOUTS = "megatron/test_layouts.py::test_layout"
+BFLOAT16 = "engines/test_bfloat16.py::test_decisions_are_those_of_float64_away_from_ties"
 FSDP = "fsdp/test_engine.py::test_training_equals_hugging_face_with_the_float64_filter"
 
 
@@ -123,16 +124,7 @@ ROWS: dict[str, dict[str, tuple[Cell, Cell]]] = {
         ),
         "mixture of experts": (says("untested; not on a CPU"), UNTESTED),
         "float32": (tested(LAYOUTS), tested(FSDP)),
-        "bfloat16": (
-            tested(
-                "megatron/test_half_precision.py::test_logits_are_computed_again_in_float32",
-                note="KL probe only",
-            ),
-            tested(
-                "fsdp/test_half_precision.py::test_logits_are_computed_again_in_float32",
-                note="KL probe only",
-            ),
-        ),
+        "bfloat16": (tested(BFLOAT16), tested(BFLOAT16)),
         "float16": (
             asks(megatron("dtype", "float16")),
             asks("model_engine=dp", f"+{ACTOR}.fsdp_config.mixed_precision={{param_dtype: fp16}}"),
@@ -226,7 +218,17 @@ ROWS: dict[str, dict[str, tuple[Cell, Cell]]] = {
             tested("e2e/test_training.py::test_killed_broken_and_resumed"),
             tested("e2e/test_training.py::test_capo_trains_with_fsdp_and_lora"),
         ),
-        "vLLM, SGLang": (says("untested; launchers are dry-run"), UNTESTED),
+        "vLLM's CPU build": (
+            tested("e2e/test_vllm.py::test_the_weights_of_every_step_reach_vllm"),
+            says("runs; no test"),
+        ),
+        "vLLM, SGLang on a GPU": (
+            says(
+                "no run; vLLM's own parser takes the launchers' options",
+                "launch/test_rollout_options.py::test_a_gpu_launcher",
+            ),
+            UNTESTED,
+        ),
         "two nodes, Slurm, Ray": (
             tested(
                 "slurm/test_interruptions.py::test_usr1_requeue_and_a_killed_raylet_change_nothing"

@@ -8,7 +8,6 @@ docs/parallelism.md afresh.
 
 from __future__ import annotations
 
-import os
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 
@@ -17,6 +16,7 @@ import pytest
 
 from tests.cpu.megatron.engine_cases import Layout
 from tests.engines.megatron.replay_cases import Case, once_per_model, replay
+from tests.helpers.documented_table import DocumentedTable
 from tests.helpers.grouped import launch_by_size
 from tests.helpers.recording import Recording, record
 
@@ -85,8 +85,12 @@ CASES = [
     Case(Layout(tp=2, cp=2, sp=True), micro_batch="dynamic", fused=True),
     Case(Layout(dp=2, cp=2), reverse=True, fused=True),
 ]
-DOCUMENT = Path(__file__).parents[3] / "docs" / "parallelism.md"
-BEGIN, END = "<!-- matrix: begin -->", "<!-- matrix: end -->"
+COLUMNS = (
+    "layout", "ranks", "accepted / tokens", "m_H", "m_F", "loss", "gradients", "weights"
+)  # fmt: skip
+TABLE = DocumentedTable(
+    Path(__file__).parents[3] / "docs/parallelism.md", "matrix", COLUMNS, [str(c) for c in CASES]
+)
 
 
 @dataclass
@@ -125,32 +129,9 @@ def replays_of(request, models, recording_of):
 
 @pytest.fixture(scope="module")
 def matrix():
-    """Collects what was measured; writes the table into the documentation if asked to."""
-    measured: dict[str, str] = {}
-    yield measured
-    if os.environ.get("CAPO_VERL_WRITE_MATRIX"):
-        assert list(measured) == [str(case) for case in CASES], (
-            "only a run of all cases can write the table"
-        )
-        before, _, rest = DOCUMENT.read_text().partition(BEGIN)
-        _, _, after = rest.partition(END)
-        DOCUMENT.write_text(before + "\n".join([BEGIN, *HEADER, *measured.values(), END]) + after)
-
-
-HEADER = (
-    "| layout | ranks | accepted / tokens | m_H | m_F | loss | gradients | weights |",
-    "|---|---|---|---|---|---|---|---|",
-)
-
-
-def row(case: Case, accepted: int, tokens: int, deviation: Deviation) -> str:
-    cells = [
-        str(case),
-        str(case.layout.world_size),
-        f"{accepted} / {tokens}",
-        *(f"{x:.0e}" for x in astuple(deviation)),
-    ]
-    return f"| {' | '.join(cells)} |"
+    """Collects what was measured, for the documentation."""
+    with TABLE.measured() as rows:
+        yield rows
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -199,7 +180,11 @@ def test_layout(case: Case, replays_of, recording_of, matrix) -> None:
         )
     for field in fields(Deviation):
         assert getattr(deviation, field.name) <= getattr(TOLERANCE, field.name), field.name
-    matrix[str(case)] = row(case, accepted, tokens, deviation)
+    matrix[str(case)] = [
+        str(case.layout.world_size),
+        f"{accepted} / {tokens}",
+        *(f"{x:.0e}" for x in astuple(deviation)),
+    ]
 
 
 def check_recording(recording: Recording) -> None:
@@ -236,12 +221,10 @@ def largest(got: dict, want: dict[str, np.ndarray], relative: bool) -> float:
 
 def test_documented_matrix_is_of_these_layouts() -> None:
     """The committed table lists the cases above, none of them beyond the tolerance."""
-    table = DOCUMENT.read_text().partition(BEGIN)[2].partition(END)[0].strip().splitlines()
-    assert tuple(table[:2]) == HEADER
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table[2:]]
-    assert [cells[0] for cells in rows] == [str(case) for case in CASES]
-    for cells, case in zip(rows, CASES, strict=True):
-        assert int(cells[1]) == case.layout.world_size
+    committed = TABLE.committed()
+    for case in CASES:
+        ranks, _, *deviations = committed[str(case)]
+        assert int(ranks) == case.layout.world_size
         assert all(
-            float(cell) <= limit for cell, limit in zip(cells[3:], astuple(TOLERANCE), strict=True)
-        ), cells
+            float(cell) <= limit for cell, limit in zip(deviations, astuple(TOLERANCE), strict=True)
+        ), case

@@ -16,7 +16,7 @@ from capo_verl.core.logits import VocabShard
 from capo_verl.engines import mixin
 from capo_verl.engines.lm_head import LMHead
 from capo_verl.engines.mixin import CapoEngineMixin
-from tests.helpers.spawn import run_on_ranks
+from tests.helpers.spawn import ENGINE_MODULES, run_on_ranks
 
 
 class Engine:
@@ -90,11 +90,11 @@ def test_a_rank_without_parameter_groups_is_refused_on_all_ranks(without, named)
         "read: freeze fewer parameters, or choose another "
         "actor_rollout_ref.actor.megatron.pipeline_model_parallel_size"
     )
-    assert run_on_ranks(switched_on, 3, without) == [(refusal, False)] * 3
+    assert run_on_ranks(switched_on, 3, without, preload=ENGINE_MODULES) == [(refusal, False)] * 3
 
 
 def test_empty_parameter_groups_are_accepted():
-    assert run_on_ranks(switched_on, 2, ()) == [("", True)] * 2
+    assert run_on_ranks(switched_on, 2, (), preload=ENGINE_MODULES) == [("", True)] * 2
 
 
 @pytest.mark.parametrize("rate", [0.1, torch.tensor(0.1, dtype=torch.float64)], ids=str)
@@ -109,3 +109,12 @@ def test_the_rate_of_an_empty_group_is_read_as_a_number(engine, rate):
     read = getattr(importlib.import_module(module), name)._learning_rate
     found = read(SimpleNamespace(optimizer=optimizer))
     assert type(found) is float and found == 0.1
+
+
+def test_a_loss_scaler_is_refused():
+    """float16 in whatever spelling verl knows."""
+    fsdp = importlib.import_module("capo_verl.engines.fsdp.engine").CapoFSDPEngineWithLMHead
+    config = CapoConfig(top_k=4)
+    fsdp._check_supported(SimpleNamespace(scaler=None), config)
+    with pytest.raises(ValueError, match="does not support float16 with FSDP: .* set .*=bf16"):
+        fsdp._check_supported(SimpleNamespace(scaler=object()), config)

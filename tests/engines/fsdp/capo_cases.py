@@ -77,3 +77,17 @@ def train_once(engine: Any, knobs: dict[str, Any]) -> dict[str, Any]:
         return engine.train_batch(
             make_batch(engine, 1.0, MICRO_BATCH_SIZE), make_loss("capo", knobs)
         )
+
+
+def without_parameter_groups(layout: FsdpLayout, model_path: str) -> tuple[str, bool]:
+    """What this rank is told if the last one's optimizer has no parameter groups, and if it is a
+    run with CAPO now.
+    """
+    engine = make(layout, model_path)
+    if torch.distributed.get_rank() == torch.distributed.get_world_size() - 1:
+        engine.optimizer.param_groups = []
+    try:
+        train_once(engine, KNOBS)
+    except ValueError as refusal:
+        return str(refusal), engine._step is not None
+    return "", engine._step is not None

@@ -13,7 +13,7 @@ import torch
 
 from tests.cpu.fsdp.engine_cases import FsdpLayout, write_adapter
 from tests.cpu.megatron.engine_cases import Layout
-from tests.engines.fsdp.capo_cases import filter_under_autocast, train
+from tests.engines.fsdp.capo_cases import filter_under_autocast, train, without_parameter_groups
 from tests.engines.megatron import capo_cases as megatron
 from tests.engines.megatron.capo_cases import KNOBS
 from tests.engines.megatron.capo_reference import (
@@ -214,6 +214,14 @@ def test_all_ranks_stop_when_one_meets_nan(where, layout, tiny_qwen2):
     first, second = run_on_ranks(stops, 2, layout, tiny_qwen2, [where], preload=ENGINE_MODULES)
     assert first == second
     assert place in first[0] and "Nothing was updated." in first[0]
+
+
+def test_a_rank_without_parameter_groups_is_refused_on_all_ranks(tiny_qwen2):
+    ranks = run_on_ranks(
+        without_parameter_groups, 2, FsdpLayout(dp=2), tiny_qwen2, preload=ENGINE_MODULES
+    )
+    assert ranks[0] == ranks[1]
+    assert "the optimizer has no parameter groups on rank 1, so" in ranks[0][0] and not ranks[0][1]
 
 
 def test_a_skipped_batch_leaves_no_trace(tiny_qwen2):

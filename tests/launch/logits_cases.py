@@ -27,7 +27,7 @@ def peak_bytes(run: RunSpec, model_path: str) -> dict[str, int]:
     """
     from verl.utils import tensordict_utils as tu
 
-    from capo_verl.experiments.benchmark.memory import measure_memory
+    from capo_verl.commands.measure.memory import measure_memory
 
     engine, fused = _engine(run, model_path), bool(run.fused_head)
 

@@ -24,16 +24,17 @@ try:
     from rich.console import Console
     from rich.table import Table
 
-    from capo_verl.experiments.benchmark import chart, markdown, runner
-    from capo_verl.experiments.benchmark.agreement import DisagreementError
-    from capo_verl.experiments.benchmark.results import Report
-    from capo_verl.experiments.benchmark.targets import judge_targets
-    from capo_verl.experiments.benchmark.workload import (
+    from capo_verl.commands.measure import runner
+    from capo_verl.commands.measure.agreement import DisagreementError
+    from capo_verl.commands.measure.results import Report
+    from capo_verl.commands.measure.targets import judge_targets
+    from capo_verl.commands.measure.workload import (
         DEFAULT_PRESETS,
         DEFAULT_TOKENS,
         PRESETS,
         Workload,
     )
+    from capo_verl.experiments.benchmark import chart, markdown, profiling
 except ImportError as e:
     from capo_verl.plugin.missing_packages import missing
 
@@ -161,7 +162,7 @@ def main(argv: list[str] | None = None) -> int:
             markdown.update_docs(report, DOCS)
         if args.profile:
             tokens = min(PROFILED_TOKENS[workload.device], workload.tokens[-1])
-            for key, text in runner.profiles(workload, tokens).items():
+            for key, text in profiling.profiles(workload, tokens).items():
                 (args.output / f"{stem}-profile-{key}.txt").write_text(text)
     except (ValueError, DisagreementError, OSError) as error:
         print(f"capo_verl.experiments.benchmark: {error}", file=sys.stderr)

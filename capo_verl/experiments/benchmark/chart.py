@@ -7,9 +7,9 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from capo_verl.experiments.benchmark.contenders import LABELS
+from capo_verl.commands.measure.contenders import LABELS
+from capo_verl.commands.measure.results import Report
 from capo_verl.experiments.benchmark.markdown import heading
-from capo_verl.experiments.benchmark.results import Report
 from capo_verl.viewer.colours import BLUE, GREEN, GREY, ORANGE
 
 COLORS = dict(zip(LABELS, (ORANGE, GREY, BLUE, GREEN), strict=True))

@@ -6,9 +6,9 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from capo_verl.experiments.benchmark.contenders import LABELS
-from capo_verl.experiments.benchmark.results import Report
-from capo_verl.experiments.benchmark.targets import judge_targets
+from capo_verl.commands.measure.contenders import LABELS
+from capo_verl.commands.measure.results import Report
+from capo_verl.commands.measure.targets import judge_targets
 from capo_verl.experiments.wrap import wrapped
 
 BEGIN, END = "<!-- benchmark: begin -->", "<!-- benchmark: end -->"

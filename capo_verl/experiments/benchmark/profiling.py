@@ -13,9 +13,25 @@ from typing import Any
 import torch
 
 import capo_verl.core
+from capo_verl.commands.measure import runner
+from capo_verl.commands.measure.batch import make_batch
+from capo_verl.commands.measure.contenders import KINDS
+from capo_verl.commands.measure.workload import Workload
 
 _CORE = PurePath(capo_verl.core.__file__).parent
 _SHOWN = 15
+
+
+def profiles(workload: Workload, tokens: int) -> dict[str, str]:
+    """Key of every contender that runs here -> where its time goes."""
+    batch, texts = make_batch(workload, tokens, seed=3), {}
+    for kind in KINDS:
+        if not (
+            kind.missing(workload)
+            or runner.needs(kind.tensor_bytes(workload, tokens), workload.device)
+        ):
+            texts[kind.key] = profile(workload.device, runner.warm(kind, workload).stages(batch))
+    return texts
 
 
 def profile(device: str, calls: Mapping[str, Callable[[], Any]]) -> str:

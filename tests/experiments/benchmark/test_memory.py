@@ -6,11 +6,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from capo_verl.experiments.benchmark import contenders
-from capo_verl.experiments.benchmark.batch import make_batch
-from capo_verl.experiments.benchmark.contenders import NAIVE, NAIVE_REUSED, Kind, accept_all
-from capo_verl.experiments.benchmark.memory import Usage, measure_memory, scratch
-from capo_verl.experiments.benchmark.workload import Workload
+from capo_verl.commands.measure import contenders
+from capo_verl.commands.measure.batch import make_batch
+from capo_verl.commands.measure.contenders import NAIVE, NAIVE_REUSED, Kind, accept_all
+from capo_verl.commands.measure.memory import Usage, measure_memory, scratch
+from capo_verl.commands.measure.workload import Workload
 
 KIB = 1024
 

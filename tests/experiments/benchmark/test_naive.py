@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from capo_verl import CapoConfig
-from capo_verl.experiments.benchmark.naive import BATCH_TOKENS, NaiveFilter
+from capo_verl.commands.measure.naive import BATCH_TOKENS, NaiveFilter
 from tests.helpers.batches import Batch, inside
 from tests.helpers.oracle import Oracle, make_token
 

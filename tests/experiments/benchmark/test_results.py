@@ -7,6 +7,9 @@ from dataclasses import replace
 
 import pytest
 
+from capo_verl.commands.measure.memory import Usage
+from capo_verl.commands.measure.results import Report, Result, Traffic, traffic
+from capo_verl.commands.measure.targets import judge_targets
 from capo_verl.experiments.benchmark.markdown import (
     BEGIN,
     COLUMNS,
@@ -15,9 +18,6 @@ from capo_verl.experiments.benchmark.markdown import (
     markdown,
     update_docs,
 )
-from capo_verl.experiments.benchmark.memory import Usage
-from capo_verl.experiments.benchmark.results import Report, Result, Traffic, traffic
-from capo_verl.experiments.benchmark.targets import judge_targets
 
 MIB = 1 << 20
 
@@ -135,8 +135,8 @@ def test_bytes_that_must_move():
         model_bytes=2,
         moment_bytes=4,
     )
-    assert t.evaluate == 100 * 1000 * 2 + 100 * 16 * 2 + 100 * 5 * 16 * 4 * 2
-    assert t.evaluate_rows_once == 100 * 1000 * 2 + 100 * 16 * 2 + 30 * 16 * 4 * 2
+    assert t.evaluate == 100 * 1000 * 4 + 100 * 16 * 2 + 100 * 5 * 16 * 4 * 2
+    assert t.evaluate_rows_once == 100 * 1000 * 4 + 100 * 16 * 2 + 30 * 16 * 4 * 2
     assert t.update == 100 * 5 * 16 * 2 + 30 * 16 * 4 * 2 * 2
 
 

@@ -16,12 +16,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from capo_verl.experiments.benchmark import agreement, runner
-from capo_verl.experiments.benchmark.batch import make_batch
-from capo_verl.experiments.benchmark.contenders import TORCH, accept_all
+from capo_verl.commands.measure import agreement, runner
+from capo_verl.commands.measure.batch import make_batch
+from capo_verl.commands.measure.contenders import TORCH, accept_all
+from capo_verl.commands.measure.results import Report
+from capo_verl.commands.measure.workload import Workload
 from capo_verl.experiments.benchmark.markdown import COLUMNS
-from capo_verl.experiments.benchmark.results import Report
-from capo_verl.experiments.benchmark.workload import Workload
 
 SCRIPT = Path(__file__).parents[3] / "capo_verl/experiments/benchmark/__main__.py"
 SMALL = (

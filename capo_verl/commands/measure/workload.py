@@ -27,7 +27,9 @@ DEFAULT_TOKENS = {
     "cuda": (1024, 2048, 4096, 8192, 16384, 24576, 32768, 65536),
 }
 MODEL_DTYPES = {"cpu": torch.float32, "cuda": torch.bfloat16}
-"""Dtype of hidden states and logits, and of everything in the naive formulation."""
+"""Dtype of hidden states and of everything in the naive formulation; logits are rounded to it."""
+LOGIT_BYTES = 4
+"""Megatron hands on a bfloat16 model's logits in float32 (``Float16Module``, ``fp32_output``)."""
 MOMENT_BYTES = 4
 """CapoFilter's default, ``moments_dtype=float32``."""
 
@@ -82,4 +84,4 @@ class Workload:
 
     def input_bytes(self, tokens: int) -> int:
         """Logits and hidden states of a batch."""
-        return tokens * (self.rows + self.hidden_size) * self.model_dtype.itemsize
+        return tokens * (self.rows * LOGIT_BYTES + self.hidden_size * self.model_dtype.itemsize)

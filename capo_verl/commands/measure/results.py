@@ -11,7 +11,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from capo_verl.experiments.benchmark.memory import Usage, scratch
+from capo_verl.commands.measure.memory import Usage, scratch
+from capo_verl.commands.measure.workload import LOGIT_BYTES
 
 FORMAT = 2
 
@@ -43,11 +44,10 @@ def traffic(
     model_bytes: int,
     moment_bytes: int,
 ) -> Traffic:
-    """Bytes that must move, with the sizes of the model's and of the moments' elements.
-
-    ``model_bytes`` is that of the logits and hidden states, ``moment_bytes`` that of the moments.
+    """Bytes that must move, with the sizes of the elements of hidden states (``model_bytes``) and
+    moments.
     """
-    streams = tokens * (rows + hidden_size) * model_bytes
+    streams = tokens * (rows * LOGIT_BYTES + hidden_size * model_bytes)
     both_moments = 2 * hidden_size * moment_bytes
     return Traffic(
         tokens=tokens,

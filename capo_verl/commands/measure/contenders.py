@@ -9,12 +9,12 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
+from capo_verl.commands.measure.batch import LEARNING_RATE, Batch
+from capo_verl.commands.measure.naive import BATCH_TOKENS, NaiveFilter
+from capo_verl.commands.measure.workload import Workload
 from capo_verl.config import CapoConfig
 from capo_verl.core.chunks import chunk_slices
 from capo_verl.core.filter import CapoFilter
-from capo_verl.experiments.benchmark.batch import LEARNING_RATE, Batch
-from capo_verl.experiments.benchmark.naive import BATCH_TOKENS, NaiveFilter
-from capo_verl.experiments.benchmark.workload import Workload
 
 Stages = dict[str, Callable[[], Any]]
 """Name of a stage -> what it runs, in order.
@@ -67,7 +67,7 @@ class Kind(NamedTuple):
     key: str
     label: str
     build: Callable[[Workload, CapoConfig, torch.dtype], Contender]
-    """Takes the dtype of hidden states and logits."""
+    """Takes the dtype of the hidden states."""
     missing: Callable[[Workload], str | None] = lambda workload: None
     """Reason that it cannot run on the workload's device, or None."""
     tensor_bytes: Callable[[Workload, int], int] = lambda workload, tokens: 0

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
-from capo_verl.experiments.benchmark.measure import clock, measure_seconds
-from capo_verl.experiments.provenance import commit, processor
+from capo_verl.commands.measure.clock import clock, measure_seconds
+from capo_verl.commands.measure.provenance import commit, processor
 
 _COPY_BYTES = {"cpu": 1 << 28, "cuda": 1 << 31}
 

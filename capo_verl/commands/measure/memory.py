@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-_MARK = "capo_verl.experiments.benchmark: "
+_MARK = "capo_verl.commands.measure: "
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from capo_verl.experiments.benchmark.results import Report
+from capo_verl.commands.measure.results import Report, Result
 
 _MIB = 1 << 20
+FULL = 24576
+"""Tokens of the authors' batch: 24 sequences of 1,024."""
 
 
 @dataclass(frozen=True)
@@ -58,24 +60,38 @@ def _cpu(report: Report) -> list[Verdict]:
 
 
 def _gpu(report: Report) -> list[Verdict]:
-    result = report.result("triton", 24576)
+    result = report.result("triton", FULL)
     if not result:
         return []
+    return [*judge_filter(report, result), *judge_speedup(report, result)]
+
+
+def judge_filter(report: Report, result: Result) -> list[Verdict]:
+    """The targets of a 7B model at ``FULL`` tokens; at others the times in proportion."""
+    what, part = f"{result.tokens:,} tokens", result.tokens / FULL
     share = report.bandwidth(result)["evaluate"] / report.copy_bytes_per_second
-    verdicts = [
-        _at_most("evaluate, 24,576 tokens: ms", result.evaluate_seconds * 1e3, 30, "{:.1f}"),
+    return [
+        _at_most(f"evaluate, {what}: ms", result.evaluate_seconds * 1e3, 30 * part, "{:.3g}"),
         _at_most(
-            "accumulate + update, 24,576 tokens: ms", result.update_seconds * 1e3, 20, "{:.1f}"
+            f"accumulate + update, {what}: ms", result.update_seconds * 1e3, 20 * part, "{:.3g}"
         ),
-        _at_most("extra memory, 24,576 tokens: MiB", result.extra_bytes / _MIB, 256, "{:.0f}"),
-        _at_least("evaluate, 24,576 tokens: share of copy bandwidth", share, 0.4, "{:.2f}"),
+        _at_most(f"extra memory, {what}: MiB", result.extra_bytes / _MIB, 256, "{:.0f}"),
+        _at_least(f"evaluate, {what}: share of copy bandwidth", share, 0.4, "{:.2f}"),
     ]
+
+
+def judge_speedup(report: Report, result: Result) -> list[Verdict]:
+    """The target against (a); none if that was not measured."""
     speedup = report.speedup(result)
-    if speedup is not None:
-        verdicts.append(
-            _at_least("evaluate, 24,576 tokens: times as fast as (a)", speedup, 50, "{:.1f}")
-        )
-    return verdicts
+    if speedup is None:
+        return []
+    what = f"evaluate, {result.tokens:,} tokens: times as fast as (a)"
+    return [_at_least(what, speedup, 50, "{:.1f}")]
+
+
+def share_of_update(what: str, share: float, limit: float) -> Verdict:
+    """A part of the update, as a share of its time; ``limit`` likewise."""
+    return _at_most(f"{what}: % of the update", 100 * share, 100 * limit, "{:.2f}")
 
 
 def _at_most(what: str, value: float | None, limit: float, show: str) -> Verdict:

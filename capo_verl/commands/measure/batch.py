@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from capo_verl.commands.measure.workload import Workload
 from capo_verl.core.chunks import chunk_slices
-from capo_verl.experiments.benchmark.workload import Workload
 
 LEARNING_RATE = 3e-6
 _ZIPF_EXPONENT, _ZIPF_SHIFT, _NOISE = 1.5, 2.7, 3.0
@@ -30,7 +30,7 @@ class Batch:
     hidden_states: Tensor
     """``[N, H]``, standard normal."""
     logits: Tensor
-    """``[N, rows]``"""
+    """``[N, rows]`` float32, rounded to the model's dtype."""
     actions: Tensor
     """Actions, ``[N]`` int64.
 
@@ -62,7 +62,7 @@ def make_batch(
     Args:
         tokens: N.
         seed: batches of different seeds share the unigram distribution.
-        dtype: of hidden states and logits; default: the workload's.
+        dtype: of hidden states, to which logits are rounded; default: the workload's.
     """
     device, rows, k = workload.device, workload.rows, workload.top_k
     dtype = dtype or workload.model_dtype
@@ -70,14 +70,14 @@ def make_batch(
     unigram = -_ZIPF_EXPONENT * torch.log(ranks + _ZIPF_SHIFT)
     draw = torch.Generator(device).manual_seed(seed)
     hidden_states = torch.empty(tokens, workload.hidden_size, device=device, dtype=dtype)
-    logits = torch.empty(tokens, rows, device=device, dtype=dtype)
+    logits = torch.empty(tokens, rows, device=device)
     support = torch.empty(tokens, k, device=device, dtype=torch.int32)
     actions = torch.empty(tokens, device=device, dtype=torch.int64)
     for part in chunk_slices(tokens, max(1, _CHUNK_ELEMENTS // max(rows, workload.hidden_size))):
         n = part.stop - part.start
         hidden_states[part] = torch.randn(n, workload.hidden_size, device=device, generator=draw)
         logits[part] = (
-            torch.randn(n, rows, device=device, generator=draw).mul_(_NOISE).add_(unigram)
+            torch.randn(n, rows, device=device, generator=draw).mul_(_NOISE).add_(unigram).to(dtype)
         )
         values, ids = logits[part].topk(k)
         chosen = torch.multinomial(values.float().softmax(-1), 1, generator=draw)

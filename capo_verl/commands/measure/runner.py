@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
-from capo_verl.experiments.benchmark.agreement import check_agreement
-from capo_verl.experiments.benchmark.batch import make_batch
-from capo_verl.experiments.benchmark.contenders import (
+from capo_verl.commands.measure.agreement import check_agreement
+from capo_verl.commands.measure.batch import make_batch
+from capo_verl.commands.measure.clock import measure_seconds
+from capo_verl.commands.measure.contenders import (
     KINDS,
     NAIVE,
     NAIVE_REUSED,
@@ -16,12 +17,10 @@ from capo_verl.experiments.benchmark.contenders import (
     Stages,
     accept_all,
 )
-from capo_verl.experiments.benchmark.machine import copy_bandwidth, environment, free_bytes
-from capo_verl.experiments.benchmark.measure import measure_seconds
-from capo_verl.experiments.benchmark.memory import measure_memory
-from capo_verl.experiments.benchmark.profiling import profile
-from capo_verl.experiments.benchmark.results import Report, Result, traffic
-from capo_verl.experiments.benchmark.workload import MOMENT_BYTES, Workload
+from capo_verl.commands.measure.machine import copy_bandwidth, environment, free_bytes
+from capo_verl.commands.measure.memory import measure_memory
+from capo_verl.commands.measure.results import Report, Result, traffic
+from capo_verl.commands.measure.workload import MOMENT_BYTES, Workload
 
 WARM_UP_TOKENS = 1024
 WARM_UP_STEPS = 2
@@ -39,8 +38,14 @@ It is for the rest of the work, and what other processes may take.
 """
 
 
-def run(workload: Workload, repeats: int, say: Callable[[str], None]) -> Report:
-    """Measure all contenders.
+def run(
+    workload: Workload,
+    repeats: int,
+    say: Callable[[str], None],
+    kinds: Sequence[Kind] = KINDS,
+    compare: bool = True,
+) -> Report:
+    """Measure contenders.
 
     The median needs few repetitions of what is slow: a size is left after ``SECONDS_PER_CELL`` for
     each contender.
@@ -48,6 +53,8 @@ def run(workload: Workload, repeats: int, say: Callable[[str], None]) -> Report:
     Args:
         repeats: repetitions of every cell, at most.
         say: told what is being done.
+        kinds: the contenders.
+        compare: whether all that there are must first give the same numbers.
 
     Raises:
         DisagreementError: if the contenders give different numbers.
@@ -55,8 +62,10 @@ def run(workload: Workload, repeats: int, say: Callable[[str], None]) -> Report:
     """
     too_large = _too_large_inputs(workload)
     sizes = [n for n in workload.tokens if n not in too_large]
-    say("comparing the contenders with each other")
-    agreement = check_agreement(workload)
+    agreement = {}
+    if compare:
+        say("comparing the contenders with each other")
+        agreement = check_agreement(workload)
     say("measuring the copy bandwidth")
     bandwidth = copy_bandwidth(workload.device)
 
@@ -81,16 +90,16 @@ def run(workload: Workload, repeats: int, say: Callable[[str], None]) -> Report:
         ],
         results=[],
     )  # fmt: skip
-    missing = {kind.key: kind.missing(workload) for kind in KINDS}
-    contenders = {kind.key: _warm(kind, workload) for kind in KINDS if not missing[kind.key]}
+    missing = {kind.key: kind.missing(workload) for kind in kinds}
+    contenders = {kind.key: warm(kind, workload) for kind in kinds if not missing[kind.key]}
     for n in workload.tokens:
         say(f"measuring {n:,} tokens")
         stages: dict[str, Stages] = {}
-        for kind in KINDS:
+        for kind in kinds:
             skipped = (
                 missing[kind.key]
                 or too_large.get(n)
-                or _too_large(kind.tensor_bytes(workload, n), workload.device)
+                or needs(kind.tensor_bytes(workload, n), workload.device)
                 or _too_slow(kind, report, n)
             )
             if skipped:
@@ -101,28 +110,16 @@ def run(workload: Workload, repeats: int, say: Callable[[str], None]) -> Report:
     return report
 
 
-def profiles(workload: Workload, tokens: int) -> dict[str, str]:
-    """Key of every contender that runs here -> where its time goes."""
-    batch, texts = make_batch(workload, tokens, seed=3), {}
-    for kind in KINDS:
-        if not (
-            kind.missing(workload)
-            or _too_large(kind.tensor_bytes(workload, tokens), workload.device)
-        ):
-            texts[kind.key] = profile(workload.device, _warm(kind, workload).stages(batch))
-    return texts
-
-
 def _too_large_inputs(workload: Workload) -> dict[int, str]:
     """The sizes whose inputs do not fit -> why."""
-    reasons = {n: _too_large(workload.input_bytes(n), workload.device) for n in workload.tokens}
+    reasons = {n: needs(workload.input_bytes(n), workload.device) for n in workload.tokens}
     too_large = {n: f"inputs: {reason}" for n, reason in reasons.items() if reason}
     if len(too_large) == len(reasons):
         raise ValueError(f"--tokens {workload.tokens[0]}: {too_large[workload.tokens[0]]}")
     return too_large
 
 
-def _warm(kind: Kind, workload: Workload) -> Contender:
+def warm(kind: Kind, workload: Workload) -> Contender:
     """Give the contenders moments and a step count, as in training.
 
     Before the first update P(g) = g, which is less work.
@@ -159,6 +156,7 @@ def _too_slow(kind: Kind, report: Report, tokens: int) -> str | None:
     return f"would take {seconds:.0f} s" if seconds > NAIVE_SECONDS else None
 
 
-def _too_large(nbytes: int, device: str) -> str | None:
+def needs(nbytes: int, device: str) -> str | None:
+    """Bytes needed and free, if that is too little; else None."""
     needed, free = nbytes * _MARGIN, free_bytes(device)
     return f"needs {needed / _GB:.1f} GB, {free / _GB:.1f} GB free" if needed > free else None

@@ -9,8 +9,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from capo_verl.experiments.benchmark.batch import Batch, make_batch
-from capo_verl.experiments.benchmark.contenders import (
+from capo_verl.commands.measure.batch import Batch, make_batch
+from capo_verl.commands.measure.contenders import (
     FUSED,
     NAIVE,
     NAIVE_REUSED,
@@ -19,7 +19,7 @@ from capo_verl.experiments.benchmark.contenders import (
     Kind,
     accept_all,
 )
-from capo_verl.experiments.benchmark.workload import Workload
+from capo_verl.commands.measure.workload import Workload
 
 TOKENS = 256
 SHIFT_TOLERANCE = 1e-4

@@ -233,6 +233,18 @@ def measure(
     return measure_engine(make_engine(layout, model_path, **settings))
 
 
+def counted_tokens(layout: Layout, model_path: str) -> tuple[int, list[int]]:
+    """Tokens of the whole batch as verl counts them for a loss per token, and the lengths of this
+    rank's sequences after the step.
+    """
+    override = {"calculate_per_token_loss": True}
+    engine = make_engine(layout, model_path, override_transformer_config=override)
+    batch = make_batch(engine)
+    with engine.train_mode():
+        engine.forward_backward_batch(batch, nll)
+    return batch["routed_num_tokens"], batch["input_ids"].offsets().diff().tolist()
+
+
 def save_and_resume_engine(
     make: Callable[[], Any], directory: str
 ) -> list[dict[str, torch.Tensor]]:

@@ -8,11 +8,19 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.cpu.hugging_face import check, check_resumed, make_reference
-from tests.cpu.megatron.engine_cases import Layout, make_engine, measure, save_and_resume
+from tests.cpu.megatron.engine_cases import (
+    LENGTHS,
+    Layout,
+    counted_tokens,
+    make_engine,
+    measure,
+    save_and_resume,
+)
 from tests.helpers.grouped import launch_by_size
 from tests.helpers.spawn import ENGINE_MODULES, RankError, run_on_ranks
 from tests.helpers.tiny_model import make_tiny_model, make_tiny_qwen2
@@ -21,17 +29,31 @@ from tests.helpers.tiny_model import make_tiny_model, make_tiny_qwen2
 @dataclass(frozen=True)
 class Case:
     """A layout, the model in it, whether activations are recomputed, whether the cross-entropy is
-    fused.
+    fused, whether Megatron-Core divides the loss by the tokens (``calculate_per_token_loss``).
     """
 
     layout: Layout
     model: str = "qwen2"
     recompute: bool = False
     fused: bool = False
+    per_token: bool = False
 
     def __str__(self) -> str:
-        options = ("-recompute" if self.recompute else "") + ("-fused" if self.fused else "")
-        return f"{self.layout}-{self.model}{options}"
+        options = [name for name in ("recompute", "fused", "per_token") if getattr(self, name)]
+        return "-".join([str(self.layout), self.model, *options])
+
+    @property
+    def transformer_config(self) -> dict[str, Any]:
+        return (RECOMPUTE if self.recompute else {}) | (
+            {"calculate_per_token_loss": True} if self.per_token else {}
+        )
+
+
+RECOMPUTE = {
+    "recompute_granularity": "full",
+    "recompute_method": "uniform",
+    "recompute_num_layers": 1,
+}
 
 
 CASES = [
@@ -59,6 +81,7 @@ CASES = [
     Case(Layout(pp=2, vpp=2), model="qwen2-deep", fused=True),
     Case(Layout(dp=2), fused=True),
     Case(Layout(cp=2), fused=True),
+    Case(Layout(dp=2), per_token=True),
 ]
 
 
@@ -79,14 +102,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def measured(request, models):
-    recompute = {
-        "recompute_granularity": "full",
-        "recompute_method": "uniform",
-        "recompute_num_layers": 1,
-    }
-
     def call_of(case: Case) -> tuple:
-        return case.layout, models[case.model], recompute if case.recompute else {}, case.fused
+        return case.layout, models[case.model], case.transformer_config, case.fused
 
     return launch_by_size(request, measure, call_of)
 
@@ -94,6 +111,13 @@ def measured(request, models):
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_matches_hugging_face(case: Case, models, measured) -> None:
     check(measured(case), case.layout.dp, make_reference(models[case.model]))
+
+
+def test_counting_tokens_over_ranks_leaves_the_batch_as_it_is(tiny_qwen2: str) -> None:
+    """verl sums the count in place, and it is a view of the batch."""
+    layout = Layout(dp=2)
+    ranks = run_on_ranks(counted_tokens, 2, layout, tiny_qwen2, preload=ENGINE_MODULES)
+    assert ranks == [(sum(LENGTHS), [*LENGTHS[:2]]), (sum(LENGTHS), [*LENGTHS[2:]])]
 
 
 @pytest.mark.parametrize(

@@ -23,10 +23,7 @@ urllib.request.urlopen(sys.argv[1] + "/", timeout=10)' "$1" 2>/dev/null
 # extras.
 stamp() { { cat pyproject.toml "${@:2}"; pwd; echo "$1"; } | cksum; }
 
-# make_environment '.[cpu]' [FILE]: afterwards "$VENV/bin/python" runs the project with those
-# extras, and with the packages of the requirements file, which are installed without their
-# dependencies. Call it in the repository's root.
-make_environment() {
+make_venv() {
     if [ ! -x "$VENV/bin/python" ]; then
         local python
         for python in ${PYTHON:-python3 python3.12 python3.11 python3.10}; do
@@ -45,6 +42,13 @@ make_environment() {
             exit 2
         fi
     fi
+}
+
+# make_environment '.[cpu]' [FILE]: afterwards "$VENV/bin/python" runs the project with those
+# extras, and with the packages of the requirements file, which are installed without their
+# dependencies. Call it in the repository's root.
+make_environment() {
+    make_venv
     local installed="$VENV/.capo-verl-${1//[^[:lower:]]/}"
     if [ "${CAPO_SKIP_INSTALL:-0}" != 1 ] &&
         [ "$(cat "$installed" 2>/dev/null)" != "$(stamp "$@")" ]; then

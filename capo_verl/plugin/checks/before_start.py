@@ -10,6 +10,7 @@ import logging
 
 from omegaconf import DictConfig
 
+from capo_verl.plugin.bridge import check_bridge
 from capo_verl.plugin.checks.capo import check_capo
 from capo_verl.plugin.checks.files import check_files
 from capo_verl.plugin.checks.identity import check_identity
@@ -40,6 +41,7 @@ def before_start(config: DictConfig) -> None:
         RuntimeError: if CAPO is switched on and the plugin is not registered properly.
     """
     check_config(config)
+    check_bridge(config)
     for note in check_files(config):
         logger.info(note)
     check_resume(config)

@@ -224,7 +224,7 @@ def _model(run: RunSpec, shape: ModelShape) -> Iterator[str]:
             f"{shape.name} has {shape.vocab} rows of the vocabulary, which do not divide by {tp}: "
             f"choose another{'' if run.cpu and lacking() else padded}"
         )
-    if run.megatron_bridge and shape.tied and (run.vpp or 1) > 1:
+    if run.megatron_bridge and shape.tied and run.vpp > 1:
         # _broadcast_shared_embeddings looks for the LM head in the first chunk of the last stage.
         yield (
             f"{shape.name} ties its embeddings, which Megatron-Bridge 0.5 cannot load with "

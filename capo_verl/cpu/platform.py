@@ -28,6 +28,12 @@ from verl.plugin.platform import PlatformBase, PlatformRegistry
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 
 
+ROLLOUT_VARIABLES = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_NO_USAGE_STATS": "1"}
+"""Of verl's rollout servers, unless they are set: vLLM would bind its threads to cores that the
+trainer's processes use as well.
+"""
+
+
 class CpuDeviceId(str):
     """Device id: ``"cpu"`` as the name of a device, ``0`` formatted as an index.
 
@@ -181,6 +187,10 @@ class PlatformCPU(PlatformBase):
 
     def is_ipc_supported(self) -> bool:
         return False
+
+    def rollout_env_vars(self) -> dict[str, str]:
+        """Variables of vLLM's processes, for one that shares its cores with the trainer's."""
+        return {name: os.environ.get(name, value) for name, value in ROLLOUT_VARIABLES.items()}
 
     def cudart(self) -> None:
         return None

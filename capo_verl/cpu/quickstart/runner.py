@@ -81,7 +81,9 @@ def prepare(display: Display) -> Prepared:
     return Prepared(data_dir, model_path)
 
 
-def run(algorithm: str, overrides: list[str], output_dir: Path, display: Display) -> int:
+def run(
+    algorithm: str, overrides: list[str], output_dir: Path, display: Display, rollout: str = "hf"
+) -> int:
     """The whole quickstart.
 
     Args:
@@ -89,6 +91,7 @@ def run(algorithm: str, overrides: list[str], output_dir: Path, display: Display
         overrides: Hydra overrides, after (and so above) the quickstart's own.
         output_dir: receives ``train.log``, ``metrics.jsonl``, ``curves.png`` and Hydra's copy of
             the configuration.
+        rollout: who generates, the launcher's ``INFER_BACKEND``.
 
     Returns:
         The launcher's exit code; 130 after Ctrl-C.
@@ -104,6 +107,7 @@ def run(algorithm: str, overrides: list[str], output_dir: Path, display: Display
         "DATA_DIR": str(prepared.data_dir),
         "MODEL_PATH": str(prepared.model_path),
         "OUTPUT_DIR": str(output_dir),
+        "INFER_BACKEND": rollout,
         "VERL_FILE_LOGGER_PATH": str(metrics),
     }
     log = output_dir / "train.log"

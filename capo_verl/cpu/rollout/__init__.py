@@ -3,8 +3,8 @@
 
 A Hugging Face model answers in one Ray actor per replica.
 
-verl's servers (vLLM, SGLang, TensorRT-LLM) need accelerators. What verl's V1 trainer expects of a
-backend instead:
+verl's servers of SGLang and TensorRT-LLM need accelerators; that of vLLM runs with its CPU build
+(``vllm.py``). What verl's V1 trainer expects of a backend:
 
 * ``HFReplica`` starts the server (``replica.py``; verl's side is
   ``verl/workers/rollout/replica.py``);

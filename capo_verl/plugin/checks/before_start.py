@@ -18,6 +18,7 @@ from capo_verl.plugin.checks.names import check_names
 from capo_verl.plugin.checks.resume import check_resume
 from capo_verl.plugin.checks.rivals import check_rival
 from capo_verl.plugin.checks.sizes import check_sizes, check_warmup
+from capo_verl.plugin.checks.vllm_on_cpu import check_vllm_installed, check_vllm_on_cpu
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +30,9 @@ def check_config(config: DictConfig) -> None:
         ValueError: naming key and value, and what to set.
         RuntimeError: if CAPO is switched on and the plugin is not registered properly.
     """
-    for check in (check_warmup, check_names, check_sizes, check_rival, check_capo):
+    for check in (
+        check_warmup, check_names, check_vllm_on_cpu, check_sizes, check_rival, check_capo,
+    ):  # fmt: skip
         check(config)
 
 
@@ -42,6 +45,7 @@ def before_start(config: DictConfig) -> None:
     """
     check_config(config)
     check_bridge(config)
+    check_vllm_installed(config)
     for note in check_files(config):
         logger.info(note)
     check_resume(config)

@@ -10,6 +10,8 @@ from omegaconf import DictConfig, OmegaConf
 from capo_verl.plugin.checks.run_spec import ACTOR, MODEL, ROLLOUT
 from capo_verl.plugin.state import on_cpu
 
+FOR_GPUS = ("sglang", "trtllm")
+
 
 def check_names(config: DictConfig) -> None:
     """Check the names of the loss, of the rollout engine and of the way to resume.
@@ -35,6 +37,8 @@ def _unknown(config: DictConfig) -> Iterator[str]:
         yield (
             f"{ROLLOUT}.name=hf runs on CPUs only: set VERL_PLATFORM=cpu, or choose vllm or sglang"
         )
+    elif rollout in FOR_GPUS and on_cpu():
+        yield f"{ROLLOUT}.name={rollout} runs on GPUs only: choose hf or vllm"
     elif (
         rollout and (rollout, OmegaConf.select(config, f"{ROLLOUT}.mode")) not in _ROLLOUT_REGISTRY
     ):

@@ -54,7 +54,7 @@ RANKS = ("cpu/fsdp/", "cpu/megatron/", "cpu/smollm2/", "engines/fsdp/", "engines
 SLOW = (
     "commands/", "core/kernels/", "cpu/", "docs/test_commands.py", "docs/test_extending.py",
     "docs/test_site.py", "experiments/", "helpers/test_warm.py", "launch/test_launchers.py",
-    "launch/test_submit.py", "outside_verl/", "packaging/",
+    "launch/test_rollout_options.py", "launch/test_submit.py", "outside_verl/", "packaging/",
 )  # fmt: skip
 """Where tests start interpreters, train, or interpret kernels."""
 LONG = (

@@ -16,13 +16,13 @@ def compute_score(data_source, solution_str, ground_truth, extra_info=None, **kw
 """
 
 
-def make_inputs(folder: Path, prompts: int = 16) -> Path:
+def make_inputs(folder: Path, prompts: int = 16, hidden_size: int = 64) -> Path:
     """Write ``model/``, ``train.parquet``, ``test.parquet`` and ``reward.py`` into ``folder``, and
     return it.
     """
     import pandas as pd
 
-    make_tiny_qwen2(folder / "model")
+    make_tiny_qwen2(folder / "model", hidden_size=hidden_size)
     rows = [
         {
             "data_source": "digits",

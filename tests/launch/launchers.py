@@ -28,6 +28,8 @@ OURS = (
     "REGIME",
     "SEED",
     "LOSS_MODE",
+    "INFER_BACKEND",
+    "ROLLOUT_KV_CACHE_MIB",
     "EXPERIMENT_NAME",
     "CAPO_PLAN",
     "GPU_MEMORY_GIB",

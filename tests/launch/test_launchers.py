@@ -502,6 +502,21 @@ def test_choices_of_the_gpu_launchers(script, tmp_path, platform):
     assert given["trainer.nnodes"] == "4"
 
 
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"INFER_BACKEND": "sglang"}, "INFER_BACKEND=sglang: choose one of hf, vllm"),
+        (
+            {"INFER_BACKEND": "vllm", "ROLLOUT_KV_CACHE_MIB": "64M"},
+            "ROLLOUT_KV_CACHE_MIB=64M: set it to a number of MiB",
+        ),
+    ],
+)
+def test_rollouts_of_the_cpu_launchers(tmp_path, variables, message):
+    refused = call("run_quickstart_cpu.sh", tmp_path, MODEL_PATH="m", **variables)
+    assert (refused.returncode, refused.stderr) == (2, f"run_quickstart_cpu.sh: {message}\n")
+
+
 def test_a_gpu_launcher_can_be_tried_on_a_cpu(tmp_path, tiny_model, platform):
     variables = {"INFER_BACKEND": "hf", "NGPUS_PER_NODE": 2, "MODEL_PATH": tiny_model,
         "MAX_RESPONSE_LENGTH": 64,

@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: Apache-2.0
+"""verl's own vLLM server through its ``main_ppo`` on two ranks: the weights of every step, a
+resume, two replicas.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.e2e.test_training import CAPO_AND_CHECKPOINTS, Run, output  # noqa: F401
+from tests.helpers import warm
+from tests.helpers.tiny_inputs import make_inputs
+
+pytestmark = pytest.mark.e2e
+pytest.importorskip("vllm")
+
+
+def test_the_weights_of_every_step_reach_vllm(tmp_path, output):  # noqa: F811
+    inputs = make_inputs(tmp_path / "inputs", hidden_size=128)  # heads of 32, which vLLM knows
+    variables = {"INFER_BACKEND": "vllm", "PYTHON": warm.python()}
+    first = Run(inputs, output, "first", 3, 0, CAPO_AND_CHECKPOINTS, **variables)
+    assert first.wait() == 0, first.printed[-4000:]
+    # One replica of two ranks, then two of one.
+    two = (*CAPO_AND_CHECKPOINTS, "actor_rollout_ref.rollout.tensor_model_parallel_size=1")
+    second = Run(inputs, output, "second", 4, 3, two, **variables)
+    assert second.wait() == 0, second.printed[-4000:]
+    steps = [*first.metrics, *second.metrics]
+    assert [metrics["training/global_step"] for metrics in steps] == [1, 2, 3, 4]
+    for metrics in steps:
+        assert metrics["training/rollout_probs_diff_max"] < 1e-5
+        # Nats that a step moves the policy: weights of the step before would show.
+        assert metrics["capo/policy_shift_mean"] > 1e-4
+        assert 0 < metrics["capo/rejection_rate"] < 1

@@ -143,3 +143,14 @@ def test_run_on_ranks_reports_the_first_failure() -> None:
         run_on_ranks(_fail_on_rank_one, 2)
     with pytest.raises(RankError, match=r"ranks \[0\] of 1 still run after 2 s"):
         run_on_ranks(_sleep, 1, timeout=2)
+
+
+def test_variables_of_rollout_servers_are_the_users_where_set(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from verl.plugin.platform import get_platform
+
+    monkeypatch.delenv("VLLM_CPU_OMP_THREADS_BIND", raising=False)
+    monkeypatch.setenv("VLLM_NO_USAGE_STATS", "0")
+    given = get_platform().rollout_env_vars()
+    assert given == {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_NO_USAGE_STATS": "0"}

@@ -46,12 +46,14 @@ GPU = Stack(
     name="gpu",
     python=">=3.12,<3.13",  # asked for by megatron-core >= 0.17 and megatron-bridge >= 0.5
     same_as={"verl": "cpu"},
-    # verl's extras [megatron,vllm], which pin neither megatron-core nor triton. megatron-core >=
-    # 0.18 imports triton unasked; megatron-bridge imports transformer-engine and nvidia-modelopt.
+    # verl's extras [megatron,vllm], which pin neither megatron-core nor triton, and megatron-bridge
+    # 0.5.2. megatron-core >= 0.18 imports triton unasked; megatron-bridge imports
+    # transformer-engine and nvidia-modelopt. scripts/gpu_stack.requirements.txt has what the tests
+    # ran with on a CPU: megatron-core 0.18.0 and 0.19.2, megatron-bridge 0.5.1.
     requirements=(
         "torch==2.11.0",
         "megatron-core>=0.18,<0.20",
-        "megatron-bridge==0.5.2",
+        "megatron-bridge>=0.5.1,<0.6",
         "mbridge",
         "transformer-engine",
         "flash-attn==2.8.3",
@@ -95,6 +97,31 @@ def shim_mbridge() -> None:
             encoder_or_decoder=ModelType.encoder_or_decoder,
             encoder_and_decoder="never equal to a ModelType",
         )
+
+
+PADDED = ("embedding.word_embeddings.weight", "output_layer.weight")
+"""Megatron's parameters with a row per token."""
+
+
+def trim_vocabulary(model_bridge: Any) -> None:
+    """Let Megatron-Bridge 0.5 leave the padding of the vocabulary out of what it exports.
+
+    It pads while it loads (``should_pad_vocab``), and exports the padded rows: vLLM refuses them,
+    and a model of Hugging Face cannot load a checkpoint that has them.
+
+    Args:
+        model_bridge: module ``megatron.bridge.models.conversion.model_bridge``.
+    """
+    cls = model_bridge.MegatronModelBridge
+    whole = cls.maybe_modify_converted_hf_weight
+
+    def trimmed(self: Any, task: Any, weights: dict[str, Any], *args: Any) -> dict[str, Any]:
+        weights = whole(self, task, weights, *args)
+        if task.global_param_name not in PADDED:
+            return weights
+        return {name: weight[: self.hf_config.vocab_size] for name, weight in weights.items()}
+
+    cls.maybe_modify_converted_hf_weight = trimmed
 
 
 def shim_trl(verl_module: Any) -> None:

@@ -119,6 +119,11 @@ def register() -> None:
         ),
         ("verl.models.transformers.monkey_patch", "shim for trl", compat.shim_trl),
         (
+            "megatron.bridge.models.conversion.model_bridge",
+            "shim for Megatron-Bridge",
+            compat.trim_vocabulary,
+        ),
+        (
             "verl.workers.engine.megatron.transformer_impl",
             "Megatron engine",
             _import("capo_verl.engines.megatron.engine"),

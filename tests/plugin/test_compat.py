@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""verl's FSDP engine beside a trl that has lost the class which verl patches."""
+"""verl's FSDP engine beside a trl that has lost the class which verl patches; Megatron-Bridge
+beside a vocabulary that it has padded.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +9,7 @@ import sys
 from types import ModuleType, SimpleNamespace
 
 import pytest
+import torch
 
 from capo_verl.plugin import compat
 
@@ -37,3 +40,26 @@ def test_verls_module_is_shimmed() -> None:
     from verl.models.transformers import monkey_patch
 
     assert monkey_patch.is_trl_available.__module__ == "capo_verl.plugin.compat"
+
+
+@pytest.mark.parametrize(
+    ("parameter", "rows"),
+    [
+        ("embedding.word_embeddings.weight", 125),
+        ("output_layer.weight", 125),
+        ("decoder.layers.0.mlp.linear_fc2.weight", 128),
+    ],
+)
+def test_padding_of_the_vocabulary_is_not_exported(parameter, rows) -> None:
+    class Bridge:
+        hf_config = SimpleNamespace(vocab_size=125)
+
+        def maybe_modify_converted_hf_weight(self, task, weights, state):
+            return {**weights, **state}
+
+    compat.trim_vocabulary(SimpleNamespace(MegatronModelBridge=Bridge))
+    weights, task = torch.arange(256.0).view(128, 2), SimpleNamespace(global_param_name=parameter)
+    exported = Bridge().maybe_modify_converted_hf_weight(task, {"a": weights}, {"b": weights + 1})
+    assert exported.keys() == {"a", "b"}
+    assert torch.equal(exported["a"], weights[:rows])
+    assert torch.equal(exported["b"], weights[:rows] + 1)

@@ -225,11 +225,14 @@ def export_gradients(engine: Any) -> dict[str, torch.Tensor]:
         _gather_gradient_shards(engine)
     parameters = [p for chunk in engine.module for p in chunk.parameters()]
     weights = [p.data for p in parameters]
+    # What verl plans once for Megatron-Bridge holds the dtypes of the weights.
+    planned, engine._hf_export_tasks = engine._hf_export_tasks, None
     try:
         for p in parameters:
             p.data = p.main_grad.view_as(p)
         return export(engine)
     finally:
+        engine._hf_export_tasks = planned
         for p, weight in zip(parameters, weights, strict=True):
             p.data = weight
 

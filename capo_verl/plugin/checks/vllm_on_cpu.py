@@ -126,8 +126,10 @@ def _layout(run: RunSpec) -> Iterator[str]:
 
 
 def _experts(run: RunSpec) -> Iterator[str]:
-    path = local_config(run.model)
-    described = {} if path is None else json.loads(path.read_text(encoding="utf-8"))
+    path, described = local_config(run.model), {}
+    if path is not None:
+        with contextlib.suppress(OSError, ValueError):  # the model's loader says why
+            described = json.loads(path.read_text(encoding="utf-8"))
     for key in EXPERTS:
         if described.get(key):
             yield (
@@ -153,11 +155,12 @@ def _sizes(run: RunSpec, shape: ModelShape, rollout: DictConfig) -> Iterator[str
             f"it to at least {-(-largest >> 20)}"
         )
     cache = OmegaConf.select(rollout, CACHE)
+    block = OmegaConf.select(rollout, "engine_kwargs.vllm.block_size") or BLOCK
     length = run.max_model_len or shape.max_positions
     width = FLOAT32 if rollout.dtype == "float32" else 2
     token = 2 * shape.layers * max(shape.kv_heads // run.rollout_tp, 1) * shape.head_dim * width
-    needed = -(-length // BLOCK) * BLOCK * token
-    if cache is not None and cache < needed:
+    needed = -(-length // block) * block * token
+    if isinstance(cache, int) and cache < needed:  # vLLM reads 1G as well
         yield (
             f"{ROLLOUT}.{CACHE}={cache} holds no sequence of {length} tokens of {shape.name}: set "
             f"it to at least {needed}"

@@ -50,6 +50,24 @@ def test_the_launchers_pass(configure, script):
 
 
 @pytest.mark.parametrize(
+    "overrides",
+    [
+        ("enforce_eager=False",), ("dtype=bfloat16",),
+        ("engine_kwargs.vllm.kv_cache_memory_bytes=1G",),
+        ("engine_kwargs.vllm.kv_cache_memory_bytes=65536",),
+    ],
+)  # fmt: skip
+def test_what_vllm_can_do_there_passes(configure, overrides):
+    check_vllm_on_cpu(configure(*(f"{ROLLOUT}.{override}" for override in overrides)))
+
+
+def test_a_config_that_cannot_be_read_is_left_to_its_loader(configure, tmp_path):
+    config = configure()
+    (tmp_path / "config.json").write_text("{")
+    check_vllm_on_cpu(config)
+
+
+@pytest.mark.parametrize(
     ("override", "sentence"),
     [
         ("free_cache_engine=True", "free_cache_engine=False (it is True: it cannot sleep there)"),

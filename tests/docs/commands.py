@@ -74,6 +74,7 @@ HOW = (
     How(r"pip install (-e )?\S+", append="--dry-run --no-deps --no-build-isolation", says="Would "
     "install capo-verl"),
     How(r"python scripts/check_stack\.py", says="CPU stack: complete"),
+    How(r"capo-verl doctor --gpu.*", says="finds no GPU here", code=2),
     How(r"capo-verl doctor.*", prefix="VERL_PLATFORM=cpu", ray=True,
         says=r"(?i)all .*checks passed|\"status\": \"ok\""),
     How(r"make \w+", append="--dry-run"),

@@ -25,7 +25,10 @@ examples:
   capo-verl doctor
   capo-verl doctor --json --no-ray --no-kernels
   capo-verl doctor --example examples/run_qwen2_5_math_7b_megatron.sh +capo=grpo
+  capo-verl doctor --gpu --output gpu.json
 """
+OTHERS = ("example", "ray_address", "no_ray", "no_kernels")
+"""Options of the checks that ``--gpu`` leaves out."""
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -60,6 +63,19 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="launcher whose configuration, memory and disk to look at",
     )
     parser.add_argument(
+        "--output", type=Path, metavar="FILE", help="also write the JSON object to a file"
+    )
+    parser.add_argument(
+        "--gpu",
+        action="store_true",
+        help="instead of all this: kernels, speed and training on one GPU of 24 GB, in ten minutes",
+    )
+    parser.add_argument(
+        "--device",
+        choices=("cuda", "cpu"),
+        help="of --gpu; cpu rehearses it with small sizes (default: cuda)",
+    )
+    parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="Hydra overrides for the example"
     )
     parser.set_defaults(run=run)
@@ -68,6 +84,10 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 def run(args: argparse.Namespace) -> int:
     """Make the checks and print them; returns the exit code."""
     problem = _problem(args)
+    if problem is None and args.gpu:
+        from capo_verl.commands.doctor.gpu.parts import refusal
+
+        problem = refusal(args.device or "cuda")
     if problem:
         return refuse("doctor", problem)
     with _without_remarks():
@@ -93,6 +113,7 @@ def _examine(args: argparse.Namespace) -> int:
     from capo_verl.commands.doctor import software, verdict
     from capo_verl.commands.doctor.check import Result
     from capo_verl.commands.doctor.checks import Options, examine
+    from capo_verl.commands.doctor.gpu import parts
     from capo_verl.plugin import stack
 
     options = Options(
@@ -103,22 +124,27 @@ def _examine(args: argparse.Namespace) -> int:
         overrides=args.overrides,
     )
     reports = stack.check_all()
+    device = parts.describe(args.device or "cuda") if args.gpu else None
 
     def tell(result: Result) -> None:
         if not args.json:
             print(verdict.row(result), flush=True)
 
+    platform = verdict.platform() or "detected by verl (VERL_PLATFORM=cpu for the CPU)"
     if not args.json:
-        print(
-            f"Platform: {verdict.platform() or 'detected by verl (VERL_PLATFORM=cpu for the CPU)'}",
-            flush=True,
-        )
-    results = examine(options, reports, tell)
+        print(f"Device: {device}" if args.gpu else f"Platform: {platform}", flush=True)
+    if args.gpu:
+        results = parts.examine(args.device or "cuda", tell)
+    else:
+        results = examine(options, reports, tell)
+    found = json.dumps(verdict.as_dict(results, reports, device), indent=2)
+    if args.output is not None:
+        args.output.write_text(found + "\n")
     if args.json:
-        print(json.dumps(verdict.as_dict(results, reports), indent=2))
+        print(found)
     else:
         print(f"\n{verdict.summary(results)}")
-        table = software.table(reports)
+        table = verdict.short(results) if args.gpu else software.table(reports)
         if table:
             print(f"\n{table}")
     return verdict.exit_code(results)
@@ -126,6 +152,14 @@ def _examine(args: argparse.Namespace) -> int:
 
 def _problem(args: argparse.Namespace) -> str | None:
     """The mistake in the command line, in one sentence; None if nothing is."""
+    unused = [name for name in OTHERS if getattr(args, name)]
+    if args.gpu and (unused or args.overrides):
+        left_out = f"--{unused[0].replace('_', '-')}" if unused else repr(args.overrides[0])
+        return f"--gpu looks at one GPU and nothing else: leave out {left_out}"
+    if args.device is not None and not args.gpu:
+        return "--device is the device of --gpu: add --gpu, or leave it out"
+    if args.output is not None and not args.output.absolute().parent.is_dir():
+        return f"--output {args.output}: its folder does not exist"
     if args.overrides and args.example is None:
         return (
             f"{args.overrides[0]!r} is an override for an example: name its launcher with --example"

@@ -59,11 +59,28 @@ def summary(results: Sequence[Result]) -> str:
     return f"{verdict} ({others})" if others else verdict
 
 
-def as_dict(results: Sequence[Result], reports: Sequence[Report]) -> dict[str, Any]:
-    """The object that ``--json`` prints; its keys are described in ``docs/doctor.md``."""
+def short(results: Sequence[Result]) -> str:
+    """What fell short, a line each; "" if nothing did."""
+    failed = [f"  {result.name}: {result.message}" for result in results if result.status == FAIL]
+    return "\n".join(["fell short:", *failed]) if failed else ""
+
+
+def as_dict(
+    results: Sequence[Result], reports: Sequence[Report], device: str | None = None
+) -> dict[str, Any]:
+    """The object that ``--json`` prints; its keys are described in ``docs/doctor.md``.
+
+    Args:
+        device: of ``--gpu``; None without.
+    """
+    of_gpu = {
+        "device": device,
+        "fell_short": [result.name for result in results if result.status == FAIL],
+    }
     return {
         "status": overall(results),
         "platform": platform(),
+        **({} if device is None else of_gpu),
         "checks": [asdict(result) for result in results],
         "versions": versions(reports),
         "stacks": [report.as_dict() for report in reports],

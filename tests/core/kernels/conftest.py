@@ -8,6 +8,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from capo_verl.commands.doctor import deviations
+
 pytest.importorskip("triton", reason="needs triton: pip install .[test]")
 
 
@@ -29,12 +31,6 @@ def poisoned_memory():
     """torch.empty() gives NaN and the largest integers: a place that a kernel leaves out is
     seen.
     """
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    before, torch.utils.deterministic.fill_uninitialized_memory = (
-        torch.utils.deterministic.fill_uninitialized_memory,
-        True,
-    )
-    assert torch.empty(3).isnan().all()
-    yield
-    torch.utils.deterministic.fill_uninitialized_memory = before
-    torch.use_deterministic_algorithms(False)
+    with deviations.poisoned_memory():
+        assert torch.empty(3).isnan().all()
+        yield

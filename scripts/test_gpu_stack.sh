@@ -35,7 +35,8 @@ fi
 
 export OMP_NUM_THREADS=1 PYTHONPATH=$PWD
 failed=0
-for version in ${MEGATRON_CORES:-0.18.0 0.19.2}; do
+versions='from tests.gpu_stack import MEGATRON_CORES; print(*MEGATRON_CORES)'
+for version in ${MEGATRON_CORES:-$("$VENV/bin/python" -c "$versions")}; do
     if [ "${CAPO_SKIP_INSTALL:-0}" != 1 ]; then pip "megatron-core==$version"; fi
     echo "== Megatron-Core $version"
     "$VENV/bin/python" -m tests.gpu_stack "$@" || failed=1

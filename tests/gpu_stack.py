@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The tests with the versions of verl's GPU stack, on a CPU: ``scripts/test_gpu_stack.sh``.
 
-``python -m tests.gpu_stack [--megatron-core VERSION] [FOLDER...]`` runs in that environment and
-writes what passed into ``docs/gpu_stack.json``, from which ``docs/support_matrix.py`` makes a
-table. A run replaces its own lines of an earlier one only: parts may be run one by one.
+``python -m tests.gpu_stack [FOLDER...]`` runs in that environment, with the Megatron-Core that is
+in it, and writes what passed into ``docs/gpu_stack.json``, from which ``docs/support_matrix.py``
+makes a table. A run replaces its own lines of an earlier one only: folders may be run one by one.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ class Part:
     """Tests that run together.
 
     Args:
+        paths: below ``tests/``, and further arguments of pytest.
         megatron: whether Megatron-Core takes part: they then run with each version of it.
         bridges: whether Megatron engines train in them: they then run through each bridge.
     """

@@ -7,15 +7,20 @@ is tested names the test.
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from generated import renewed
 
 DOCS = Path(__file__).parent
 PAGE = DOCS / "support.md"
+GPU_STACK = DOCS / "gpu_stack.json"
+"""What ``scripts/test_gpu_stack.sh`` wrote."""
 
 ACTOR, MODEL = "actor_rollout_ref.actor", "actor_rollout_ref.model"
 FUSED = (f"{MODEL}.use_fused_kernels=True", f"{MODEL}.use_remove_padding=True")
@@ -251,6 +256,34 @@ ROWS: dict[str, dict[str, tuple[Cell, Cell]]] = {
     },
 }
 
+BRIDGED = "megatron/test_bridges.py::test_three_steps_are_bit_identical"
+RESUMED = "megatron/test_bridges.py::test_either_bridge_goes_on_from_a_checkpoint_of_the_other"
+
+BRIDGES: dict[str, tuple[Cell, Cell]] = {
+    "`vanilla_mbridge`": (says("`True`"), says("`False`, verl's default")),
+    "installed with": (says("both stacks"), says("the GPU stack; needs Python 3.12")),
+    "float32 and bfloat16: tensor with sequence, pipeline, virtual pipeline, data with distributed "
+    "optimizer, context; bit-identical": (tested(BRIDGED), tested(BRIDGED)),
+    "resume from a checkpoint of the other": (tested(RESUMED), tested(RESUMED)),
+    "vocabulary that tensor parallelism does not divide": (
+        says(
+            "**refused**",
+            "plugin/checks/test_sizes.py::"
+            "test_a_vocabulary_that_nobody_pads_is_refused_before_the_start",
+        ),
+        tested(BRIDGED, note="with `should_pad_vocab=True`, else refused"),
+    ),
+    "tied embeddings with virtual pipeline": (
+        tested(LAYOUTS),
+        says(
+            "**refused**",
+            "plugin/checks/test_sizes.py::"
+            "test_megatron_bridge_cannot_load_tied_embeddings_into_virtual_stages",
+        ),
+    ),
+}
+"""What HF weights go through in verl's Megatron engine."""
+
 
 def refusal(cell: Cell) -> str | None:
     """The sentence of the start-up checks; None if they accept it."""
@@ -292,12 +325,27 @@ def render() -> str:
     lines = []
     with initialize_config_module("verl.trainer.config", version_base=None):
         for group, rows in ROWS.items():
-            lines += [f"## {group}", "", "| | Megatron | FSDP |", "|---|---|---|"]
-            lines += [
-                f"| {what} | {render_cell(m)} | {render_cell(f)} |" for what, (m, f) in rows.items()
-            ]
-            lines.append("")
-    return "\n".join(lines).rstrip()
+            lines += table(group, ("Megatron", "FSDP"), rows)
+        lines += table("Bridges to Hugging Face weights", ("mbridge", "Megatron-Bridge"), BRIDGES)
+    return "\n".join([*lines, *gpu_stack(json.loads(GPU_STACK.read_text()))]).rstrip()
+
+
+def table(title: str, columns: tuple[str, str], rows: dict[str, tuple[Cell, Cell]]) -> list[str]:
+    """A section with one table, and the empty line behind it."""
+    lines = [f"## {title}", "", f"| | {' | '.join(columns)} |", "|---|---|---|"]
+    lines += [f"| {what} | {render_cell(a)} | {render_cell(b)} |" for what, (a, b) in rows.items()]
+    return [*lines, ""]
+
+
+def gpu_stack(results: dict[str, Any]) -> list[str]:
+    """The section of what ran with the versions of the GPU stack."""
+    versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
+    told = textwrap.wrap(f"`bash scripts/test_gpu_stack.sh` with {versions}.", 100)
+    columns = ("tests", "Megatron-Core", "bridge", "passed", "failed", "skipped", "commit", "date")
+    keys = ("folder", "megatron_core", *columns[2:])
+    rows = [[str(run[key]) for key in keys] for run in results["runs"]]
+    body = [f"| {' | '.join(cells)} |" for cells in (columns, ["---"] * len(columns), *rows)]
+    return ["## The GPU stack on a CPU", "", *told, "", *body]
 
 
 def file_of(test: str) -> str:
@@ -310,7 +358,7 @@ def missing_tests(tests: Path) -> list[str]:
     """Tests which a cell names and which do not exist."""
     named = {
         test
-        for rows in ROWS.values()
+        for rows in (*ROWS.values(), BRIDGES)
         for cells in rows.values()
         for cell in cells
         for test in cell.tests

@@ -55,12 +55,24 @@ PARTS = {
     "cpu/megatron": Part(("cpu/megatron",), megatron=True, bridges=True),
     "engines": Part(("engines", "--ignore=tests/engines/megatron", "--ignore=tests/engines/fsdp")),
     "engines/fsdp": Part(("engines/fsdp",)),
-    "engines/megatron": Part(("engines/megatron",), megatron=True, bridges=True),
+    "engines/megatron": Part(
+        (
+            "engines/megatron",
+            "--ignore=tests/engines/megatron/test_layouts.py",
+            "--ignore=tests/engines/megatron/test_bridges.py",
+        ),
+        megatron=True,
+        bridges=True,
+    ),
+    "engines/megatron/test_layouts.py": Part(
+        ("engines/megatron/test_layouts.py",), megatron=True, bridges=True
+    ),
+    "engines/megatron/test_bridges.py": Part(("engines/megatron/test_bridges.py",), megatron=True),
     "plugin": Part(("plugin",), megatron=True),
     "launch": Part(("launch",), megatron=True),
     "commands/doctor": Part(("commands/doctor",), megatron=True),
 }
-"""By folder of ``tests/``."""
+"""By folder of ``tests/``, without what has a part of its own; files that take long are apart."""
 
 
 @dataclass(frozen=True)

@@ -41,6 +41,7 @@ def launch_by_size(
         for item in request.session.items
         if getattr(item, "module", None) is request.module
         and "case" in getattr(item, "callspec", _NONE).params
+        and item.get_closest_marker("skip") is None
     ]
     done: dict[Any, list[Any]] = {}
 

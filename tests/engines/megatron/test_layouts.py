@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ import pytest
 from tests.cpu.megatron.engine_cases import Layout
 from tests.engines.megatron.replay_cases import Case, once_per_model, replay
 from tests.helpers.documented_table import DocumentedTable
+from tests.helpers.bridge import settings_of
 from tests.helpers.grouped import launch_by_size
 from tests.helpers.recording import Recording, record
 
@@ -134,7 +136,7 @@ def matrix():
         yield rows
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", [runnable(case) for case in CASES], ids=str)
 def test_layout(case: Case, replays_of, recording_of, matrix) -> None:
     recording, ranks = recording_of(case), replays_of(case)
     check_recording(recording)

@@ -112,8 +112,8 @@ def logits(run: RunSpec, shape: ModelShape, tokens: int, update: bool) -> int:
     LM head's output, whose gradient torch then copies.
 
     FSDP's logits have the dtype of the forward pass. A temperature other than 1 makes a copy. On a
-    GPU flash-attention's cross-entropy writes the gradient over the logits, and the entropy is
-    compiled; on a CPU torch keeps every step.
+    GPU flash-attention's cross-entropy writes the gradient over the logits, CAPO's penalty adds one
+    of its own, and the entropy is compiled; on a CPU torch keeps every step.
     """
     rows, with_entropy = shape.vocab // run.tp, run.keeps_entropy_graph or not update
     if run.fused_head:
@@ -126,6 +126,8 @@ def logits(run: RunSpec, shape: ModelShape, tokens: int, update: bool) -> int:
         at_once = (7 if run.keeps_entropy_graph else 3) if update else 3 + copy
     else:
         at_once = (3 if with_entropy else 1) + copy
+        if update and any(map((run.capo or {}).get, ("policy_penalty", "objective_penalty"))):
+            at_once = max(at_once, 3)
     return tokens * rows * width(run) * at_once
 
 

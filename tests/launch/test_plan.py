@@ -11,10 +11,11 @@ import pytest
 
 from capo_verl.config import verl_knobs
 from capo_verl.launch import plan_memory
+from capo_verl.launch.dry_run import compose
 from capo_verl.launch.plan import GIB, PlanError, make_plan
 from capo_verl.launch.plan_memory import FLOAT32
 from capo_verl.plugin.checks.model_shape import KNOWN, find_shape
-from capo_verl.plugin.checks.run_spec import RunSpec
+from capo_verl.plugin.checks.run_spec import RunSpec, from_config
 from tests.cpu.megatron.engine_cases import Layout
 from tests.helpers.spawn import ENGINE_MODULES, run_on_ranks
 from tests.helpers.tiny_model import make_tiny_model
@@ -129,6 +130,7 @@ def test_logits_filter_and_cache_by_hand():
         # Bfloat16 of FSDP: flash-attention's gradient is written over them.
         ({"engine": "fsdp2", "tp": 1}, (2, 6, 6)),
         ({"engine": "fsdp2", "tp": 1, "temperature": 0.7}, (4, 8, 8)),
+        ({"engine": "fsdp2", "tp": 1, "capo": {"policy_penalty": 1.0}}, (6, 6, 6)),
         ({"engine": "fsdp2", "tp": 1, "cpu": True}, (12, 28, 12)),
         ({"engine": "fsdp2", "tp": 1, "cpu": True, "temperature": 0.7}, (12, 28, 16)),
     ],
@@ -137,6 +139,32 @@ def test_logits_filter_and_cache_by_hand():
 def test_bytes_per_logit(change, expected):
     run = dataclasses.replace(RUN, **change)
     assert per_logit(run, QWEN_7B, 1000) == expected
+
+
+ACTOR, MODEL, ROLLOUT = (f"actor_rollout_ref.{part}" for part in ("actor", "model", "rollout"))
+FUSED = f"{MODEL}.use_fused_kernels=True"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["model_engine=megatron"], ("", False, 1.0)),
+        (["model_engine=megatron", FUSED], ("triton", False, 1.0)),
+        (["model_engine=megatron", FUSED, f"{MODEL}.use_remove_padding=False"], ("", False, 1.0)),
+        (["model_engine=dp", FUSED], ("torch", False, 1.0)),
+        (
+            ["model_engine=dp", FUSED, f"{MODEL}.fused_kernel_options.impl_backend=triton"],
+            ("triton", False, 1.0),
+        ),
+        ([f"{ACTOR}.entropy_coeff=0.01"], ("", True, 1.0)),
+        ([f"{ACTOR}.calculate_entropy=True"], ("", True, 1.0)),
+        ([f"{ROLLOUT}.temperature=0.7"], ("", False, 0.7)),
+    ],
+    ids=str,
+)
+def test_what_the_logits_depend_on_is_read(overrides, expected):
+    run = from_config(compose([*overrides, f"{ACTOR}.ppo_micro_batch_size_per_gpu=1"]), cpu=False)
+    assert (run.fused_head, run.keeps_entropy_graph, run.temperature) == expected
 
 
 def per_logit(run, shape, tokens):

@@ -18,6 +18,7 @@ KEYS = tuple(
     f"{part}.megatron.vanilla_mbridge"
     for part in ("actor_rollout_ref.actor", "actor_rollout_ref.ref", "critic")
 )
+PADDING = "actor_rollout_ref.actor.megatron.override_transformer_config.should_pad_vocab"
 NEEDED = ("megatron.bridge", "modelopt")
 """Modules without which Megatron-Bridge cannot be imported, beyond what verl needs."""
 
@@ -53,16 +54,19 @@ def refusal(key: str, reason: str) -> str:
 
 
 def check_bridge(config: DictConfig) -> None:
-    """Check that a run on a CPU which asks for Megatron-Bridge can have it.
+    """Check that a run which asks for Megatron-Bridge, or for what only that knows, has it.
 
     Raises:
-        ValueError: if it is not installed.
+        ValueError: if it is not installed, on a CPU; if mbridge is given an option of its.
     """
-    if not on_cpu() or not (missing := lacking()):
-        return
-    for key in KEYS:
-        if _was_given(key) and OmegaConf.select(config, key) is False:
-            raise ValueError(refusal(key, f"{missing} is not installed"))
+    if on_cpu() and (missing := lacking()):
+        for key in KEYS:
+            if _was_given(key) and OmegaConf.select(config, key) is False:
+                raise ValueError(refusal(key, f"{missing} is not installed"))
+    vanilla_mbridge = bool(OmegaConf.select(config, KEYS[0]))
+    padding = OmegaConf.select(config, PADDING)
+    if padding is not None and not is_megatron_bridge(vanilla_mbridge, on_cpu()):
+        raise ValueError(f"{PADDING}={padding} is Megatron-Bridge's, and mbridge runs: remove it")
 
 
 def _was_given(key: str) -> bool:

@@ -78,6 +78,26 @@ def test_a_run_that_asks_for_what_is_not_installed_is_refused(check, key) -> Non
 @pytest.mark.parametrize(
     ("overrides", "given"),
     [
+        ([f"{ACTOR}=True"], {"lacking": ""}),
+        ([f"{ACTOR}=True"], {"platform": "cuda"}),
+        ([], {}),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("value", [True, False])
+def test_mbridge_is_not_told_to_pad(check, overrides, given, value) -> None:
+    with pytest.raises(ValueError) as refused:
+        check(*overrides, f"+{bridge.PADDING}={value}", **given)
+    assert str(refused.value) == (
+        f"{bridge.PADDING}={value} is Megatron-Bridge's, and mbridge runs: remove it"
+    )
+
+
+@pytest.mark.parametrize(
+    ("overrides", "given"),
+    [
+        ([f"+{bridge.PADDING}=True"], {"lacking": ""}),
+        ([f"+{bridge.PADDING}=True"], {"platform": "cuda"}),
         ([], {}),
         ([f"{ACTOR}=True"], {}),
         ([f"{ACTOR}=False"], {"lacking": ""}),

@@ -46,14 +46,14 @@ GPU = Stack(
     name="gpu",
     python=">=3.12,<3.13",  # asked for by megatron-core >= 0.17 and megatron-bridge >= 0.5
     same_as={"verl": "cpu"},
-    # verl's extras [megatron,vllm], which pin neither megatron-core nor triton, and megatron-bridge
-    # 0.5.2. megatron-core >= 0.18 imports triton unasked; megatron-bridge imports
-    # transformer-engine and nvidia-modelopt. scripts/gpu_stack.requirements.txt has what the tests
-    # ran with on a CPU: megatron-core 0.18.0 and 0.19.2, megatron-bridge 0.5.1.
+    # verl's extras [megatron,vllm], which pin neither megatron-core nor triton. megatron-core >=
+    # 0.18 imports triton unasked; megatron-bridge imports transformer-engine and nvidia-modelopt.
+    # scripts/gpu_stack.requirements.txt has what the tests run with on a CPU: megatron-bridge 0.5.1,
+    # of which PyPI has no 0.5.2.
     requirements=(
         "torch==2.11.0",
         "megatron-core>=0.18,<0.20",
-        "megatron-bridge>=0.5.1,<0.6",
+        "megatron-bridge==0.5.2",
         "mbridge",
         "transformer-engine",
         "flash-attn==2.8.3",

@@ -48,8 +48,8 @@ GPU = Stack(
     same_as={"verl": "cpu"},
     # verl's extras [megatron,vllm], which pin neither megatron-core nor triton. megatron-core >=
     # 0.18 imports triton unasked; megatron-bridge imports transformer-engine and nvidia-modelopt.
-    # scripts/gpu_stack.requirements.txt has what the tests run with on a CPU: megatron-bridge 0.5.1,
-    # of which PyPI has no 0.5.2.
+    # scripts/gpu_stack.requirements.txt has what the tests run with on a CPU: megatron-bridge
+    # 0.5.1, because PyPI has no 0.5.2.
     requirements=(
         "torch==2.11.0",
         "megatron-core>=0.18,<0.20",

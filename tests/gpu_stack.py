@@ -142,9 +142,15 @@ def run(folder: str, bridge: str) -> tuple[Run, list[str]]:
 
 
 def commit() -> str:
-    """The commit that was tested; ``-dirty`` with changes on top."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=7"]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    """The commit that was tested; ``-dirty`` with changes on top, other than of the results."""
+    head = _git("rev-parse", "--short=7", "HEAD")
+    changes = _git("status", "--porcelain", "--untracked-files=no", ":!docs/gpu_stack.json")
+    return head + ("-dirty" if changes else "")
+
+
+def _git(*arguments: str) -> str:
+    done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
+    return done.stdout.strip()
 
 
 def versions() -> dict[str, str]:

@@ -90,6 +90,21 @@ def test_outcomes_of_a_run_are_counted(tmp_path, monkeypatch) -> None:
     assert reasons == ["1: why not"]
 
 
+@pytest.mark.parametrize(
+    ("changed", "dirty"), [("docs/gpu_stack.json", False), ("setup.cfg", True)]
+)
+def test_results_do_not_make_a_commit_dirty(tmp_path, monkeypatch, changed, dirty) -> None:
+    (tmp_path / "docs").mkdir()
+    for name in ("docs/gpu_stack.json", "setup.cfg"):
+        (tmp_path / name).write_text("old")
+    author = ("-c", "user.name=a", "-c", "user.email=a@b.c")
+    for command in (("init", "-q"), ("add", "."), (*author, "commit", "-q", "-m", "first")):
+        subprocess.run(["git", *command], cwd=tmp_path, check=True)
+    (tmp_path / changed).write_text("new")
+    monkeypatch.setattr(gpu_stack, "ROOT", tmp_path)
+    assert re.fullmatch(f"[0-9a-f]{{7}}{'-dirty' if dirty else ''}", gpu_stack.commit())
+
+
 def test_every_package_is_pinned() -> None:
     lines = (ROOT / "scripts" / "gpu_stack.requirements.txt").read_text().splitlines()
     packages = [line for line in lines if not line.startswith("#")]

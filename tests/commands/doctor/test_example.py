@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from capo_verl.commands.doctor import checks, machine
+from capo_verl.commands.doctor import checks, driver, machine
 from capo_verl.commands.doctor.check import Broken, perform
 from capo_verl.commands.doctor.example import Example
 from tests.commands.doctor.command import doctor, rows
@@ -51,6 +51,16 @@ def test_it_resolves(environment, tmp_path):
     assert (example.run.cpu, example.run.world, example.run.tp) == (True, 2, 2)
     assert example.plan.shape.layers == 2 and example.plan.memory == 24.0
     assert not (tmp_path / "run").exists()  # looked at only
+
+
+@pytest.mark.parametrize(("vanilla", "asked"), [("False", [False]), ("True", [True])])
+def test_the_bridge_that_it_would_take_is_imported(vanilla, asked, environment):
+    seen = []
+    environment.setattr(driver, "bridge_problem", lambda v: seen.append(v) or "it is missing")
+    key = "actor_rollout_ref.actor.megatron.vanilla_mbridge"
+    with pytest.raises(Broken, match="^run_quickstart_cpu.sh resolves, but it is missing$"):
+        Example(QUICKSTART, [f"{key}={vanilla}"], HERE).look()
+    assert seen == asked
 
 
 def test_missing_data_is_a_warning(environment, tmp_path):

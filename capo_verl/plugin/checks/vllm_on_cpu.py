@@ -25,6 +25,7 @@ NEEDED: tuple[tuple[str, Any, Any, str], ...] = (
     ("free_cache_engine", True, False, "it cannot sleep there"),
     ("enable_sleep_mode", True, False, "it cannot sleep there"),
     ("data_parallel_size", 1, 1, "its engines would all wait for the weights of one rank"),
+    ("full_determinism", False, False, "its kernels for that are for GPUs"),
     ("quantization", None, None, "its quantized kernels are for GPUs"),
     ("disaggregation.enabled", False, False, "caches are sent between GPUs"),
     ("checkpoint_engine.backend", "naive", "naive", "the other engines send between GPUs"),

@@ -73,6 +73,7 @@ def test_a_config_that_cannot_be_read_is_left_to_its_loader(configure, tmp_path)
         ("free_cache_engine=True", "free_cache_engine=False (it is True: it cannot sleep there)"),
         ("enable_sleep_mode=True", "enable_sleep_mode=False (it is True: it cannot sleep there)"),
         ("data_parallel_size=2", "data_parallel_size=1 (it is 2: its engines would all wait for "),
+        ("full_determinism=True", "full_determinism=False (it is True: its kernels for that are "),
         ("quantization=fp8", "quantization=null (it is fp8: its quantized kernels are for GPUs)"),
         ("disaggregation.enabled=True", "disaggregation.enabled=False (it is True: "),
         ("checkpoint_engine.backend=nccl", "checkpoint_engine.backend=naive (it is nccl: "),

@@ -10,6 +10,7 @@ import pickle
 import re
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -86,7 +87,6 @@ def test_megatron(saved, tiny_qwen2, tmp_path):
     ways |= {
         "vocabulary": (lambda folder: flip_header(folder, 1, 3), "saved for a vocabulary of 136"),
         "hidden-size": (lambda folder: flip_header(folder, 2, 0), "hidden size 65, this model has"),
-        "no-common": (gone("common.pt"), r"FileNotFoundError: .*common\.pt"),
         "no-index": (gone(".metadata"), r"FileNotFoundError: .*\.metadata"),
         "no-kind": (gone("metadata.json"), r"FileNotFoundError: .*metadata\.json"),
         "no-tensors": (gone("__0_0.distcp"), r"FileNotFoundError: .*__0_0\.distcp"),
@@ -107,7 +107,30 @@ def test_megatron(saved, tiny_qwen2, tmp_path):
             r"UnpicklingError: a file is damaged, or holds more than tensors",
         ),
     }
-    check(MEGATRON, tiny_qwen2, tmp_path, saved(MEGATRON), ways)
+    whole = saved(MEGATRON)
+    if (whole / "capo/dist_ckpt/common.pt").exists():  # Megatron-Core < 0.19
+        ways["no-common"] = (gone("common.pt"), r"FileNotFoundError: .*common\.pt")
+    check(MEGATRON, tiny_qwen2, tmp_path, whole, ways)
+
+
+@pytest.mark.parametrize(
+    ("index", "common", "refusal"),
+    [
+        ("common_state/shard_0_1", None, ""),  # as Megatron-Core 0.19 writes it
+        ("common_state/shard_0_1", [1], r"common\.pt holds no table"),  # which it would read
+        ("rng_state", {}, ""),
+        ("rng_state", None, r"No such file .*common\.pt"),
+    ],
+)
+def test_what_is_no_tensor_is_in_a_file_or_among_the_tensors(tmp_path, index, common, refusal):
+    from capo_verl.engines.megatron import checkpoint
+
+    (tmp_path / "metadata.json").write_text("{}")
+    (tmp_path / ".metadata").write_bytes(pickle.dumps({index: 0}))
+    if common is not None:
+        torch.save(common, tmp_path / "common.pt")
+    with pytest.raises((OSError, ValueError), match=refusal) if refusal else nullcontext():
+        checkpoint._check_files(tmp_path)
 
 
 def rewrite(folder: Path, change: Callable[[dict, dict], object]) -> None:

@@ -35,7 +35,9 @@ from capo_verl.engines.checkpoint_files import (
 )
 from capo_verl.engines.megatron.safe_metadata import check_metadata
 
-SOLITARY = ("common.pt", ".metadata", "metadata.json")
+COMMON = "common.pt"
+"""What is no tensor; of Megatron-Core < 0.19."""
+SOLITARY = (COMMON, ".metadata", "metadata.json")
 """Files that the first rank writes and every rank reads."""
 SLACK = 1 << 20
 """Bytes of a rank's files beside the moments: indices, headers of archives."""
@@ -150,11 +152,14 @@ def _check_files(path: Path) -> None:
     Raises:
         Exception: naming the file that is missing or damaged.
     """
-    for name in SOLITARY:
-        Path(path, name).read_bytes()
+    present = {name: Path(path, name).read_bytes() for name in SOLITARY if name != COMMON}
     check_metadata(Path(path, ".metadata"))
+    file = Path(path, COMMON)
+    if b"common_state/shard" in present[".metadata"] and not file.exists():
+        return  # Megatron-Core >= 0.19 keeps it among the tensors
+    file.read_bytes()
     try:
-        common = torch.load(Path(path, "common.pt"), map_location="cpu", weights_only=True)
+        common = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as e:
         raise ValueError("common.pt is damaged, or holds more than tensors") from e
     if not isinstance(common, dict):

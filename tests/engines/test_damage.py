@@ -104,7 +104,8 @@ def test_megatron(saved, tiny_qwen2, tmp_path):
         ),
         "tensors-code": (
             lambda folder: (folder / "dist_ckpt/__0_0.distcp").write_bytes(pickled(folder)),
-            r"UnpicklingError: a file is damaged, or holds more than tensors",
+            # Megatron-Core >= 0.19 looks for a table in it first.
+            r"UnpicklingError: a file is damaged, or holds more than tensors|Invalid magic number",
         ),
     }
     whole = saved(MEGATRON)

@@ -34,11 +34,10 @@ def test_the_setting_chooses_and_a_cpu_takes_what_is_there(
 @pytest.mark.parametrize(
     ("installed", "expected"),
     [
-        ({"megatron.bridge", "modelopt"}, ""),
-        ({"modelopt"}, "megatron.bridge"),
-        ({"megatron.bridge"}, "modelopt"),
+        (("megatron.bridge", "modelopt"), ""),
+        (("modelopt",), "megatron.bridge"),
+        (("megatron.bridge",), "modelopt"),
     ],
-    ids=str,
 )
 def test_what_is_lacking_is_named(monkeypatch, installed, expected) -> None:
     monkeypatch.setattr(bridge.importlib.util, "find_spec", lambda name: name in installed or None)

@@ -345,7 +345,9 @@ def gpu_stack(results: dict[str, Any]) -> list[str]:
     keys = ("folder", "megatron_core", *columns[2:])
     rows = [[str(run[key]) for key in keys] for run in results["runs"]]
     body = [f"| {' | '.join(cells)} |" for cells in (columns, ["---"] * len(columns), *rows)]
-    return ["## The GPU stack on a CPU", "", *told, "", *body]
+    missing = ", ".join(f"`{part}`" for part in results["not_run"]) or "nothing"
+    rest = textwrap.wrap(f"Not run: {missing}.", 100, break_on_hyphens=False)
+    return ["## The GPU stack on a CPU", "", *told, "", *body, "", *rest]
 
 
 def file_of(test: str) -> str:

@@ -161,12 +161,29 @@ def versions() -> dict[str, str]:
 def merged(
     old: dict[str, Any] | None, new: Iterable[Run], having: dict[str, str]
 ) -> dict[str, Any]:
-    """The file's contents with lines of new runs; runs of other versions are dropped."""
+    """The file's contents with lines of new runs, and what has no line.
+
+    Runs of other versions are dropped.
+    """
     kept = [Run(**line) for line in old["runs"]] if old and old["versions"] == having else []
     by_key = {line.key: line for line in [*kept, *new]}
     order = {folder: at for at, folder in enumerate(PARTS)}
     lines = sorted(by_key.values(), key=lambda r: (order[r.folder], r.megatron_core, r.bridge))
-    return {"versions": having, "runs": [asdict(line) for line in lines]}
+    return {
+        "versions": having,
+        "runs": [asdict(line) for line in lines],
+        "not_run": not_run(set(by_key)),
+    }
+
+
+def not_run(done: set[tuple[str, str, str]]) -> list[str]:
+    """What a whole run would add: folder, with version and bridge where these matter."""
+    keys = [
+        (folder, megatron_core if PARTS[folder].megatron else "-", bridge)
+        for megatron_core in MEGATRON_CORES
+        for folder, bridge in planned([], megatron_core)
+    ]
+    return [" ".join(part for part in key if part != "-") for key in keys if key not in done]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

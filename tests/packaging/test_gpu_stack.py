@@ -66,7 +66,17 @@ def test_without_megatron_the_version_does_not_matter() -> None:
 def test_runs_of_other_versions_are_dropped() -> None:
     old = {"versions": {"torch": "2.10.0"}, "runs": [asdict(MBRIDGE)]}
     new = replace(MBRIDGE, bridge="megatron-bridge")
-    assert merged(old, [new], VERSIONS) == {"versions": VERSIONS, "runs": [asdict(new)]}
+    document = merged(old, [new], VERSIONS)
+    assert (document["versions"], document["runs"]) == (VERSIONS, [asdict(new)])
+
+
+def test_what_has_not_run_is_named() -> None:
+    core = replace(MBRIDGE, folder="core", bridge="-")
+    missing = merged(None, [MBRIDGE, core], VERSIONS)["not_run"]
+    assert "core" not in missing and f"engines/megatron {OLDEST} mbridge" not in missing
+    for line in ("engines/fsdp", f"plugin {NEWEST}", f"engines/megatron {NEWEST} mbridge"):
+        assert line in missing
+    assert len(missing) == len(planned([], OLDEST)) + len(planned([], NEWEST)) - 2
 
 
 def test_outcomes_of_a_run_are_counted(tmp_path, monkeypatch) -> None:

@@ -62,7 +62,7 @@ PRESETS: dict[str, Preset] = {
         {"weighting": "soft", "policy_shift_max": 1e-4, "objective_shift_max": None},
     ),
     "kl_budget": Preset(
-        "no filter: scale the learning rate so that a step moves the policy by a given KL "
+        "no filter: the learning rate is set so that a step moves the policy by a given KL "
         "divergence",
         {"mode": "off", "kl_budget": asdict(KLBudgetConfig())},
     ),

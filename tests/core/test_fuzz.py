@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from capo_verl import CapoConfig, CapoFilter
 from capo_verl.config import KLBudgetConfig
 from capo_verl.core.checksum import checksum
-from capo_verl.core.kl_budget import KLBudget
+from capo_verl.core.kl_budget import KLBudget, is_scale
 from tests.core.test_refusals import KNOBS, SHAPE, H, V, arguments, make, trained
 from tests.helpers.unchanged import contents
 
@@ -142,8 +142,10 @@ def test_fuzz_state_of_a_filter(moments: str, state: dict[str, Any]) -> None:
         assert torch.equal(loaded[name], state[name].to(loaded[name].dtype))
 
 
-NAMES = ("policy_threshold", "filter_stopped", "rejection_streak", "balance_positive", "scale",
-    "calibration")  # fmt: skip
+NAMES = (
+    "policy_threshold", "filter_stopped", "rejection_streak", "balance_positive", "scale",
+    "calibration", "curvature", "measured", "floor", "rate",
+)  # fmt: skip
 tables = st.one_of(
     anything,
     st.dictionaries(st.one_of(st.sampled_from(NAMES), st.text(), st.integers()), anything),
@@ -166,10 +168,19 @@ def test_fuzz_adaptive_state(state: Any) -> None:
     }
 
 
+def begun() -> KLBudget:
+    """After a measurement, in the middle of a step."""
+    budget = KLBudget(KLBudgetConfig(delta=1e-4))
+    for kl in (1e-9, 1e-7):
+        budget.begin_step(1e-3, 1e-3)
+        budget.end_step(kl)
+    budget.begin_step(1e-3, 1e-3)
+    return budget
+
+
 @given(state=tables)
 def test_fuzz_state_of_a_budget(state: Any) -> None:
-    budget = KLBudget(KLBudgetConfig(delta=1e-4, scale_min=1e-3))
-    budget.end_step(1.0)
+    budget = begun()
     before = contents(budget)
     try:
         budget.load_state_dict(state)
@@ -177,20 +188,20 @@ def test_fuzz_state_of_a_budget(state: Any) -> None:
         assert str(e).startswith("kl_budget state: ")
         assert contents(budget) == before
         return
-    assert budget.state_dict() == {"scale": max(1e-3, state["scale"])}
+    assert is_scale(state) or budget.state_dict() == state
+    assert budget.begin_step(1e-3, 1e-3) > 0
 
 
 @given(kl=anything)
 def test_fuzz_measurements_of_a_budget(kl: Any) -> None:
-    budget = KLBudget(KLBudgetConfig(delta=1e-4, scale_min=1e-3))
-    budget.end_step(1.0)
+    budget = begun()
     before = contents(budget)
     try:
         budget.end_step(kl)
     except ValueError:
         assert contents(budget) == before
         return
-    assert 1e-3 <= budget.scale <= 1
+    assert 0 <= budget.curvature < math.inf
 
 
 @given(betas=st.one_of(anything, st.tuples(anything, anything)), eps=anything)

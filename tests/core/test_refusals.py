@@ -288,9 +288,14 @@ def test_load_adaptive_state(state, message, knobs):
     refused(capo, lambda: capo.check_adaptive_state(state), message, ValueError)
 
 
+FOUND = {"curvature": 1.0, "measured": 2, "floor": 1e-9, "rate": 0.5}
 BUDGET: list[tuple[Any, str]] = [
     (None, "kl_budget state: expected a dict, got None"),
-    ({3: 1.0}, "expected the key scale, got 3"),
+    ({3: 1.0}, "expected the keys curvature, measured, floor, rate, got 3"),
+    ({**FOUND, "curvature": HUGE}, "curvature=1000.*, expected a positive number, or null"),
+    ({**FOUND, "measured": HUGE}, "measured=1000.*, expected an integer >= 0"),
+    ({**FOUND, "measured": True}, "measured=True, expected an integer >= 0"),
+    ({**FOUND, "rate": [0.5]}, r"rate=\[0.5\], expected a positive number, or null"),
     ({"scale": HUGE}, "kl_budget state: scale=1000.*, expected a positive number"),
     ({"scale": 10**5000}, "kl_budget state: scale=a huge int, expected a positive number"),
     ({"scale": 0.5, "calibration": HUGE}, "calibration=1000.*, expected a positive number"),

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from capo_verl.config import CapoConfig
+from capo_verl.core.kl_budget import is_scale
 from capo_verl.engines import checkpoint_files
 from capo_verl.engines.filter_step import FilterStep
 from capo_verl.engines.kl_control import KLControl
@@ -166,10 +167,11 @@ class CapoCheckpointMixin(BaseEngine):
         loaded, taken = self._loaded, [part.state for part in parts]
         keeps = self._keeps_moments(config)
         self._loaded = Loaded(loaded.checkpoint, None, None if keeps else loaded.state)
-        if self._kl is not None and (loaded.control is None or loaded.control.kl_budget is None):
+        budget = None if loaded.control is None else loaded.control.kl_budget
+        if self._kl is not None and (budget is None or is_scale(budget)):
             logger.warning(
-                "the checkpoint %s holds no state of a KL budget: the learning rate starts at "
-                "its full value",
+                "the checkpoint %s holds no state of a KL budget, or one of a release before 0.2: "
+                "the learning rate is found anew, from a short step",
                 loaded.checkpoint,
             )
         if self._step is None:

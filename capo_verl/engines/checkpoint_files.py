@@ -32,7 +32,7 @@ class Control(NamedTuple):
 
     moments: bool
     """True if moments were saved beside it."""
-    kl_budget: dict[str, float] | None
+    kl_budget: dict[str, float | None] | None
     """``KLBudget.state_dict()``; None in a run without."""
     filter: dict[str, float]
     """``CapoFilter.adaptive_state()``; empty if nothing in it adapts."""
@@ -43,7 +43,7 @@ def path_of(checkpoint: str) -> Path:
 
 
 def gather(
-    moments: bool, kl_budget: dict[str, float] | None, filter_state: dict[str, float]
+    moments: bool, kl_budget: dict[str, float | None] | None, filter_state: dict[str, float]
 ) -> Control | None:
     """Collect the contents to save, on every rank; None if there are none. Collective.
 

@@ -1,17 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The KL divergence that an optimizer step causes, measured on some samples of its mini-batch.
+"""The KL divergence that an optimizer step causes, measured on some response tokens of its
+mini-batch.
 
-Both are forward passes over the same samples, cut into the same micro-batches, so what the first
-one saw and what the second one sees lie at the same places, in whatever layout the engine has. The
-model is in evaluation mode in both: no dropout.
+The policy before the step is the one that was trained: what its LM head made of some micro-batches
+is kept. After the step the same micro-batches run once more, in the same layout, so what is
+compared lies at the same places.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -20,21 +21,27 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from capo_verl.core import ProjectedLogits, collectives
+from capo_verl.core.kl_budget import KEPT_BYTES
 from capo_verl.core.order_statistics import nearest_rank, ordered_keys
 from capo_verl.core.token_kl import k3, token_kl
 from capo_verl.engines.lm_head import LMHead, LMHeadCall, reproduces
-from capo_verl.engines.response import SAMPLE, PackedResponse, accepted_response
+from capo_verl.engines.response import PackedResponse, accepted_response, choose_tokens
+from capo_verl.engines.timer import Timer
 
 logger = logging.getLogger(__name__)
 
 BEFORE, AFTER = "before", "after"
 
+PROBED = "capo_probed"
+"""Key of a response mask, of the tokens that are probed; only probed micro-batches have it."""
+PLACE = "capo_place"
+"""Key of a probed micro-batch's number among them, and of how many of its tokens are probed."""
+
 ROUNDED = (
     "capo.kl_budget: the KL is measured from logits in half precision, because this model changes "
     "them after its LM head (soft-capping, scaling) or has adapters on it, and they cannot be "
-    "computed again in float32. Their rounding inflates a small KL: a capo.kl_budget.delta below "
-    "about 2e-3 may be out of reach, and the learning rate would fall to scale_min. Choose delta "
-    "from capo/kl_mean of a run with delta=1e9, or set capo.kl_budget.estimator=k3"
+    "computed again in float32. Their rounding adds to capo/kl_floor; a capo.kl_budget.delta below "
+    "that is out of reach. capo.kl_budget.estimator=k3 needs no logits"
 )
 
 
@@ -47,47 +54,90 @@ class MeasuredKL(NamedTuple):
     tokens: int
 
 
-def probe_samples(samples: int, share: float, multiple: int = 1) -> list[int]:
-    """Indices of a rank's ``samples`` that are probed, evenly spread.
+class Selection(NamedTuple):
+    """The probed part of a rank's share of a mini-batch."""
 
-    At least one, and a multiple of ``multiple`` if there are as many.
-    """
-    count = max(1, math.ceil(samples * share - 1e-9))
-    count = min(samples, -(-count // multiple) * multiple)
-    return [i * samples // count for i in range(count)]
+    batch: TensorDict
+    """Its samples, for a forward pass without entropy or distillation."""
+    micro_batches: list[TensorDict]
+    indices: list[list[int]]
+    """Rows of ``batch`` in each micro-batch."""
 
 
-def probe_batch(data: TensorDict, share: float, groups_of_micro_batches: int = 1) -> TensorDict:
-    """Some samples of a mini-batch as a batch of their own, for a forward pass without entropy or
-    distillation.
+def probed_rows(
+    partition: Sequence[Sequence[int]], share: float, multiple: int = 1
+) -> list[tuple[int, list[int]]]:
+    """Micro-batches to probe, evenly spread, and the samples of each: all of them, or of fewer
+    micro-batches than ``1 / share`` a part of each.
 
     Args:
-        data: this rank's share of the mini-batch, as verl's worker hands it to the engine.
-        groups_of_micro_batches: the engine needs a multiple of so many micro-batches (interleaved
-            pipelines).
+        partition: samples of each micro-batch.
+        multiple: divides the number of micro-batches probed (interleaved pipelines).
+    """
+    count = max(1, math.ceil(len(partition) * share - 1e-9))
+    count = min(len(partition), -(-count // multiple) * multiple)
+    part = min(1.0, share * len(partition) / count)
+    return [
+        (i, [partition[i][j] for j in _spread(len(partition[i]), part)])
+        for i in (k * len(partition) // count for k in range(count))
+    ]
+
+
+def _spread(total: int, share: float) -> list[int]:
+    count = max(1, math.ceil(total * share - 1e-9))
+    return [i * total // count for i in range(count)]
+
+
+def select(
+    data: TensorDict,
+    micro_batches: Sequence[TensorDict],
+    indices: Sequence[Sequence[int]] | None,
+    share: float,
+    multiple: int,
+    limit: int,
+) -> Selection:
+    """Choose what is probed, and mark it in the micro-batches that are about to run.
+
+    Args:
+        data: this rank's share of the mini-batch, on the host.
+        micro_batches, indices: as verl's ``prepare_micro_batches`` returns them.
+        share, multiple: see :func:`probed_rows`.
+        limit: most tokens.
     """
     # Here and not above: loading verl's engines loads ours.
     from verl.utils import tensordict_utils as tu
 
-    # A micro-batch of verl's dynamic batching holds one sample or more; the others hold exactly so
-    # many.
-    dynamic = tu.get_non_tensor_data(data, key="use_dynamic_bsz", default=True)
-    micro_batch = (
-        1 if dynamic else tu.get_non_tensor_data(data, key="micro_batch_size_per_gpu", default=1)
-    )
-    at = probe_samples(len(data), share, micro_batch * groups_of_micro_batches)
-    probe = tu.index_select_tensor_dict(data, at)
-    tu.maybe_fix_3d_position_ids(probe)
+    if indices is None:
+        size = len(data) // len(micro_batches)
+        indices = [range(i * size, (i + 1) * size) for i in range(len(micro_batches))]
+    chosen = probed_rows(indices, share, multiple)
+    samples = [sample for _, rows in chosen for sample in rows]
+    marked = data.select(*data.keys())
+    marked[PROBED] = choose_tokens(data["response_mask"], samples, limit)
+    batch = tu.index_select_tensor_dict(marked, samples)
+    tu.maybe_fix_3d_position_ids(batch)
     off = dict.fromkeys(
         ("calculate_entropy", "calculate_sum_pi_squared", "distillation_use_topk"), False
     )
-    tu.assign_non_tensor(probe, force_group_size=1, **off)
-    probe[SAMPLE] = torch.arange(len(at), device=probe.device)
-    return probe
+    tu.assign_non_tensor(batch, force_group_size=1, **off)
+    parts: list[TensorDict] = []
+    rows_of: list[list[int]] = []
+    for place, (i, rows) in enumerate(chosen):
+        start = sum(len(each) for each in rows_of)
+        rows_of.append(list(range(start, start + len(rows))))
+        part = tu.index_select_tensor_dict(batch, rows_of[-1])
+        tu.maybe_fix_3d_position_ids(part)
+        whole = tu.index_select_tensor_dict(marked.select(PROBED), list(indices[i]))
+        micro_batches[i][PROBED] = whole[PROBED]
+        count = int(_values(part[PROBED]).sum())
+        for micro_batch in (micro_batches[i], part):
+            tu.assign_non_tensor(micro_batch, **{PLACE: (place, count)})
+        parts.append(part)
+    return Selection(batch, parts, rows_of)
 
 
 class KLProbe:
-    """Collects what the passes see on this rank.
+    """Collects what the two forward passes see on this rank.
 
     Args:
         head: None on a rank without LM head, which only learns the result.
@@ -95,10 +145,12 @@ class KLProbe:
             log-probabilities. Logits in half precision are replaced by the same product in float32,
             unless the model changes them after its LM head.
         device: where the training runs.
+        timer: runs while the first pass is looked at.
     """
 
-    def __init__(self, head: LMHead | None, estimator: str, device: torch.device):
+    def __init__(self, head: LMHead | None, estimator: str, device: torch.device, timer: Timer):
         self._head, self._estimator, self._device = head, estimator, device
+        self._timer = timer
         self._pass: str | None = None
         self._recomputes = True
         """True if logits in half precision are replaced.
@@ -107,6 +159,15 @@ class KLProbe:
         """
         self._settled = estimator != "exact"
         self.discard()
+
+    @property
+    def limit(self) -> int:
+        """Most tokens of this rank's share of a mini-batch, so that :data:`KEPT_BYTES` hold their
+        logits in float32.
+        """
+        if self._head is None or self._estimator != "exact":
+            return 2**62
+        return max(1, KEPT_BYTES // (4 * self._head.shard.rows))
 
     @property
     def sees_logits(self) -> bool:
@@ -120,14 +181,25 @@ class KLProbe:
 
     @property
     def loss_function(self) -> Any:
-        """The loss function of the forward passes: with ``k3`` it picks up the
+        """The loss function of the pass after the step: with ``k3`` it picks up the
         log-probabilities.
         """
         return self._see_log_probs if self._estimator == "k3" else None
 
+    def wrap_loss(self, loss_function: Callable[..., Any]) -> Callable[..., Any]:
+        """The training's loss function; with ``k3`` it shows its log-probabilities first."""
+        if self._estimator != "k3":
+            return loss_function
+
+        def watched(model_output: dict[str, Tensor], data: TensorDict, **kwargs: Any) -> Any:
+            self._see_log_probs(model_output, data)
+            return loss_function(model_output=model_output, data=data, **kwargs)
+
+        return watched
+
     def discard(self) -> None:
         """Forget the old policy, and what was measured."""
-        self._old: list[Tensor] = []
+        self._old: dict[int, Tensor] = {}
         self._found: list[tuple[Tensor, Tensor]] = []
         self._call: tuple[Tensor | None, Tensor] | None = None
         self._verdicts: list[Tensor] = []
@@ -139,12 +211,16 @@ class KLProbe:
         """
         self._found, self._call, self._verdicts = [], None, []
         if which == BEFORE:
-            self._old = []
+            self._old = {}
         self._pass = which
         try:
             yield
         finally:
             self._pass = None
+
+    def _timed(self) -> AbstractContextManager[None]:
+        # The pass after the step is timed as a whole.
+        return self._timer.running() if self._pass == BEFORE else nullcontext()
 
     @torch.no_grad()
     def see_head(self, call: LMHeadCall, response: PackedResponse) -> None:
@@ -152,8 +228,8 @@ class KLProbe:
 
         Its weight is read now.
         """
-        at, _ = _tokens(response)
-        with torch.autocast(at.device.type, enabled=False):
+        with self._timed(), torch.autocast(response.response_mask.device.type, enabled=False):
+            at, _ = _tokens(response)
             recomputed = (
                 None
                 if call.head is None
@@ -164,19 +240,20 @@ class KLProbe:
     @torch.no_grad()
     def see(
         self, logits: Tensor | ProjectedLogits, hidden_states: Tensor | None, temperature: Tensor,
-        response: PackedResponse
+        response: PackedResponse, place: int
     ) -> None:  # fmt: skip
-        """Take the logits of one micro-batch, in the order in which they run; in :meth:`running`.
+        """Take the logits of one micro-batch; in :meth:`running`.
 
         Args:
             logits: ``[b, s, rows]`` before temperature, this rank's rows; or the LM head, with the
                 hidden states ``[b, s, H]``.
             temperature: ``[b, s]``
-            response: in the same layout.
+            response: in the same layout; its response mask holds the probed tokens.
+            place: number of the micro-batch among those probed.
         """
         assert self._head is not None
-        at, valid = _tokens(response)
-        with torch.autocast(at.device.type, enabled=False):
+        with self._timed(), torch.autocast(temperature.device.type, enabled=False):
+            at, valid = _tokens(response)
             if isinstance(logits, ProjectedLogits):
                 assert hidden_states is not None
                 seen, usable = (
@@ -188,11 +265,11 @@ class KLProbe:
             if not self._settled:
                 self._verdicts.append(torch.stack((~usable & valid.any(), valid.sum())).double())
             if self._pass == BEFORE:
-                self._old.append(seen)
+                self._old[place] = seen
                 return
             # verl's own lower bound; at padding the temperature is 0.
             cooled = temperature.detach().flatten()[at].clamp(min=1e-8)
-            old = self._old[len(self._found)]
+            old = self._old[place]
             kl = token_kl(old, seen, self._head.shard, self._head.tp_group, temperature=cooled)
             self._found.append((kl, valid))
 
@@ -215,7 +292,7 @@ class KLProbe:
         Called after a pass ``BEFORE``; collective over all ranks until it is settled.
 
         Returns:
-            True if the pass has to be repeated: the following ones compare with something else.
+            True if what the pass kept is of no use: the following ones compare with something else.
         """
         if self._settled:
             return False
@@ -233,22 +310,21 @@ class KLProbe:
         self, model_output: dict[str, Tensor], data: TensorDict, **kwargs: Any
     ) -> tuple[Tensor, dict[str, Any]]:
         """Take one micro-batch's log-probabilities of the taken tokens, in the place of a loss."""
-        seen = _response_values(model_output["log_probs"], data)
-        if self._pass == BEFORE:
-            self._old.append(seen)
-        else:
-            self._found.append((k3(self._old[len(self._found)], seen), self._counted(data)))
-        return torch.zeros((), device=seen.device), {}
+        if PROBED in data:
+            place, _ = place_of(data)
+            seen = _values(accepted_response(model_output["log_probs"].detach(), data))
+            seen = seen[_values(data[PROBED])]
+            if self._pass == BEFORE:
+                self._old[place] = seen
+            else:
+                kl = k3(self._old[place], seen)
+                self._found.append((kl, torch.full_like(kl, self._counts(), dtype=torch.bool)))
+        return torch.zeros((), device=model_output["log_probs"].device), {}
 
-    def _counted(self, data: TensorDict) -> Tensor:
-        """``[R]`` bool: the tokens of the response mask.
-
-        The engines give every context-parallel rank all of them: one counts.
-        """
+    def _counts(self) -> bool:
+        """True on one of the context-parallel ranks: the engines give every one all tokens."""
         assert self._head is not None
-        mask = data["response_mask"]
-        mask = (mask.values() if mask.is_nested else mask.flatten()).bool()
-        return mask if collectives.rank(self._head.cp_group) == 0 else torch.zeros_like(mask)
+        return collectives.rank(self._head.cp_group) == 0
 
     @torch.no_grad()
     def result(self) -> MeasuredKL:
@@ -287,9 +363,20 @@ def everywhere(values: Sequence[Tensor], known: bool) -> list[float]:
     return next((row[1:] for row in table if row[0]), [math.nan] * len(values))
 
 
+def place_of(batch: TensorDict) -> tuple[int, int]:
+    """The number of a probed micro-batch among those, and of its probed tokens."""
+    place, count = batch[PLACE]
+    return int(place), int(count)
+
+
+def _values(field: Tensor) -> Tensor:
+    """``[R]``, of a nested or padded field."""
+    return field.values() if field.is_nested else field.flatten()
+
+
 def _tokens(response: PackedResponse) -> tuple[Tensor, Tensor]:
-    """Places of the tokens of the response mask, and which of them are meant: on a GPU there are
-    more, known from shapes.
+    """Places of the tokens of the response mask, and which of them are meant: on a GPU there may be
+    more, as many as the host knows of.
     """
     mask = response.response_mask.flatten()
     if mask.device.type == "cpu":
@@ -298,11 +385,3 @@ def _tokens(response: PackedResponse) -> tuple[Tensor, Tensor]:
     size = min(response.max_tokens, len(mask))
     at = torch.nonzero_static(mask, size=size, fill_value=0)[:, 0]
     return at, torch.arange(size, device=mask.device) < mask.sum()
-
-
-def _response_values(values: Tensor, data: TensorDict) -> Tensor:
-    """``[R]``, of per-token results at the positions before the tokens', nested ``[b, prompt +
-    response]``.
-    """
-    responses = accepted_response(values.detach(), data)
-    return responses.values() if responses.is_nested else responses.flatten()

@@ -8,12 +8,13 @@ import math
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from functools import cached_property
+from types import ModuleType
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from tensordict import TensorDict
-from torch import Tensor
+from torch import Tensor, nn
 from verl.utils.device import get_device_id
 
 from capo_verl.config import CapoConfig
@@ -21,7 +22,7 @@ from capo_verl.core import collectives
 from capo_verl.engines.checkpoint import CapoCheckpointMixin
 from capo_verl.engines.filter_step import FilterStep
 from capo_verl.engines.kl_control import KLControl
-from capo_verl.engines.kl_probe import KLProbe
+from capo_verl.engines.kl_probe import PROBED, KLProbe
 from capo_verl.engines.lm_head import HiddenStatesTap, LMHead, LMHeadCall, watch_half_precision
 from capo_verl.engines.nonfinite import NonFinite, describe
 from capo_verl.engines.response import SAMPLE
@@ -34,6 +35,15 @@ def capo_config_of(loss_function: Any) -> CapoConfig | None:
     config = getattr(loss_function, "keywords", {}).get("config")
     knobs = getattr(getattr(config, "policy_loss", None), "capo", None)
     return knobs if isinstance(knobs, CapoConfig) else None
+
+
+def has_dropout(modules: Iterable[nn.Module]) -> bool:
+    """True if a layer in any of the modules is a dropout that drops something."""
+    return any(
+        isinstance(layer, nn.modules.dropout._DropoutNd) and layer.p > 0
+        for module in modules
+        for layer in module.modules()
+    )
 
 
 class CapoEngineMixin(CapoCheckpointMixin):
@@ -55,6 +65,10 @@ class CapoEngineMixin(CapoCheckpointMixin):
     """False in a training step at which CAPO does not look (``capo.track_every``)."""
     _skip_batch = False
     _filter_seconds = 0.0
+    _probed: TensorDict | None = None
+    """The micro-batch in flight, if the KL probe looks at it: the probed tokens are its response
+    mask.
+    """
 
     # ---- engine: what each one supplies ----
 
@@ -81,8 +95,13 @@ class CapoEngineMixin(CapoCheckpointMixin):
         """Hand a call of the LM head in half precision to the KL probe."""
         raise NotImplementedError
 
+    verl_module: ModuleType
+    """As :class:`capo_verl.engines.kl_control.ProbedEngine` has it, and the next five."""
+
+    def _has_dropout(self) -> bool:
+        raise NotImplementedError
+
     def _evaluating(self) -> AbstractContextManager[None]:
-        """The context of :class:`capo_verl.engines.kl_control.ProbedEngine`, as the next three."""
         raise NotImplementedError
 
     def _micro_batch_groups(self) -> int:
@@ -113,9 +132,19 @@ class CapoEngineMixin(CapoCheckpointMixin):
         return self._step if self._step is not None and self._step.tap.active else None
 
     @property
-    def _probing(self) -> KLProbe | None:
-        """The KL probe, while it wants to see the forward pass under way."""
-        return self._kl.probe if self._kl is not None and self._kl.probe.sees_logits else None
+    def _kl_probe(self) -> KLProbe:
+        assert self._kl is not None
+        return self._kl.probe
+
+    def _probed_part(self, batch: TensorDict) -> TensorDict | None:
+        """The micro-batch with the probed tokens as its response mask; None if the KL probe does
+        not look at it in the forward pass under way.
+        """
+        if self._kl is None or PROBED not in batch or not self._kl.probe.sees_logits:
+            return None
+        probed = batch.select(*batch.keys())
+        probed["response_mask"] = batch[PROBED]
+        return probed
 
     # ---- one training step ----
 
@@ -127,8 +156,7 @@ class CapoEngineMixin(CapoCheckpointMixin):
         if control is None:
             output = super().train_batch(data, loss_function)
         else:
-            control.before(data)
-            with control.scaled():
+            with control.scaled(len(data) * self.get_data_parallel_size()):
                 output = super().train_batch(data, loss_function)
             metrics = control.after()
             if self.is_mp_src_rank_with_outputs():
@@ -147,26 +175,30 @@ class CapoEngineMixin(CapoCheckpointMixin):
             self._switch_on(config)
         steps_so_far = self._training_steps()
         self._measures = config.mode != "off" and config.measures(steps_so_far)
-        if not self._measures:
-            return super().forward_backward_batch(data, loss_function, forward_only)
-        self._nonfinite.clear()
-        step = self._step
-        if step is None:
-            output = super().forward_backward_batch(data, loss_function, forward_only)
-        else:
+        step = self._step if self._measures else None
+        if self._measures:
+            self._nonfinite.clear()
+        if step is not None:
             step.begin(steps_so_far)
             if config.optimizer_model == "adam":
                 group = self.optimizer.param_groups[0]
                 step.capo.set_optimizer(group["betas"], group["eps"])
-            data[SAMPLE] = torch.arange(len(data), device=data.device)
+            loss_function = step.wrap_loss(loss_function)
             step.tap.active = True
-            try:
-                output = super().forward_backward_batch(
-                    data, step.wrap_loss(loss_function), forward_only
-                )
-            finally:
+        data[SAMPLE] = torch.arange(len(data), device=data.device)
+        try:
+            if self._kl is None:
+                output = super().forward_backward_batch(data, loss_function, forward_only)
+            else:
+                loss_function = self._kl.probe.wrap_loss(loss_function)
+                with self._kl.training():
+                    output = super().forward_backward_batch(data, loss_function, forward_only)
+        finally:
+            del data[SAMPLE]
+            if step is not None:
                 step.tap.active = False
-                del data[SAMPLE]
+        if not self._measures:
+            return output
         self._agree_to_step(config)
         if step is not None:
             metrics = {"capo/batch_skipped": float(self._skip_batch)}
@@ -189,14 +221,22 @@ class CapoEngineMixin(CapoCheckpointMixin):
             self.optimizer_zero_grad()
             return 0.0
         if self._kl is not None:
-            self._kl.keep_parameters()
+            self._kl.before_step()
         grad_norm = super().optimizer_step()
         if self._kl is not None:
-            # FSDP leaves a step out whose gradients are not finite.
-            self._kl.stepped = not isinstance(grad_norm, float) or math.isfinite(grad_norm)
+            self._kl.stepped = self._moved(grad_norm)
         if self._step is not None and self._measures:
             self._filter_seconds = self._step.optimizer_step()
         return grad_norm
+
+    def _moved(self, grad_norm: Any) -> bool:
+        """False after a step that FSDP left out, because its gradients are not finite, and after
+        one without a gradient: what moves then is Adam's memory, whose KL says nothing of the next
+        gradient's. Megatron has no norm without clipping.
+        """
+        if grad_norm is None or not self.optimizer_config.clip_grad:
+            return True
+        return math.isfinite(grad_norm) and float(grad_norm) > 0
 
     def to(
         self, device: str, model: bool = True, optimizer: bool = True, grad: bool = True
@@ -266,7 +306,9 @@ class CapoEngineMixin(CapoCheckpointMixin):
             control = self._kl = KLControl(self, config, head, device)
             if head is not None:
                 watch_half_precision(
-                    head.module, lambda: control.probe.sees_head, self._see_lm_head
+                    head.module,
+                    lambda: control.probe.sees_head and self._probed is not None,
+                    self._see_lm_head,
                 )
         self._take_over_loaded(config)
         self._capo = config

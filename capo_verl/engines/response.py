@@ -5,6 +5,7 @@ responses.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -60,15 +61,35 @@ def masked_values(data: TensorDict, name: str) -> tuple[Tensor, Tensor]:
         data: micro-batch; the field and ``response_mask`` nested, or padded to ``[b,
             max_response]``.
     """
-    values, mask = data[name], data["response_mask"]
+    mask = data["response_mask"]
+    return torch.where(_flat(mask).bool(), _flat(data[name]), 0.0), samples_of(mask)
+
+
+def samples_of(field: Tensor) -> Tensor:
+    """The position in the micro-batch of the sample that each value of a response field belongs
+    to, ``[R]`` int64.
+    """
+    if not field.is_nested:
+        return torch.arange(len(field), device=field.device).repeat_interleave(field.shape[1])
+    lengths = _offsets(field).diff()
+    sample = torch.arange(len(lengths), device=lengths.device)
+    return sample.repeat_interleave(lengths, output_size=field.values().shape[0])
+
+
+def choose_tokens(mask: Tensor, samples: Sequence[int], limit: int) -> Tensor:
+    """The tokens of a response mask that belong to some samples, at most ``limit``, evenly spread;
+    bool, nested or padded like the mask.
+    """
+    chosen = torch.zeros(len(mask), dtype=torch.bool, device=mask.device)
+    chosen[torch.as_tensor(samples, dtype=torch.int64)] = True
+    flat = _flat(mask).bool()
+    at = (flat & chosen[samples_of(mask)]).nonzero()[:, 0]
+    if len(at) > limit:
+        at = at[torch.arange(limit, device=at.device) * len(at) // limit]
+    kept = torch.zeros_like(flat).index_fill_(0, at, True)
     if mask.is_nested:
-        lengths, mask = mask.offsets().diff(), mask.values()
-        values = values.values() if values.is_nested else values
-        sample = torch.arange(len(lengths), device=values.device)
-        sample = sample.repeat_interleave(lengths, output_size=values.shape[0])
-    else:
-        sample = torch.arange(len(mask), device=mask.device)[:, None].expand_as(mask)
-    return torch.where(mask.bool(), values, 0.0).flatten(), sample.flatten()
+        return torch.nested.nested_tensor_from_jagged(kept, offsets=_offsets(mask))
+    return kept.view_as(mask)
 
 
 def response_fields(batch: TensorDict) -> Tensor:

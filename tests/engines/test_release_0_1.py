@@ -42,16 +42,29 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 )
 def test_a_checkpoint_continues(engine: str, layout: Layout | FsdpLayout, runs: Path) -> None:
     recorded = json.loads((runs / engine / "recorded.json").read_text())
+    knobs = {**recorded["knobs"], "kl_budget": None}
+    (scale,) = recorded["metrics"]["capo/lr_scale"]
     ranks = run_on_ranks(
-        resume, layout.world_size, layout, str(runs / "model"), str(runs / engine),
-        recorded["knobs"], preload=ENGINE_MODULES, timeout=300,
+        resume, layout.world_size, layout, str(runs / "model"), str(runs / engine), knobs, scale,
+        preload=ENGINE_MODULES, timeout=300,
     )  # fmt: skip
     metrics = next(rank["metrics"] for rank in ranks if rank["metrics"])
-    assert metrics["capo/lr_scale"] == [pytest.approx(0.6703200460356393, rel=1e-12)]
-    assert metrics.keys() == recorded["metrics"].keys()
-    for name, values in recorded["metrics"].items():
-        assert metrics[name] == pytest.approx(values, rel=1e-4, abs=1e-9), name
+    expected = {name: values for name, values in recorded["metrics"].items() if "/kl_" not in name}
+    assert metrics.keys() == expected.keys() - {"capo/lr_scale"}
+    for name in metrics:
+        assert metrics[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-9), name
     assert "is of release 0.1: no checksum covers its number of updates, 2" in ranks[0]["said"]
+
+
+def test_its_kl_budget_finds_the_rate_anew(runs: Path) -> None:
+    recorded = json.loads((runs / "fsdp" / "recorded.json").read_text())
+    layout = FsdpLayout()
+    (rank,) = run_on_ranks(
+        resume, layout.world_size, layout, str(runs / "model"), str(runs / "fsdp"),
+        recorded["knobs"], preload=ENGINE_MODULES, timeout=300,
+    )  # fmt: skip
+    assert rank["metrics"]["capo/lr"] == [1e-7]
+    assert "or one of a release before 0.2: the learning rate is found anew" in rank["said"]
 
 
 def test_the_dataclass_is_found_under_its_old_name() -> None:

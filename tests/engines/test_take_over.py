@@ -103,27 +103,29 @@ def resumes(
     if engine._step is not None:
         found |= {"threshold": engine._step.capo.adaptive_state().get("policy_threshold")}
         found |= {"updates": engine._step.capo.state_dict().get("step")}
-    found["scale"] = None if engine._kl is None else engine._kl.budget.scale
+    found["rate"] = None if engine._kl is None else engine._kl.budget.rate
     kept = engine._loaded
     found["kept"] = (kept.control is not None, kept.state is not None)
     return found
 
 
+BUDGET = {"curvature": 1.0, "measured": 2, "floor": 1e-9, "rate": 0.5}
 BAD: list[tuple[Any, Any, str]] = [
     ((True, {"scale": 2.0}, GOOD), moments(), "control.json cannot be used .*scale=2.0, expected"),
     ((True, {"scale": "1"}, GOOD), moments(), "control.json .*scale='1', expected a positive"),
-    ((True, {"rate": 0.5}, GOOD), moments(), "control.json .*expected the key scale, got rate"),
-    ((True, {"scale": 0.5}, {"policy_threshold": "x"}), moments(),
+    ((True, {"rate": 0.5}, GOOD), moments(),
+     "control.json .*expected the keys curvature, measured, floor, rate, got rate"),
+    ((True, BUDGET, {"policy_threshold": "x"}), moments(),
         "control.json .*policy_threshold='x' is not a finite number"),
-    ((True, {"scale": 0.5}, {**GOOD, "filter_stopped": 7}), moments(),
+    ((True, BUDGET, {**GOOD, "filter_stopped": 7}), moments(),
         "control.json .*filter_stopped=7 is not an integer"),
-    ((True, {"scale": 0.5}, {**GOOD, "other": 1.0}), moments(), "control.json .*other is unknown"),
-    ((True, {"scale": 0.5}, GOOD), moments(step=-1), "moments cannot be used .*step=-1 is"),
-    ((True, {"scale": 0.5}, GOOD), moments(exp_avg=torch.zeros(V, H) + torch.inf),
+    ((True, BUDGET, {**GOOD, "other": 1.0}), moments(), "control.json .*other is unknown"),
+    ((True, BUDGET, GOOD), moments(step=-1), "moments cannot be used .*step=-1 is"),
+    ((True, BUDGET, GOOD), moments(exp_avg=torch.zeros(V, H) + torch.inf),
         "moments cannot be used .*exp_avg holds non-finite values"),
-    ((True, {"scale": 0.5}, GOOD), moments(exp_avg=torch.zeros(V, 2)),
+    ((True, BUDGET, GOOD), moments(exp_avg=torch.zeros(V, 2)),
         r"moments cannot be used .*exp_avg has shape \(10, 2\)"),
-    ((True, {"scale": 0.5}, GOOD), None, "moments cannot be used .it is missing."),
+    ((True, BUDGET, GOOD), None, "moments cannot be used .it is missing."),
 ]  # fmt: skip
 
 
@@ -135,10 +137,10 @@ SGD = {**KNOBS, "optimizer_model": "sgd"}
 CASES: dict[Any, tuple[Any, ...]] = {
     **{(message, trains): (control, state, trains, KNOBS)
         for control, state, message in BAD for trains in (False, True)},
-    **{trains: ((True, {"scale": 0.5}, GOOD), moments(), trains, KNOBS)
+    **{trains: ((True, BUDGET, GOOD), moments(), trains, KNOBS)
         for trains in (False, True)},
-    "no moments": ((False, {"scale": 0.5}, GOOD), None, False, KNOBS),
-    "no moments, sgd": ((False, {"scale": 0.5}, GOOD), None, False, SGD),
+    "no moments": ((False, BUDGET, GOOD), None, False, KNOBS),
+    "no moments, sgd": ((False, BUDGET, GOOD), None, False, SGD),
 }  # fmt: skip
 
 
@@ -160,22 +162,22 @@ def test_a_part_that_cannot_be_used_leaves_all_as_it_was(message, trains, found)
             assert rank["weights"] == "before" and rank["kept"] == (False, False)
         else:  # it is still there, for the next checkpoint
             assert rank["kept"] == (True, True)
-    assert first["threshold"] is None and first["updates"] == 0 and first["scale"] == 1.0
+    assert first["threshold"] is None and first["updates"] == 0 and first["rate"] is None
 
 
 @pytest.mark.parametrize("trains", [False, True])
 def test_all_of_it_is_taken_over(trains, found):
     first, second = found[trains]
     assert first["error"] == second["error"] == first["said"] == second["said"] == ""
-    assert (first["threshold"], first["updates"], first["scale"]) == (2e-4, 3, 0.5)
-    assert second["scale"] == 0.5 and first["steps_before"] == second["steps_before"] == 3
+    assert (first["threshold"], first["updates"], first["rate"]) == (2e-4, 3, 0.5)
+    assert second["rate"] == 0.5 and first["steps_before"] == second["steps_before"] == 3
     assert first["kept"] == second["kept"] == (False, False)
 
 
 def test_a_threshold_does_not_outlive_its_moments(found):
     """Without moments the shifts are on another scale: of a run with optimizer_model=sgd."""
     first, _ = found["no moments"]
-    assert (first["threshold"], first["updates"], first["scale"]) == (None, 0, 0.5)
+    assert (first["threshold"], first["updates"], first["rate"]) == (None, 0, 0.5)
     assert "its moments start empty" in first["said"] and "they start anew" in first["said"]
     first, _ = found["no moments, sgd"]
     assert first["threshold"] == 2e-4 and first["said"] == ""

@@ -14,7 +14,9 @@ import torch
 
 from tests.helpers.recording import BETAS, EPS, RecordedBatch, float64_model
 
-DELTA, ETA, STEPS = 2e-4, 0.5, 3
+DELTA, ETA, STEPS = 2e-4, 0.5, 4
+LEAST = 0.01
+"""Least rate, in multiples of the scheduled one: steps whose KL float32 measures exactly."""
 TRIES = 3
 """How often a step is shortened at most: KL is not quadratic far from the old policy."""
 ADAM_LR, SGD_LR, CLIP = 1e-3, 0.3, 1.0
@@ -22,14 +24,11 @@ ADAM_LR, SGD_LR, CLIP = 1e-3, 0.3, 1.0
 
 @dataclass
 class KLStep:
-    """One optimizer step: what was measured after it, the factor of its learning rate, the scale
-    for the next one.
-    """
+    """One optimizer step: what was measured after it, and its learning rate."""
 
     mean: float
     p99: float
-    factor: float
-    scale: float
+    rate: float
     kept: float
     whole: float
     """The mean before the step back."""
@@ -50,6 +49,7 @@ def record_kl(
     padded_rows: int = 0,
     optimizer: str = "adam",
     line_search: float | None = None,
+    least: float = LEAST,
     steps: int = STEPS,
 ) -> KLRecording:
     """
@@ -57,6 +57,7 @@ def record_kl(
         probed: sequences on which the KL is measured.
         optimizer: ``adam`` as the Megatron engine is set up in its tests, or ``sgd``.
         line_search: factor of the budget from which a step is shortened to meet it.
+        least: multiple of the learning rate that a rate is not below, after the first.
     """
     batch, model = RecordedBatch.make(), float64_model(path, padded_rows)
     parameters = [*model.parameters(), model.padding]
@@ -66,7 +67,7 @@ def record_kl(
         if optimizer == "adam"
         else torch.optim.SGD(parameters, lr=base)
     )
-    scale, found = 1.0, []
+    rates, kls, curvature, found = [1e-7], [], None, []
     for _ in range(steps):
         with torch.no_grad():
             old, before = (
@@ -76,9 +77,9 @@ def record_kl(
         trained.zero_grad()
         _loss(model, batch, temperature).backward()
         torch.nn.utils.clip_grad_norm_(parameters, CLIP)
-        trained.param_groups[0]["lr"] = base * scale
+        trained.param_groups[0]["lr"] = rates[-1]
         trained.step()
-        factor, kept = scale, 1.0
+        kept = 1.0
         with torch.no_grad():
             kl, k3 = _compare(old, _policy(model, batch, probed, temperature))
             whole = float(kl.mean())
@@ -90,10 +91,18 @@ def record_kl(
                 for p, q in zip(parameters, before, strict=True):
                     p.copy_(q + keep * (p - q))
                 kl, k3 = _compare(old, _policy(model, batch, probed, temperature))
-        scale = min(1.0, scale * np.exp(ETA * np.clip(0.5 * np.log(DELTA / whole), -1, 1)))
+        kls.append(whole)
+        if len(kls) > 1:  # the first is the floor of what can be measured
+            seen = (whole - kls[0]) / rates[-1] ** 2
+            assert whole > 3 * kls[0]
+            weight = max(ETA, 1 / (len(kls) - 1))
+            curvature = seen if curvature is None else curvature + weight * (seen - curvature)
+            rates.append(max(least * base, (DELTA / curvature) ** 0.5))
+        else:
+            rates.append(max(least * base, 1e-6))
         p99 = np.sort(kl.numpy())[round(0.99 * (len(kl) - 1))]
         found.append(
-            KLStep(float(kl.mean()), float(p99), factor, scale, kept, whole, float(k3.mean()))
+            KLStep(float(kl.mean()), float(p99), rates[len(kls) - 1], kept, whole, float(k3.mean()))
         )
     return KLRecording(found, {name: p.detach().numpy() for name, p in model.named_parameters()})
 

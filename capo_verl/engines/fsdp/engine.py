@@ -25,6 +25,7 @@ from verl.utils.device import get_device_id
 from verl.utils.experimental.torch_functional import FusedLinearForPPO
 from verl.utils.kernel import linear_cross_entropy
 from verl.workers.engine.base import EngineRegistry
+from verl.workers.engine.fsdp import transformer_impl
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
 from capo_verl.config import CapoConfig
@@ -34,6 +35,7 @@ from capo_verl.engines.checkpoint import State
 from capo_verl.engines.filter_step import ACCEPTED, PENALTY
 from capo_verl.engines.fsdp import checkpoint
 from capo_verl.engines.fsdp.packing import from_padded, packed_response, padded_response, to_padded
+from capo_verl.engines.kl_probe import place_of
 from capo_verl.engines.lm_head import (
     NOT_CALLED,
     FusedCall,
@@ -43,7 +45,7 @@ from capo_verl.engines.lm_head import (
     of_fused_linear,
     of_linear_cross_entropy,
 )
-from capo_verl.engines.mixin import CapoEngineMixin
+from capo_verl.engines.mixin import CapoEngineMixin, has_dropout
 from capo_verl.engines.response import PackedResponse
 
 
@@ -91,24 +93,25 @@ class CapoFSDPEngineWithLMHead(CapoEngineMixin, FSDPEngineWithLMHead):
 
     The gathered LM head exists only within that.
     """
-    _probed: TensorDict | None = None
-    """The micro-batch in flight that the KL probe looks at."""
+
+    verl_module = transformer_impl
 
     def forward_step(self, micro_batch: TensorDict, loss_function: Any, forward_only: bool) -> Any:
-        probing = self._probing is not None
-        if probing:
-            self._probed = micro_batch = micro_batch.to(get_device_id())
-        if not (self._filtering or probing) or not _is_fused(micro_batch):
+        if self._filtering is None and self._kl is None:
             return super().forward_step(micro_batch, loss_function, forward_only)
         micro_batch = micro_batch.to(get_device_id())
-        look = partial(self._probe_fused if probing else self._evaluate_fused, batch=micro_batch)
-        with (
-            before_each_call(FusedLinearForPPO, "forward", of_fused_linear, look),
-            before_each_call(
-                linear_cross_entropy, "linear_cross_entropy", of_linear_cross_entropy, look
-            ),
-        ):
-            return super().forward_step(micro_batch, loss_function, forward_only)
+        self._probed = self._probed_part(micro_batch)
+        look = partial(self._look_fused, batch=micro_batch)
+        try:
+            with (
+                before_each_call(FusedLinearForPPO, "forward", of_fused_linear, look),
+                before_each_call(
+                    linear_cross_entropy, "linear_cross_entropy", of_linear_cross_entropy, look
+                ),
+            ):
+                return super().forward_step(micro_batch, loss_function, forward_only)
+        finally:
+            self._probed = None
 
     def prepare_model_outputs(
         self,
@@ -117,17 +120,15 @@ class CapoFSDPEngineWithLMHead(CapoEngineMixin, FSDPEngineWithLMHead):
         micro_batch: TensorDict,
         logits_processor_func: Any,
     ) -> dict[str, Tensor]:
-        probe, step = self._probing, self._filtering
-        if probe is not None and not _is_fused(micro_batch):
+        step, fused = self._filtering, _is_fused(micro_batch)
+        if self._probed is not None and not fused:
             labels, temperature = self._labels(output.logits, output_args, micro_batch)
-            probe.see(
-                output.logits, None, temperature, self._response(labels.shape[1], micro_batch)
-            )
+            self._show_probe(output.logits, None, temperature)
         if step is None:
             return super().prepare_model_outputs(
                 output, output_args, micro_batch, logits_processor_func
             )
-        if _is_fused(micro_batch):
+        if fused:
             accepted, self._fused_accepted = self._fused_accepted, None
             if accepted is None:
                 raise RuntimeError(NOT_CALLED)
@@ -166,19 +167,28 @@ class CapoFSDPEngineWithLMHead(CapoEngineMixin, FSDPEngineWithLMHead):
         labels = to_padded(labels, batch, logits.shape[1])
         return labels, output_args["temperature"][:, None].expand_as(labels)
 
-    def _evaluate_fused(self, call: FusedCall, batch: TensorDict) -> None:
-        self._fused_accepted = self._evaluate(
-            call.hidden_states, call.logits(), call.labels, call.temperatures(), batch
-        )
+    def _look_fused(self, call: FusedCall, batch: TensorDict) -> None:
+        if self._probed is not None:
+            self._show_probe(call.logits(), call.hidden_states, call.temperatures())
+        if self._filtering is not None:
+            self._fused_accepted = self._evaluate(
+                call.hidden_states, call.logits(), call.labels, call.temperatures(), batch
+            )
 
-    def _probe_fused(self, call: FusedCall, batch: TensorDict) -> None:
-        assert self._probing is not None
-        response = self._response(call.labels.shape[1], batch)
-        self._probing.see(call.logits(), call.hidden_states, call.temperatures(), response)
+    def _show_probe(
+        self, logits: Tensor | ProjectedLogits, hidden_states: Tensor | None, temperature: Tensor
+    ) -> None:
+        place, response = self._probed_response(temperature.shape[1])
+        self._kl_probe.see(logits, hidden_states, temperature, response, place)
 
     def _see_lm_head(self, call: LMHeadCall) -> None:
-        assert self._probing is not None and self._probed is not None
-        self._probing.see_head(call, self._response(call.output.shape[1], self._probed))
+        self._kl_probe.see_head(call, self._probed_response(call.output.shape[1])[1])
+
+    def _probed_response(self, length: int) -> tuple[int, PackedResponse]:
+        """The number of the probed micro-batch in flight, and its tokens."""
+        assert self._probed is not None
+        place, count = place_of(self._probed)
+        return place, self._response(length, self._probed)._replace(max_tokens=count)
 
     def _response(self, length: int, batch: TensorDict) -> PackedResponse:
         """The response fields in the layout of logits ``[b, length, V]``."""
@@ -218,6 +228,12 @@ class CapoFSDPEngineWithLMHead(CapoEngineMixin, FSDPEngineWithLMHead):
                 "that CAPO would count; set "
                 "actor_rollout_ref.actor.fsdp_config.mixed_precision.param_dtype=bf16"
             )
+
+    def _has_dropout(self) -> bool:
+        # transformers keeps the rates of functional dropout in the configuration.
+        rates = vars(self.model_config.hf_config.get_text_config()).items()
+        functional = any(name.endswith(("dropout", "pdrop")) and rate for name, rate in rates)
+        return functional or has_dropout([self.module])
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:

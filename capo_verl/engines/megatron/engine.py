@@ -22,6 +22,7 @@ from verl.utils.device import get_device_id
 from verl.utils.megatron.optimizer import get_megatron_last_lr
 from verl.utils.megatron_utils import unwrap_model
 from verl.workers.engine.base import EngineRegistry
+from verl.workers.engine.megatron import transformer_impl
 from verl.workers.engine.megatron.transformer_impl import MegatronEngineWithLMHead
 
 from capo_verl.config import CapoConfig
@@ -30,10 +31,11 @@ from capo_verl.core.logits import VocabShard
 from capo_verl.engines import lm_head
 from capo_verl.engines.checkpoint import State
 from capo_verl.engines.filter_step import ACCEPTED, PENALTY
+from capo_verl.engines.kl_probe import place_of
 from capo_verl.engines.lm_head import LMHead, LMHeadCall
 from capo_verl.engines.megatron import checkpoint, parameters
 from capo_verl.engines.megatron.packing import label_layout, pack_response, token_positions, unpack
-from capo_verl.engines.mixin import CapoEngineMixin
+from capo_verl.engines.mixin import CapoEngineMixin, has_dropout
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +57,7 @@ class CapoMegatronEngineWithLMHead(CapoEngineMixin, MegatronEngineWithLMHead):
     trains.
     """
 
+    verl_module = transformer_impl
     _accepted: Tensor | None = None
     """1 where a token stays in the loss, at the position that predicts it, of the micro-batch in
     flight; nested ``[b, j]``.
@@ -71,26 +74,26 @@ class CapoMegatronEngineWithLMHead(CapoEngineMixin, MegatronEngineWithLMHead):
         logits_processor_func: Any,
         postprocess_micro_batch_func: Any,
     ) -> Any:
-        probing = self._probing is not None
-        if not probing and self._filtering is None:
+        if self._filtering is None and self._kl is None:
             return super().forward_step(
                 batch_iter, model, logits_processor_func, postprocess_micro_batch_func
             )
         batch = next(batch_iter).to(get_device_id())
-        self._accepted, look = None, self._probe if probing else self._evaluate
-        with lm_head.before_each_call(
-            model_forward_fused, "linear_cross_entropy", lm_head.of_linear_cross_entropy,
-            lambda call: look(
-                call.hidden_states.transpose(0, 1), call.logits(), call.labels, call.temperatures(),
-                batch, "thd"
-            ),
-        ):  # fmt: skip
-            output, postprocess = super().forward_step(
-                iter((batch,)), model, logits_processor_func, postprocess_micro_batch_func
-            )
-        if probing:
-            return output, postprocess
-        if unwrap_model(model).post_process:
+        self._accepted, self._probed = None, self._probed_part(batch)
+        try:
+            with lm_head.before_each_call(
+                model_forward_fused, "linear_cross_entropy", lm_head.of_linear_cross_entropy,
+                lambda call: self._look(
+                    call.hidden_states.transpose(0, 1), call.logits(), call.labels,
+                    call.temperatures(), batch, "thd"
+                ),
+            ):  # fmt: skip
+                output, postprocess = super().forward_step(
+                    iter((batch,)), model, logits_processor_func, postprocess_micro_batch_func
+                )
+        finally:
+            self._probed = None
+        if self._filtering is not None and unwrap_model(model).post_process:
             if self._accepted is None:
                 raise RuntimeError(lm_head.NOT_CALLED)
             # Not through verl's output processing, which unpacks one sequence after the other.
@@ -102,42 +105,17 @@ class CapoMegatronEngineWithLMHead(CapoEngineMixin, MegatronEngineWithLMHead):
     def _lm_head_logits_processor(
         self, logits: Tensor, label: Tensor, temperature: Tensor, **kwargs: Any
     ) -> Any:
-        if self._probing is not None:
-            self._probe(None, logits, label, temperature, kwargs["batch"], kwargs["data_format"])
+        # Before verl's own processing, which divides the logits by the temperature and overwrites
+        # them.
+        batch, data_format = kwargs["batch"], kwargs["data_format"]
+        hidden_states = None if self._filtering is None else self._hidden_states()
+        self._look(hidden_states, logits, label, temperature, batch, data_format)
         if self._filtering is not None:
-            # Before verl's own processing, which divides the logits by the temperature and
-            # overwrites them.
-            batch, data_format = kwargs["batch"], kwargs["data_format"]
-            self._evaluate(self._hidden_states(), logits, label, temperature, batch, data_format)
             self._penalise(logits, label, batch, data_format)
         return super()._lm_head_logits_processor(logits, label, temperature, **kwargs)
 
     @torch.no_grad()
-    def _evaluate(
-        self,
-        hidden_states: Tensor,
-        logits: Tensor | ProjectedLogits,
-        labels: Tensor,
-        temperature: Tensor,
-        batch: TensorDict,
-        data_format: str,
-    ) -> None:
-        step = self._filtering
-        assert step is not None
-        at = self._token_positions(labels, batch, data_format)
-        accepted = step.evaluate(
-            hidden_states,
-            logits,
-            labels,
-            temperature,
-            pack_response(batch, at),
-            self._learning_rate(),
-        )
-        self._accepted = unpack(accepted, batch, at)
-        step.samples.lay_out(lambda values: unpack(values, batch, at).values())
-
-    @torch.no_grad()
-    def _probe(
+    def _look(
         self,
         hidden_states: Tensor | None,
         logits: Tensor | ProjectedLogits,
@@ -146,14 +124,32 @@ class CapoMegatronEngineWithLMHead(CapoEngineMixin, MegatronEngineWithLMHead):
         batch: TensorDict,
         data_format: str,
     ) -> None:
-        probe = self._probing
-        assert probe is not None
-        response = pack_response(batch, self._token_positions(labels, batch, data_format))
-        call, self._head_call = self._head_call, None
-        if call is not None:
-            hidden = self._gathered(call.hidden_states)
-            probe.see_head(LMHeadCall(hidden, call.head, call.output.transpose(0, 1)), response)
-        probe.see(logits, hidden_states, temperature, response)
+        """Show the micro-batch in flight to the filter and to the KL probe."""
+        step = self._filtering
+        if step is None and self._probed is None:
+            return
+        at = self._token_positions(labels, batch, data_format)
+        if self._probed is not None:
+            place, count = place_of(self._probed)
+            response = pack_response(self._probed, at)._replace(max_tokens=count)
+            call, self._head_call = self._head_call, None
+            if call is not None:
+                hidden = self._gathered(call.hidden_states)
+                call = LMHeadCall(hidden, call.head, call.output.transpose(0, 1))
+                self._kl_probe.see_head(call, response)
+            self._kl_probe.see(logits, hidden_states, temperature, response, place)
+        if step is not None:
+            assert hidden_states is not None
+            accepted = step.evaluate(
+                hidden_states,
+                logits,
+                labels,
+                temperature,
+                pack_response(batch, at),
+                self._learning_rate(),
+            )
+            self._accepted = unpack(accepted, batch, at)
+            step.samples.lay_out(lambda values: unpack(values, batch, at).values())
 
     def _token_positions(self, labels: Tensor, batch: TensorDict, data_format: str) -> Tensor:
         return token_positions(
@@ -205,6 +201,10 @@ class CapoMegatronEngineWithLMHead(CapoEngineMixin, MegatronEngineWithLMHead):
 
     def _see_lm_head(self, call: LMHeadCall) -> None:
         self._head_call = call  # the layout of the batch is known where the logits are seen
+
+    def _has_dropout(self) -> bool:
+        config = self.tf_config
+        return bool(config.hidden_dropout or config.attention_dropout or has_dropout(self.module))
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:

@@ -36,7 +36,7 @@ def half_precision_engine(case: Any, model_path: str, **settings: Any) -> Any:
 
 
 def measured(case: Any, model_path: str, change: str = "", **settings: Any) -> dict[str, Any]:
-    """One optimizer step under the budget.
+    """Two optimizer steps under the budget, of which the second is looked at.
 
     Args:
         change: ``cap`` for a Megatron model that caps its logits after the LM head, ``adapter`` for
@@ -46,7 +46,7 @@ def measured(case: Any, model_path: str, change: str = "", **settings: Any) -> d
         ``kl``: what was reported, where anything is. On every rank that holds the LM head, in
             float64: ``exact`` from the hidden
         states and weights that it was given, ``rounded`` from the logits that the model made.
-        ``passes``: over the probed samples.
+        ``passes``: looks at the policy, in training and after it.
     """
     from capo_verl.engines.kl_probe import KLProbe
 
@@ -67,7 +67,7 @@ def measured(case: Any, model_path: str, change: str = "", **settings: Any) -> d
         see_head(probe, call, response)
 
     def spied_see(
-        probe: Any, logits: Any, hidden_states: Any, temperature: Any, response: Any
+        probe: Any, logits: Any, hidden: Any, temperature: Any, response: Any, place: int
     ) -> None:
         if not looks[-1] or "rounded" in looks[-1][-1]:
             looks[-1].append({"call": None})
@@ -75,7 +75,7 @@ def measured(case: Any, model_path: str, change: str = "", **settings: Any) -> d
         seen = looks[-1][-1]
         seen["rounded"] = logits.detach().flatten(0, -2)[at].double().clone()
         seen["exact"] = None if seen["call"] is None else seen["call"].flatten(0, -2)[at]
-        see(probe, logits, hidden_states, temperature, response)
+        see(probe, logits, hidden, temperature, response, place)
 
     def product(call: Any) -> torch.Tensor:
         hidden = call.hidden_states.to(call.head.weight.dtype).double()
@@ -85,7 +85,8 @@ def measured(case: Any, model_path: str, change: str = "", **settings: Any) -> d
     handler.emit = lambda record: warnings.append(record.getMessage())
     logging.getLogger("capo_verl.engines.kl_probe").addHandler(handler)
     KLProbe.running, KLProbe.see_head, KLProbe.see = spied_running, spied_head, spied_see
-    report = step(engine, batch_of(engine, case), knobs_of())
+    for _ in range(2):
+        report = step(engine, batch_of(engine, case), knobs_of(rate_min=1.0))
     probe, passes = engine._kl.probe, [look for look in looks if look]
     result = {"recomputes": probe._recomputes, "passes": len(looks), "warnings": warnings}
     if report:

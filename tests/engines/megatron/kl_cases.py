@@ -14,19 +14,17 @@ from tests.cpu.fsdp.engine_cases import FsdpLayout, make_fsdp_engine
 from tests.cpu.megatron.engine_cases import export, make_engine
 from tests.engines.megatron import replay_cases
 from tests.engines.megatron.capo_cases import make_loss, to_verl
-from tests.helpers.kl_recording import ADAM_LR, DELTA, ETA, SGD_LR, STEPS
+from tests.helpers.kl_recording import ADAM_LR, DELTA, ETA, LEAST, SGD_LR, STEPS
 from tests.helpers.recording import BETAS, EPS, RecordedBatch
 
-SHARE = 0.5
-PROBED = (0, 2, 4, 6)
-"""What half of eight sequences is, on one data-parallel rank and on two."""
+PROBED = tuple(range(8))
 
 
 @dataclass
 class Trained:
     reports: list[dict[str, Any]]
     """verl's metrics of each step; empty on ranks where it reads none."""
-    scale: float
+    state: dict[str, Any]
     learning_rates: list[float]
     """Of the optimizer, between the steps."""
     weights: dict[str, torch.Tensor] | None
@@ -35,7 +33,13 @@ class Trained:
 def knobs_of(**budget: Any) -> dict[str, Any]:
     return {
         "mode": "off",
-        "kl_budget": {"delta": DELTA, "eta": ETA, "probe_share": SHARE, **budget},
+        "kl_budget": {
+            "delta": DELTA * 32 / len(PROBED),
+            "eta": ETA,
+            "probe_share": 1.0,
+            "rate_min": LEAST,
+            **budget,
+        },
     }
 
 
@@ -75,15 +79,23 @@ def train(
     case: replay_cases.Case | FsdpLayout,
     model_path: str,
     knobs: dict[str, Any] | None,
-    steps: int = STEPS,
+    at: list[float] | None = None,
 ) -> Trained:
+    """``STEPS`` optimizer steps.
+
+    Args:
+        at: learning rates, in place of the engine's.
+    """
     engine = make(case, model_path)
     reports, rates = [], []
-    for _ in range(steps):
+    for i in range(STEPS):
+        if at is not None:
+            for group in engine.optimizer.param_groups:
+                group["lr"] = at[i]
         reports.append(step(engine, batch_of(engine, case), knobs))
         rates.append(float(engine.optimizer.param_groups[0]["lr"]))
-    scale = engine._kl.budget.scale if getattr(engine, "_kl", None) is not None else 1.0
-    return Trained(reports, scale, rates, replay_cases._of_end_ranks(export(engine)))
+    state = {} if engine._kl is None else engine._kl.budget.state_dict()
+    return Trained(reports, state, rates, replay_cases._of_end_ranks(export(engine)))
 
 
 def adaptive(
@@ -109,7 +121,7 @@ def mini_batches(case: Any, model_path: str, old_log_probs: list[torch.Tensor]) 
     batch = RecordedBatch.make()
     batch.old_log_probs = old_log_probs
     knobs, rank, dp = (
-        knobs_of(estimator="k3"),
+        knobs_of(estimator="k3", rate_min=0.1),
         engine.get_data_parallel_rank(),
         engine.get_data_parallel_size(),
     )
@@ -125,7 +137,7 @@ def mini_batches(case: Any, model_path: str, old_log_probs: list[torch.Tensor]) 
     return {
         "reports": reports,
         "weights": replay_cases._of_end_ranks({"all": weights}),
-        "scale": engine._kl.budget.scale,
+        "state": engine._kl.budget.state_dict(),
     }
 
 

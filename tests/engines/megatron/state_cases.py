@@ -58,14 +58,19 @@ def resume(
     model_path: str,
     checkpoint: str,
     knobs: dict[str, Any] | None = KNOBS,
+    scale: float = 1.0,
 ) -> dict[str, Any]:
-    """A fresh engine, the checkpoint, and the step after it."""
+    """A fresh engine, the checkpoint, and the step after it, at ``scale`` times the learning
+    rate.
+    """
     said: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: said.append(record.getMessage())
     logging.getLogger("capo_verl").addHandler(handler)
     engine = new_engine(layout, model_path)
     engine.load_checkpoint(checkpoint, del_local_after_load=False)
+    for group in engine.optimizer.param_groups:
+        group["lr"] *= scale
     metrics = step(engine, knobs)
     return {
         "metrics": metrics,

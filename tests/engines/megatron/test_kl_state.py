@@ -43,14 +43,18 @@ def four_layers(tmp_path_factory) -> str:
 @pytest.mark.parametrize(
     ("case", "knobs"),
     [
-        (Case(Layout(tp=2)), knobs_of(line_search=1.2)),
-        (Case(Layout(dp=2, distributed_optimizer=True)), knobs_of(line_search=1.2)),
+        (Case(Layout(tp=2)), knobs_of(line_search=1.2, rate_min=0.3)),
+        (Case(Layout(dp=2, distributed_optimizer=True)), knobs_of(line_search=1.2, rate_min=0.3)),
         # The first rank writes, and here it holds no LM head.
         (
             Case(Layout(pp=2)),
-            {**knobs_of(), **FILTER, "policy_shift_max": {"target_rejection": 0.2}},
+            {
+                **knobs_of(rate_min=1.0, rate_max=1.0),
+                **FILTER,
+                "policy_shift_max": {"target_rejection": 0.2},
+            },
         ),
-        (FsdpLayout("fsdp", 2), knobs_of(line_search=1.2)),
+        (FsdpLayout("fsdp", 2), knobs_of(line_search=1.2, rate_min=0.3)),
     ],
     ids=["tp2", "dist-opt", "pp2-adaptive", "fsdp-dp2"],
 )
@@ -58,12 +62,12 @@ def test_resuming_continues_bit_exactly(case, knobs, four_layers, tmp_path):
     path = str(tmp_path / "checkpoint")
     ranks = on_ranks(resumed, case, four_layers, path, knobs)
     saved = json.loads(Path(path, "capo", "control.json").read_text())
-    assert saved["kl_budget"]["scale"] < 0.7 and saved["moments"] == (knobs["mode"] != "off")
+    assert saved["kl_budget"]["measured"] == 1 and saved["moments"] == (knobs["mode"] != "off")
     assert bool(saved["filter"]) == (knobs["mode"] != "off")
     assert any(rank["resumed"]["report"] for rank in ranks)
     for a, b in ((rank["uninterrupted"], rank["resumed"]) for rank in ranks):
         assert a["report"] == b["report"] and a["state"] == b["state"]
-        assert a["state"]["scale"] != saved["kl_budget"]["scale"]
+        assert a["state"]["curvature"] != saved["kl_budget"]["curvature"]
         assert all(torch.equal(a["weights"][name], b["weights"][name]) for name in a["weights"])
 
 
@@ -110,7 +114,7 @@ def test_runs_with_and_without_a_budget_take_over_from_each_other(layout, four_l
         resume, layout, four_layers, filtered, {**plain, **knobs_of(), "mode": "filter"}
     )
     assert f"the checkpoint {filtered} holds no state of a KL budget" in later["said"]
-    assert later["metrics"]["capo/lr_scale"] == [1.0] and later["moments"]["step"] == 3
+    assert later["metrics"]["capo/lr"] == [1e-7] and later["moments"]["step"] == 3
 
     on_ranks(save_and_go_on, layout, four_layers, controlled, knobs_of())
     assert [p.name for p in Path(controlled, "capo").iterdir()] == ["control.json"]

@@ -15,8 +15,11 @@ ADVANTAGES = ("grpo", "dr_grpo", "reinforce")
 AGGREGATIONS = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum-norm")
 SCALES = ("mean", "shuffled")
 BASES = ("noisy", "early")
+SELECTIONS = ("policy_shift", "entropy", "low_entropy")
 VERSION = 2
 """Raised when the meaning of a knob or a measure changes: runs of other versions are other runs."""
+BUDGET_VERSION = 3
+"""The same for runs under a KL budget, or with several optimizer steps per rollout."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,15 @@ class RunConfig:
     """Rollouts; each gives ``mini_batches`` optimizer steps."""
     warmup: int = 10
     """Optimizer steps over which the learning rate rises linearly."""
+    lr_final: float = 1.0
+    """Share of the squared learning rate left at the end, along half a cosine: what a KL budget
+    does to ``delta``."""
+    lr_adaptive: float | None = None
+    """Control: the KL of a step (nats) above twice which the next rate is divided by 1.5, and below
+    half of which it is multiplied by 1.5, within 1e-5..1e-2.
+
+    ``desired_kl`` of rsl_rl, after Schulman; there the KL is that of Gaussian actions.
+    """
     prompts: int = 4
     """Prompts per rollout."""
     group: int = 8
@@ -82,6 +94,11 @@ class RunConfig:
     """Subtracts this times the mean token entropy from the loss."""
     reference_penalty: float = 0.0
     """Adds this times the mean k3 estimate of KL(policy || warm start) to the loss."""
+    select: dict[str, Any] | None = None
+    """Control: drops the response tokens of a mini-batch that rank highest; keys ``by`` (one of
+    :data:`SELECTIONS`), ``share`` (of the tokens), ``soft`` (bool, default false): weigh them down
+    by the root of what they exceed the share's least by, instead.
+    """
     random_drop: float = 0.0
     """Control: drop this share of the response tokens at random."""
     lr_scale: float = 1.0
@@ -126,7 +143,17 @@ class RunConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}={value!r}: expected an integer >= 1")
-        for name in ("lr", "lr_scale", "base"):
+        if self.select is not None:
+            _one_of("select.by", self.select.get("by"), SELECTIONS)
+            if unknown := sorted(set(self.select) - {"by", "share", "soft"}):
+                raise ValueError(f"select.{unknown[0]}: expected by, share and soft only")
+            if not 0 < _number("select.share", self.select.get("share")) < 1:
+                raise ValueError(
+                    f"select.share={self.select['share']!r}: expected a share in (0, 1)"
+                )
+        if self.lr_adaptive is not None:
+            object.__setattr__(self, "lr_adaptive", _number("lr_adaptive", self.lr_adaptive))
+        for name in ("lr", "lr_scale", "lr_final", "base"):
             object.__setattr__(self, name, _number(name, getattr(self, name)))
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name}={getattr(self, name)!r}: expected a number > 0")
@@ -193,7 +220,9 @@ class RunConfig:
     @property
     def run_id(self) -> str:
         """First 16 hex digits of the SHA-256 of version and :meth:`to_dict`."""
-        text = json.dumps({"version": VERSION, "tier": "tiny", **self.to_dict()}, sort_keys=True)
+        newer = "kl_budget" in (self.capo_knobs() or {}) or self.mini_batches * self.epochs > 1
+        version = BUDGET_VERSION if newer else VERSION
+        text = json.dumps({"version": version, "tier": "tiny", **self.to_dict()}, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     @property

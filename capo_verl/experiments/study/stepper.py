@@ -3,16 +3,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
 
 from capo_verl.config import CapoConfig
 from capo_verl.core import CapoFilter, CapoOutput
-from capo_verl.core.kl_budget import STEPS_BACK, KLBudget
+from capo_verl.core.kl_budget import STEPS_BACK, KLBudget, decay
 from capo_verl.core.logits import VocabShard
 from capo_verl.core.penalty import curvature_penalty
 from capo_verl.core.token_kl import k3, token_kl
@@ -36,6 +37,10 @@ class Measured(TypedDict, total=False):
     grad_norm: Tensor
     kl: Tensor | None
     scale: float
+
+
+ADAPTIVE_RATES = (1e-5, 1e-2)
+"""Within these ``lr_adaptive`` stays."""
 
 
 @dataclass
@@ -82,6 +87,7 @@ class Stepper:
         self.shard = VocabShard(model.vocab_size, model.vocab_size, 0)
         self.reference = model.flat.detach().clone() if config.reference_penalty else None
         self.steps = 0
+        self.adaptive_rate = config.lr
         self.factors: list[float] = []
         self.last_output: CapoOutput | None = None
         knobs = config.capo_knobs()
@@ -115,8 +121,7 @@ class Stepper:
         return logits.log_softmax(-1).gather(-1, self._actions(rollout)[..., None])[..., 0]
 
     def _step(self, rollout: Rollout, epoch: int) -> Measured:
-        config = self.config
-        lr = config.lr * min(1.0, (self.steps + 1) / max(1, config.warmup))
+        config, rate = self.config, self._rate()
         hidden, logits = self._logits(rollout)
         log_probs = logits.log_softmax(-1)
         log_prob = log_probs.gather(-1, self._actions(rollout)[..., None])[..., 0]
@@ -125,13 +130,16 @@ class Stepper:
         advantages = rollout.advantages[:, None].expand_as(log_prob)
 
         mask = rollout.mask
-        output = self._evaluate(hidden, logits, rollout, advantages, lr)
+        output = self._evaluate(hidden, logits, rollout, advantages, rate)
         if output is not None and self.filters:
             mask = output.accepted
             if self.filter is not None and self.filter.config.weighting != "hard":
                 # Losses are positively homogeneous in the advantage, so that is where a weight
                 # belongs.
                 advantages = advantages * output.weights.to(advantages.dtype)
+        if config.select is not None:
+            weights = self._selected(config.select, mask, advantages, entropy.detach(), output)
+            mask, advantages = mask & (weights > 0), advantages * weights
         if config.random_drop:
             mask = mask & (torch.rand(mask.shape, generator=self.drop) >= config.random_drop)
         batch = Batch(
@@ -147,7 +155,8 @@ class Stepper:
         if config.grad_clip:
             gradient.mul_((config.grad_clip / (norm + 1e-6)).clamp(max=1.0))
 
-        kl, factor, kept = self._move(rollout, logits.detach(), log_prob.detach(), lr)
+        kl, kept = self._move(rollout, logits.detach(), log_prob.detach(), rate)
+        factor = rate / self._scheduled()
         if self.filter is not None:
             self.filter.step()
         self.steps += 1
@@ -171,26 +180,71 @@ class Stepper:
             }
 
     def _evaluate(
-        self, hidden: Tensor, logits: Tensor, rollout: Rollout, advantages: Tensor, lr: float
+        self, hidden: Tensor, logits: Tensor, rollout: Rollout, advantages: Tensor, rate: float
     ) -> CapoOutput | None:
         if self.filter is None:
             return None
-        factor = self._factor()
         self.last_output = self.filter.evaluate(
             hidden.detach(),
             logits.detach(),
             self._actions(rollout),
             advantages,
             rollout.mask,
-            lr * factor,
+            rate,
         )
         return self.last_output
 
-    def _factor(self) -> float:
-        """The factor of the learning rate as far as it is known before the step."""
-        if self.scales is not None:
-            return self.scales[self.steps]
-        return self.config.lr_scale * (1.0 if self.budget is None else self.budget.scale)
+    @property
+    def _progress(self) -> float:
+        """Part of the run that is over before this optimizer step."""
+        config = self.config
+        return self.steps / max(1, config.steps * config.mini_batches * config.epochs - 1)
+
+    def _scheduled(self) -> float:
+        """The learning rate of the schedule: warm-up and decay."""
+        config = self.config
+        warm = min(1.0, (self.steps + 1) / max(1, config.warmup))
+        return config.lr * warm * math.sqrt(decay(self._progress, config.lr_final))
+
+    def _rate(self) -> float:
+        """The learning rate of the coming step."""
+        scheduled = self._scheduled()
+        if self.budget is not None:
+            peak = self.config.lr * self.config.lr_scale
+            completions = self.config.prompts * self.config.group // self.config.mini_batches
+            return self.budget.begin_step(
+                scheduled * self.config.lr_scale, peak, self._progress, completions
+            )
+        if self.config.lr_adaptive is not None:
+            return self.adaptive_rate
+        factor = self.config.lr_scale if self.scales is None else self.scales[self.steps]
+        return scheduled * factor
+
+    def _selected(
+        self, select: dict[str, Any], mask: Tensor, advantages: Tensor, entropy: Tensor,
+        output: CapoOutput | None,
+    ) -> Tensor:  # fmt: skip
+        """Weights ``[B, T]`` of the tokens, all 1 but those of the share with an advantage that
+        ranks highest.
+        """
+        if select["by"] == "policy_shift":
+            assert output is not None, "select.by=policy_shift needs capo.mode=track"
+            score = output.policy_shift.to(advantages.dtype)
+        else:
+            score = entropy if select["by"] == "entropy" else -entropy
+        counted = mask & (advantages != 0)
+        score = torch.where(counted, score, -torch.inf)
+        count = min(max(1, round(select["share"] * int(mask.sum()))), int(counted.sum()))
+        if count == 0:
+            return torch.ones_like(advantages)
+        top = score.flatten().topk(count)
+        weights = torch.ones_like(advantages)
+        if select.get("soft"):
+            least = top.values[-1]
+            return torch.where(score > least, (least / score.clamp(min=1e-30)).sqrt(), weights)
+        # By index: completions of a group share prefixes, so ties are common.
+        weights.view(-1)[top.indices] = 0.0
+        return weights
 
     def _penalties(
         self,
@@ -220,22 +274,19 @@ class Stepper:
         return total
 
     def _move(
-        self, rollout: Rollout, logits: Tensor, log_prob: Tensor, lr: float
-    ) -> tuple[Tensor | None, float, float]:
+        self, rollout: Rollout, logits: Tensor, log_prob: Tensor, rate: float
+    ) -> tuple[Tensor | None, float]:
         """Make the optimizer step.
 
-        Returns the measured KL of the whole mini-batch (or None), the factor of the learning rate,
-        and the kept share.
+        Returns the measured KL of the whole mini-batch (or None), and the kept share of the step.
         """
-        budget, factor, kept = self.budget, self._factor(), 1.0
-        before = None
-        if budget is not None:
-            factor = budget.begin_step() * self.config.lr_scale
-            if budget.config.line_search is not None:
-                before = self.model.flat.detach().clone()
-        self.optimizer.param_groups[0]["lr"] = lr * factor
+        budget, kept, before = self.budget, 1.0, None
+        if budget is not None and budget.config.line_search is not None:
+            before = self.model.flat.detach().clone()
+        moves = bool(self.model.gradient.any())
+        self.optimizer.param_groups[0]["lr"] = rate
         self.optimizer.step()
-        if budget is not None:
+        if budget is not None and moves:
             kl = float(self._probe(rollout, logits, log_prob))
             budget.end_step(kl)
             for _ in range(STEPS_BACK):
@@ -247,9 +298,27 @@ class Stepper:
                     self.model.flat.copy_(torch.lerp(before, self.model.flat, keep))
                 kl = float(self._probe(rollout, logits, log_prob))
         measured = None
-        if self.steps % self.config.kl_every == 0:
+        if self._reports_kl() or self.config.lr_adaptive is not None:
             measured = self._kl(rollout, logits)
-        return measured, factor, kept
+        if self.config.lr_adaptive is not None and measured is not None:
+            self._adapt(float(measured), self.config.lr_adaptive)
+        return measured, kept
+
+    def _reports_kl(self) -> bool:
+        """True in every ``kl_every``-th step, and of several mini-batches in another one each
+        time.
+        """
+        every, turn = self.config.kl_every, 0
+        if self.config.mini_batches * self.config.epochs > 1:
+            turn = self.steps // every % every
+        return self.steps % every == turn
+
+    def _adapt(self, kl: float, desired: float) -> None:
+        low, high = ADAPTIVE_RATES
+        if kl > 2 * desired:
+            self.adaptive_rate = max(low, self.adaptive_rate / 1.5)
+        elif 0 < kl < desired / 2:
+            self.adaptive_rate = min(high, self.adaptive_rate * 1.5)
 
     def _probe(self, rollout: Rollout, logits: Tensor, log_prob: Tensor) -> Tensor:
         """The budget's own measurement: mean token KL of an evenly strided share of the samples."""

@@ -57,8 +57,8 @@ def test_every_shipped_study_can_be_read():
                     CapoConfig.from_mapping(knobs)  # raises
                     filtered.add(run.method)
     assert names == {
-        "base", "batch", "control", "long", "losses", "main", "noise", "presets", "sensitivity",
-        "smoke", "tune", "verl",
+        "base", "batch", "control", "long", "losses", "main", "noise", "presets", "rate",
+        "rate_tune", "sensitivity", "smoke", "tune", "verl",
     }  # fmt: skip
     assert {"capo", "capo adaptive", "soft", "kl_budget"} <= filtered
     tuning = {

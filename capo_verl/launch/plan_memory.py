@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from capo_verl.config import KLBudgetConfig
+from capo_verl.core.kl_budget import KEPT_BYTES
 from capo_verl.core.memory import FilterMemory, filter_memory
 from capo_verl.plugin.checks.model_shape import ModelShape
 from capo_verl.plugin.checks.run_spec import RunSpec
@@ -173,9 +174,7 @@ class ProbeMemory:
     """Memory that the KL budget keeps on a rank during an update, in bytes."""
 
     logits: int
-    """Logits of the old policy at the probed tokens, this rank's rows in float32; of one
-    micro-batch twice. Last stage.
-    """
+    """Logits of the old policy at the probed tokens, this rank's rows in float32. Last stage."""
     parameters: int
     """Copy, with a line search, of what this rank's optimizer writes to."""
 
@@ -196,10 +195,8 @@ def kl_probe(run: RunSpec, shape: ModelShape, stage: int) -> ProbeMemory:
         probed = min(
             completions, max(math.ceil(completions * knobs.probe_share), run.micro_batch or 1)
         )
-        at_once = min(probed * run.sequence_length, tokens_of_micro_batch(run) * run.cp)
-        kept = (
-            int((probed * run.response_length + at_once) / run.cp * shape.vocab / run.tp) * FLOAT32
-        )
+        tokens = probed * run.response_length / run.cp
+        kept = min(KEPT_BYTES, int(tokens * shape.vocab / run.tp) * FLOAT32)
     copied = 0
     if knobs.line_search is not None:
         copied = states(run, shape, stage).optimizer // (ADAM_MOMENTS + FLOAT32) * FLOAT32

@@ -112,12 +112,15 @@ PANELS = (
     ),
     Panel(
         "kl", "Measured KL(old‖new) of a step", "nats per token",
-        (Curve("capo/kl_mean", "mean"), Curve("capo/kl_p99", "99th percentile")), log=True,
+        (
+            Curve("capo/kl_mean", "mean"), Curve("capo/kl_p99", "99th percentile"),
+            Curve("capo/kl_delta", "budget"), Curve("capo/kl_floor", "floor"),
+        ),
+        log=True,
     ),
     Panel(
-        "scale", "Scale of the learning rate", "× scheduled rate",
-        (Curve("capo/lr_scale", "applied"), Curve("capo/kl_budget_scale", "of the budget")),
-        log=True,
+        "rate", "Learning rate", "",
+        (Curve("capo/lr", "of the KL budget"), Curve("actor/lr", "scheduled")), log=True,
     ),
     Panel(
         "entropy", "Entropy of the policy", "nats per token", (Curve("actor/entropy"),),

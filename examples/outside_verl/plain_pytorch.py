@@ -3,7 +3,7 @@
 its prompt.
 
 python examples/outside_verl/plain_pytorch.py
-python examples/outside_verl/plain_pytorch.py --kl-budget 3e-4
+python examples/outside_verl/plain_pytorch.py --kl-budget 2e-3
 """
 
 import argparse
@@ -76,7 +76,11 @@ for step in range(args.steps):
         (groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + 1e-6)
     ).view(-1, 1)
 
-    learning_rate = args.learning_rate * (budget.begin_step() if budget else 1)
+    learning_rate = args.learning_rate
+    if budget:
+        learning_rate = budget.begin_step(
+            learning_rate, learning_rate, step / args.steps, PROMPTS * GROUP
+        )
     optimizer.param_groups[0]["lr"] = learning_rate
     hidden, logits = forward(tokens)
     decision = capo.evaluate(hidden, logits, actions, advantages, mask, learning_rate)

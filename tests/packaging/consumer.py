@@ -35,9 +35,9 @@ def step(
     tokens: Tensor,
     advantages: Tensor,
 ) -> None:
-    factor = assert_type(budget.begin_step(), float)
+    rate = assert_type(budget.begin_step(1e-3, 1e-3, progress=0.5), float)
     mask = torch.ones_like(tokens, dtype=torch.bool)
-    out = capo.evaluate(hidden, ProjectedLogits(weight), tokens, advantages, mask, 1e-3 * factor)
+    out = capo.evaluate(hidden, ProjectedLogits(weight), tokens, advantages, mask, rate)
     assert_type(out, CapoOutput)
     assert_type(
         (out.accepted, out.weights, out.policy_shift, out.objective_shift),
@@ -52,7 +52,7 @@ def step(
         assert_type(curvature_penalty(hidden @ weight.T, out.penalty_terms), Tensor)
     capo.step()
     budget.end_step(3e-4)
-    budget.load_state_dict(assert_type(budget.state_dict(), dict[str, float]))
+    budget.load_state_dict(assert_type(budget.state_dict(), dict[str, float | None]))
 
 
 def mistakes(capo: CapoFilter, budget: KLBudget) -> None:
@@ -62,5 +62,5 @@ def mistakes(capo: CapoFilter, budget: KLBudget) -> None:
     CapoFilter(CapoConfig(), 8)  # type: ignore[call-arg]
     capo.evaluate(torch.ones(1))  # type: ignore[call-arg]
     budget.end_step("3")  # type: ignore[arg-type]
-    _: str = budget.begin_step()  # type: ignore[assignment]
+    _: str = budget.begin_step(1e-3, 1e-3)  # type: ignore[assignment]
     capo.no_such_method()  # type: ignore[attr-defined]

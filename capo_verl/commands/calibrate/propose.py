@@ -37,7 +37,7 @@ class Proposal:
     delta: float
     """KL budget."""
     scale: float
-    """Factor by which the budget would multiply the learning rate: ``min(1, sqrt(delta / kl))``."""
+    """Factor by which the budget would multiply the learning rate: ``sqrt(delta / kl)``."""
     steps: int
     """Steps it is taken from."""
 
@@ -76,7 +76,7 @@ def propose(
         rejected=float(np.mean((policy >= tau_f) | (objective >= tau_h))),
         kl=kl,
         delta=DELTA,
-        scale=min(1.0, math.sqrt(DELTA / kl)) if kl > 0 else 1.0,
+        scale=math.sqrt(DELTA / kl) if kl > 0 else 1.0,
         steps=len(used),
     )
 

@@ -8,8 +8,9 @@ import shlex
 import numpy as np
 import pytest
 
-from capo_verl.commands.calibrate.propose import overrides, propose, round_up
+from capo_verl.commands.calibrate.propose import DELTA, overrides, propose, round_up
 from capo_verl.commands.calibrate.step import StepMeasurement
+from capo_verl.config import KLBudgetConfig
 
 
 def step(policy: np.ndarray, objective: np.ndarray, kl: float) -> StepMeasurement:
@@ -33,8 +34,8 @@ def test_thresholds_reject_the_share_asked_for() -> None:
     assert found.rejected == pytest.approx(0.2)  # the tokens of one are not those of the other here
     assert found.steps == 2
     assert found.kl == pytest.approx(1.2e-3)
-    assert found.scale == pytest.approx(0.5)
-    assert propose(made_up((1.0, 1e-6, 1e-6))).scale == 1.0
+    assert found.scale == pytest.approx((DELTA / 1.2e-3) ** 0.5)
+    assert propose(made_up((1.0, 1e-6, 1e-6))).scale == pytest.approx((DELTA / 1e-6) ** 0.5)
 
 
 def test_rounding_goes_up() -> None:
@@ -64,4 +65,4 @@ def test_verl_takes_the_overrides() -> None:
     fixed, following, budget = parsed.values()
     assert (fixed.policy_shift_max, fixed.objective_shift_max) == (9e-5, 9e-3)
     assert following.policy_shift_max.target_rejection == 0.1
-    assert budget.kl_budget.delta == 3e-4
+    assert budget.kl_budget.delta == DELTA == KLBudgetConfig().delta

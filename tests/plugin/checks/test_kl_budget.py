@@ -66,7 +66,7 @@ def test_a_captured_step_does_not_see_the_scaled_rate(command_line, more):
     with pytest.raises(ValueError) as refusal:
         check_config(command_line("model_engine=megatron", f"+{CAPTURED}=True", *more))
     assert str(refusal.value) == (
-        f"{BUDGET}.delta=0.0003 cannot scale the learning rate with {CAPTURED}=True, whose Adam "
+        f"{BUDGET}.delta=0.002 cannot scale the learning rate with {CAPTURED}=True, whose Adam "
         "does not see a rate that was replaced; set it to False, or kl_budget=null"
     )
 

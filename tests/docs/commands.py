@@ -71,6 +71,9 @@ HOW = (
         says=r"tests? collected"),
     How(r"bash scripts/quickstart\.sh( (CAPO|GRPO))?", append=_FEW, prefix="CAPO_SKIP_INSTALL=1",
         ray=True, says="held-out"),
+    # tests/e2e/test_vllm.py trains with it
+    How(r"bash scripts/quickstart\.sh CAPO --rollout vllm", append="--prepare-only",
+        prefix="CAPO_SKIP_INSTALL=1", says="MODEL_PATH"),
     How(r"pip install (-e )?\S+", append="--dry-run --no-deps --no-build-isolation", says="Would "
     "install capo-verl"),
     How(r"python scripts/check_stack\.py", says="CPU stack: complete"),

@@ -15,8 +15,10 @@ import tarfile
 from pathlib import Path
 
 import pytest
+import torch
 import verl  # noqa: F401  plugins first
 from hydra.utils import instantiate
+from packaging.version import Version
 
 from capo_verl.plugin.policy_loss import CapoPolicyLossConfig
 from tests.cpu.fsdp.engine_cases import FsdpLayout
@@ -35,9 +37,15 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+# FSDP's weights are pickled tensors of torch 2.13.
+READS_THEM = pytest.mark.skipif(
+    Version(torch.__version__) < Version("2.13"), reason="the checkpoint was written by torch 2.13"
+)
+
+
 @pytest.mark.parametrize(
     ("engine", "layout"),
-    [("megatron", Layout(tp=2)), ("fsdp", FsdpLayout())],
+    [("megatron", Layout(tp=2)), pytest.param("fsdp", FsdpLayout(), marks=READS_THEM)],
     ids=["megatron", "fsdp"],
 )
 def test_a_checkpoint_continues(engine: str, layout: Layout | FsdpLayout, runs: Path) -> None:
@@ -56,6 +64,7 @@ def test_a_checkpoint_continues(engine: str, layout: Layout | FsdpLayout, runs: 
     assert "is of release 0.1: no checksum covers its number of updates, 2" in ranks[0]["said"]
 
 
+@READS_THEM
 def test_its_kl_budget_finds_the_rate_anew(runs: Path) -> None:
     recorded = json.loads((runs / "fsdp" / "recorded.json").read_text())
     layout = FsdpLayout()

@@ -13,8 +13,7 @@ from capo_verl.commands.calibrate.step import StepMeasurement
 from capo_verl.config import KLBudgetConfig
 
 DELTA = KLBudgetConfig().delta
-"""The KL budget per step that held over tasks, learning rates and batch sizes in docs/evidence.md.
-"""
+"""The KL budget of a step of 32 completions (docs/interventions.md)."""
 KNOBS = "actor_rollout_ref.actor.policy_loss.capo"
 
 

@@ -13,6 +13,7 @@ import torch
 pytest.importorskip("verl")
 
 from capo_verl.commands.calibrate import calibration
+from capo_verl.commands.calibrate.propose import DELTA
 from capo_verl.commands.calibrate.sample import by_data_source, load_reward
 from capo_verl.commands.main import main
 from capo_verl.data.evaluation.problems import Problem
@@ -77,7 +78,7 @@ def test_report_figure_and_numbers(
     assert proposal["objective_shift_max"] == pytest.approx(
         np.quantile(np.abs(m_h), 0.98), rel=0.11
     )
-    assert proposal["scale"] == pytest.approx(min(1, (3e-4 / kl.mean()) ** 0.5), rel=0.02)
+    assert proposal["scale"] == pytest.approx((DELTA / kl.mean()) ** 0.5, rel=0.02)
     own = next(
         r for r in found["predictors"] if (r["predictor"], r["depth"]) == ("policy_shift", "all")
     )

@@ -71,6 +71,8 @@ HOW = (
         says=r"tests? collected"),
     How(r"bash scripts/quickstart\.sh( (CAPO|GRPO))?", append=_FEW, prefix="CAPO_SKIP_INSTALL=1",
         ray=True, says="held-out"),
+    How(r"(\w+=\S+ )*bash scripts/test_gpu_stack\.sh.*", prefix="CAPO_SKIP_INSTALL=1",
+        code=2, says="the GPU stack needs Python 3.12"),
     # tests/e2e/test_vllm.py trains with it
     How(r"bash scripts/quickstart\.sh CAPO --rollout vllm", append="--prepare-only",
         prefix="CAPO_SKIP_INSTALL=1", says="MODEL_PATH"),

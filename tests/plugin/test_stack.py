@@ -19,6 +19,7 @@ from types import ModuleType, SimpleNamespace
 
 import packaging
 import pytest
+import torch
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -197,6 +198,13 @@ def run_script(
     )
 
 
+# scripts/test_gpu_stack.sh runs these tests, too.
+IN_THE_CPU_STACK = pytest.mark.skipif(
+    torch.version.cuda is not None, reason="torch's CUDA build is no part of the CPU stack"
+)
+
+
+@IN_THE_CPU_STACK
 def test_here_the_cpu_stack_is_complete():
     result = run_script("--json")
     assert result.returncode == 0, result.stderr
@@ -290,6 +298,7 @@ def test_only_the_stack_that_is_here_is_proposed():
     sys.version_info < (3, 11),
     reason="a checkout that is not installed is read with tomllib (3.11)",
 )
+@IN_THE_CPU_STACK
 def test_in_an_empty_environment(tmp_path):
     """A fresh virtual environment without pip: first nothing at all, then packaging, then (faked)
     the whole CPU stack.

@@ -272,6 +272,6 @@ def test_megatron_core_agrees():
             config(tp=tp)
     assert get_num_layers_to_build(config(pp=4), pp_rank=0) == 7
     with pytest.raises(
-        AssertionError, match="num_layers should be divisible by pipeline_model_parallel_size"
+        AssertionError, match="num_layers.* should be divisible by .*pipeline_model_parallel_size"
     ):
         get_num_layers_to_build(config(pp=8), pp_rank=0)

@@ -35,7 +35,7 @@ BELOW_THE_FLOOR = (
 
 
 _Split = Callable[..., tuple[Any, Any]]
-"""As verl's ``prepare_micro_batches``."""
+"""A function like verl's ``prepare_micro_batches``."""
 
 
 class ProbedEngine(Protocol):
@@ -44,7 +44,7 @@ class ProbedEngine(Protocol):
     optimizer: Any
     optimizer_config: Any
     verl_module: ModuleType
-    """Where verl's engine finds its ``prepare_micro_batches``."""
+    """Module in which verl's engine finds its ``prepare_micro_batches``."""
 
     def infer_batch(self, data: TensorDict, loss_function: Any = None) -> Any: ...
 

@@ -80,7 +80,7 @@ class Inputs:
 
 
 def results(kernels: Kernels, inputs: Inputs) -> dict[str, Tensor]:
-    """What the kernels give."""
+    """Results of the kernels."""
     tokens, rows, hidden_size, k = inputs.sizes
     shard, logits, hidden = VocabShard(rows, rows, 0), inputs.logits, inputs.hidden
     ids = ids_of(kernels.best_keys(LogitRows(logits), k, shard).sort(descending=True).values)

@@ -152,7 +152,7 @@ def bridge_error(vanilla_mbridge: bool | None = None) -> str:
 
 
 def bridge_problem(error: str, vanilla_mbridge: bool = False) -> str | None:
-    """What the error of :func:`bridge_error` means; None if there is none."""
+    """The meaning of the error of :func:`bridge_error`; None if there is none."""
     if not error:
         return None
     name = "mbridge" if vanilla_mbridge else "Megatron-Bridge"

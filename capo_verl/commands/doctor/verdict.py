@@ -60,7 +60,7 @@ def summary(results: Sequence[Result]) -> str:
 
 
 def short(results: Sequence[Result]) -> str:
-    """What fell short, a line each; "" if nothing did."""
+    """The targets that were missed, a line each; "" if none was."""
     failed = [f"  {result.name}: {result.message}" for result in results if result.status == FAIL]
     return "\n".join(["fell short:", *failed]) if failed else ""
 

@@ -36,7 +36,7 @@ from capo_verl.engines.checkpoint_files import (
 from capo_verl.engines.megatron.safe_metadata import check_metadata
 
 COMMON = "common.pt"
-"""What is no tensor; of Megatron-Core < 0.19."""
+"""The file of what is no tensor; of Megatron-Core < 0.19."""
 SOLITARY = (COMMON, ".metadata", "metadata.json")
 """Files that the first rank writes and every rank reads."""
 SLACK = 1 << 20

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a part has found, as its process hands it on."""
+"""Findings of a part, as its process hands them on."""
 
 from __future__ import annotations
 
@@ -24,5 +24,5 @@ def judged(name: str, verdict: Verdict, remark: str = "") -> Row:
 
 
 def not_run(name: str, reason: str) -> Row:
-    """What cannot be said here."""
+    """Lines that cannot be measured here."""
     return Row(name, SKIPPED, f"not run here: {reason}")

@@ -30,7 +30,7 @@ SLACK = 1 << 30
 
 @dataclass(frozen=True)
 class Setting:
-    """What is measured on a device."""
+    """Sizes of the measurement on a device."""
 
     shape: ModelShape
     kind: Kind

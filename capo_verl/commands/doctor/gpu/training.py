@@ -176,7 +176,7 @@ def watched(steps: list[list[Call]]) -> Iterator[None]:
 
 
 def compare(steps: list[list[Call]], capo: CapoFilter) -> list[Row]:
-    """What the filter found, beside the oracle that follows its decisions."""
+    """Findings of the filter, beside the oracle that follows its decisions."""
     model: Any = capo.model
     oracle = Oracle(
         capo.shard.vocab_size, capo.hidden_size, top_k=capo.config.top_k, betas=model.betas,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether the host waits for the device in ``evaluate`` or ``step``: CUDA itself is asked."""
+"""Waits of the host for the device in ``evaluate`` and ``step``: CUDA itself is asked."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def one_step(optimizer_model: str, rows: int, device: torch.device) -> Callable[
 
 
 def wait(call: Callable[[], None]) -> str:
-    """Where a call waits for the device; empty if it does not."""
+    """The place at which a call waits for the device; empty if it does not."""
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:

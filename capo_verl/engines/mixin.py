@@ -96,7 +96,7 @@ class CapoEngineMixin(CapoCheckpointMixin):
         raise NotImplementedError
 
     verl_module: ModuleType
-    """As :class:`capo_verl.engines.kl_control.ProbedEngine` has it, and the next five."""
+    """Part of :class:`capo_verl.engines.kl_control.ProbedEngine`, like the next five."""
 
     def _has_dropout(self) -> bool:
         raise NotImplementedError

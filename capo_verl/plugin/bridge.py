@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which of verl's two ways to Hugging Face weights a run takes: Megatron-Bridge, or mbridge.
+"""Choice between verl's two ways to Hugging Face weights: Megatron-Bridge, or mbridge.
 
 ``actor_rollout_ref.actor.megatron.vanilla_mbridge`` says it. verl's default, False, is
 Megatron-Bridge, which needs Python 3.12; the stack for CPUs has mbridge only. There the default

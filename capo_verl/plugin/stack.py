@@ -197,7 +197,7 @@ def present() -> str:
 
 
 def _is_for_cuda(package: str) -> bool:
-    """Whether a package is installed, and its build is for CUDA.
+    """True if a package is installed, and its build is for CUDA.
 
     ``torch/version.py`` says so, else the local part of the version (``+cu130``, ``+cpu``), else,
     of PyPI's builds, what is required.

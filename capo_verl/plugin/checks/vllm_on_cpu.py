@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What verl's vLLM rollout needs on a CPU, and what it cannot do there.
+"""Needs and limits of verl's vLLM rollout on a CPU.
 
 vLLM would refuse some of it after minutes of starting up, and ignore the rest.
 """

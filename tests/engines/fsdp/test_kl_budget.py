@@ -5,6 +5,8 @@ Ulysses, fused heads.
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from tests.cpu.fsdp.engine_cases import FsdpLayout
@@ -12,6 +14,7 @@ from tests.engines.megatron.kl_cases import PROBED, knobs_of, train
 from tests.engines.megatron.test_kl_budget import check
 from tests.helpers.kl_recording import SGD_LR, record_kl
 from tests.helpers.spawn import ENGINE_MODULES, run_on_ranks
+from tests.helpers.tiny_model import make_tiny_qwen2
 
 LAYOUTS = [
     FsdpLayout(packed=False),
@@ -55,3 +58,12 @@ def test_line_search_steps_back_to_the_budget(layout, tiny_qwen2):
         preload=ENGINE_MODULES,
     )
     check(ranks, layout.dp, expected, SGD_LR)
+
+
+def test_dropout_of_the_training_pass_is_no_step(tmp_path):
+    """transformers keeps the rate in the configuration; a first step hardly moves the policy."""
+    path, layout = make_tiny_qwen2(tmp_path), FsdpLayout()
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "attention_dropout": 0.5}))
+    (rank,) = run_on_ranks(train, 1, layout, path, knobs_of(), preload=ENGINE_MODULES)
+    assert rank.reports[0]["capo/kl_mean"][0] < 1e-8 < rank.reports[-1]["capo/kl_mean"][0]

@@ -80,13 +80,18 @@ def train(
     model_path: str,
     knobs: dict[str, Any] | None,
     at: list[float] | None = None,
+    dropout: bool = False,
 ) -> Trained:
     """``STEPS`` optimizer steps.
 
     Args:
         at: learning rates, in place of the engine's.
+        dropout: pretend that training draws random numbers, so that the policy before each step is
+            looked at in a pass of its own.
     """
     engine = make(case, model_path)
+    if dropout:
+        engine._has_dropout = lambda: True
     reports, rates = [], []
     for i in range(STEPS):
         if at is not None:

@@ -90,6 +90,37 @@ def test_layout(case: Case, trained_with, recording_of) -> None:
     check(trained_with(case), case.layout.dp, recording_of(case))
 
 
+HALF = (0, 1, 4, 5)
+"""Samples of half of the micro-batches of two, on one data-parallel rank and on two."""
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [Layout(tp=2, sp=True), Layout(dp=2, distributed_optimizer=True), Layout(cp=2)],
+    ids=str,
+)
+def test_a_share_of_the_micro_batches(layout, models):
+    expected = record_kl(models["untied"], HALF)
+    ranks = on_ranks(
+        train, Case(layout, micro_batch=2), models["untied"], knobs_of(probe_share=0.5)
+    )
+    check(ranks, layout.dp, expected)
+
+
+@pytest.mark.parametrize("layout", [Layout(tp=2), Layout(packed=False)], ids=str)
+def test_a_part_of_the_only_micro_batch(layout, models):
+    expected = record_kl(models["untied"], (0, 4))
+    ranks = on_ranks(
+        train, Case(layout, micro_batch=8), models["untied"], knobs_of(probe_share=0.25)
+    )
+    check(ranks, layout.dp, expected)
+
+
+def test_with_dropout_the_policy_before_is_looked_at_by_itself(models, recording_of):
+    ranks = on_ranks(train, Case(Layout(tp=2)), models["untied"], knobs_of(), None, True)
+    check(ranks, 1, recording_of(CASES[0]))
+
+
 def on_ranks(function, case: Case, *args):
     return run_on_ranks(function, case.layout.world_size, case, *args, preload=ENGINE_MODULES)
 

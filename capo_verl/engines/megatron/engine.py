@@ -221,7 +221,7 @@ class CapoMegatronEngineWithLMHead(CapoEngineMixin, MegatronEngineWithLMHead):
         return int(self.tf_config.microbatch_group_size_per_vp_stage) if interleaved else 1
 
     def _optimised(self) -> list[Tensor]:
-        return parameters.optimised(self.optimizer)
+        return parameters.optimised(self.optimizer, self.module)
 
     def _spread_parameters(self) -> None:
         parameters.spread(self.optimizer, self.module)

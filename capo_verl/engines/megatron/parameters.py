@@ -17,8 +17,18 @@ from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from torch import Tensor
 
 
-def optimised(optimizer: Any) -> list[Tensor]:
-    """The tensors that the inner optimizers write to."""
+def optimised(optimizer: Any, module: Sequence[Any]) -> list[Tensor]:
+    """The tensors that the inner optimizers write to.
+
+    Waits for gathers under way (``overlap_param_gather``): they would write over a change by hand,
+    and :func:`spread` would take them for its own.
+    """
+    for chunk in module:
+        if getattr(getattr(chunk, "ddp_config", None), "overlap_param_gather", False):
+            for buckets in (*chunk.bucket_groups, *chunk.expert_parallel_bucket_groups):
+                if buckets.param_gather_handle is not None:
+                    buckets.param_gather_handle.wait()
+                    buckets.param_gather_handle = None
     return [
         p.data
         for part in _parts(optimizer)

@@ -81,6 +81,7 @@ def train(
     knobs: dict[str, Any] | None,
     at: list[float] | None = None,
     dropout: bool = False,
+    settings: dict[str, Any] | None = None,
 ) -> Trained:
     """``STEPS`` optimizer steps.
 
@@ -88,8 +89,9 @@ def train(
         at: learning rates, in place of the engine's.
         dropout: pretend that training draws random numbers, so that the policy before each step is
             looked at in a pass of its own.
+        settings: of the engine.
     """
-    engine = make(case, model_path)
+    engine = make(case, model_path, **(settings or {}))
     if dropout:
         engine._has_dropout = lambda: True
     reports, rates = [], []
@@ -183,3 +185,19 @@ def load_control(case: Any, model_path: str, checkpoints: list[str]) -> list[str
         except RuntimeError as e:
             said.append(str(e))
     return said
+
+
+def gather_under_way(case: replay_cases.Case, model_path: str) -> tuple[float, float]:
+    """Least and largest parameter of the model after all were set to 1/4 by hand, begun while a
+    gather of the old ones was under way.
+    """
+    from capo_verl.engines.megatron.parameters import optimised, spread
+
+    engine = make(case, model_path, override_ddp_config={"overlap_param_gather": True})
+    (chunk,) = engine.module
+    chunk.start_param_sync()
+    for tensor in optimised(engine.optimizer, engine.module):
+        tensor.fill_(0.25)
+    spread(engine.optimizer, engine.module)
+    values = torch.cat([p.detach().flatten() for p in chunk.parameters()])
+    return float(values.min()), float(values.max())

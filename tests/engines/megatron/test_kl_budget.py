@@ -10,7 +10,14 @@ import pytest
 import torch
 
 from tests.cpu.megatron.engine_cases import Layout
-from tests.engines.megatron.kl_cases import PROBED, Trained, knobs_of, mini_batches, train
+from tests.engines.megatron.kl_cases import (
+    PROBED,
+    Trained,
+    gather_under_way,
+    knobs_of,
+    mini_batches,
+    train,
+)
 from tests.engines.megatron.replay_cases import Case, once_per_model
 from tests.helpers.grouped import launch_by_size
 from tests.helpers.kl_recording import (
@@ -42,6 +49,7 @@ CASES = [
     Case(Layout(tp=2, cp=2, sp=True), fused=True),
     Case(Layout(pp=2, dp=2)),
 ]
+DISTRIBUTED = Layout(dp=2, distributed_optimizer=True)
 
 
 @pytest.fixture(scope="module")
@@ -134,6 +142,25 @@ def test_line_search_steps_back_to_the_budget(layout, models):
     assert all(step.mean < 1.1 * DELTA for step in expected.steps if step.kept < 1)
     ranks = on_ranks(train, Case(layout), models["untied"], knobs_of(line_search=1.2, rate_min=0.3))
     check(ranks, layout.dp, expected)
+
+
+def test_line_search_where_gathers_overlap(models):
+    """The gather of the stepped parameters is under way when the next forward pass begins."""
+    case, knobs = Case(DISTRIBUTED), knobs_of(line_search=1.2, rate_min=0.3)
+    overlapping, plain = (
+        on_ranks(train, case, models["untied"], knobs, None, False, settings)
+        for settings in ({"override_ddp_config": {"overlap_param_gather": True}}, {})
+    )
+    for mine, other in zip(overlapping, plain, strict=True):
+        assert mine.state == other.state
+        for report, same in zip(mine.reports, other.reports, strict=True):
+            assert report["capo/kl_step_kept"] == same["capo/kl_step_kept"]
+            assert report["capo/kl_mean"] == same["capo/kl_mean"]
+
+
+def test_a_gather_under_way_does_not_undo_a_change(models):
+    ranks = on_ranks(gather_under_way, Case(DISTRIBUTED), models["untied"])
+    assert ranks == [(0.25, 0.25)] * 2
 
 
 @pytest.mark.parametrize("layout", [Layout(tp=2), Layout(cp=2), Layout(pp=2)], ids=str)

@@ -206,6 +206,74 @@ class GtpoKnobs(Knobs):
 
 
 @dataclass(frozen=True)
+class RpgKnobs(Clip):
+    clip_high: float = _number(0.28, 0, low_open=True)
+    kl: str = _choice("ufkl", "fkl", "rkl", "ufkl", "urkl")
+    """Divergence from the old policy that regularises: forward or reverse, ``u``: unnormalised."""
+    kl_coef: float = _number(1e-4, 0)
+    """Its coefficient."""
+    dual_clip: float = _number(10.0, 1, low_open=True)
+    """A ratio above it has no gradient if the advantage is not positive."""
+
+
+@dataclass(frozen=True)
+class BnpoKnobs(Clip):
+    clip_high: float = _number(0.28, 0, low_open=True)
+    reward_min: float = _number(0.0, -_INF)
+    """The least reward, which counts as 0,"""
+    reward_max: float = _number(1.0, -_INF)
+    """and the greatest, which counts as 1."""
+    weight_max: float = _number(1e6, 0, low_open=True)
+    """Bound of a group's weight, one over the Beta density at its mean reward."""
+    dual_clip: float = _number(10.0, 1, low_open=True)
+    """With a negative advantage A the loss of a token is at most -dual_clip * A."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.reward_min >= self.reward_max:
+            raise ValueError(
+                f"rival.reward_min={self.reward_min!r}: must be less than "
+                f"rival.reward_max={self.reward_max!r}"
+            )
+
+
+@dataclass(frozen=True)
+class EmpgKnobs(Clip):
+    k: float = _number(1.0, 0)
+    """Strength with which a step of high entropy is attenuated."""
+    k_future: float = _number(1.0, 0)
+    """The same of the bonus for a clear next step."""
+    zeta: float = _number(0.1, 0)
+    """Coefficient of that bonus."""
+    dual_clip: float = _number(3.0, 1, low_open=True)
+    """With a negative advantage A the loss of a token is at most -dual_clip * A."""
+
+
+@dataclass(frozen=True)
+class D3sKnobs(Clip):
+    sample_share: float = _number(0.5, 0, 1, low_open=True)
+    """Share of the responses that stay at the start of training: those of the greatest variance
+    of the advantage;
+    """
+    sample_share_end: float = _number(1.0, 0, 1, low_open=True)
+    """at its end. Linear in between."""
+    top_share: float = _number(0.2, 0, 1, low_open=True)
+    """Share of their tokens that stay at the start: the highest entropy times |advantage|;"""
+    top_share_end: float = _number(1.0, 0, 1, low_open=True)
+    """at its end."""
+    dual_clip: float = _number(3.0, 1, low_open=True)
+    """With a negative advantage A the loss of a token is at most -dual_clip * A."""
+
+
+@dataclass(frozen=True)
+class PacsKnobs(Knobs):
+    beta: float = _number(1.0, 0, low_open=True)
+    """Scale of a response's score, the sum of its log-ratios."""
+    balance: bool = True
+    """Weigh good and bad responses of a group so that both weigh the same in sum."""
+
+
+@dataclass(frozen=True)
 class RivalSpec:
     """A rival without its loss function."""
 
@@ -217,6 +285,10 @@ class RivalSpec:
     """Keyword inputs of the loss besides verl's four: ``entropy``, ``group``, ``tokens`` or
     ``epoch``.
     """
+    optional: frozenset[str] = frozenset()
+    """Further ones with a default: ``progress``."""
+    whole_groups: bool = False
+    """Its advantages look at whole groups or batches: verl's trainer makes them."""
     verl: dict[str, Any] = field(default_factory=dict)
     """Further settings of ``+rival=NAME``. Dotted verl config path -> value."""
 
@@ -226,15 +298,16 @@ class RivalSpec:
 
 _ACTOR = "actor_rollout_ref.actor"
 _PER_RESPONSE = {f"{_ACTOR}.loss_agg_mode": "seq-mean-token-mean"}
+_SUM_OF_RESPONSE = {f"{_ACTOR}.loss_agg_mode": "seq-mean-token-sum"}
 
 RIVAL_SPECS: dict[str, RivalSpec] = {
     "entropy_mask": RivalSpec(
         "2506.01939", "only the tokens of highest entropy", EntropyMaskKnobs,
-        frozenset({"entropy"}), {f"{_ACTOR}.calculate_entropy": True},
+        frozenset({"entropy"}), verl={f"{_ACTOR}.calculate_entropy": True},
     ),
     "lopti": RivalSpec(
         "2505.12929", "low-probability tokens in an update of their own", LoptiKnobs,
-        frozenset({"epoch"}), {f"{_ACTOR}.ppo_epochs": 2},
+        frozenset({"epoch"}), verl={f"{_ACTOR}.ppo_epochs": 2},
     ),
     "advantage_reweighting": RivalSpec(
         "2505.12929", "advantages times alpha * pi_old + 1 - alpha", AdvantageReweightingKnobs
@@ -250,8 +323,31 @@ RIVAL_SPECS: dict[str, RivalSpec] = {
     "minpro": RivalSpec("2601.22718", "ratios times the least ratio of the prefix", MinproKnobs),
     "gtpo": RivalSpec(
         "2508.03772", "tokens shared by good and bad responses are not punished", GtpoKnobs,
-        frozenset({"entropy", "group", "tokens"}),
-        {"algorithm.adv_estimator": "grpo", **_PER_RESPONSE},
+        frozenset({"entropy", "group", "tokens"}), whole_groups=True,
+        verl={"algorithm.adv_estimator": "grpo", **_PER_RESPONSE},
+    ),
+    "rpg": RivalSpec("2505.17508", "a KL term with the weights it needs off-policy", RpgKnobs),
+    "bnpo": RivalSpec(
+        "2506.02864", "rewards normalised by a Beta density fitted to the batch", BnpoKnobs,
+        frozenset({"group"}), whole_groups=True,
+        verl={"algorithm.adv_estimator": "reinforce", **_SUM_OF_RESPONSE},
+    ),
+    "empg": RivalSpec(
+        "2509.09265", "advantages of a turn modulated by its entropy and the next one's", EmpgKnobs,
+        frozenset({"entropy"}), whole_groups=True, verl={"algorithm.adv_estimator": "grpo"},
+    ),
+    "d3s": RivalSpec(
+        "2509.22115", "responses of high variance, tokens of high |advantage| times entropy",
+        D3sKnobs, frozenset({"entropy"}), frozenset({"progress"}), whole_groups=True,
+        verl={"algorithm.adv_estimator": "grpo"},
+    ),
+    "pacs": RivalSpec(
+        "2509.02522", "cross-entropy of the reward given the summed log-ratios", PacsKnobs,
+        frozenset({"group"}), whole_groups=True,
+        verl={
+            "algorithm.adv_estimator": "grpo", **_SUM_OF_RESPONSE,
+            f"{_ACTOR}.ppo_mini_batch_size": "${data.train_batch_size}",
+        },
     ),
 }  # fmt: skip
 
@@ -262,6 +358,12 @@ class RivalConfig:
 
     name: str
     knobs: Knobs
+
+    @property
+    def needs_entropy(self) -> bool:
+        """Whether the loss looks at entropies, with these knobs."""
+        unused = getattr(self.knobs, "entropy_max", 0.0) is None
+        return "entropy" in RIVAL_SPECS[self.name].needs and not unused
 
     @classmethod
     def from_mapping(cls, block: Mapping[str, Any]) -> RivalConfig:

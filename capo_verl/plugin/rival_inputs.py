@@ -2,8 +2,8 @@
 """Inputs of rival losses that verl does not hand to its policy losses.
 
 verl's ``ppo_loss`` knows entropies, the epoch and the ranks and does not hand them to the policy
-loss it calls: a context does. GTPO's advantages need whole groups, which are at hand in verl's
-trainer.
+loss it calls: a context does. Advantages that look at whole groups are made in verl's trainer,
+which has them at hand.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from omegaconf import OmegaConf
 from tensordict import TensorDict
 from torch import Tensor
 
-from capo_verl.config.rivals import RIVAL_SPECS, GtpoKnobs, RivalConfig
-from capo_verl.rivals.gtpo import gtpo_advantages
+from capo_verl.config.rivals import RIVAL_SPECS, RivalConfig
+from capo_verl.rivals import RIVALS
 
 EPOCH = "capo_epoch"
 """Key of a mini-batch: how often its batch was used before in this training step."""
@@ -109,15 +109,21 @@ def count_epochs(tensordict_utils: ModuleType) -> None:
 _FIELDS = ("uid", "responses", "response_mask", "advantages")
 
 
-def weigh(data: TensorDict, config: RivalConfig) -> tuple[torch.Tensor, dict[str, float]]:
-    """GTPO's advantages for a batch as verl's queue holds it.
+def weigh(
+    data: TensorDict, config: RivalConfig, progress: float = 0.0
+) -> tuple[torch.Tensor, dict[str, float]]:
+    """Advantages of a rival that needs whole groups, for a batch as verl's queue holds it.
 
     Args:
         data: whole groups; ``uid`` per response, ``responses``, ``response_mask``, ``advantages``
             and, if the config needs it, ``entropy``, nested ``[B, j]``.
+        progress: of the training, from 0 to 1.
 
     Returns:
         Padded advantages ``[B, T]`` and metrics.
+
+    Raises:
+        ValueError: for advantages of which the rival can make nothing.
     """
     uid = data.get("uid")
     uid = uid.tolist() if hasattr(uid, "tolist") else uid
@@ -126,11 +132,18 @@ def weigh(data: TensorDict, config: RivalConfig) -> tuple[torch.Tensor, dict[str
     def padded(name: str) -> torch.Tensor:
         return data[name].to_padded_tensor(0) if data[name].is_nested else data[name]
 
-    entropy = padded("entropy") if "entropy" in data.keys() else None  # noqa: SIM118 (a TensorDict is no mapping)
-    advantages, metrics = gtpo_advantages(
-        padded("advantages"), padded("response_mask"), tokens=padded("responses"),
-        group=group.reshape(-1).to(data["advantages"].device), entropy=entropy,
-        **asdict(config.knobs),
+    rival = RIVALS[config.name]
+    assert rival.whole_groups is not None
+    inputs: dict[str, Any] = {
+        "group": group.reshape(-1).to(data["advantages"].device), "progress": progress,
+        "tokens": padded("responses"),
+        "entropy": padded("entropy") if "entropy" in data.keys() else None,  # noqa: SIM118 (a TensorDict is no mapping)
+    }  # fmt: skip
+    wanted = rival.needs | RIVAL_SPECS[config.name].optional
+    advantages, metrics = rival.whole_groups.advantages(
+        padded("advantages"), padded("response_mask"),
+        **rival.whole_groups.split(asdict(config.knobs))[0],
+        **{name: inputs[name] for name in wanted},
     )  # fmt: skip
     return advantages, {f"actor/{name}": float(value) for name, value in metrics.items()}
 
@@ -138,7 +151,8 @@ def weigh(data: TensorDict, config: RivalConfig) -> tuple[torch.Tensor, dict[str
 def follow_advantages(trainer_base: ModuleType) -> None:
     """Wrap ``_compute_advantage`` of verl's trainer.
 
-    With ``loss_mode=gtpo`` it goes on to GTPO's advantages, else nothing changes.
+    If the loss is a rival that needs whole groups, it goes on to the rival's advantages; else
+    nothing changes.
     """
     trainer, queue = trainer_base.PPOTrainer, trainer_base.tq
     compute_advantage = trainer._compute_advantage
@@ -147,18 +161,21 @@ def follow_advantages(trainer_base: ModuleType) -> None:
     def compute(self: Any, batch: Any, metrics: dict[str, Any]) -> Any:
         batch = compute_advantage(self, batch, metrics)
         policy_loss = self.config.actor_rollout_ref.actor.policy_loss
-        if policy_loss.get("loss_mode") != "gtpo":
+        name = policy_loss.get("loss_mode")
+        if name not in RIVAL_SPECS or not RIVAL_SPECS[name].whole_groups:
             return batch
         block = OmegaConf.to_container(
-            OmegaConf.create(policy_loss.get("rival") or {"name": "gtpo"}), resolve=True
+            OmegaConf.create(policy_loss.get("rival") or {"name": name}), resolve=True
         )
         config = RivalConfig.from_mapping(cast("Mapping[str, Any]", block))
-        needs_entropy = cast(GtpoKnobs, config.knobs).entropy_max is not None
-        fields = [*_FIELDS, *(["entropy"] if needs_entropy else [])]
+        fields = [*_FIELDS, *(["entropy"] if config.needs_entropy else [])]
         data = queue.kv_batch_get(
             keys=batch.keys, partition_id=batch.partition_id, select_fields=fields
         )
-        advantages, more = weigh(data, config)
+        progress = 0.0
+        if "progress" in RIVAL_SPECS[name].optional:
+            progress = min(1.0, (self.global_steps - 1) / max(1, self.total_training_steps - 1))
+        advantages, more = weigh(data, config, progress)
         metrics.update(more)
         nested = trainer_base.response_to_nested(advantages, data["response_mask"])
         output = TensorDict({"advantages": nested}, batch_size=len(batch))

@@ -17,7 +17,6 @@ from verl.trainer.ppo.core_algos import agg_loss, register_policy_loss
 from capo_verl.config.rivals import RivalConfig
 from capo_verl.plugin import rival_inputs
 from capo_verl.rivals import RIVALS, Metrics, Rival
-from capo_verl.rivals.gtpo import loss_on_policy
 
 PolicyLoss = Callable[..., tuple[Tensor, dict[str, Any]]]
 
@@ -75,11 +74,10 @@ def policy_loss(rival: Rival) -> PolicyLoss:
 
 
 def _per_token(rival: Rival, config: Any, *tensors: Tensor) -> tuple[Tensor, Metrics]:
-    if rival.name == "gtpo":
-        # Its advantages need whole groups, which a micro-batch may not hold: the trainer has made
-        # them (rival_inputs).
-        return loss_on_policy(*tensors)
-    return rival.loss(*tensors, **knobs_of(config, rival), **_inputs_for(rival))
+    knobs = knobs_of(config, rival)
+    if rival.whole_groups is not None:  # the trainer has made its advantages (rival_inputs)
+        return rival.whole_groups.loss(*tensors, **rival.whole_groups.split(knobs)[1])
+    return rival.loss(*tensors, **knobs, **_inputs_for(rival))
 
 
 for _rival in RIVALS.values():

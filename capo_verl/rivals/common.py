@@ -67,3 +67,33 @@ def step_metrics(log_ratios: Tensor, replaced: Tensor, mask: Tensor) -> Metrics:
     ratio.
     """
     return {"pg_clipfrac": masked_mean(replaced, mask), "ppo_kl": masked_mean(-log_ratios, mask)}
+
+
+def of_responses(values: Tensor, mask: Tensor) -> Tensor:
+    """Mean of a response's tokens, ``[B]``; 0 for one without any."""
+    mask = mask.to(values.dtype)
+    return (values * mask).sum(-1) / mask.sum(-1).clamp(min=1)
+
+
+def loss_on_policy(
+    old_log_prob: Tensor, log_prob: Tensor, advantages: Tensor, response_mask: Tensor
+) -> tuple[Tensor, Metrics]:
+    """Losses ``-A``, with gradient ``-A grad log pi``: neither ratio nor clip. All ``[B, T]``."""
+    metrics = {"ppo_kl": masked_mean(old_log_prob - log_prob, response_mask)}
+    return -advantages * (log_prob - log_prob.detach()).exp(), metrics
+
+
+def loss_clipped(
+    old_log_prob: Tensor,
+    log_prob: Tensor,
+    advantages: Tensor,
+    response_mask: Tensor,
+    *,
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float,
+) -> tuple[Tensor, Metrics]:
+    """PPO's clipped losses between ``1 - clip_low`` and ``1 + clip_high``. All ``[B, T]``."""
+    log_ratios = log_ratio(old_log_prob, log_prob)
+    losses, replaced = clipped(log_ratios.exp(), advantages, 1 - clip_low, 1 + clip_high, dual_clip)
+    return losses, step_metrics(log_ratios, replaced, response_mask)

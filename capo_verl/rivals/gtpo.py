@@ -76,7 +76,7 @@ def gtpo_advantages(
     *,
     tokens: Tensor,
     group: Tensor,
-    entropy: Tensor | None,
+    entropy: Tensor | None = None,
     conflict_weight: float,
     entropy_max: float | None,
     entropy_scale: float,
@@ -116,39 +116,3 @@ def gtpo_advantages(
     if divide_by_conflicts:
         advantages = advantages / conflicts.sum(-1, keepdim=True).clamp(min=1)
     return advantages * response_mask, metrics
-
-
-def loss_on_policy(
-    old_log_prob: Tensor, log_prob: Tensor, advantages: Tensor, response_mask: Tensor
-) -> tuple[Tensor, Metrics]:
-    """Losses ``-A``, with gradient ``-A grad log pi``: neither ratio nor clip. All ``[B, T]``."""
-    metrics = {"ppo_kl": masked_mean(old_log_prob - log_prob, response_mask)}
-    return -advantages * (log_prob - log_prob.detach()).exp(), metrics
-
-
-def loss_gtpo(
-    old_log_prob: Tensor,
-    log_prob: Tensor,
-    advantages: Tensor,
-    response_mask: Tensor,
-    *,
-    tokens: Tensor,
-    group: Tensor,
-    entropy: Tensor | None = None,
-    conflict_weight: float,
-    entropy_max: float | None,
-    entropy_scale: float,
-    divide_by_conflicts: bool,
-) -> tuple[Tensor, Metrics]:
-    """The policy gradient with the advantages of :func:`gtpo_advantages`; its arguments.
-
-    Returns:
-        Losses ``[B, T]``; ``ppo_kl``, ``conflict_share``, ``high_entropy_share``.
-    """
-    weighted, metrics = gtpo_advantages(
-        advantages, response_mask, tokens=tokens, group=group, entropy=entropy,
-        conflict_weight=conflict_weight, entropy_max=entropy_max, entropy_scale=entropy_scale,
-        divide_by_conflicts=divide_by_conflicts,
-    )  # fmt: skip
-    losses, more = loss_on_policy(old_log_prob, log_prob, weighted, response_mask)
-    return losses, metrics | more

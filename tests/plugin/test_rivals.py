@@ -92,7 +92,16 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("bapo", {"target": 0.8}, {}),
     *[
         (name, {}, {})
-        for name in ("advantage_reweighting", "dcpo", "aspo", "cpgd", "spo", "pspo", "minpro")
+        for name in (
+            "advantage_reweighting",
+            "dcpo",
+            "aspo",
+            "cpgd",
+            "spo",
+            "pspo",
+            "minpro",
+            "rpg",
+        )
     ],
 ]
 
@@ -180,7 +189,7 @@ def test_mini_batches_carry_their_epoch():
     assert rival_inputs.EPOCH not in data.keys()  # noqa: SIM118
 
 
-# ---- GTPO's advantages ----
+# ---- advantages of whole groups ----
 
 
 class Queue:
@@ -199,13 +208,27 @@ class Queue:
         return "written"
 
 
-@pytest.mark.parametrize("knobs", [{}, {"entropy_max": None, "conflict_weight": 3.0}])
-def test_the_trainers_advantages_become_gtpos(knobs):
+# Of clip-free losses: minus the naive loss at ratio 1 is the advantage.
+@pytest.mark.parametrize(
+    ("name", "knobs", "metric"),
+    [
+        ("gtpo", {}, "conflict_share"),
+        ("gtpo", {"entropy_max": None, "conflict_weight": 3.0}, "conflict_share"),
+        ("bnpo", {"reward_min": -1.5, "reward_max": 2.0}, "group_weight"),
+        ("empg", {"zeta": 0.4}, "turns"),
+        ("d3s", {}, "selected_share"),
+        ("pacs", {}, "cross_entropy"),
+    ],
+)
+def test_the_trainers_advantages_become_the_rivals(name, knobs, metric):
     from tensordict import NonTensorData, NonTensorStack
 
     from capo_verl.plugin.rival_inputs import follow_advantages
 
     case = Case.random(10)
+    case.new = case.old.copy()
+    case.advantages += 0.01 * np.arange(len(case.advantages))[:, None]
+    knobs = {**knobs, **({"reward_max": 2.1} if name == "bnpo" else {})}
     _, data, _ = micro_batch(case)
     fields = {name: data[name] for name in ("responses", "response_mask", "advantages")}
     lengths = data["responses"].offsets().diff().tolist()
@@ -227,6 +250,7 @@ def test_the_trainers_advantages_become_gtpos(knobs):
 
     def compute(loss_mode, rival):
         trainer = base.PPOTrainer()
+        trainer.global_steps, trainer.total_training_steps = 2, 5
         trainer.config = OmegaConf.create(
             {
                 "actor_rollout_ref": {
@@ -240,18 +264,24 @@ def test_the_trainers_advantages_become_gtpos(knobs):
     assert compute("vanilla", None) == (batch, {}) and queue.fields.keys() == fields.keys()
     if knobs.get("entropy_max", 0.7) is None:
         del queue.fields["entropy"]  # nobody asks for it
-    written, metrics = compute("gtpo", {"name": "gtpo", **knobs})
-    assert written == "written" and 0 < metrics["actor/conflict_share"] < 1
-    minus_loss, _ = naive.gtpo(case, **{**RIVALS["gtpo"].knobs, **knobs})
+    written, metrics = compute(name, {"name": name, **knobs})
+    assert written == "written" and metrics[f"actor/{metric}"] > 0
+    more = {"progress": 0.25} if name == "d3s" else {}
+    minus_loss, _ = getattr(naive, name)(case, **{**RIVALS[name].knobs, **knobs, **more})
     assert len(np.unique(minus_loss)) >= 3
     for i, row in enumerate(queue.fields["advantages"].unbind()):
         np.testing.assert_allclose(row, -minus_loss[i, : lengths[i]], rtol=1e-12, atol=1e-14)
 
 
-def test_gtpos_loss_in_verl_takes_the_advantages_as_they_are():
+@pytest.mark.parametrize("name", [name for name, rival in RIVALS.items() if rival.whole_groups])
+def test_their_loss_in_verl_takes_the_advantages_as_they_are(name):
     from verl.workers.utils.losses import ppo_loss
 
     case = Case.random(11)
     output, data, new = micro_batch(case)
-    ppo_loss(actor("gtpo"), output, data)[0].backward()
-    np.testing.assert_allclose(new.grad, -case.advantages * case.mask / case.mask.sum(), rtol=1e-12)
+    ppo_loss(actor(name), output, data)[0].backward()
+    gradient = -case.advantages * case.mask
+    clip = RIVALS[name].whole_groups.split(RIVALS[name].knobs)[1]
+    if clip:
+        _, gradient = naive.advantage_reweighting(case, alpha=0.0, **clip)
+    np.testing.assert_allclose(new.grad, gradient / case.mask.sum(), rtol=1e-12, atol=1e-15)

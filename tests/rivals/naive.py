@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import combinations
 
 import numpy as np
 
@@ -242,3 +243,123 @@ def gtpo(case: Case, conflict_weight, entropy_max, entropy_scale, divide_by_conf
         return -a, -a
 
     return _each(case, token)
+
+
+def rpg(case: Case, clip_low, clip_high, kl, kl_coef, dual_clip) -> Result:
+    def token(i, j, r, a):
+        w = min(max(r, 1 - clip_low), 1 + clip_high)
+        pull = kl_coef * {
+            "fkl": 1.0, "rkl": -w * (math.log(w) + 1), "ufkl": 1 - w, "urkl": -w * math.log(w),
+        }[kl]  # fmt: skip
+        if a > 0 and r >= 1 + clip_high:
+            return -(1 + clip_high) * a - pull, 0.0
+        if a <= 0 and r < 1 - clip_low:
+            return -(1 - clip_low) * a - pull, 0.0
+        if a <= 0 and r >= dual_clip:
+            return -dual_clip * a - pull, 0.0
+        return -r * a - pull, -r * a - pull
+
+    return _each(case, token)
+
+
+def _mean(case: Case, values: np.ndarray, i: int) -> float:
+    return float(np.mean([values[i, j] for j in range(values.shape[1]) if case.mask[i, j]] or [0]))
+
+
+def _clip_of(case: Case, changed: np.ndarray, clip_low, clip_high, dual_clip) -> Result:
+    return _each(
+        case,
+        lambda i, j, r, a: _clip(r, changed[i, j], 1 - clip_low, 1 + clip_high, dual_clip),
+    )
+
+
+def bnpo(case: Case, reward_min, reward_max, weight_max, **clip) -> Result:
+    n = len(case.mask)
+    scores = [
+        (_mean(case, case.advantages, i) - reward_min) / (reward_max - reward_min) for i in range(n)
+    ]
+    groups = {
+        g: [scores[i] for i in range(n) if case.group[i] == g] for g in sorted(set(case.group))
+    }
+    means = {g: sum(found) / len(found) if len(found) > 1 else 0.0 for g, found in groups.items()}
+    a = b = 1.0
+    if len(means) > 1 and len(set(means.values())) > 1:
+        mean = sum(means.values()) / len(means)
+        variance = sum((p - mean) ** 2 for p in means.values()) / (len(means) - 1)
+        size = mean * (1 - mean) / variance - 1
+        a, b = max(1.0, 1 + size * mean / 3), max(1.0, 1 + size * (1 - mean) / 3)
+    changed = np.zeros(case.mask.shape)
+    for i in range(n):
+        p = means[case.group[i]]
+        beta = math.gamma(a) * math.gamma(b) / math.gamma(a + b)
+        density = p ** (a - 1) * (1 - p) ** (b - 1) / beta
+        changed[i] = min(1 / density if density else math.inf, weight_max) * (scores[i] - p)
+    return _clip_of(case, changed, **clip)
+
+
+def empg(case: Case, k, k_future, zeta, **clip) -> Result:
+    turns: list[list[tuple[int, int]]] = []
+    for i, j in case.tokens_of_responses():
+        if turns and turns[-1][-1] == (i, j - 1):
+            turns[-1].append((i, j))
+        else:
+            turns.append([(i, j)])
+    means = [sum(case.entropy[at] for at in turn) / len(turn) for turn in turns]
+    low, high = min(means), max(means)
+    level = [(mean - low) / (high - low + 1e-8) for mean in means]
+    scale = [math.exp(-k * x) for x in level]
+    average = sum(scale) / len(scale) + 1e-8
+    changed = np.zeros(case.mask.shape)
+    for n, turn in enumerate(turns):
+        for at in turn:
+            changed[at] = case.advantages[at] * scale[n] / average
+            if n + 1 < len(turns) and turns[n + 1][0][0] == turn[0][0]:
+                changed[at] += zeta * math.exp(-k_future * level[n + 1])
+    changed -= sum(changed[turn[0]] for turn in turns) / len(turns)
+    return _clip_of(case, changed, **clip)
+
+
+def d3s(
+    case: Case, sample_share, sample_share_end, top_share, top_share_end, progress=0.0, **clip
+) -> Result:
+    """The responses by trying every subset."""
+    samples = sample_share + progress * (sample_share_end - sample_share)
+    share = top_share + progress * (top_share_end - top_share)
+    present = [i for i in range(len(case.mask)) if case.mask[i].any()]
+    of = {i: _mean(case, case.advantages, i) for i in present}
+    size = max(1, math.floor(round(samples * len(present), 9)))
+    kept = max(
+        combinations(present, size), key=lambda rows: round(np.var([of[i] for i in rows]), 9)
+    )
+    where = [(i, j) for i, j in case.tokens_of_responses() if i in kept]
+    count = math.ceil(round(share * len(where), 9))
+    chosen = sorted(where, key=lambda at: -abs(case.advantages[at]) * case.entropy[at])[:count]
+    changed = np.zeros(case.mask.shape)
+    for at in chosen:
+        changed[at] = case.advantages[at] * case.mask.sum() / count
+    return _clip_of(case, changed, **clip)
+
+
+def pacs(case: Case, beta, balance) -> Result:
+    n = len(case.mask)
+    good = [_mean(case, case.advantages, i) > 0 for i in range(n)]
+    summed = [
+        beta * sum(case.new[i, j] - case.old[i, j] for j in range(case.mask.shape[1])
+                   if case.mask[i, j])
+        for i in range(n)
+    ]  # fmt: skip
+    others = [[j for j in range(n) if case.group[j] == case.group[i] and j != i] for i in range(n)]
+
+    def less_others(values, i):
+        return values[i] - sum(values[j] for j in others[i]) / max(1, len(others[i]))
+
+    errors = []
+    for i in range(n):
+        labels = [good[j] for j in (i, *others[i])]
+        weight = len(labels) / (2 * labels.count(good[i])) if len(set(labels)) > 1 else 1.0
+        errors.append(
+            (weight if balance else 1.0) * (good[i] - 1 / (1 + math.exp(-less_others(summed, i))))
+        )
+    return _each(
+        case, lambda i, j, r, a: (-beta * less_others(errors, i), -beta * less_others(errors, i))
+    )

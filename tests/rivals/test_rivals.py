@@ -37,7 +37,19 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("minpro", {"weight_max": 0.8}),
     ("gtpo", {"entropy_max": None, "conflict_weight": 3.0}),
     ("gtpo", {"entropy_max": 1.0, "divide_by_conflicts": True}),
+    *[("rpg", {"kl": kl, "kl_coef": 0.3}) for kl in ("fkl", "rkl", "ufkl", "urkl")],
+    ("rpg", {"clip_low": 0.9, "clip_high": 2.0, "dual_clip": 1.5}),
+    ("bnpo", {"reward_min": -2.0, "reward_max": 2.5, "weight_max": 0.9}),
+    ("empg", {"k": 3.0, "k_future": 0.2, "zeta": 0.7}),
+    ("empg", {"k": 0.0, "zeta": 0.0}),
+    ("d3s", {"progress": 0.5}),
+    ("d3s", {"progress": 1.0, "top_share_end": 0.7, "sample_share_end": 0.8}),
+    ("d3s", {"sample_share": 1.0, "top_share": 1.0}),
+    ("pacs", {"beta": 0.2}),
+    ("pacs", {"balance": False}),
 ]
+WHOLE_GROUPS = [name for name, rival in RIVALS.items() if rival.whole_groups]
+REWARDS = {"reward_min": -1.5, "reward_max": 2.0}  # of Case.random, for BNPO
 
 
 def inputs_of(case: Case, name: str) -> dict[str, Any]:
@@ -61,6 +73,10 @@ def tensors(case: Case, dtype: torch.dtype = torch.float64) -> list[torch.Tensor
 @pytest.mark.parametrize("seed", [0, 1, 3, 10])
 def test_losses_and_gradients(name, knobs, seed):
     case = Case.random(seed)
+    if name == "bnpo":
+        knobs = {**REWARDS, **knobs}
+    elif name == "d3s":  # no ties, among which it would choose by position
+        case.advantages += 0.01 * np.arange(len(case.advantages))[:, None]
     old, new, advantages, mask = tensors(case)
     losses, metrics = RIVALS[name](old, new, advantages, mask, **inputs_of(case, name), **knobs)
     assert losses.shape == new.shape and losses.dtype == torch.float64
@@ -88,6 +104,10 @@ def test_on_policy_they_are_the_policy_gradient_with_their_own_weights(name):
         knobs = {"part": "both"}
     elif name == "gtpo":
         knobs = {"entropy_max": None, "conflict_weight": 1.0}
+    elif name == "bnpo":
+        knobs = REWARDS
+    elif name == "d3s":
+        knobs = {"progress": 1.0}
     losses, metrics = RIVALS[name](old, new, advantages, mask, **inputs_of(case, name), **knobs)
     (losses * mask).sum().backward()
     weight = torch.ones_like(advantages)
@@ -97,6 +117,9 @@ def test_on_policy_they_are_the_policy_gradient_with_their_own_weights(name):
         weight = weight * 0.9
     elif name == "gtpo":
         weight = torch.tensor(naive.gtpo_weights(case, 1.0)[0])
+    elif name in ("bnpo", "empg", "pacs"):  # another advantage
+        own = -getattr(naive, name)(case, **{**RIVALS[name].knobs, **knobs})[1]
+        advantages, weight = torch.tensor(own), weight
     torch.testing.assert_close(new.grad, -advantages * weight * mask, rtol=1e-12, atol=1e-14)
     assert metrics["ppo_kl"] == 0 and metrics.get("pg_clipfrac", torch.zeros(())) == 0
 
@@ -110,16 +133,18 @@ def test_extreme_ratios_and_empty_responses_stay_finite(name):
     for everything_masked in (False, True):
         case.mask &= not everything_masked
         old, new, advantages, mask = tensors(case, torch.float32)
-        losses, metrics = RIVALS[name](old, new, advantages, mask, **inputs_of(case, name))
+        knobs = REWARDS if name == "bnpo" else {}
+        inputs = inputs_of(case, name)
+        losses, metrics = RIVALS[name](old, new, advantages, mask, **inputs, **knobs)
         (losses * mask).sum().backward()
         assert losses.isfinite().all() and new.grad.isfinite().all()
         assert all(value.isfinite() for value in metrics.values())
         assert not new.grad[~mask].any()
 
 
-@pytest.mark.parametrize("name", sorted(set(RIVALS) - {"gtpo"}))
+@pytest.mark.parametrize("name", sorted(set(RIVALS) - set(WHOLE_GROUPS)))
 def test_the_training_step_does_not_wait_for_the_device(name):
-    """GTPO's weights may: they are made in the trainer, on the CPU."""
+    """Advantages of whole groups may: they are made in the trainer, on the CPU."""
     case = Case.random(1)
     old, new, advantages, mask = tensors(case, torch.float32)
     inputs = inputs_of(case, name)
@@ -217,6 +242,65 @@ def test_lopti_alternates_with_the_epoch_and_its_parts_add_up():
     assert not low[~rare].any() and not high[rare].any() and low.any() and high.any()
 
 
+def test_bnpos_weight_is_one_over_the_beta_density():
+    """Means 0, 1/2, 1 have the variance 1/4: size 0, and a uniform density."""
+    from torch.distributions import Beta
+
+    from capo_verl.rivals.bnpo import beta_parameters
+
+    uniform = beta_parameters(torch.tensor([0.0, 0.5, 1.0], dtype=torch.float64))
+    assert [float(x) for x in uniform] == [1, 1]
+    # Variance 1/400, mean 1/2: size 99, a = b = 1 + 99 / 6.
+    narrow = torch.tensor([0.45, 0.5, 0.55], dtype=torch.float64)
+    a, b = beta_parameters(narrow)
+    assert (float(a), float(b)) == pytest.approx((17.5, 17.5))
+    rewards = torch.tensor([[1.0], [0.0], [1.0], [1.0]], dtype=torch.float64)
+    new, mask = torch.zeros(4, 1, dtype=torch.float64), torch.ones(4, 1)
+    group = torch.tensor([0, 0, 1, 1])
+    losses, metrics = RIVALS["bnpo"](new, new, rewards, mask, group=group)
+    a, b = metrics["beta_a"], metrics["beta_b"]
+    weight = 1 / Beta(a, b).log_prob(torch.tensor(0.5, dtype=torch.float64)).exp()
+    assert losses[:, 0].tolist() == pytest.approx([-float(weight) / 2, float(weight) / 2, 0, 0])
+
+
+def test_pacs_has_the_gradient_of_the_cross_entropy():
+    """Against autograd through the sums, the leave-one-out means and torch's own cross-entropy."""
+    case = Case.random(3)
+    old, new, advantages, mask = tensors(case)
+    group = torch.tensor(case.group)
+    losses, metrics = RIVALS["pacs"](old, new, advantages, mask, group=group)
+    (ours,) = torch.autograd.grad((losses * mask).sum(), new)
+    sums = ((new - old) * mask).sum(-1).view(2, 3)
+    score = (sums - (sums.sum(-1, keepdim=True) - sums) / 2).flatten()
+    good = ((advantages > 0) & mask).any(-1)
+    weight = torch.ones(6, dtype=torch.float64)
+    for rows in (slice(0, 3), slice(3, 6)):
+        count = int(good[rows].sum())
+        if 0 < count < 3:
+            weight[rows] = torch.where(good[rows], 3 / (2 * count), 3 / (2 * (3 - count)))
+    loss = torch.nn.functional.binary_cross_entropy_with_logits(
+        score, good.double(), weight, reduction="sum"
+    )
+    torch.testing.assert_close(ours, torch.autograd.grad(loss, new)[0], rtol=1e-12, atol=1e-14)
+    assert float(metrics["cross_entropy"]) == pytest.approx(float(loss.detach()) / 6)
+
+
+def test_empg_sees_the_turns_of_a_response():
+    """Two turns with a tool between them; the second is the clear one."""
+    mask = torch.tensor([[1, 1, 0, 1], [1, 0, 0, 0]])
+    entropy = torch.tensor([[2.0, 2.0, 99.0, 0.0], [1.0, 0.0, 0.0, 0.0]])
+    rival = RIVALS["empg"].whole_groups
+    advantages, metrics = rival.advantages(
+        torch.ones(2, 4), mask, entropy=entropy, k=1.0, k_future=1.0, zeta=0.5
+    )
+    g = torch.tensor([-1.0, 0.0, -0.5]).exp()
+    turn = g / g.mean() + torch.tensor([0.5, 0.0, 0.0])  # the first one's next turn is clear
+    turn = turn - turn.mean()
+    expected = torch.tensor([[turn[0], turn[0], 0, turn[1]], [turn[2], 0, 0, 0]])
+    torch.testing.assert_close(advantages, expected)
+    assert float(metrics["turns"]) == 1.5
+
+
 # ---- knobs and inputs ----
 
 
@@ -246,6 +330,24 @@ def test_lopti_alternates_with_the_epoch_and_its_parts_add_up():
         ),
         ("gtpo", {"tokens": 0, "entropy": 0}, "the loss gtpo needs the argument 'group'"),
         ("entropy_mask", {}, "the loss entropy_mask needs the argument 'entropy'"),
+        ("rpg", {"kl": "k3"}, "rival.kl='k3': expected one of fkl, rkl, ufkl, urkl"),
+        (
+            "bnpo",
+            {"reward_max": 0, "group": torch.zeros(6, dtype=torch.long)},
+            "rival.reward_min=0.0: must be less than rival.reward_max=0",
+        ),
+        (
+            "bnpo",
+            {"group": torch.zeros(6, dtype=torch.long)},
+            "rewards from -1.5 to .* are outside; set both to the range of the rewards",
+        ),
+        ("empg", {"zeta": -1, "entropy": 0}, r"rival.zeta=-1: expected a number in \[0, inf\)"),
+        (
+            "d3s",
+            {"top_share": 2, "entropy": 0},
+            r"rival.top_share=2: expected a number in \(0, 1\]",
+        ),
+        ("pacs", {"beta": 0, "group": 0}, r"rival.beta=0: expected a number in \(0, inf\)"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_sentence(name, given, message):

@@ -55,15 +55,39 @@ def check_rival(config: DictConfig) -> None:
             "the low-probability tokens in one epoch and on the others in the next; set it to an "
             "even number"
         )
-    if name == "gtpo":
-        if value("trainer.use_v1") is False:
+    if not RIVAL_SPECS[name].whole_groups:
+        return
+    if value("trainer.use_v1") is False:
+        raise ValueError(
+            f"trainer.use_v1=False: rival.name={name} makes its advantages in the v1 trainer; set "
+            "it to True"
+        )
+    bypass = "algorithm.rollout_correction.bypass_mode"
+    if value(bypass) and rival.needs_entropy:
+        knob = "rival.entropy_max to null, or " if hasattr(rival.knobs, "entropy_max") else ""
+        raise ValueError(
+            f"{bypass}=True: no entropies for rival.name={name}; set {knob}bypass_mode to False"
+        )
+    if name == "bnpo" and value("algorithm.adv_estimator") != "reinforce":
+        raise ValueError(
+            f"algorithm.adv_estimator={value('algorithm.adv_estimator')}: rival.name=bnpo "
+            "normalises rewards itself; set it to reinforce"
+        )
+    if name == "pacs":
+        _check_one_update(value)
+
+
+def _check_one_update(value: Any) -> None:
+    """PACS' weights are those of the first update of a batch; with a second one they would be
+    wrong.
+    """
+    actor = "actor_rollout_ref.actor"
+    for path, one in (
+        (f"{actor}.ppo_epochs", 1),
+        (f"{actor}.ppo_mini_batch_size", value("data.train_batch_size")),
+    ):
+        if value(path) != one:
             raise ValueError(
-                "trainer.use_v1=False: rival.name=gtpo makes its advantages in the v1 trainer; set "
-                "it to True"
-            )
-        bypass = "algorithm.rollout_correction.bypass_mode"
-        if value(bypass) and getattr(rival.knobs, "entropy_max", None) is not None:
-            raise ValueError(
-                f"{bypass}=True: no entropies for rival.entropy_max; set that to null, or "
-                "bypass_mode to False"
+                f"{path}={value(path)}: rival.name=pacs makes its weights for one update per "
+                f"batch; set it to {one}"
             )

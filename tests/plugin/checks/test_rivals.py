@@ -96,8 +96,16 @@ def test_verl_lacks_these_losses():
         (["+rival=lopti", f"{ACTOR}.ppo_epochs=3"], "ppo_epochs=3: rival.part=alternate .*; set it "
         "to an even number"),
         (["+rival=gtpo", "trainer.use_v1=False"], "trainer.use_v1=False: rival.name=gtpo"),
+        (["+rival=d3s", "trainer.use_v1=False"], "trainer.use_v1=False: rival.name=d3s"),
         (["+rival=gtpo", "algorithm.rollout_correction.bypass_mode=True"], "bypass_mode=True: no "
-        "entropies for rival.entropy_max"),
+        "entropies for rival.name=gtpo; set rival.entropy_max to null, or bypass_mode to False"),
+        (["+rival=empg", "algorithm.rollout_correction.bypass_mode=True"], "bypass_mode=True: no "
+        "entropies for rival.name=empg; set bypass_mode to False"),
+        (["+rival=bnpo", "algorithm.adv_estimator=grpo"], "algorithm.adv_estimator=grpo: "
+        "rival.name=bnpo normalises rewards itself; set it to reinforce"),
+        (["+rival=pacs", f"{ACTOR}.ppo_epochs=2"], "ppo_epochs=2: rival.name=pacs .* one update"),
+        (["+rival=pacs", f"{ACTOR}.ppo_mini_batch_size=8"],
+            "ppo_mini_batch_size=8: .* one update per batch; set it to 1024"),
     ],
 )  # fmt: skip
 def test_what_cannot_work_is_refused_in_one_sentence(command_line, overrides, message):

@@ -86,8 +86,11 @@ def test_every_loss_takes_a_step(loss):
         pytest.importorskip("verl")
     from capo_verl.experiments.study.stepper import Stepper
 
-    # GTPO leaves out groups of high entropy, and this policy is random.
-    knobs = {"gtpo": {"entropy_max": None}, "lopti": {"part": "low"}}.get(loss, {})
+    # GTPO leaves out groups of high entropy, and this policy is random; BNPO takes rewards.
+    knobs = {
+        "gtpo": {"entropy_max": None}, "lopti": {"part": "low"},
+        "bnpo": {"reward_min": -9.0, "reward_max": 9.0},
+    }.get(loss, {})  # fmt: skip
     config = small(loss=loss, loss_knobs=knobs, mini_batches=2, lr=1e-2, warmup=1)
     model, task = fresh(config)
     before = model.flat.detach().clone()

@@ -21,9 +21,9 @@ ON_NONFINITE = ("error", "skip_batch")
 
 @dataclass(frozen=True)
 class TargetRejection:
-    """A threshold that sets itself: the running quantile of m_F.
+    """A threshold that sets itself, so that ``target_rejection`` of the tokens lie above it.
 
-    ``target_rejection`` of the tokens lie above it.
+    It follows the quantile of m_F per squared learning rate, and what was rejected.
 
     Raises:
         ValueError: naming the knob, the value found and what is allowed.
@@ -32,7 +32,9 @@ class TargetRejection:
     target_rejection: float
     """Share of the response tokens to reject, in (0, 1)."""
     memory: float = 0.9
-    """Share of the old threshold's logarithm that a step keeps, in [0, 1)."""
+    """Share of the old quantile's logarithm that a step keeps, in [0, 1); the first steps keep
+    less.
+    """
 
     def __post_init__(self) -> None:
         for name in ("target_rejection", "memory"):
@@ -64,9 +66,9 @@ class CapoConfig:
     """
     policy_shift_max: float | TargetRejection | None = 1e-4
     """tau_F: a token is accepted only if m_F < tau_F (nats). None or 0 switches the test off.
-    ``{target_rejection: 0.02}`` follows the quantile of m_F, one optimizer step behind. Nothing is
-    rejected by this test before the first quantile, which is that of the first step (with ``adam``
-    of the second: before it has moments its m_F is on another scale).
+    ``{target_rejection: 0.02}`` sets it so that this share is rejected, whatever the learning rate
+    does. Nothing is rejected by this test before the first quantile of m_F, which is that of the
+    first step (with ``adam`` of the second: before it has moments its m_F is on another scale).
     """
     policy_shift: str = "sampled"
     """Form of m_F: ``sampled``, lr^2/2 d^2 of the taken token (the paper's), or ``exact``, its
@@ -91,6 +93,12 @@ class CapoConfig:
     objective_shift_min: str | float | None = "symmetric"
     """Lower bound of m_H: ``symmetric`` (m_H > -tau_H), a number (m_H >= number; 0 is the one-sided
     variant) or None.
+    """
+    reference_lr: float | None = None
+    """Learning rate for which tau_F and tau_H are given: at the rate lr of a step they are
+    tau_F (lr/reference_lr)^2 and tau_H lr/reference_lr, as m_F and the first term of m_H are, so
+    that schedules and a ``kl_budget`` do not change what is rejected. None = the same thresholds at
+    every rate, as in the paper.
     """
     granularity: str | tuple[str, ...] = "token"
     """Units that are accepted or rejected as one: ``token``, ``sequence``, ``batch``, or several,
@@ -159,6 +167,7 @@ class CapoConfig:
         self._check_kl_budget()
         # and what it asks of others.
         self._check_weighting()
+        self._check_reference_lr()
         self._check_mode()
 
     def _check_choices(self) -> None:
@@ -195,6 +204,8 @@ class CapoConfig:
                 )
         elif self.objective_shift_min is not None:
             number("objective_shift_min", self.objective_shift_min)
+        if self.reference_lr is not None:
+            between("reference_lr", self.reference_lr, 0, 1e18, low_open=True)
         if self.max_rejection is not None:
             between("max_rejection", self.max_rejection, 0, 1, low_open=True)
         for name in ("policy_penalty", "objective_penalty"):
@@ -269,6 +280,17 @@ class CapoConfig:
                     f"capo.granularity=token, not {self.granularity!r}"
                 )
 
+    def _check_reference_lr(self) -> None:
+        tau, low = self.policy_shift_max, self.objective_shift_min
+        fixed = not isinstance(tau, TargetRejection) and bool(tau)
+        objective = self.objective_shift_max or (isinstance(low, int | float) and low)
+        if self.reference_lr is not None and not (fixed or objective):
+            raise ValueError(
+                f"capo.reference_lr={self.reference_lr!r} has no effect: there is no fixed "
+                f"threshold, but capo.policy_shift_max={tau!r} and "
+                f"objective_shift_max={self.objective_shift_max!r}; leave it out"
+            )
+
     def _check_mode(self) -> None:
         """Refuse knobs that have no effect: ``mode=off`` leaves out everything but the KL
         budget.
@@ -288,6 +310,7 @@ class CapoConfig:
         for name in (
             "weighting",
             "max_rejection",
+            "reference_lr",
             "policy_penalty",
             "objective_penalty",
             "on_nonfinite",

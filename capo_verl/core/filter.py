@@ -313,7 +313,9 @@ class CapoFilter:
         self.model.promote(dtype)
         for part, support, decision in zip(parts, supports, decisions, strict=True):
             applied = decision.weights
-            self._weighting.add(decision.stages[-1].policy_shift, applied.trusted, part.mask)
+            self._weighting.add(
+                decision.stages[-1].policy_shift, applied.trusted, part.mask, part.learning_rate
+            )
             advantages = part.advantages * applied.applied if soft else part.advantages
             self.model.accumulate(part.hidden, advantages, support, applied.accepted)
         return out
@@ -421,14 +423,14 @@ class CapoFilter:
 
     @property
     def policy_shift_max(self) -> float | Tensor | None:
-        """tau_F of the current step, a scalar on the device if it adapts (infinite until it is
-        known); None or 0 = no test.
+        """tau_F at the learning rate of the last :meth:`evaluate`, a scalar on the device if it
+        adapts (infinite until it is known, also before the first call); None or 0 = no test.
         """
-        return self._weighting.policy_shift_max
+        return self._weighting.policy_shift_max()
 
     def adaptive_metrics(self) -> dict[str, Tensor]:
-        """``capo/policy_threshold`` and ``capo/filter_stopped``, scalars on the device, where the
-        config makes them adapt.
+        """``capo/policy_threshold``, tau_F of the last :meth:`evaluate`, and
+        ``capo/filter_stopped``, scalars on the device, where the config makes them move.
         """
         return self._weighting.metrics()
 
@@ -456,10 +458,17 @@ class CapoFilter:
                 )
             else:
                 shifts = self._shifts(granularity, inputs, support, verdict)
-            objective_ok, policy_ok = judge(self.config, shifts, self.policy_shift_max)
+            objective_ok, policy_ok = judge(
+                self.config,
+                shifts,
+                self._weighting.policy_shift_max(inputs.learning_rate),
+                inputs.learning_rate,
+            )
             verdict = verdict & objective_ok & policy_ok
             stages.append(Stage(granularity, *shifts, objective_ok, policy_ok, verdict))
-        weights = self._weighting.weigh(stages[-1].policy_shift, verdict, inputs.mask)
+        weights = self._weighting.weigh(
+            stages[-1].policy_shift, verdict, inputs.mask, inputs.learning_rate
+        )
         return _Decision(stages, weights, terms)
 
     def _shifts(

@@ -12,13 +12,14 @@ from torch import Tensor
 from capo_verl.config import CapoConfig, TargetRejection
 from capo_verl.config.checks import is_number
 from capo_verl.core import collectives
-from capo_verl.core.adaptive_threshold import AdaptiveThreshold
+from capo_verl.core.adaptive_threshold import THRESHOLD_KEYS, AdaptiveThreshold, check_state
 from capo_verl.core.rejection_guard import RejectionGuard
 from capo_verl.core.soft_weights import soft_weights
+from capo_verl.core.trust_region import fixed_policy_shift_max
 from capo_verl.core.validation import shown
 
-STATE_KEYS = ("policy_threshold", "filter_stopped", "rejection_streak")
-RETIRED = ("balance_positive", "balance_negative")
+STATE_KEYS = (*THRESHOLD_KEYS, "filter_stopped", "rejection_streak")
+RETIRED = ("policy_threshold", "balance_positive", "balance_negative")
 """Keys in the state of releases before 0.2 that mean nothing any more."""
 
 
@@ -44,8 +45,8 @@ class Weighting:
         self, config: CapoConfig, device: torch.device, groups: Sequence[collectives.Group]
     ):
         self._soft, self._tracks = config.weighting != "hard", config.mode == "track"
-        tau = config.policy_shift_max
-        self._fixed = None if isinstance(tau, TargetRejection) else tau
+        self._config, self._device, tau = config, device, config.policy_shift_max
+        self._rate: float | None = None
         self._threshold = (
             AdaptiveThreshold(tau, device, groups) if isinstance(tau, TargetRejection) else None
         )
@@ -59,25 +60,32 @@ class Weighting:
     def _adaptive(self) -> list[AdaptiveThreshold | RejectionGuard]:
         return [x for x in (self._threshold, self._guard) if x is not None]
 
-    @property
-    def policy_shift_max(self) -> float | Tensor | None:
-        """tau_F of the current step; None or 0 = no test."""
-        return self._fixed if self._threshold is None else self._threshold.value
+    def policy_shift_max(self, learning_rate: float | None = None) -> float | Tensor | None:
+        """tau_F at a learning rate, by default that of the tokens added last; None or 0 = no
+        test.
+        """
+        rate = self._rate if learning_rate is None else learning_rate
+        if self._threshold is not None:
+            return self._threshold.at(rate or 0.0)
+        return fixed_policy_shift_max(self._config, rate or 0.0)
 
     @property
     def stopped(self) -> Tensor | None:
         """Scalar bool on the device: the guard has ended the filtering; None without a guard."""
         return None if self._guard is None else self._guard.stopped
 
-    def weigh(self, policy_shift: Tensor, verdict: Tensor, mask: Tensor) -> Weights:
+    def weigh(
+        self, policy_shift: Tensor, verdict: Tensor, mask: Tensor, learning_rate: float
+    ) -> Weights:
         """Weights of some tokens.
 
         Args:
             policy_shift: ``[N]``, m_F; verdict, mask: ``[N]`` bool, inside the trust region and the
                 mask.
+            learning_rate: at which the shift was predicted.
         """
         if self._soft:
-            tau = self.policy_shift_max
+            tau = self.policy_shift_max(learning_rate)
             assert tau is not None  # checked by the config
             trusted = torch.where(mask, soft_weights(policy_shift, tau), 0.0)
         else:
@@ -91,12 +99,15 @@ class Weighting:
             accepted = accepted | (mask & self._guard.stopped)
         return Weights(trusted, applied, accepted)
 
-    def add(self, policy_shift: Tensor, trusted: Tensor, mask: Tensor) -> None:
+    def add(
+        self, policy_shift: Tensor, trusted: Tensor, mask: Tensor, learning_rate: float
+    ) -> None:
         """Count some tokens of the step for what adapts: ``[N]`` each, as for :meth:`weigh` and of
         its result.
         """
+        self._rate = learning_rate
         if self._threshold is not None:
-            self._threshold.add(policy_shift, mask)
+            self._threshold.add(policy_shift, mask, learning_rate)
         if self._guard is not None:
             self._guard.add(trusted, mask)
 
@@ -116,16 +127,20 @@ class Weighting:
             part.discard()
 
     def move(self, device: torch.device) -> None:
+        self._device = device
         for part in self._adaptive:
             part.move(device)
 
     def metrics(self) -> dict[str, Tensor]:
-        """Scalars on the device by name (docs/metrics.md); the threshold is infinite before it is
-        known.
+        """Scalars on the device by name (docs/metrics.md); a threshold that adapts is infinite
+        before it is known, and at a rate that moves nothing.
         """
         found = {}
-        if self._threshold is not None:
-            found["capo/policy_threshold"] = self._threshold.value
+        tau = self.policy_shift_max()
+        if isinstance(tau, Tensor):
+            found["capo/policy_threshold"] = tau
+        elif tau and self._config.reference_lr is not None:
+            found["capo/policy_threshold"] = torch.full((), tau, device=self._device)
         if self._guard is not None:
             found["capo/filter_stopped"] = self._guard.stopped
         return found
@@ -159,13 +174,7 @@ class Weighting:
                     f"CAPO adaptive state: {name}={shown(value)} is not an integer in 0..{most}; "
                     "it is corrupt"
                 )
-        # The shifts that it is compared with are float32.
-        tau = torch.tensor(float(state.get("policy_threshold", 1)), dtype=torch.float32)
-        if tau == 0 or tau.isinf():
-            raise ValueError(
-                f"CAPO adaptive state: policy_threshold={state['policy_threshold']:g} would "
-                f"reject {'every' if tau == 0 else 'no'} token; it is corrupt"
-            )
+        check_state(state)
 
     def load(self, state: dict[str, float]) -> None:
         """Take over a state, for ``CapoFilter.load_adaptive_state``.

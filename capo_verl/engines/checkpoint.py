@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from capo_verl.config import CapoConfig
+from capo_verl.config import CapoConfig, TargetRejection
 from capo_verl.core.kl_budget import is_scale
 from capo_verl.engines import checkpoint_files
 from capo_verl.engines.filter_step import FilterStep
@@ -182,6 +182,14 @@ class CapoCheckpointMixin(BaseEngine):
                 loaded.checkpoint,
             )
         adaptive = None if loaded.control is None else loaded.control.filter
+        if isinstance(config.policy_shift_max, TargetRejection) and "policy_threshold" in (
+            adaptive or {}
+        ):
+            logger.warning(
+                "the checkpoint %s holds a threshold of a release before 0.2, which does not say "
+                "for which learning rate: it is found anew, from the second step on",
+                loaded.checkpoint,
+            )
         if self._step.capo.adaptive_state() and not any(state is adaptive for state in taken):
             logger.warning(
                 "the checkpoint %s holds no adaptive threshold or guard: they start anew",

@@ -20,6 +20,7 @@ from tests.helpers.spawn import run_on_ranks
 from tests.helpers.syncs import recorded_syncs
 
 V, H, K, LR, STEPS = 21, 6, 7, 0.02, 6
+THRESHOLD = {"threshold_quantile": 1e3, "threshold_correction": 0.7, "threshold_steps": 4}
 SOFT = {"top_k": K, "objective_shift_max": None, "policy_shift_max": 2e-4}
 CASES: dict[str, dict[str, Any]] = {
     "soft": {**SOFT, "weighting": "soft"},
@@ -64,7 +65,7 @@ def run(
             slice(at.cp * 8 // cp, (at.cp + 1) * 8 // cp),
         )
         tensors = [x[mine] for x in (hidden, logits, *rest[:-1])]
-        tau = capo.policy_shift_max
+        tau = capo._weighting.policy_shift_max(LR)
         outs = [
             capo.evaluate(*(x[i] for x in tensors),
                 LR) for i in torch.arange(len(tensors[0])).tensor_split(parts)
@@ -96,6 +97,8 @@ class Naive:
         target = config.policy_shift_max
         self.adaptive = target if not isinstance(target, float) else None
         self.tau = np.inf if self.adaptive else target
+        self.quantile = self.correction = 1.0
+        self.measured = 0
         self.streak, self.stopped = 0, False
 
     def step(self, batch: Batch) -> dict[str, Any]:
@@ -127,12 +130,13 @@ class Naive:
             else 0.0
         )
         if self.adaptive and comparable and found > 0:
-            memory = self.adaptive.memory
-            tau = (
-                found
-                if np.isinf(tau)
-                else np.exp(memory * np.log(tau) + (1 - memory) * np.log(found))
-            )
+            self.measured += 1
+            keep = min(self.adaptive.memory, 1 - 1 / self.measured)
+            self.quantile = self.quantile**keep * (found / LR**2) ** (1 - keep)
+            if self.measured > 1:
+                above = np.mean(np.array(m_f) >= tau) / self.adaptive.target_rejection
+                self.correction *= np.exp(0.2 * (min(above, 10) - 1))
+            tau = self.quantile * self.correction * LR**2
         if config.max_rejection is not None:
             self.streak = (
                 self.streak + 1
@@ -246,22 +250,34 @@ def test_what_cannot_be_a_state_is_refused_and_changes_nothing():
     for state, message in (
         (
             {"threshold": 1.0},
-            "threshold is unknown; expected some of policy_threshold, filter_stopped",
+            "threshold is unknown; expected some of threshold_quantile, threshold_correction",
         ),
         (
-            {"rejection_streak": 2, "policy_threshold": float("nan")},
-            "policy_threshold=nan is not a finite number >= 0",
+            {"rejection_streak": 2, "threshold_steps": float("nan")},
+            "threshold_steps=nan is not a finite number >= 0",
         ),
         ({"rejection_streak": -1.0}, "rejection_streak=-1.0 is not a finite number"),
-        ({"policy_threshold": 0.0}, "policy_threshold=0 would reject every token"),
+        (
+            {**THRESHOLD, "threshold_quantile": 0.0},
+            "threshold_quantile=0 and .* would reject",
+        ),
+        ({**THRESHOLD, "threshold_steps": 0.5}, r"threshold_steps=0.5 is not an integer in 1\.\."),
+        ({"threshold_steps": 3}, "threshold_steps without threshold_quantile"),
     ):
         with pytest.raises(ValueError, match=message):
             capo.load_adaptive_state(state)
         assert capo.adaptive_state() == before
-    # Of a run that adapted, and of a release with balanced weights.
-    CapoFilter(CapoConfig(top_k=K), V, H).load_adaptive_state(
+    # Of a run that adapted.
+    CapoFilter(CapoConfig(top_k=K), V, H).load_adaptive_state(THRESHOLD)
+
+
+def test_a_threshold_without_its_rate_starts_anew():
+    """Of a release before 0.2, which had balanced weights too."""
+    capo = CapoFilter(CapoConfig(**CASES["adaptive"]), V, H)
+    capo.load_adaptive_state(
         {"policy_threshold": 1e-4, "balance_positive": 0.5, "balance_negative": 1.0}
     )
+    assert capo.adaptive_state() == {} and float(capo.policy_shift_max) == float("inf")
 
 
 def test_discarded_mini_batches_leave_no_trace():
@@ -286,7 +302,7 @@ def test_a_step_without_information_moves_nothing():
     capo.evaluate(*first.arguments(LR))
     capo.step()
     before = capo.adaptive_state()
-    assert before["policy_threshold"] > 0
+    assert before["threshold_quantile"] > 0
     for field in ("mask", "advantages"):
         empty = batches()[1]
         getattr(empty, field)[:] = 0

@@ -154,6 +154,10 @@ def test_values_outside_the_mask_may_be_anything():
             "follows one granularity"),
         ({"policy_shift_max": {"target_rejection": 0.1}, "granularity": "batch"}, "=batch all of "
         "them have one m_F; set"),
+        ({"reference_lr": 0}, r"capo.reference_lr=0: expected a number in \(0, "),
+        ({"reference_lr": 1e-5, "policy_shift_max": {"target_rejection": 0.1},
+          "objective_shift_max": None}, "capo.reference_lr=1e-05 has no effect: there is no fixed"),
+        ({"mode": "off", "reference_lr": 1e-5}, "capo.reference_lr=1e-05 has no effect with"),
         ({"mode": "off", "policy_penalty": 1.0}, "capo.policy_penalty=1.0 has no effect with "
         "capo.mode=off; set"),
         ({"mode": "off", **SOFT}, "capo.weighting='soft' has no effect with capo.mode=off"),

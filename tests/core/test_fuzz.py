@@ -143,7 +143,8 @@ def test_fuzz_state_of_a_filter(moments: str, state: dict[str, Any]) -> None:
 
 
 NAMES = (
-    "policy_threshold", "filter_stopped", "rejection_streak", "balance_positive", "scale",
+    "policy_threshold", "threshold_quantile", "threshold_correction", "threshold_steps",
+    "filter_stopped", "rejection_streak", "balance_positive", "scale",
     "calibration", "curvature", "measured", "floor", "rate",
 )  # fmt: skip
 tables = st.one_of(

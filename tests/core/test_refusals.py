@@ -261,19 +261,26 @@ def test_float64_moments_that_bfloat16_does_not_hold_are_refused():
 
 
 CORRUPT = "CAPO adaptive state: "
+THRESHOLD = {"threshold_quantile": 1e3, "threshold_correction": 0.7, "threshold_steps": 4}
 ADAPTIVE: list[tuple[Any, str]] = [
     (None, f"{CORRUPT}expected a dict, got None"),
-    ([("policy_threshold", 1.0)], f"{CORRUPT}expected a dict, got "),
-    ({"policy_threshold": 1e-4, "other": 1.0}, f"{CORRUPT}other is unknown"),
+    ([("threshold_steps", 1.0)], f"{CORRUPT}expected a dict, got "),
+    ({**THRESHOLD, "other": 1.0}, f"{CORRUPT}other is unknown"),
     ({1: 1.0}, f"{CORRUPT}1 is unknown"),
-    ({"policy_threshold": HUGE}, f"{CORRUPT}policy_threshold=1000.* is not a finite number"),
-    ({"policy_threshold": "1"}, f"{CORRUPT}policy_threshold='1' is not a finite number"),
-    ({"policy_threshold": None}, f"{CORRUPT}policy_threshold=None is not a finite number"),
-    ({"policy_threshold": True}, f"{CORRUPT}policy_threshold=True is not a finite number"),
-    ({"policy_threshold": 1e-60}, f"{CORRUPT}policy_threshold=1e-60 would reject every token"),
-    ({"policy_threshold": 1e60}, rf"{CORRUPT}policy_threshold=1e\+60 would reject no token"),
-    ({"policy_threshold": 1e-4, "rejection_streak": 1e300}, f"{CORRUPT}rejection_streak=1e.300 is"),
-    ({"policy_threshold": 1e-4, "rejection_streak": 0.5}, f"{CORRUPT}rejection_streak=0.5 is not"),
+    ({"threshold_steps": HUGE}, f"{CORRUPT}threshold_steps=1000.* is not a finite number"),
+    ({"threshold_steps": "1"}, f"{CORRUPT}threshold_steps='1' is not a finite number"),
+    ({"threshold_steps": None}, f"{CORRUPT}threshold_steps=None is not a finite number"),
+    ({"threshold_steps": True}, f"{CORRUPT}threshold_steps=True is not a finite number"),
+    ({**THRESHOLD, "threshold_quantile": 1e-60}, f"{CORRUPT}threshold_quantile=1e-60 and .* would"),
+    (
+        {**THRESHOLD, "threshold_quantile": 1e60},
+        rf"{CORRUPT}threshold_quantile=1e\+60 and ",
+    ),
+    ({**THRESHOLD, "threshold_correction": 1e-60}, f"{CORRUPT}.* threshold_correction=1e-60 would"),
+    ({**THRESHOLD, "threshold_steps": 0}, f"{CORRUPT}threshold_steps=0 is not an integer in 1"),
+    ({"threshold_correction": 1.0}, f"{CORRUPT}threshold_correction without threshold_quantile"),
+    ({**THRESHOLD, "rejection_streak": 1e300}, f"{CORRUPT}rejection_streak=1e.300 is"),
+    ({**THRESHOLD, "rejection_streak": 0.5}, f"{CORRUPT}rejection_streak=0.5 is not"),
     ({"rejection_streak": 3, "filter_stopped": 2}, f"{CORRUPT}filter_stopped=2 is not an integer"),
     ({"rejection_streak": 3, "filter_stopped": NAN}, f"{CORRUPT}filter_stopped=nan is not"),
     ({"rejection_streak": 3, "balance_positive": HUGE}, f"{CORRUPT}balance_positive=1000"),
@@ -474,5 +481,5 @@ def test_micro_batches_of_different_precision_have_one_threshold():
                 metrics.add(out, kw["advantages"], kw["response_mask"], ids, 2)
             capo.step()
         p50 = metrics.compute()["capo/policy_shift_p50"]
-        thresholds.append((capo.adaptive_state()["policy_threshold"], p50))
+        thresholds.append((float(capo.policy_shift_max), p50))
     assert thresholds[1] == pytest.approx(thresholds[0], rel=1e-5)

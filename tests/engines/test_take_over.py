@@ -27,7 +27,10 @@ KNOBS: dict[str, Any] = {
     "top_k": 4, "policy_shift_max": {"target_rejection": 0.2}, "max_rejection": 0.5,
     "objective_shift_max": None, "kl_budget": {"delta": 1e-4},
 }  # fmt: skip
-GOOD = {"filter_stopped": 1, "rejection_streak": 3, "policy_threshold": 2e-4}
+GOOD = {
+    "filter_stopped": 1, "rejection_streak": 3,
+    "threshold_quantile": 2e3, "threshold_correction": 0.5, "threshold_steps": 4,
+}  # fmt: skip
 PATH = "/somewhere/global_step_3/actor"
 
 
@@ -101,7 +104,7 @@ def resumes(
     found = {"error": error, "changed": contents(watched) != before, "said": " ".join(said)}
     found |= {"weights": engine.weights, "steps_before": engine._steps_before}
     if engine._step is not None:
-        found |= {"threshold": engine._step.capo.adaptive_state().get("policy_threshold")}
+        found |= {"threshold": engine._step.capo.adaptive_state().get("threshold_quantile")}
         found |= {"updates": engine._step.capo.state_dict().get("step")}
     found["rate"] = None if engine._kl is None else engine._kl.budget.rate
     kept = engine._loaded
@@ -115,8 +118,8 @@ BAD: list[tuple[Any, Any, str]] = [
     ((True, {"scale": "1"}, GOOD), moments(), "control.json .*scale='1', expected a positive"),
     ((True, {"rate": 0.5}, GOOD), moments(),
      "control.json .*expected the keys curvature, measured, floor, rate, got rate"),
-    ((True, BUDGET, {"policy_threshold": "x"}), moments(),
-        "control.json .*policy_threshold='x' is not a finite number"),
+    ((True, BUDGET, {"threshold_steps": "x"}), moments(),
+        "control.json .*threshold_steps='x' is not a finite number"),
     ((True, BUDGET, {**GOOD, "filter_stopped": 7}), moments(),
         "control.json .*filter_stopped=7 is not an integer"),
     ((True, BUDGET, {**GOOD, "other": 1.0}), moments(), "control.json .*other is unknown"),
@@ -139,6 +142,7 @@ CASES: dict[Any, tuple[Any, ...]] = {
         for control, state, message in BAD for trains in (False, True)},
     **{trains: ((True, BUDGET, GOOD), moments(), trains, KNOBS)
         for trains in (False, True)},
+    "before 0.2": ((True, BUDGET, {"policy_threshold": 2e-4}), moments(), False, KNOBS),
     "no moments": ((False, BUDGET, GOOD), None, False, KNOBS),
     "no moments, sgd": ((False, BUDGET, GOOD), None, False, SGD),
 }  # fmt: skip
@@ -169,9 +173,15 @@ def test_a_part_that_cannot_be_used_leaves_all_as_it_was(message, trains, found)
 def test_all_of_it_is_taken_over(trains, found):
     first, second = found[trains]
     assert first["error"] == second["error"] == first["said"] == second["said"] == ""
-    assert (first["threshold"], first["updates"], first["rate"]) == (2e-4, 3, 0.5)
+    assert (first["threshold"], first["updates"], first["rate"]) == (2e3, 3, 0.5)
     assert second["rate"] == 0.5 and first["steps_before"] == second["steps_before"] == 3
     assert first["kept"] == second["kept"] == (False, False)
+
+
+def test_a_threshold_that_does_not_name_its_rate_is_found_anew(found):
+    first, _ = found["before 0.2"]
+    assert (first["error"], first["threshold"], first["updates"]) == ("", None, 3)
+    assert "holds a threshold of a release before 0.2" in first["said"]
 
 
 def test_a_threshold_does_not_outlive_its_moments(found):
@@ -180,4 +190,4 @@ def test_a_threshold_does_not_outlive_its_moments(found):
     assert (first["threshold"], first["updates"], first["rate"]) == (None, 0, 0.5)
     assert "its moments start empty" in first["said"] and "they start anew" in first["said"]
     first, _ = found["no moments, sgd"]
-    assert first["threshold"] == 2e-4 and first["said"] == ""
+    assert first["threshold"] == 2e3 and first["said"] == ""

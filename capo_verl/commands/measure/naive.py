@@ -21,7 +21,7 @@ from torch import Tensor
 from capo_verl.config import CapoConfig, TargetRejection
 from capo_verl.core.chunks import chunk_slices
 from capo_verl.core.curvature import Shifts
-from capo_verl.core.trust_region import judge
+from capo_verl.core.trust_region import fixed_policy_shift_max, judge
 
 BATCH_TOKENS = 24 * 1024
 """Tokens that the authors evaluate at once: 24 sequences of 1,024."""
@@ -83,7 +83,6 @@ class NaiveFilter:
                 "tau_F; set a number"
             )
         self.config, self.dtype, self.reuse_temporaries = config, dtype, reuse_temporaries
-        self._policy_shift_max = config.policy_shift_max
         self.wide = torch.promote_types(dtype, torch.float32)
         self.exp_avg = torch.zeros(vocab_size, hidden_size, device=device, dtype=dtype)
         self.exp_avg_sq = torch.zeros_like(self.exp_avg)
@@ -131,7 +130,8 @@ class NaiveFilter:
         curvature = d**2 - (mean_square - mean**2)
         objective = learning_rate * advantages * d + half * advantages * curvature
         policy = half * d**2
-        verdict = judge(self.config, Shifts(objective, policy), self._policy_shift_max)
+        tau = fixed_policy_shift_max(self.config, learning_rate)
+        verdict = judge(self.config, Shifts(objective, policy), tau, learning_rate)
         accepted = response_mask.bool() & verdict.accepted
         self._evaluated = _Evaluated(ids, g, accepted)
         return Decision(objective, policy, accepted)

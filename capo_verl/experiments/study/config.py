@@ -20,6 +20,8 @@ VERSION = 2
 """Raised when the meaning of a knob or a measure changes: runs of other versions are other runs."""
 BUDGET_VERSION = 3
 """The same for runs under a KL budget, or with several optimizer steps per rollout."""
+TARGET_VERSION = 4
+"""The same for runs with a ``target_rejection``."""
 
 
 @dataclass(frozen=True)
@@ -220,8 +222,12 @@ class RunConfig:
     @property
     def run_id(self) -> str:
         """First 16 hex digits of the SHA-256 of version and :meth:`to_dict`."""
-        newer = "kl_budget" in (self.capo_knobs() or {}) or self.mini_batches * self.epochs > 1
-        version = BUDGET_VERSION if newer else VERSION
+        capo = self.capo_knobs() or {}
+        version = VERSION
+        if "kl_budget" in capo or self.mini_batches * self.epochs > 1:
+            version = BUDGET_VERSION
+        if isinstance(capo.get("policy_shift_max"), dict):
+            version = TARGET_VERSION
         text = json.dumps({"version": version, "tier": "tiny", **self.to_dict()}, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 

@@ -206,7 +206,7 @@ def test_what_adapts_waits_for_nothing_either(knobs, device, monkeypatch):
             torch.testing.assert_close(
                 gradient, from_plain, rtol=1e-3, atol=1e-3 * float(from_plain.abs().max())
             )
-    assert 0 < capo.adaptive_state()["policy_threshold"] < 1
+    assert 0 < float(capo.policy_shift_max) < 1
 
 
 class Unrecorded:

@@ -356,3 +356,14 @@ def test_warm_start_meets_its_accuracy(tmp_path, monkeypatch, reach):
     monkeypatch.setattr(warm_start, "supervised_step", lambda *a: calls.append(a))
     again, _ = warm_start.base_policy(config, tmp_path)
     assert torch.equal(again.flat, model.flat) and not calls
+
+
+def test_the_target_is_what_is_rejected(cache):
+    """Under warm-up, decay and a KL budget, whose rate grows tenfold a step."""
+    capo = {
+        "policy_shift_max": {"target_rejection": 0.05}, "objective_shift_max": None,
+        "kl_budget": {"delta": 3e-4},
+    }  # fmt: skip
+    config = small(steps=60, evaluations=60, lr_final=0.1, capo=capo)
+    rejection = [row["rejection"] for row in train(config, cache)[0][1:]]
+    assert sum(rejection[10:]) / 50 == pytest.approx(0.05, rel=0.25)

@@ -151,8 +151,8 @@ def watched(steps: list[list[Call]]) -> Iterator[None]:
         self: CapoFilter, hidden: Any, logits: Any, actions: Any, advantages: Any, mask: Tensor,
         learning_rate: float, **options: Any
     ) -> Any:  # fmt: skip
-        limit = self.policy_shift_max
         out = evaluate(self, hidden, logits, actions, advantages, mask, learning_rate, **options)
+        limit = self.policy_shift_max
         kept = mask.bool()
         hidden, logits, actions, advantages, objective, policy, accepted = (
             x[kept].double().cpu().numpy()

@@ -44,7 +44,7 @@ class KLBudgetConfig:
     """Largest learning rate, in multiples of the scheduled one. 1: the budget only slows down.
     None = no limit.
     """
-    probe_share: float = 0.125
+    probe_share: float = 0.0625
     """Share of the mini-batch's samples on which the KL is measured, in (0, 1]; at least one per
     data-parallel rank.
     """

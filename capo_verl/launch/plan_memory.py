@@ -192,10 +192,7 @@ def kl_probe(run: RunSpec, shape: ModelShape, stage: int) -> ProbeMemory:
     kept = 0
     if knobs.estimator == "exact" and stage == run.pp - 1:
         completions = run.mini_batch * run.completions_per_prompt / run.dp
-        probed = min(
-            completions, max(math.ceil(completions * knobs.probe_share), run.micro_batch or 1)
-        )
-        tokens = probed * run.response_length / run.cp
+        tokens = math.ceil(completions * knobs.probe_share) * run.response_length / run.cp
         kept = min(KEPT_BYTES, int(tokens * shape.vocab / run.tp) * FLOAT32)
     copied = 0
     if knobs.line_search is not None:

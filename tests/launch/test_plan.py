@@ -217,17 +217,17 @@ def test_logits_take_what_is_planned(run, compiled_away, wide_model):
 
 
 def test_kl_probe_by_hand():
-    """36 of 288 completions a rank, but no more than 256 MiB; a line search copies the float32
+    """18 of 288 completions a rank, but no more than 256 MiB; a line search copies the float32
     parameters.
     """
     assert plan_memory.kl_probe(RUN, QWEN_7B, 0) == plan_memory.ProbeMemory(0, 0)
     run = dataclasses.replace(RUN, capo=verl_knobs("kl_budget"))
     assert plan_memory.capo_filter(run, QWEN_7B).moments == 0  # mode=off
     probe, rows = plan_memory.kl_probe(run, QWEN_7B, 0), 152064 // 2
-    assert 36 * run.response_length * rows * 4 > 256 * 2**20
+    assert 18 * run.response_length * rows * 4 > 256 * 2**20
     assert probe == plan_memory.ProbeMemory(256 * 2**20, 0)
     short = dataclasses.replace(run, response_length=8)
-    assert plan_memory.kl_probe(short, QWEN_7B, 0).logits == 36 * 8 * rows * 4
+    assert plan_memory.kl_probe(short, QWEN_7B, 0).logits == 18 * 8 * rows * 4
     knobs = {
         **run.capo,
         "kl_budget": {**run.capo["kl_budget"], "estimator": "k3", "line_search": 2.0},

@@ -25,7 +25,7 @@ from capo_verl.engines.kl_control import KLControl
 from capo_verl.engines.kl_probe import PROBED, KLProbe
 from capo_verl.engines.lm_head import HiddenStatesTap, LMHead, LMHeadCall, watch_half_precision
 from capo_verl.engines.nonfinite import NonFinite, describe
-from capo_verl.engines.response import SAMPLE
+from capo_verl.engines.response import SAMPLE, without_other_voices
 
 logger = logging.getLogger(__name__)
 
@@ -185,6 +185,7 @@ class CapoEngineMixin(CapoCheckpointMixin):
                 step.capo.set_optimizer(group["betas"], group["eps"])
             loss_function = step.wrap_loss(loss_function)
             step.tap.active = True
+        data = without_other_voices(data)
         data[SAMPLE] = torch.arange(len(data), device=data.device)
         try:
             if self._kl is None:
@@ -194,7 +195,6 @@ class CapoEngineMixin(CapoCheckpointMixin):
                 with self._kl.training():
                     output = super().forward_backward_batch(data, loss_function, forward_only)
         finally:
-            del data[SAMPLE]
             if step is not None:
                 step.tap.active = False
         if not self._measures:

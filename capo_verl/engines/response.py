@@ -16,6 +16,12 @@ SAMPLE = "capo_sample"
 """Key of the index of each sample in this rank's share of the mini-batch, ``[b]`` int64."""
 
 
+PER_TOKEN = (
+    "advantages", "old_log_probs", "ref_log_prob", "rollout_log_probs", "rollout_is_weights",
+)  # fmt: skip
+"""Fields of a mini-batch with a value for each response token, which a loss may read."""
+
+
 class PackedResponse(NamedTuple):
     """Per-token fields in the layout of the labels, ``[b, s]`` or ``[1, total]``; zeros outside the
     responses.
@@ -63,6 +69,28 @@ def masked_values(data: TensorDict, name: str) -> tuple[Tensor, Tensor]:
     """
     mask = data["response_mask"]
     return torch.where(_flat(mask).bool(), _flat(data[name]), 0.0), samples_of(mask)
+
+
+def without_other_voices(data: TensorDict) -> TensorDict:
+    """A copy of a mini-batch in which what is said of a tool's tokens is 0, whatever it was; the
+    original keeps its own.
+
+    verl's losses multiply by the response mask, and NaN times 0 is NaN: in the loss, or in the
+    gradient of a ratio that is not finite.
+
+    Args:
+        data: with ``response_mask``, and any of :data:`PER_TOKEN`, all nested, or all padded.
+    """
+    kept, mask = data.select(*data.keys()), data["response_mask"]
+    own = _flat(mask).bool()
+    for name in PER_TOKEN:
+        field = data.get(name, None)
+        if field is None:
+            continue
+        values = torch.where(own, _flat(field), 0)
+        kept[name] = torch.zeros_like(field)  # of the same lengths, which verl pads by
+        (kept[name].values() if field.is_nested else kept[name].view(-1)).copy_(values)
+    return kept
 
 
 def samples_of(field: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ from capo_verl.engines.response import (
     accepted_response,
     mask_rejected,
     response_fields,
+    without_other_voices,
 )
 from tests.helpers.syncs import recorded_syncs
 
@@ -92,6 +93,20 @@ def test_decisions_come_back_to_the_responses(batch):
     assert [row[:n] for row, n in zip(rows, RESPONSES, strict=True)] == [[1, 0, 0], [0]]
     original = batch["response_mask"]
     assert int(original.values().sum() if original.is_nested else original.sum()) == 3  # untouched
+
+
+def test_what_is_said_of_a_tools_tokens_is_forgotten(batch):
+    with recorded_syncs() as syncs:
+        kept = without_other_voices(batch)
+    assert syncs == []
+    for name, own in (("advantages", [1.5, 1.5, -2.0]), ("old_log_probs", [-1.0] * 3)):
+        field, mask = kept[name], kept["response_mask"]
+        if field.is_nested:
+            assert torch.equal(field.offsets(), batch[name].offsets())
+            field, mask = field.values(), mask.values()
+        assert field[mask > 0].tolist() == own and not field[mask == 0].any()
+    untouched = batch["old_log_probs"]
+    assert (untouched.values() if untouched.is_nested else untouched).isnan().any()
 
 
 def test_verls_metrics_describe_all_tokens_and_the_loss_the_accepted_ones(batch):

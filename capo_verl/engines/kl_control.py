@@ -53,7 +53,9 @@ class ProbedEngine(Protocol):
     def _training_steps(self) -> int: ...
 
     def _has_dropout(self) -> bool:
-        """True if a forward pass in training draws random numbers."""
+        """True if a forward pass in training draws random numbers, or is otherwise not the one of
+        evaluation mode.
+        """
 
     def _evaluating(self) -> AbstractContextManager[None]:
         """A context in which the model is in evaluation mode.

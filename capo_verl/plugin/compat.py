@@ -99,6 +99,17 @@ def shim_mbridge() -> None:
         )
 
 
+def shim_router() -> None:
+    """Define the kernel that Megatron-Core 0.16's router looks for without Transformer Engine.
+
+    It asks whether the name is None (``megatron/core/transformer/moe/moe_utils.py:1192``), which it
+    only imports.
+    """
+    moe_utils: Any = importlib.import_module("megatron.core.transformer.moe.moe_utils")
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None
+
+
 PADDED = ("embedding.word_embeddings.weight", "output_layer.weight")
 """Megatron's parameters with a row per token."""
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tests.cpu.megatron.engine_cases import LENGTHS, Measured, next_token_mask, sequences
+from tests.helpers.experts import one_by_one
 
 LR, CLIP = 0.5, 1.0
 
@@ -74,7 +75,7 @@ def merged_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """A copy under Hugging Face's names, adapters merged."""
     if hasattr(model, "merge_and_unload"):
         model = copy.deepcopy(model).merge_and_unload()
-    return {name: p.detach().clone() for name, p in model.named_parameters()}
+    return one_by_one({name: p.detach().clone() for name, p in model.named_parameters()})
 
 
 def largest_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:

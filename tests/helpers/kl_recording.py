@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from tests.helpers.experts import one_by_one
 from tests.helpers.recording import BETAS, EPS, RecordedBatch, float64_model
 
 DELTA, ETA, STEPS = 2e-4, 0.5, 4
@@ -104,7 +105,8 @@ def record_kl(
         found.append(
             KLStep(float(kl.mean()), float(p99), rates[len(kls) - 1], kept, whole, float(k3.mean()))
         )
-    return KLRecording(found, {name: p.detach().numpy() for name, p in model.named_parameters()})
+    weights = {name: p.detach().numpy() for name, p in model.named_parameters()}
+    return KLRecording(found, one_by_one(weights))
 
 
 def log_probs_of(path: str, weights: dict[str, torch.Tensor] | None = None) -> list[torch.Tensor]:

@@ -16,6 +16,7 @@ import torch
 
 from capo_verl import CapoConfig
 from tests.helpers.batches import inside
+from tests.helpers.experts import in_float64, one_by_one
 from tests.helpers.oracle import Oracle, make_token
 
 PROMPTS, RESPONSES = (4, 3, 5, 4, 2, 3, 6, 3), (9, 7, 11, 3, 6, 5, 8, 10)
@@ -118,20 +119,25 @@ class Recording:
         )
 
 
-def float64_model(path: str, padded_rows: int = 0) -> Any:
+def float64_model(path: str, padded_rows: int = 0, passes: int | None = None) -> Any:
     """The Hugging Face model with float64 throughout, and ``padded_rows`` rows of zeros below the
     LM head.
 
     Megatron pads the vocabulary for tensor parallelism, and its softmax counts the padding.
+
+    Args:
+        passes: forward passes of a model with experts whose routes all later ones repeat.
     """
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(
-        path, dtype=torch.float64, attn_implementation="sdpa"
+        path, dtype=torch.float64, attn_implementation="sdpa", experts_implementation="eager"
     )
     for module in model.modules():
         if type(module).__name__.endswith("RMSNorm"):  # computes in float32 whatever it is given
             module.forward = _rms_norm(module)
+        elif type(module).__name__.endswith("TopKRouter"):
+            module.forward = in_float64(module, passes)
     model.padding = torch.zeros(
         padded_rows, model.config.hidden_size, dtype=torch.float64, requires_grad=True
     )
@@ -144,11 +150,17 @@ def _rms_norm(module: Any) -> Any:
     )
 
 
-def record(path: str, temperature: float = 1.0, padded_rows: int = 0) -> Recording:
+def record(
+    path: str, temperature: float = 1.0, padded_rows: int = 0, replay: bool = False
+) -> Recording:
     """Train two steps on the batch: forward, oracle, filtered loss, backward, clipping, Adam,
     moments.
+
+    Args:
+        replay: tokens go to the experts that the first policy chose, in both steps.
     """
-    batch, model = RecordedBatch.make(), float64_model(path, padded_rows)
+    batch = RecordedBatch.make()
+    model = float64_model(path, padded_rows, len(batch.ids) if replay else None)
     config = CapoConfig(**KNOBS)
     parameters = dict(model.named_parameters())
     trained = [*parameters.values(), model.padding]
@@ -187,14 +199,13 @@ def record(path: str, temperature: float = 1.0, padded_rows: int = 0) -> Recordi
             per_token = -advantages * (log_probs - batch.old_log_probs[i].double()).exp()
             loss = loss + (per_token * accepted).sum() / (accepted.sum() + 1e-8) / len(batch.ids)
         loss.backward()
-        gradients = {name: p.grad.numpy().copy() for name, p in parameters.items()}
+        gradients = one_by_one({name: p.grad.numpy().copy() for name, p in parameters.items()})
         grad_norm = float(torch.nn.utils.clip_grad_norm_(trained, CLIP))
         steps.append(_step(oracle, learning_rate, seen, float(loss.detach()), grad_norm, gradients))
         optimizer.step()
         oracle.update([row["token"] for rows in seen for row in rows if row["accepted"]])
-    return Recording(
-        batch, steps, {name: p.detach().numpy().copy() for name, p in parameters.items()}
-    )
+    weights = {name: p.detach().numpy().copy() for name, p in parameters.items()}
+    return Recording(batch, steps, one_by_one(weights))
 
 
 def _evaluate(

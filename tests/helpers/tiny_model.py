@@ -12,6 +12,16 @@ import torch
 
 from capo_verl.cpu.quickstart.model import build_tokenizer
 
+DEFAULTS: dict[str, dict[str, int]] = {
+    "qwen3_moe": {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "norm_topk_prob": True,
+    }
+}
+"""Keys of an architecture's config that are not the other ones' as well."""
+
 
 def make_tiny_model(
     path: str | os.PathLike[str],
@@ -52,9 +62,8 @@ def make_tiny_model(
         **{
             "num_attention_heads": 4,
             "num_key_value_heads": 2,
-            **(
-                {"head_dim": hidden_size // 4} if model_type == "qwen3" else {}
-            ),  # Qwen3's default is 128
+            **DEFAULTS.get(model_type, {}),
+            **({"head_dim": hidden_size // 4} if "qwen3" in model_type else {}),
             **sizes,
         },
     )

@@ -3,8 +3,8 @@
 
 mbridge builds its layers from Transformer Engine (``mbridge/core/llm_bridge.py:149``), which needs
 CUDA. Here they are built from Megatron-Core's local modules; the two layer norms that Transformer
-Engine fuses into the linear layers behind them are then modules of their own, which is all that
-changes in the names of the weights.
+Engine fuses into the linear layers behind them are then modules of their own, and so is each
+expert, which is all that changes in the names of the weights.
 """
 
 from __future__ import annotations
@@ -15,14 +15,16 @@ import torch
 from megatron.core import parallel_state as mpu
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.transformer.identity_op import IdentityOp
+from verl.utils.megatron_utils import unwrap_model
 
 from capo_verl.cpu.megatron.attention import CausalSdpaAttention
+from capo_verl.cpu.megatron.experts import GroupedNames
 from capo_verl.plugin import compat
 
-ARCHITECTURES = ("llama", "qwen2", "qwen3")
+ARCHITECTURES = ("llama", "qwen2", "qwen3", "qwen3_moe")
 """Values of ``model_type`` in Hugging Face configs that run on a CPU.
 
-Another dense decoder of mbridge: add it and test it.
+Another decoder of mbridge: add it and test it.
 """
 
 TRANSFORMER_CONFIG: dict[str, Any] = {
@@ -36,7 +38,13 @@ TRANSFORMER_CONFIG: dict[str, Any] = {
     "bias_dropout_fusion": False,
     "gradient_accumulation_fusion": False,
     "masked_softmax_fusion": False,
+    "moe_grouped_gemm": False,
+    "moe_permute_fusion": False,
+    "moe_router_fusion": False,
     "persist_layer_norm": False,
+    # The others exchange tokens in DeepEP's kernels.
+    "moe_enable_deepep": False,
+    "moe_token_dispatcher_type": "alltoall",
 }
 """Megatron-Core's ``TransformerConfig`` on a CPU, whatever a GPU launcher asks for."""
 
@@ -74,7 +82,7 @@ def local_layer_spec(config: Any, vp_stage: int | None = None) -> Any:
 
 
 def make_cpu_bridge(bridge_cls: Any) -> Any:
-    """The CPU version of one of mbridge's bridge classes of a dense decoder."""
+    """The CPU version of one of mbridge's bridge classes of a decoder."""
 
     class CpuBridge(bridge_cls):
         _DIRECT_MAPPING: dict[str, str]
@@ -106,6 +114,12 @@ def make_cpu_bridge(bridge_cls: Any) -> Any:
             # Megatron refuses a vocabulary that does not divide; mbridge pads it only when told so.
             self.make_vocab_size_divisible_by = mpu.get_tensor_model_parallel_world_size()
             return super().get_model(*args, **kwargs)
+
+        def load_weights(self, models: Any, *args: Any, **kwargs: Any) -> None:
+            super().load_weights([GroupedNames(unwrap_model(m)) for m in models], *args, **kwargs)
+
+        def export_weights(self, models: Any) -> Any:
+            return super().export_weights([GroupedNames(unwrap_model(m)) for m in models])
 
     CpuBridge.__name__ = CpuBridge.__qualname__ = f"Cpu{bridge_cls.__name__}"
     CpuBridge._capo_verl_cpu = True

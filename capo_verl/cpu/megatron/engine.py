@@ -18,7 +18,7 @@ from verl.utils.megatron import dist_checkpointing
 from verl.workers.engine.base import EngineRegistry
 from verl.workers.engine.megatron import transformer_impl
 
-from capo_verl.cpu.megatron import distributed_optimizer, linear_cross_entropy
+from capo_verl.cpu.megatron import distributed_optimizer, experts, linear_cross_entropy
 from capo_verl.cpu.megatron.bridge import (
     ARCHITECTURES,
     TRANSFORMER_CONFIG,
@@ -163,6 +163,7 @@ class CpuMegatronMixin(_Engine):
         self._given_engine_config = engine_config
         engine_config = cpu_engine_config(engine_config)
         compat.import_checkpoint_modules()
+        experts.install()
         prepare_bridge(engine_config)
         install_grad_clip()
         redirect_cuda_to_cpu()

@@ -46,7 +46,11 @@ class _Stream:
     def wait_stream(self, stream: Any) -> None:
         pass
 
-    wait_event = record_event = wait_stream
+    wait_event = wait_stream
+
+    def record_event(self, event: Any = None) -> _Stream:
+        """What can be waited for, as an event can."""
+        return self
 
     def synchronize(self) -> None:
         pass

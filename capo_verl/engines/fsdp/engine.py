@@ -230,9 +230,11 @@ class CapoFSDPEngineWithLMHead(CapoEngineMixin, FSDPEngineWithLMHead):
             )
 
     def _has_dropout(self) -> bool:
-        # transformers keeps the rates of functional dropout in the configuration.
+        # transformers keeps the rates of functional dropout in the configuration, and those of the
+        # noise that training adds for a router of experts.
         rates = vars(self.model_config.hf_config.get_text_config()).items()
-        functional = any(name.endswith(("dropout", "pdrop")) and rate for name, rate in rates)
+        kinds = ("dropout", "pdrop", "jitter_noise", "jitter_eps")
+        functional = any(name.endswith(kinds) and rate for name, rate in rates)
         return functional or has_dropout([self.module])
 
     @contextmanager

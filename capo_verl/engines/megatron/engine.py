@@ -33,7 +33,7 @@ from capo_verl.engines.checkpoint import State
 from capo_verl.engines.filter_step import ACCEPTED, PENALTY
 from capo_verl.engines.kl_probe import place_of
 from capo_verl.engines.lm_head import LMHead, LMHeadCall
-from capo_verl.engines.megatron import checkpoint, parameters
+from capo_verl.engines.megatron import checkpoint, parameters, routing
 from capo_verl.engines.megatron.packing import label_layout, pack_response, token_positions, unpack
 from capo_verl.engines.mixin import CapoEngineMixin, has_dropout
 
@@ -204,7 +204,9 @@ class CapoMegatronEngineWithLMHead(CapoEngineMixin, MegatronEngineWithLMHead):
 
     def _has_dropout(self) -> bool:
         config = self.tf_config
-        return bool(config.hidden_dropout or config.attention_dropout or has_dropout(self.module))
+        return bool(
+            config.hidden_dropout or config.attention_dropout or has_dropout(self.module)
+        ) or routing.differs_in_training(config)
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
@@ -227,8 +229,10 @@ class CapoMegatronEngineWithLMHead(CapoEngineMixin, MegatronEngineWithLMHead):
         parameters.spread(self.optimizer, self.module)
 
     def _check_supported(self, config: CapoConfig) -> None:
-        if config.kl_budget is not None and config.kl_budget.line_search is not None:
-            parameters.check_reachable(self.optimizer)
+        if config.kl_budget is not None:
+            routing.check_repeatable(self.tf_config)
+            if config.kl_budget.line_search is not None:
+                parameters.check_reachable(self.optimizer)
 
     def _vocab_size(self) -> int:
         return self.model_config.hf_config.get_text_config().vocab_size

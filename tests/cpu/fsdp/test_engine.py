@@ -79,7 +79,7 @@ def test_padding_to_a_bucket_changes_nothing(tiny_qwen2: str, reference: Referen
 @pytest.mark.parametrize(
     ("model_type", "layout"),
     [
-        *((name, FsdpLayout(dp=2)) for name in ("llama", "qwen3", "qwen2-tied")),
+        *((name, FsdpLayout(dp=2)) for name in ("llama", "qwen3", "qwen3_moe", "qwen2-tied")),
         ("llama", FsdpLayout("fsdp", 2, fused="torch")),
         *(("qwen2-tied", FsdpLayout("fsdp2", 2, fused=backend)) for backend in ("torch", "triton")),
         ("qwen2-tied", FsdpLayout("fsdp2", packed=False, fused="torch")),

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from tests.helpers.bridge import settings_of
+from tests.helpers.experts import one_by_one
 
 LENGTHS = (9, 12, 7, 12)
 PROMPT = 4
@@ -21,7 +22,7 @@ PROMPT = 4
 @dataclass(frozen=True)
 class Layout:
     """Parallel sizes, sequence parallelism, whether batches are packed (``use_remove_padding``),
-    who holds Adam's state.
+    who holds Adam's state; of experts ranks that share them and, per expert, its matrices.
     """
 
     tp: int = 1
@@ -32,6 +33,8 @@ class Layout:
     packed: bool = True
     vpp: int = 1
     distributed_optimizer: bool = False
+    ep: int = 1
+    etp: int | None = None
 
     @property
     def world_size(self) -> int:
@@ -40,8 +43,8 @@ class Layout:
     def __str__(self) -> str:
         sizes = [
             f"{name}{getattr(self, name)}"
-            for name in ("tp", "pp", "vpp", "dp", "cp")
-            if getattr(self, name) > 1
+            for name in ("tp", "pp", "vpp", "dp", "cp", "ep", "etp")
+            if (getattr(self, name) or 0) > (name != "etp")
         ]
         options = ("+sp" if self.sp else "") + ("+dist-opt" if self.distributed_optimizer else "")
         return ("".join(sizes) or "one") + options + ("" if self.packed else "-padded")
@@ -155,6 +158,8 @@ def make_engine(
         tensor_model_parallel_size=layout.tp,
         pipeline_model_parallel_size=layout.pp,
         context_parallel_size=layout.cp,
+        expert_model_parallel_size=layout.ep,
+        expert_tensor_parallel_size=layout.etp,
         sequence_parallel=layout.sp,
         use_remove_padding=layout.packed,
         use_distributed_optimizer=layout.distributed_optimizer,
@@ -179,7 +184,9 @@ def make_engine(
 
 def export(engine: Any) -> dict[str, torch.Tensor]:
     """The weights under their Hugging Face names. Collective: every rank must call it."""
-    return {name: tensor.detach().clone() for name, tensor in engine.get_per_tensor_param()[0]}
+    return one_by_one(
+        {name: tensor.detach().clone() for name, tensor in engine.get_per_tensor_param()[0]}
+    )
 
 
 def train_step(engine: Any, micro_batch_size: int = 1) -> float:

@@ -112,6 +112,17 @@ def test_tied_embeddings_with_fused_kernels(layout, tied_qwen2):
     check_training(ranks, layout.dp, reference)
 
 
+@pytest.mark.parametrize("layout", [FsdpLayout(dp=2), FsdpLayout("fsdp", sp=2)], ids=str)
+def test_experts(layout, tmp_path):
+    path = make_tiny_model(tmp_path, "qwen3_moe")
+    reference = make_reference(path, 1.0)
+    check_meaningful(reference)
+    ranks = run_on_ranks(
+        train, 2, layout, path, "capo", KNOBS, preload=ENGINE_MODULES
+    )  # fmt: skip
+    check_training(ranks, layout.dp, reference)
+
+
 def test_fsdp_decides_like_megatron(tiny_qwen2):
     ours = run_on_ranks(
         train, 2, FsdpLayout(dp=2), tiny_qwen2, "capo", KNOBS, preload=ENGINE_MODULES

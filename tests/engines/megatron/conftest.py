@@ -23,6 +23,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         "odd-vocabulary": {"vocab_size": 125},
         "llama": {"model_type": "llama"},
         "qwen3": {"model_type": "qwen3"},
+        "experts": {"model_type": "qwen3_moe"},
     }
     return {
         name: make_tiny_model(

@@ -18,6 +18,7 @@ from tests.engines.megatron.capo_cases import make_loss, to_verl
 from tests.helpers.recording import BETAS, EPS, KNOBS, LEARNING_RATES, RecordedBatch
 
 Recorded = TypeVar("Recorded")
+REPLAY = {"replay": True}
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class Case:
             number to that length (padded batches) or to a multiple of it (packed batches). Default:
             to its own longest sequence.
         fused: verl's fused cross-entropy, without logits.
+        replay: verl's router replay: tokens go to the experts that the first policy chose.
     """
 
     layout: Layout
@@ -42,6 +44,7 @@ class Case:
     reverse: bool = False
     pad: int | str | None = None
     fused: bool = False
+    replay: bool = False
 
     def __str__(self) -> str:
         options = [
@@ -51,6 +54,7 @@ class Case:
             "reversed" if self.reverse else "",
             f"pad {self.pad}" if self.pad else "",
             "fused" if self.fused else "",
+            "router replay" if self.replay else "",
         ]
         return ", ".join([str(self.layout), *filter(None, options)])
 
@@ -65,9 +69,11 @@ def once_per_model(
 
     def get(case: Case) -> Recorded:
         padded_rows = -125 % case.layout.tp if case.model == "odd-vocabulary" else 0
-        key = (case.model, case.temperature, padded_rows)
+        key = (case.model, case.temperature, padded_rows, case.replay)
         if key not in recordings:
-            recordings[key] = record(models[case.model], case.temperature, padded_rows)
+            recordings[key] = record(
+                models[case.model], case.temperature, padded_rows, **REPLAY if case.replay else {}
+            )
         return recordings[key]
 
     return get
@@ -114,10 +120,12 @@ def replay(
     engine = make_engine(
         case.layout, model_path, optimizer="adam", lr=learning_rates[0],
         optimizer_overrides={"adam_beta1": BETAS[0], "adam_beta2": BETAS[1], "adam_eps": EPS},
-        use_fused_kernels=case.fused, bridge=bridge, **_padding(case),
+        use_fused_kernels=case.fused, bridge=bridge, **_padding(case), **_replay(case),
     )  # fmt: skip
     loss = make_loss("capo", KNOBS)
     data = make_batch(case, batch, mpu.get_data_parallel_rank())
+    if case.replay:
+        data["routed_experts"] = routes(engine, data)
     steps = []
     with engine.train_mode():
         for learning_rate in learning_rates:
@@ -141,6 +149,30 @@ def _padding(case: Case) -> dict[str, Any]:
         else {}
     )
     return {"pad_bshd_to_minibatch_max": case.pad == "minibatch", **bucket}
+
+
+def _replay(case: Case) -> dict[str, Any]:
+    from verl.workers.config.engine import EngineRouterReplayConfig
+
+    return {"router_replay": EngineRouterReplayConfig(mode="R2")} if case.replay else {}
+
+
+def routes(engine: Any, data: Any) -> torch.Tensor:
+    """The experts of each token and layer, nested ``[b, j, layers, k]``, recorded as verl's worker
+    has it done together with the old log-probs, and handed to all ranks.
+    """
+    from verl.utils import tensordict_utils as tu
+
+    tu.assign_non_tensor(data, enable_routing_replay=True)
+    with engine.eval_mode():
+        found = engine.infer_batch(data)
+    reports = engine.is_mp_src_rank_with_outputs()
+    mine = list(found["model_output"]["routed_experts"].unbind()) if reports else None
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, (engine.get_data_parallel_rank(), mine))
+    wanted = engine.get_data_parallel_rank()
+    rows = next(rows for rank, rows in gathered if rank == wanted and rows)
+    return torch.nested.as_nested_tensor(rows, layout=torch.jagged)
 
 
 def make_batch(case: Case, batch: RecordedBatch, dp_rank: int) -> Any:
@@ -242,7 +274,7 @@ def _gather_gradient_shards(engine: Any) -> None:
     here all get all.
     """
     for chunk in engine.module:
-        for buffer in chunk.buffers:
+        for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers):
             group = buffer.data_parallel_group
             for bucket in buffer.buckets:
                 shards = list(bucket.grad_data.view(group.size(), -1))

@@ -48,6 +48,8 @@ CASES = [
     Case(Layout(tp=2, dp=2, sp=True, distributed_optimizer=True)),
     Case(Layout(tp=2, cp=2, sp=True), fused=True),
     Case(Layout(pp=2, dp=2)),
+    Case(Layout(dp=2, ep=2, distributed_optimizer=True), model="experts"),
+    Case(Layout(tp=2, sp=True, ep=2, etp=1), model="experts", micro_batch="dynamic"),
 ]
 DISTRIBUTED = Layout(dp=2, distributed_optimizer=True)
 
@@ -134,14 +136,22 @@ def on_ranks(function, case: Case, *args):
 
 
 @pytest.mark.parametrize(
-    "layout", [Layout(tp=2), Layout(pp=2), Layout(dp=2, distributed_optimizer=True)], ids=str
+    "case",
+    [
+        Case(Layout(tp=2)),
+        Case(Layout(pp=2)),
+        Case(DISTRIBUTED),
+        Case(Layout(dp=2, ep=2, distributed_optimizer=True), model="experts"),
+    ],
+    ids=str,
 )
-def test_line_search_steps_back_to_the_budget(layout, models):
-    expected = record_kl(models["untied"], PROBED, line_search=1.2, least=0.3)
+def test_line_search_steps_back_to_the_budget(case, models):
+    path = models[case.model]
+    expected = record_kl(path, PROBED, line_search=1.2, least=0.3)
     assert sum(step.kept < 0.9 for step in expected.steps) >= 2
-    assert all(step.mean < 1.1 * DELTA for step in expected.steps if step.kept < 1)
-    ranks = on_ranks(train, Case(layout), models["untied"], knobs_of(line_search=1.2, rate_min=0.3))
-    check(ranks, layout.dp, expected)
+    assert all(step.mean < 1.2 * DELTA for step in expected.steps if step.kept < 1)
+    ranks = on_ranks(train, case, path, knobs_of(line_search=1.2, rate_min=0.3))
+    check(ranks, case.layout.dp, expected)
 
 
 def test_line_search_where_gathers_overlap(models):

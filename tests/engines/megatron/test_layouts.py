@@ -86,6 +86,21 @@ CASES = [
     Case(Layout(tp=2, pp=2, vpp=2, sp=True), fused=True),
     Case(Layout(tp=2, cp=2, sp=True), micro_batch="dynamic", fused=True),
     Case(Layout(dp=2, cp=2), reverse=True, fused=True),
+    Case(Layout(), model="experts"),
+    Case(Layout(packed=False), model="experts", temperature=0.7),
+    Case(Layout(dp=2, ep=2), model="experts", micro_batch="dynamic"),
+    Case(Layout(dp=2, ep=2, distributed_optimizer=True), model="experts"),
+    Case(Layout(tp=2, sp=True, ep=2, etp=1), model="experts", fused=True),
+    Case(Layout(pp=2), model="experts"),
+    Case(Layout(cp=2, ep=2), model="experts"),
+    Case(Layout(tp=2, dp=2, sp=True, ep=2), model="experts"),
+    Case(
+        Layout(tp=2, dp=2, sp=True, ep=2, etp=1, distributed_optimizer=True, packed=False),
+        model="experts",
+    ),
+    Case(Layout(), model="experts", replay=True),
+    Case(Layout(dp=2, ep=2), model="experts", micro_batch="dynamic", replay=True),
+    Case(Layout(tp=2, sp=True, ep=2, etp=1), model="experts", replay=True),
 ]
 COLUMNS = (
     "layout", "ranks", "accepted / tokens", "m_H", "m_F", "loss", "gradients", "weights"
@@ -228,6 +243,16 @@ def largest(got: dict, want: dict[str, np.ndarray], relative: bool) -> float:
         float(np.abs(got[name].numpy() - x).max() / (np.abs(x).max() if relative else 1.0))
         for name, x in want.items()
     )
+
+
+def test_a_replay_of_routes_is_seen(recording_of) -> None:
+    """After the first step the router would send tokens elsewhere."""
+    ways = [recording_of(Case(Layout(), model="experts", replay=on)) for on in (False, True)]
+    first, second = (
+        np.abs(free.hidden_states - replayed.hidden_states).max()
+        for free, replayed in zip(*(way.steps for way in ways), strict=True)
+    )
+    assert first == 0.0 and second > 0.1
 
 
 def test_documented_matrix_is_of_these_layouts() -> None:

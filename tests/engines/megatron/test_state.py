@@ -102,6 +102,15 @@ def test_resuming_with_the_distributed_optimizer_continues_bit_exactly(tiny_qwen
     check_bit_exact(on_ranks(in_turn, layout, tiny_qwen2, str(tmp_path / "checkpoint"), None))
 
 
+@pytest.mark.parametrize(
+    "layout",
+    [Layout(dp=2, ep=2), Layout(tp=2, sp=True, ep=2, etp=1, distributed_optimizer=True)],
+    ids=str,
+)
+def test_experts_continue_bit_exactly(layout, models, tmp_path):
+    check_bit_exact(on_ranks(in_turn, layout, models["experts"], str(tmp_path / "it"), None))
+
+
 def test_the_distributed_optimizer_resumes_under_another_layout(tiny_qwen2, tmp_path):
     path = str(tmp_path / "checkpoint")
     saved = on_ranks(save_and_go_on, Layout(tp=2, distributed_optimizer=True), tiny_qwen2, path)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from capo_verl.plugin.checks.run_spec import RunSpec
 
 SIZES = ("layers", "hidden", "heads", "kv_heads", "head_dim", "intermediate", "vocab")
+EXPERTS = ("experts", "experts_per_token", "expert_intermediate")
 EPILOG = f"""exit codes:
   0  the run fits
   1  it does not: sizes that do not divide, or too little memory
@@ -72,18 +73,21 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 def _add_sizes(group: argparse._ArgumentGroup) -> None:
     for name in SIZES:
         group.add_argument("--" + name.replace("_", "-"), type=int)
+    for name in EXPERTS:
+        group.add_argument("--" + name.replace("_", "-"), type=int, default=0, help="(none)")
     group.add_argument("--tied", action="store_true", help="the LM head is the embedding")
 
 
 def _add_run(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     for name, default in {
-        "nodes": 1, "gpus_per_node": 8, "tp": 1, "pp": 1, "vpp": 1, "cp": 1, "prompts": 144,
-        "completions_per_prompt": 8,
+        "nodes": 1, "gpus_per_node": 8, "tp": 1, "pp": 1, "vpp": 1, "cp": 1, "ep": 1,
+        "prompts": 144, "completions_per_prompt": 8,
         "prompt_length": 512, "response_length": 1024, "tokens_per_gpu": 16384, "rollout_tp": 1,
         "rollout_pp": 1,
     }.items():  # fmt: skip
         add("--" + name.replace("_", "-"), type=int, default=default, help="(default: %(default)s)")
+    add("--etp", type=int, help="ranks that share an expert (default: as many as --tp)")
     add("--mini-batch", type=int, help="prompts per optimizer step (default: all)")
     add("--recompute", choices=("none", "selective", "full"), default="full")
     add("--no-offload", action="store_true", help="keep parameters and optimizer on the GPU")
@@ -142,7 +146,13 @@ def _shape(args: argparse.Namespace, model: str | None) -> ModelShape:
             raise ValueError(
                 f"--{missing[0].replace('_', '-')} is missing: give all sizes of the model"
             )
-        return ModelShape(name=model or "model", tied=args.tied, **given)
+        experts = {name: getattr(args, name) for name in EXPERTS}
+        if any(experts.values()) and not all(experts.values()):
+            lacking = next(name for name, size in experts.items() if not size)
+            raise ValueError(
+                f"--{lacking.replace('_', '-')} is missing: give all sizes of the experts"
+            )
+        return ModelShape(name=model or "model", tied=args.tied, **given, **experts)
     if not model:
         raise ValueError("name a model, give its sizes (--layers ...), or --config")
     shape = find_shape(model)
@@ -195,7 +205,8 @@ def _described(args: argparse.Namespace) -> RunSpec:
     offload = not (args.no_offload or args.cpu)
     return RunSpec(
         engine=args.engine, cpu=args.cpu, nodes=args.nodes, gpus_per_node=args.gpus_per_node,
-        tp=args.tp, pp=args.pp, vpp=args.vpp, cp=args.cp, prompts=args.prompts,
+        tp=args.tp, pp=args.pp, vpp=args.vpp, cp=args.cp, ep=args.ep, etp=args.etp,
+        prompts=args.prompts,
         completions_per_prompt=args.completions_per_prompt,
         mini_batch=args.mini_batch or args.prompts, prompt_length=args.prompt_length,
         response_length=args.response_length, tokens_per_gpu=args.tokens_per_gpu,

@@ -76,7 +76,8 @@ class Plan:
             )
             return (
                 f"{shape.name} does not fit: {phase} needs {_gib(peak):.1f} GiB per "
-                f"{'node' if run.cpu else 'GPU'} ({parts}) of {limit:.1f}: {_advice(run, phase)}"
+                f"{'node' if run.cpu else 'GPU'} ({parts}) of {limit:.1f}: "
+                f"{_advice(run, shape, phase)}"
             )
         return None
 
@@ -90,6 +91,7 @@ class Plan:
             "layout": {
                 "nodes": run.nodes, "gpus_per_node": run.gpus_per_node, "tp": run.tp, "pp": run.pp,
                 "cp": run.cp, "dp": run.dp, "rollout_tp": run.rollout_tp,
+                **({"ep": run.ep, "etp": run.expert_tp} if self.shape.experts else {}),
             },
             "gib_per_gpu" if not run.cpu else "gib_per_node": {
                 phase: {**{k: _gib(v) for k, v in parts.items() if v},
@@ -104,10 +106,12 @@ class Plan:
     def table(self) -> str:
         """The plan as text for people."""
         run, where = self.run, "node" if self.run.cpu else "GPU"
+        experts = f" EP{run.ep} ETP{run.expert_tp}" if self.shape.experts else ""
         head = (
             f"Plan: {self.shape.name}, {self.shape.parameters() / 1e9:.2f} B parameters, "
             f"{run.nodes} node(s) x {run.gpus_per_node} {'ranks' if run.cpu else 'GPUs'}, "
-            f"TP{run.tp} PP{run.pp} CP{run.cp} DP{run.dp}, rollout {run.rollout} TP{run.rollout_tp}"
+            f"TP{run.tp} PP{run.pp} CP{run.cp} DP{run.dp}{experts}, "
+            f"rollout {run.rollout} TP{run.rollout_tp}"
         )
         digits = 2 if run.cpu else 1
         names = list(dict.fromkeys(part for parts in self.phases.values() for part in parts))
@@ -178,7 +182,7 @@ def make_plan(
     return plan
 
 
-def _advice(run: RunSpec, phase: str) -> str:
+def _advice(run: RunSpec, shape: ModelShape, phase: str) -> str:
     if run.cpu:
         return "use a smaller model or micro-batch, or another machine"
     if phase == "rollout":
@@ -186,9 +190,10 @@ def _advice(run: RunSpec, phase: str) -> str:
             f"lower {ROLLOUT}.gpu_memory_utilization={run.rollout_memory}, or offload parameters "
             "and optimizer"
         )
+    experts = f", expert (now {run.ep})" if shape.experts else ""
     return (
-        f"raise the tensor (now {run.tp}) or pipeline (now {run.pp}) parallel size, add nodes (now "
-        f"{run.nodes}), or give a micro-batch fewer tokens"
+        f"raise the tensor (now {run.tp}){experts} or pipeline (now {run.pp}) parallel size, add "
+        f"nodes (now {run.nodes}), or give a micro-batch fewer tokens"
     )
 
 

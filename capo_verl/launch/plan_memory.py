@@ -41,8 +41,8 @@ def states(run: RunSpec, shape: ModelShape, stage: int) -> States:
     Megatron (``megatron/core/distributed/param_and_grad_buffer.py``,
     ``megatron/core/optimizer/distrib_optimizer.py``): bfloat16 parameters and float32 gradients
     (verl's default ``grad_reduce_in_fp32``) whole on every rank; the optimizer's float32 copy and
-    moments split over data- and context-parallel ranks by the distributed optimizer. In float32
-    training there is no copy.
+    moments split over data- and context-parallel ranks by the distributed optimizer, those of
+    experts over the ranks that hold the same ones. In float32 training there is no copy.
 
     FSDP (``verl/workers/engine/fsdp/transformer_impl.py``, ``model_dtype`` fp32): all of it in
     float32, split over all ranks; one layer at a time is gathered, which :func:`gathered_layer`
@@ -51,10 +51,12 @@ def states(run: RunSpec, shape: ModelShape, stage: int) -> States:
     if run.engine != "megatron":
         share = -(-shape.parameters() // run.world)
         return States(share * FLOAT32, share * FLOAT32, share * ADAM_MOMENTS)
-    held = shape.parameters(run.tp, stage, run.pp)
-    split = run.dp * run.cp if run.distributed_optimizer else 1
+    held = shape.parameters(run.tp, stage, run.pp, run.expert_ranks)
+    experts = shape.expert_parameters(run.expert_ranks, run.pp)
+    split, expert_split = (run.dp * run.cp, run.expert_dp) if run.distributed_optimizer else (1, 1)
+    of_optimizer = -(-(held - experts) // split) + -(-experts // expert_split)
     copy = 0 if run.cpu else FLOAT32
-    return States(held * width(run), held * FLOAT32, -(-held // split) * (copy + ADAM_MOMENTS))
+    return States(held * width(run), held * FLOAT32, of_optimizer * (copy + ADAM_MOMENTS))
 
 
 def gathered_layer(run: RunSpec, shape: ModelShape) -> int:
@@ -63,7 +65,8 @@ def gathered_layer(run: RunSpec, shape: ModelShape) -> int:
     """
     if run.engine == "megatron":
         return 0
-    return 2 * width(run) * max(shape.layer_parameters(), shape.vocab * shape.hidden)
+    layer = shape.layer_parameters() + shape.expert_parameters() // shape.layers
+    return 2 * width(run) * max(layer, shape.vocab * shape.hidden)
 
 
 def layer_activations(run: RunSpec, shape: ModelShape, tokens: int) -> int:
@@ -74,9 +77,19 @@ def layer_activations(run: RunSpec, shape: ModelShape, tokens: int) -> int:
     grouped queries: the inputs of both norms and of the two column-parallel matrices (4h), queries,
     keys, values and the attention's output, gate, up and their product. Tensor parallelism splits
     all of it if the sequence is split too, and all but the 4h if not.
+
+    With experts a token is copied for each of its own: the copy that is sent, the one that arrives,
+    and gate, up and product there (``megatron/core/transformer/moe/token_dispatcher.py``). On
+    average as many arrive as are sent, on every rank that shares an expert; a router that prefers a
+    rank's experts takes more.
     """
     kept_whole = 4 * shape.hidden
-    kept_split = (2 * shape.heads + 2 * shape.kv_heads) * shape.head_dim + 3 * shape.intermediate
+    kept_split = (2 * shape.heads + 2 * shape.kv_heads) * shape.head_dim
+    if shape.experts:
+        arriving = run.expert_tp * shape.hidden + 3 * shape.expert_intermediate
+        kept_split += shape.experts_per_token * (shape.hidden + arriving)
+    else:
+        kept_split += 3 * shape.intermediate
     per_token = kept_split / run.tp + kept_whole / (run.tp if run.sequence_parallel else 1)
     return int(tokens * width(run) * per_token)
 
@@ -215,7 +228,10 @@ def kv_cache_per_token(run: RunSpec, shape: ModelShape) -> int:
 def rollout_weights(run: RunSpec, shape: ModelShape) -> int:
     """Bytes of the weights on the fullest GPU of the rollout engine."""
     last = run.rollout_pp - 1
-    held = max(shape.parameters(run.rollout_tp, stage, run.rollout_pp) for stage in {0, last})
+    experts = run.rollout_ep if run.rollout_ep > 1 else run.rollout_tp
+    held = max(
+        shape.parameters(run.rollout_tp, stage, run.rollout_pp, experts) for stage in {0, last}
+    )
     return held * width(run)
 
 

@@ -14,7 +14,12 @@ from capo_verl.config import PRESETS
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
-GPU = ("run_qwen2_5_math_7b_megatron.sh", "run_qwen2_5_32b_megatron.sh", "run_qwen3_8b_megatron.sh")
+GPU = (
+    "run_qwen2_5_math_7b_megatron.sh",
+    "run_qwen2_5_32b_megatron.sh",
+    "run_qwen3_8b_megatron.sh",
+    "run_qwen3_30b_a3b_megatron.sh",
+)
 CPU = ("run_quickstart_cpu.sh", "run_smollm2_135m_cpu.sh")
 SWITCH = ("off", *PRESETS)
 OURS = (

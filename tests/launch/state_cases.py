@@ -22,7 +22,9 @@ def held_bytes(layout: Layout, model_path: str) -> dict[str, int]:
         "tensors": len(parameters),
         "parameters": sum(p.nbytes for p in parameters),
         "gradients": sum(
-            buffer.grad_data.nbytes for chunk in engine.module for buffer in chunk.buffers
+            buffer.grad_data.nbytes
+            for chunk in engine.module
+            for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)
         ),
         "optimizer": sum(
             state[name].nbytes for state in states for name in ("exp_avg", "exp_avg_sq")

@@ -25,6 +25,7 @@ SIZES = {
     "run_qwen2_5_math_7b_megatron.sh": "7.62 B",
     "run_qwen2_5_32b_megatron.sh": "32.76 B",
     "run_qwen3_8b_megatron.sh": "8.19 B",
+    "run_qwen3_30b_a3b_megatron.sh": "30.53 B",
 }
 REGIMES = {"conservative": (3e-6, 1152, 52), "aggressive": (1.5e-5, 96, 100)}
 """Learning rate, completions per step, steps: the paper's, written down a second time on purpose.

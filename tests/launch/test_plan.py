@@ -30,20 +30,39 @@ RUN = RunSpec(
 )  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def models(tiny_model, tmp_path_factory) -> dict[str, str]:
+    experts = make_tiny_model(tmp_path_factory.mktemp("experts"), "qwen3_moe")
+    return {"dense": str(tiny_model), "experts": experts}
+
+
 @pytest.mark.parametrize(
-    "layout",
-    [Layout(), Layout(tp=2), Layout(pp=2), Layout(dp=2), Layout(dp=2, distributed_optimizer=True)],
+    ("layout", "model"),
+    [
+        *(
+            (layout, "dense")
+            for layout in (
+                Layout(),
+                Layout(tp=2),
+                Layout(pp=2),
+                Layout(dp=2),
+                Layout(dp=2, distributed_optimizer=True),
+            )
+        ),
+        (Layout(dp=2, ep=2), "experts"),
+        (Layout(tp=2, sp=True), "experts"),
+        (Layout(tp=2, sp=True, ep=2, etp=1, distributed_optimizer=True), "experts"),
+    ],
     ids=str,
 )
-def test_states_are_what_the_engine_holds(layout, tiny_model):
+def test_states_are_what_the_engine_holds(layout, model, models):
+    path = models[model]
     run = RunSpec(
-        cpu=True, gpus_per_node=layout.world_size, tp=layout.tp, pp=layout.pp,
-        distributed_optimizer=layout.distributed_optimizer,
+        cpu=True, gpus_per_node=layout.world_size, tp=layout.tp, pp=layout.pp, ep=layout.ep,
+        etp=layout.etp, distributed_optimizer=layout.distributed_optimizer,
     )  # fmt: skip
-    shape = find_shape(str(tiny_model))
-    for held in run_on_ranks(
-        held_bytes, layout.world_size, layout, str(tiny_model), preload=ENGINE_MODULES
-    ):
+    shape = find_shape(path)
+    for held in run_on_ranks(held_bytes, layout.world_size, layout, path, preload=ENGINE_MODULES):
         planned = plan_memory.states(run, shape, held["stage"])
         assert held["parameters"] == planned.parameters
         # The distributed optimizer starts every tensor at a multiple of 64 elements, and rounds its
@@ -81,6 +100,28 @@ def test_gpu_states_by_hand():
     )
     whole = plan_memory.states(dataclasses.replace(RUN, distributed_optimizer=False), QWEN_7B, 0)
     assert whole.optimizer == 12 * held
+
+
+EXPERTS = KNOWN["qwen/qwen3-30b-a3b"]
+
+
+def test_experts_by_hand():
+    """Eight of 16 GPUs hold the experts of a layer once; their optimizer is split over two, all
+    else over four.
+    """
+    run = dataclasses.replace(RUN, nodes=2, tp=4, ep=8, etp=1)
+    layer = (32 + 2 * 4 + 32) * 128 * 2048 // 4 + 2 * 2048 + 2 * 128 + 128 * 2048
+    dense = 48 * layer + 2 * 151936 // 4 * 2048 + 2048
+    experts = 48 * 128 * 3 * 2048 * 768 // 8
+    states = plan_memory.states(run, EXPERTS, 0)
+    assert (states.parameters, states.gradients) == (2 * (dense + experts), 4 * (dense + experts))
+    assert states.optimizer == 12 * (dense / 4 + experts / 2)
+    whole = plan_memory.states(dataclasses.replace(run, distributed_optimizer=False), EXPERTS, 0)
+    assert whole.optimizer == 12 * (dense + experts)
+    attention = 4 * 2048 + (2 * 32 + 2 * 4) * 128
+    for etp, of_experts in ((1, 8 * (2 * 2048 + 3 * 768)), (4, 8 * (5 * 2048 + 3 * 768))):
+        kept = plan_memory.layer_activations(dataclasses.replace(run, etp=etp), EXPERTS, 1000)
+        assert kept == 2 * 1000 * (attention + of_experts) / 4
 
 
 def test_activations_by_hand():

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Shapes of dense decoder models, and the parameters that a rank of a layout holds.
+"""Shapes of decoder models, and the parameters that a rank of a layout holds.
 
 Covers what Llama, Qwen2 and Qwen3 have in common: grouped-query attention, SwiGLU, RMSNorm, rotary
-embeddings. Counts are exact; the tests compare them with models instantiated on torch's meta
-device.
+embeddings; and Qwen3's mixtures of experts, which have a router and experts in every layer. Counts
+are exact; the tests compare them with models instantiated on torch's meta device.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-MODEL_TYPES = ("llama", "qwen2", "qwen3")
+MODEL_TYPES = ("llama", "qwen2", "qwen3", "qwen3_moe")
 
 
 @dataclass(frozen=True)
@@ -37,33 +37,51 @@ class ModelShape:
     qk_norm: bool = False
     max_positions: int = 0
     """0: not known."""
+    experts: int = 0
+    """Of a layer (``num_experts``); 0 for a dense model."""
+    experts_per_token: int = 0
+    expert_intermediate: int = 0
+    """``moe_intermediate_size``"""
 
     def layer_parameters(self, tp: int = 1) -> int:
-        """Parameters of one layer on one tensor-parallel rank.
+        """Parameters of one layer on one tensor-parallel rank, without those of its experts.
 
-        Matrices are split; norms and the output's bias are not.
+        Matrices are split; norms, the output's bias and the router are not.
         """
         queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        split = (
-            (queries + 2 * keys) * (self.hidden + self.qkv_bias)
-            + queries * self.hidden
-            + 3 * self.hidden * self.intermediate
-        )
+        split = (queries + 2 * keys) * (self.hidden + self.qkv_bias) + queries * self.hidden
+        if not self.experts:
+            split += 3 * self.hidden * self.intermediate
         whole = 2 * self.hidden + self.qk_norm * 2 * self.head_dim + self.output_bias * self.hidden
-        return split // tp + whole
+        return split // tp + whole + self.experts * self.hidden
 
-    def parameters(self, tp: int = 1, stage: int = 0, stages: int = 1) -> int:
+    def expert_parameters(self, ranks: int = 1, stages: int = 1) -> int:
+        """Parameters of the experts on one rank, of one pipeline stage; by default of the model.
+
+        Args:
+            ranks: over which those of a layer are spread, whole or in parts.
+        """
+        layers = -(-self.layers // stages)
+        return layers * 3 * self.experts * self.hidden * self.expert_intermediate // ranks
+
+    def parameters(
+        self, tp: int = 1, stage: int = 0, stages: int = 1, expert_ranks: int | None = None
+    ) -> int:
         """Parameters of one rank in ``tp``, of pipeline stage ``stage``; by default of the model.
 
-        The embedding is on the first stage, the final norm and the LM head on the last. A tied LM
-        head is a copy of the embedding there, if that is not the same stage
-        (``megatron/core/models/gpt/gpt_model.py``).
+        Experts are spread over ``expert_ranks``, by default over ``tp``. The embedding is on the
+        first stage, the final norm and the LM head on the last. A tied LM head is a copy of the
+        embedding there, if that is not the same stage (``megatron/core/models/gpt/gpt_model.py``).
         """
         rows = self.vocab // tp * self.hidden
         first, last = stage == 0, stage == stages - 1
         head = last and (not self.tied or not first)
         layers = -(-self.layers // stages)
-        return layers * self.layer_parameters(tp) + first * rows + last * self.hidden + head * rows
+        experts = self.expert_parameters(expert_ranks or tp, stages)
+        return (
+            layers * self.layer_parameters(tp)
+            + first * rows + last * self.hidden + head * rows + experts
+        )  # fmt: skip
 
 
 KNOWN: dict[str, ModelShape] = {
@@ -126,6 +144,24 @@ KNOWN: dict[str, ModelShape] = {
             ),
         ),
         (
+            "Qwen",
+            ModelShape(
+                "Qwen3-30B-A3B",
+                48,
+                2048,
+                32,
+                4,
+                128,
+                6144,
+                151936,
+                qk_norm=True,
+                max_positions=32768,
+                experts=128,
+                experts_per_token=8,
+                expert_intermediate=768,
+            ),
+        ),
+        (
             "HuggingFaceTB",
             ModelShape("SmolLM2-135M", 30, 576, 9, 3, 64, 1536, 49152, True, max_positions=8192),
         ),
@@ -154,8 +190,14 @@ def from_hf_config(config: Mapping[str, Any], name: str) -> ModelShape:
     kind = config.get("model_type")
     if kind not in MODEL_TYPES or config.get("mlp_bias"):
         raise ValueError(
-            f"{name} has model_type={kind}: only dense models are planned "
-            f"({', '.join(MODEL_TYPES)})"
+            f"{name} has model_type={kind}: only models of these types are planned: "
+            f"{', '.join(MODEL_TYPES)}"
+        )
+    if config.get("mlp_only_layers") or config.get("decoder_sparse_step", 1) != 1:
+        raise ValueError(
+            f"{name} has mlp_only_layers={config.get('mlp_only_layers')} and decoder_sparse_step="
+            f"{config.get('decoder_sparse_step')}: only models with experts in every layer are "
+            "planned"
         )
     try:
         heads, hidden = config["num_attention_heads"], config["hidden_size"]
@@ -172,11 +214,26 @@ def from_hf_config(config: Mapping[str, Any], name: str) -> ModelShape:
             tied=bool(config.get("tie_word_embeddings", False)),
             qkv_bias=kind == "qwen2" or attention_bias,
             output_bias=kind != "qwen2" and attention_bias,
-            qk_norm=kind == "qwen3",
+            qk_norm=kind in ("qwen3", "qwen3_moe"),
             max_positions=config.get("max_position_embeddings") or 0,
+            **(_experts(config) if kind == "qwen3_moe" else {}),
         )
     except KeyError as e:
         raise ValueError(f"config.json of {name} lacks {e}") from None
+
+
+def _experts(config: Mapping[str, Any]) -> dict[str, int]:
+    """
+    Raises:
+        KeyError: for a key that is missing.
+    """
+    # transformers 5 writes the second name.
+    number = config["num_experts"] if "num_experts" in config else config["num_local_experts"]
+    return {
+        "experts": number,
+        "experts_per_token": config["num_experts_per_tok"],
+        "expert_intermediate": config["moe_intermediate_size"],
+    }
 
 
 def find_shape(model: str) -> ModelShape | None:

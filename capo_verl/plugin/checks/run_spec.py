@@ -35,6 +35,10 @@ class RunSpec:
     vpp: int = 1
     cp: int = 1
     """Ranks of context parallelism; with FSDP, of Ulysses' sequence parallelism."""
+    ep: int = 1
+    """Ranks over which the experts of a layer are spread."""
+    etp: int | None = None
+    """Ranks over which the matrices of an expert are split; None: as many as ``tp``."""
     sequence_parallel: bool = True
     distributed_optimizer: bool = True
     megatron_bridge: bool = False
@@ -88,6 +92,8 @@ class RunSpec:
     rollout_tp: int = 1
     rollout_pp: int = 1
     rollout_dp: int = 1
+    rollout_ep: int = 1
+    """``rollout.expert_parallel_size``; 1: an expert is split over ``rollout_tp``."""
     rollout_memory: float = 0.5
     """``gpu_memory_utilization``"""
     colocated: bool = True
@@ -116,6 +122,20 @@ class RunSpec:
     def dp(self) -> int:
         """Data-parallel size, rounded down; whether it divides is ``layout.problems``' question."""
         return max(self.world // self.model_parallel, 1)
+
+    @property
+    def expert_tp(self) -> int:
+        return self.tp if self.etp is None else self.etp
+
+    @property
+    def expert_ranks(self) -> int:
+        """Ranks over which the experts of a layer are spread, whole or in parts."""
+        return self.ep * self.expert_tp
+
+    @property
+    def expert_dp(self) -> int:
+        """Ranks that hold the same part of the experts, rounded down like ``dp``."""
+        return max(self.world // (self.expert_ranks * self.pp), 1)
 
     @property
     def rollout_ranks(self) -> int:
@@ -172,6 +192,8 @@ def from_config(config: DictConfig, cpu: bool) -> RunSpec:
             value(f"{part}.ulysses_sequence_parallel_size", 1),
             value(f"{ACTOR}.ulysses_sequence_parallel_size", 1),
         ),
+        ep=value(f"{part}.expert_model_parallel_size", 1) if megatron else 1,
+        etp=value(f"{part}.expert_tensor_parallel_size") if megatron else None,
         sequence_parallel=bool(value(f"{part}.sequence_parallel", False)),
         distributed_optimizer=bool(value(f"{part}.use_distributed_optimizer", True)),
         megatron_bridge=megatron_bridge,
@@ -203,6 +225,7 @@ def from_config(config: DictConfig, cpu: bool) -> RunSpec:
         rollout_tp=value(f"{ROLLOUT}.tensor_model_parallel_size", 1),
         rollout_pp=value(f"{ROLLOUT}.pipeline_model_parallel_size", 1),
         rollout_dp=value(f"{ROLLOUT}.data_parallel_size", 1),
+        rollout_ep=value(f"{ROLLOUT}.expert_parallel_size", 1),
         rollout_memory=value(f"{ROLLOUT}.gpu_memory_utilization", 0.5),
         colocated=value("trainer.v1.trainer_mode", "sync") == "sync"
         and bool(value("trainer.use_v1", True) and value("actor_rollout_ref.hybrid_engine", True)),

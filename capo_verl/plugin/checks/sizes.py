@@ -72,7 +72,7 @@ def problems(run: RunSpec, shape: ModelShape | None) -> list[str]:
     if not found:  # the other rules divide by these
         found += [*_ranks(run), *_batches(run), *_micro_batches(run)]
         if shape is not None:
-            found += [*_model(run, shape), *_rollout_model(run, shape)]
+            found += [*_model(run, shape), *_experts(run, shape), *_rollout_model(run, shape)]
     return found
 
 
@@ -83,6 +83,8 @@ def _positive(run: RunSpec) -> Iterator[str]:
         f"{MEGATRON}.tensor_model_parallel_size": run.tp,
         f"{MEGATRON}.pipeline_model_parallel_size": run.pp,
         f"{MEGATRON}.context_parallel_size": run.cp,
+        f"{MEGATRON}.expert_model_parallel_size": run.ep,
+        f"{MEGATRON}.expert_tensor_parallel_size": run.expert_tp,
         f"{ROLLOUT}.tensor_model_parallel_size": run.rollout_tp,
         f"{ROLLOUT}.pipeline_model_parallel_size": run.rollout_pp,
         f"{ROLLOUT}.data_parallel_size": run.rollout_dp,
@@ -115,6 +117,12 @@ def _ranks(run: RunSpec) -> Iterator[str]:
         else:
             sizes = f"{ACTOR}.fsdp_config.ulysses_sequence_parallel_size={run.cp}"
         yield f"{total} do not divide by {sizes}: change one of them"
+    elif run.world % (run.expert_ranks * run.pp):
+        yield (
+            f"{total} do not divide by {MEGATRON}: expert_tensor_parallel_size={run.expert_tp} x "
+            f"expert_model_parallel_size={run.ep} x pipeline_model_parallel_size={run.pp} = "
+            f"{run.expert_ranks * run.pp}: change one of them"
+        )
     if not run.colocated:
         return
     if run.world % run.rollout_ranks:
@@ -211,7 +219,9 @@ def _model(run: RunSpec, shape: ModelShape) -> Iterator[str]:
     if run.engine != "megatron":
         return
     tp = f"{MEGATRON}.tensor_model_parallel_size={run.tp}"
-    sizes = {"attention heads": shape.heads, "rows of the feed-forward layer": shape.intermediate}
+    sizes = {"attention heads": shape.heads}
+    if not shape.experts:
+        sizes["rows of the feed-forward layer"] = shape.intermediate
     for what, size in sizes.items():
         if size % run.tp:
             yield f"{shape.name} has {size} {what}, which do not divide by {tp}: choose another"
@@ -241,6 +251,47 @@ def _model(run: RunSpec, shape: ModelShape) -> Iterator[str]:
         yield (
             f"{shape.name} has {shape.layers} layers, which do not divide by "
             f"{MEGATRON}.pipeline_model_parallel_size={run.pp}{virtual}: choose another"
+        )
+
+
+def _experts(run: RunSpec, shape: ModelShape) -> Iterator[str]:
+    """Sizes of a mixture of experts, and of a model without experts that is told to spread them.
+
+    ``megatron/core/transformer/moe/moe_layer.py:93`` and ``:372``,
+    ``megatron/core/transformer/transformer_config.py:1048``.
+    """
+    if run.engine != "megatron":
+        return
+    ep, etp = (
+        f"{MEGATRON}.expert_model_parallel_size={run.ep}",
+        f"{MEGATRON}.expert_tensor_parallel_size={run.expert_tp}",
+    )
+    if not shape.experts:
+        if run.ep > 1:
+            yield f"{shape.name} has no experts, but {ep}: set it to 1"
+        return
+    if shape.experts % run.ep:
+        yield (
+            f"{shape.name} has {shape.experts} experts, which do not divide by {ep}: choose another"
+        )
+    if shape.expert_intermediate % run.expert_tp:
+        yield (
+            f"{shape.name} has {shape.expert_intermediate} rows of an expert, which do not divide "
+            f"by {etp}: choose another"
+        )
+    if run.tp > 1 and not run.sequence_parallel:
+        yield (
+            f"{shape.name} has experts, which Megatron does not train with "
+            f"{MEGATRON}.tensor_model_parallel_size={run.tp} and sequence_parallel=False: set "
+            f"{MEGATRON}.sequence_parallel=True"
+        )
+    if not run.megatron_bridge and (
+        (run.ep == 1 and run.expert_tp != run.tp) or (run.tp == 1 and run.expert_tp > 1)
+    ):
+        # mbridge/core/bridge.py:413 and :853
+        yield (
+            f"{etp} with tensor_model_parallel_size={run.tp} and expert_model_parallel_size="
+            f"{run.ep}: mbridge does not export such experts; set expert_tensor_parallel_size=null"
         )
 
 

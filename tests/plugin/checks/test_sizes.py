@@ -73,6 +73,44 @@ def test_accepted(change):
     assert problems(dataclasses.replace(RUN, **change), SHAPE) == []
 
 
+EXPERTS = KNOWN["qwen/qwen3-30b-a3b"]  # 128 experts of 768 rows
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"ep": 4}, None),
+        ({"ep": 8, "etp": 1}, None),
+        ({"pp": 2, "ep": 4, "etp": 1}, None),
+        ({"etp": 1, "megatron_bridge": True}, None),
+        ({"ep": 8}, "= 8 GPUs do not divide by .*: expert_tensor_parallel_size=2 x "
+         "expert_model_parallel_size=8 x pipeline_model_parallel_size=1 = 16: change one"),
+        ({"gpus_per_node": 6, "ep": 3, "mini_batch": 6},
+         "128 experts, which do not divide by .*expert_model_parallel_size=3: choose another"),
+        ({"gpus_per_node": 10, "tp": 1, "etp": 5, "ep": 2, "mini_batch": 10, "micro_batch": 1,
+          "log_prob_micro_batch": 1, "megatron_bridge": True},
+         "768 rows of an expert, which do not divide by .*expert_tensor_parallel_size=5: choose"),
+        ({"sequence_parallel": False}, "tensor_model_parallel_size=2 and sequence_parallel=False: "
+         "set .*sequence_parallel=True"),
+        ({"etp": 1}, "expert_tensor_parallel_size=1 with tensor_model_parallel_size=2 and "
+         "expert_model_parallel_size=1: mbridge does not export such experts; set "),
+        ({"tp": 1, "etp": 2, "ep": 2}, "mbridge does not export such experts"),
+        ({"ep": 0}, "expert_model_parallel_size=0: set it to a positive integer"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_experts(change, expected):
+    found = problems(dataclasses.replace(RUN, **change), EXPERTS)
+    assert (found == []) if expected is None else re.search(expected, "\n".join(found)), found
+
+
+def test_a_dense_model_has_no_experts_to_spread():
+    assert problems(dataclasses.replace(RUN, ep=2), SHAPE) == [
+        "Qwen2.5-Math-7B has no experts, but "
+        "actor_rollout_ref.actor.megatron.expert_model_parallel_size=2: set it to 1"
+    ]
+
+
 def test_everything_that_does_not_divide_is_named():
     """Seven divides the GPUs, the heads and, padded, the vocabulary, but neither the feed-forward
     rows nor the groups.

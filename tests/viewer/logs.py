@@ -94,11 +94,17 @@ def write_runs(folder: Path) -> Path:
         "chosen": "most_rejected",
     }
     second["response"]["weight"][2] = 0.5  # as soft weights leave it
+    turns = sample(2, 0, ["1", "+", "2", "=3", "!", "so", "3"], [1, 6])
+    turns["response"] |= {  # a calculator speaks between two turns
+        "mask": [1, 1, 1, 0, 0, 1, 1],
+        "policy_shift": [1e-7, 1e-6, 1e-5, 0.0, 0.0, 1e-5, 1e-3],
+    }
     write_samples(
         folder / "capo-seed1" / "checkpoints" / "capo_tokens.jsonl",
         [
             sample(1, 0, ["one ", "two ", SCRIPT_END, "four"], []),
             second,
+            turns,
             sample(5, 3, ["x", "y", "z"], [2]),
         ],
     )

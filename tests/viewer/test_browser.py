@@ -225,6 +225,26 @@ def test_the_filter_leaves_rejected_tokens_only(open_page):
     wait(driver, lambda: len(texts(driver)) == 5, "all tokens again")
 
 
+def test_what_a_tool_says_between_turns_is_not_the_policys(open_page):
+    driver = open_page()
+    Select(find(driver, "#token-step")).select_by_visible_text("step 2")
+    wait(driver, lambda: texts(driver) == ["1", "+", "2", "=3", "!", "so", "3"], "the turns")
+    spoken = "; 2 tokens between or beside them are not the policy's"
+    about = find(driver, "#token-about").text
+    assert "5 tokens, 2 outside the trust region, 3 inside. 2 turns" + spoken in about
+    assert [e.text for e in driver.find_elements("css selector", "#token-text .voice")] == [
+        "turn 1", "not the policy's", "turn 2",
+    ]  # fmt: skip
+    tools = driver.find_elements("css selector", "#token-text .foreign .token")
+    assert [t.text for t in tools] == ["=3", "!"]
+    assert all("not the policy's" in t.get_attribute("aria-label") for t in tools)
+    assert all("rejected" not in t.get_attribute("class") for t in tools)
+    find(driver, "#rejected-only").click()
+    wait(driver, lambda: texts(driver) == ["+", "3"], "the rejected ones")
+    assert find(driver, "#token-text .foreign").text.strip() == "not the policy's⋯ 2"
+    assert errors(driver) == []
+
+
 def test_tokens_are_reached_by_keyboard(open_page):
     driver = open_page()
     driver.execute_script("document.querySelector('#rejected-only').focus()")

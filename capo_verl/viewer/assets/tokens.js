@@ -1,6 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
 // Sampled sequences in their text: colour by m_F, underline by the sign of the advantage, rejected tokens struck.
 
+// Unbroken spans of the response mask, in order: [of the policy, first, end). What is not the policy's is a tool's or the user's.
+function spansOf(mask) {
+  const spans = [];
+  mask.forEach((own, i) => {
+    const last = spans[spans.length - 1];
+    if (last && last[0] === Boolean(own)) last[2] = i + 1; else spans.push([Boolean(own), i, i + 1]);
+  });
+  return spans;
+}
+
 const visible = (text) => (text === "" ? "▯" : text.replace(/\n/g, "↵\n").replace(/\t/g, "⇥"));
 
 function buildTokens() {
@@ -35,7 +45,7 @@ function buildTokens() {
     samples().forEach((s, i) => {
       if (String(s.step) !== stepBox.value || !fits(s)) return;
       const why = s.chosen === "most_rejected" ? ", chosen for them" : "";
-      options.push([i, `sequence ${s.sample}: ${rejected(s)} of ${s.response.ids.length} rejected${why}`]);
+      options.push([i, `sequence ${s.sample}: ${rejected(s)} of ${s.response.mask.filter(Boolean).length} rejected${why}`]);
     });
     refill(sequenceBox, options);
     draw();
@@ -58,24 +68,33 @@ function buildTokens() {
     document.getElementById("heat-low").textContent = show(low);
     document.getElementById("heat-high").textContent = show(high);
     const r = sample.response;
-    const kept = r.mask.filter(Boolean).length - rejected(sample);
-    about.textContent = `Step ${sample.step}, sequence ${sample.sample} of the first mini-batch of one rank: ${r.ids.length} tokens, ` +
-      `${rejected(sample)} outside the trust region, ${kept} inside. ` +
+    const own = r.mask.filter(Boolean).length, spans = spansOf(r.mask), turns = spans.filter(([policys]) => policys).length;
+    about.textContent = `Step ${sample.step}, sequence ${sample.sample} of the first mini-batch of one rank: ${own} tokens, ` +
+      `${rejected(sample)} outside the trust region, ${own - rejected(sample)} inside. ` +
+      (own < r.ids.length ? `${turns === 1 ? "1 turn" : `${turns} turns`}; ${r.ids.length - own} tokens between or beside them are not the policy's. ` : "") +
       (sample.mode === "track" ? "The run only measures (mode=track): all of them are trained on." : "");
     const promptText = sample.prompt.text ? sample.prompt.text.join("") : sample.prompt.ids.join(" ");
-    const tokens = [];
-    let skipped = 0;
-    const gap = () => { if (skipped) tokens.push(make("span", { class: "gap" }, `⋯ ${skipped} `)); skipped = 0; };
-    r.ids.forEach((id, i) => {
-      const out = r.mask[i] && !r.in_trust_region[i];
-      if (only.checked && !out) { skipped++; return; }
+    const tokens = [], parts = [];
+    let turn = 0;
+    spans.forEach(([policys, start, end]) => {
+      const inside = [];
+      let skipped = 0;
+      const gap = () => { if (skipped) inside.push(make("span", { class: "gap" }, `⋯ ${skipped} `)); skipped = 0; };
+      for (let i = start; i < end; i++) {
+        const out = policys && !r.in_trust_region[i];
+        if (only.checked && !out) { skipped++; continue; }
+        gap();
+        inside.push(token(r, i, out, low, high));
+      }
       gap();
-      tokens.push(token(r, i, out, low, high));
+      if (policys) turn++;
+      const label = policys ? `turn ${turn}` : "not the policy's";
+      if (spans.length > 1) inside.unshift(make("span", { class: "voice" }, label));
+      parts.push(make("span", policys ? {} : { class: "foreign" }, ...inside));
+      tokens.push(...inside.filter((e) => e.classList.contains("token")));
     });
-    gap();
-    const first = tokens.find((t) => t.classList.contains("token"));
-    if (first) first.tabIndex = 0;
-    text.append(make("div", { class: "prompt" }, promptText), make("div", { class: "response" }, ...tokens));
+    if (tokens.length) tokens[0].tabIndex = 0;
+    text.append(make("div", { class: "prompt" }, promptText), make("div", { class: "response" }, ...parts));
   };
 
   only.onchange = runBox.onchange = fillSteps;
@@ -105,7 +124,7 @@ function token(r, i, out, low, high) {
     ["id", String(r.ids[i])], ["m_F", `${show(shift)} nats`], ["m_H", show(r.objective_shift[i])], ["advantage", show(r.advantage[i])],
     ["probability", show(r.probability[i])], ["weight", show(r.weight[i])],
   ];
-  const verdict = !r.mask[i] ? "not trained on (outside the response mask)" : !out ? "accepted" :
+  const verdict = !r.mask[i] ? "not the policy's: outside the response mask" : !out ? "accepted" :
     r.weight[i] > 0 ? "outside the trust region, trained on" : "rejected";  // tracked, soft weights, or a stopped filter
   const tell = (x, y, above) => showTip(x, y, [
     make("strong", {}, JSON.stringify(piece)), make("div", {}, verdict),

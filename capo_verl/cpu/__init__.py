@@ -8,6 +8,7 @@ package; deleting it would not touch them. ``capo_verl.plugin.register`` switche
 ``platform``       verl's device interface, for a CPU
 ``process_group``  verl's process groups, for gloo alone
 ``replay_buffer``  verl's replay buffer, polling often
+``expert_weights`` names of the weights of experts
 ``megatron/``      verl's Megatron engine, without CUDA, Transformer Engine and Triton
 ``fsdp/``          verl's FSDP engine, and its sequence parallelism without flash attention
 ``rollout/``       the rollout backend ``actor_rollout_ref.rollout.name=hf``

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import pytest
 import torch
 
+from capo_verl.cpu.expert_weights import one_by_one
 from tests.cpu.megatron.engine_cases import LENGTHS, Measured, next_token_mask, sequences
-from tests.helpers.experts import one_by_one
 
 LR, CLIP = 0.5, 1.0
 

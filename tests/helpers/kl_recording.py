@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from tests.helpers.experts import one_by_one
+from capo_verl.cpu.expert_weights import one_by_one
 from tests.helpers.recording import BETAS, EPS, RecordedBatch, float64_model
 
 DELTA, ETA, STEPS = 2e-4, 0.5, 4
@@ -52,6 +52,7 @@ def record_kl(
     line_search: float | None = None,
     least: float = LEAST,
     steps: int = STEPS,
+    replay: bool = False,
 ) -> KLRecording:
     """
     Args:
@@ -59,8 +60,10 @@ def record_kl(
         optimizer: ``adam`` as the Megatron engine is set up in its tests, or ``sgd``.
         line_search: factor of the budget from which a step is shortened to meet it.
         least: multiple of the learning rate that a rate is not below, after the first.
+        replay: tokens go to the experts that the first policy chose, in every pass; probe all.
     """
-    batch, model = RecordedBatch.make(), float64_model(path, padded_rows)
+    batch = RecordedBatch.make()
+    model = float64_model(path, padded_rows, len(batch.ids) if replay else None)
     parameters = [*model.parameters(), model.padding]
     base = ADAM_LR if optimizer == "adam" else SGD_LR
     trained = (

@@ -15,8 +15,9 @@ import numpy as np
 import torch
 
 from capo_verl import CapoConfig
+from capo_verl.cpu.expert_weights import one_by_one
 from tests.helpers.batches import inside
-from tests.helpers.experts import in_float64, one_by_one
+from tests.helpers.experts import in_float64
 from tests.helpers.oracle import Oracle, make_token
 
 PROMPTS, RESPONSES = (4, 3, 5, 4, 2, 3, 6, 3), (9, 7, 11, 3, 6, 5, 8, 10)

@@ -60,7 +60,7 @@ def check_cpu_settings(model_config: Any, engine_config: Any) -> None:
             f"model_type={model_type}",
             f"use one of {', '.join(ARCHITECTURES)}",
         ),
-        # mbridge would ignore both, and the log-probs would be wrong.
+        # mbridge would ignore these, and the log-probs would be wrong.
         (
             rope_type != "default",
             f"rope_type={rope_type} of the model",
@@ -70,6 +70,17 @@ def check_cpu_settings(model_config: Any, engine_config: Any) -> None:
             getattr(hf_config, "use_sliding_window", False),
             "use_sliding_window=True of the model",
             "set it to False",
+        ),
+        (
+            not getattr(hf_config, "norm_topk_prob", True),
+            "norm_topk_prob=False of the model",
+            "use a model whose experts' weights add up to 1",
+        ),
+        (
+            bool(getattr(hf_config, "mlp_only_layers", None))
+            or getattr(hf_config, "decoder_sparse_step", 1) != 1,
+            "a model with mlp_only_layers or decoder_sparse_step",
+            "use one with experts in every layer",
         ),
         (
             engine_config.dynamic_context_parallel,

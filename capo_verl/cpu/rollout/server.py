@@ -20,6 +20,7 @@ from verl.utils import normalize_token_ids
 from verl.utils.config import omega_conf_to_dataclass
 from verl.workers.rollout.replica import TokenOutput
 
+from capo_verl.cpu.expert_weights import one_by_one
 from capo_verl.cpu.rollout import NAME
 from capo_verl.cpu.rollout.sampling import Completion, SamplingRequest, generate_batch
 
@@ -300,11 +301,12 @@ class HFServer:
         Raises:
             ValueError: naming weights that the model does not have, or whose shape differs.
         """
+        weights = one_by_one(weights)
         async with self._model_lock:
             if not self._missing:
-                self._missing = {name for name, _ in self.model.named_parameters()}
+                self._missing = set(one_by_one(dict(self.model.named_parameters())))
                 self._ready = False
-            own = self.model.state_dict()
+            own = one_by_one(self.model.state_dict())
             wrong = [
                 name
                 for name, tensor in weights.items()

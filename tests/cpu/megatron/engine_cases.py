@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
+from capo_verl.cpu.expert_weights import one_by_one
 from tests.helpers.bridge import settings_of
-from tests.helpers.experts import one_by_one
 
 LENGTHS = (9, 12, 7, 12)
 PROMPT = 4

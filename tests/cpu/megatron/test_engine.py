@@ -23,7 +23,7 @@ from tests.cpu.megatron.engine_cases import (
 )
 from tests.helpers.grouped import launch_by_size
 from tests.helpers.spawn import ENGINE_MODULES, RankError, run_on_ranks
-from tests.helpers.tiny_model import make_tiny_model, make_tiny_qwen2
+from tests.helpers.tiny_model import make_tiny_model
 
 
 @dataclass(frozen=True)
@@ -180,12 +180,21 @@ def test_what_a_cpu_cannot_do_is_named(
     assert named in str(error.value)
 
 
-def test_rope_scaling_is_refused(tmp_path) -> None:
-    path = Path(make_tiny_qwen2(tmp_path)) / "config.json"
-    config = json.loads(path.read_text())
-    config["rope_parameters"] = {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}
-    path.write_text(json.dumps(config))
-    with pytest.raises(
-        RankError, match="rope_type=linear of the model is not supported on the CPU"
-    ):
+@pytest.mark.parametrize(
+    ("model_type", "changed", "named"),
+    [
+        (
+            "qwen2",
+            {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}},
+            "rope_type=linear of the model",
+        ),
+        ("qwen3_moe", {"norm_topk_prob": False}, "norm_topk_prob=False of the model"),
+        ("qwen3_moe", {"mlp_only_layers": [1]}, "a model with mlp_only_layers or"),
+        ("qwen3_moe", {"decoder_sparse_step": 2}, "a model with mlp_only_layers or"),
+    ],
+)
+def test_what_mbridge_would_ignore_is_refused(model_type, changed, named, tmp_path) -> None:
+    path = Path(make_tiny_model(tmp_path, model_type)) / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changed}))
+    with pytest.raises(RankError, match=f"{named}.* is not supported on the CPU"):
         run_on_ranks(make_engine, 1, Layout(), str(tmp_path), preload=ENGINE_MODULES)

@@ -11,10 +11,12 @@ from typing import Any
 import pytest
 import torch
 
+from capo_verl.cpu.expert_weights import one_by_one
 from capo_verl.cpu.rollout.backend import register
 from capo_verl.cpu.rollout.replica import HFReplica, HFServerAdapter, buckets
 from capo_verl.cpu.rollout.sampling import SamplingRequest, generate_batch
 from capo_verl.cpu.rollout.server import HFServer, check_rollout_config
+from tests.helpers.tiny_model import make_tiny_model
 
 PROMPTS = ([10, 20, 30], [40, 50, 60, 70, 80, 90, 11], [12], [5, 6, 7, 8])
 GREEDY = {"temperature": 0, "logprobs": True}
@@ -233,6 +235,25 @@ def test_tied_weights_need_not_be_sent_twice(tmp_path, monkeypatch: pytest.Monke
     assert "lm_head.weight" not in weights
     asyncio.run(make_adapter(server, path, monkeypatch).update_weights(iter(weights.items())))
     assert torch.equal(server.model.lm_head.weight, source.model.lm_head.weight)
+
+
+@pytest.mark.parametrize("stacked", [True, False])
+def test_experts_arrive_stacked_or_one_by_one(
+    stacked: bool, tmp_path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As FSDP sends them, and as Megatron does."""
+    path = make_tiny_model(tmp_path, "qwen3_moe")
+    source, server = make_server(path), make_server(path, load_format="dummy")
+    weights = dict(source.model.named_parameters())
+    if not stacked:
+        weights = one_by_one(weights)
+        assert weights["model.layers.1.mlp.experts.3.up_proj.weight"].shape == (32, 64)
+    asyncio.run(make_adapter(server, path, monkeypatch).update_weights(iter(weights.items())))
+    for name, tensor in server.model.named_parameters():
+        assert torch.equal(tensor, source.model.get_parameter(name))
+    weights.pop(next(name for name in weights if "experts" in name))
+    with pytest.raises(ValueError, match="missing from the update, .*layers.0.mlp.experts.0."):
+        asyncio.run(make_adapter(server, path, monkeypatch).update_weights(iter(weights.items())))
 
 
 @pytest.mark.parametrize("fault", ["missing", "unknown", "shape"])

@@ -49,7 +49,8 @@ def make(case: replay_cases.Case | FsdpLayout, model_path: str, **settings: Any)
     return make_engine(
         case.layout, model_path, optimizer="adam", lr=ADAM_LR,
         optimizer_overrides={"adam_beta1": BETAS[0], "adam_beta2": BETAS[1], "adam_eps": EPS},
-        use_fused_kernels=case.fused, **replay_cases._padding(case), **settings,
+        use_fused_kernels=case.fused, **replay_cases._padding(case), **replay_cases._replay(case),
+        **settings,
     )  # fmt: skip
 
 
@@ -95,11 +96,14 @@ def train(
     if dropout:
         engine._has_dropout = lambda: True
     reports, rates = [], []
+    data = batch_of(engine, case)
+    if getattr(case, "replay", False):
+        data["routed_experts"] = replay_cases.routes(engine, data)
     for i in range(STEPS):
         if at is not None:
             for group in engine.optimizer.param_groups:
                 group["lr"] = at[i]
-        reports.append(step(engine, batch_of(engine, case), knobs))
+        reports.append(step(engine, data.clone(), knobs))
         rates.append(float(engine.optimizer.param_groups[0]["lr"]))
     state = {} if engine._kl is None else engine._kl.budget.state_dict()
     return Trained(reports, state, rates, replay_cases._of_end_ranks(export(engine)))

@@ -50,13 +50,14 @@ CASES = [
     Case(Layout(pp=2, dp=2)),
     Case(Layout(dp=2, ep=2, distributed_optimizer=True), model="experts"),
     Case(Layout(tp=2, sp=True, ep=2, etp=1), model="experts", micro_batch="dynamic"),
+    Case(Layout(dp=2, ep=2), model="experts", replay=True),
 ]
 DISTRIBUTED = Layout(dp=2, distributed_optimizer=True)
 
 
 @pytest.fixture(scope="module")
 def recording_of(models):
-    return once_per_model(lambda path, *rest: record_kl(path, PROBED, *rest), models)
+    return once_per_model(lambda path, *rest, **how: record_kl(path, PROBED, *rest, **how), models)
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Everything a run of the tiny tier depends on, and the hash that identifies it. Pure Python."""
+"""Everything a run of the loop depends on, and the hash that identifies it. Pure Python.
+
+:class:`LoopConfig` holds what its tiers share, :class:`RunConfig` is the tiny one's;
+:mod:`capo_verl.experiments.study.pretrained.config` has the pretrained one's.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
-from typing import Any
+from typing import Any, ClassVar, TypeVar
 
 from capo_verl.config import PRESETS
 
@@ -15,6 +19,7 @@ ADVANTAGES = ("grpo", "dr_grpo", "reinforce")
 AGGREGATIONS = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum-norm")
 SCALES = ("mean", "shuffled")
 BASES = ("noisy", "early")
+SIGNS = ("positive", "negative")
 SELECTIONS = ("policy_shift", "entropy", "low_entropy")
 VERSION = 2
 """Raised when the meaning of a knob or a measure changes: runs of other versions are other runs."""
@@ -23,30 +28,26 @@ BUDGET_VERSION = 3
 TARGET_VERSION = 4
 """The same for runs with a ``target_rejection``."""
 
+Config = TypeVar("Config", bound="LoopConfig")
+
 
 @dataclass(frozen=True)
-class RunConfig:
+class LoopConfig:
     """One run: a task, a method and a seed. Every field is a key of the study's YAML.
 
     Raises:
         ValueError: naming the key, the value found and what is allowed.
     """
 
-    task: str = "sort8"
-    """A key of :data:`capo_verl.experiments.study.tasks.TASKS`."""
+    tier: ClassVar[str]
+    default_top_k: ClassVar[int | None]
+    """``capo.top_k`` of a run that does not set it."""
+    keeps_steps: ClassVar[bool] = False
+    """True if the measurements of every optimizer step are kept."""
+
+    task: str = ""
     task_knobs: dict[str, Any] = field(default_factory=dict)
     """Arguments of the task."""
-    base: float = 0.4
-    """Sampled accuracy of the warm start, in (0, 1)."""
-    base_kind: str = "noisy"
-    """Kind of the warm start.
-
-    ``noisy``, a competent model that learnt to make mistakes, which is what reinforcement learning
-    on verifiable rewards mostly repairs; or ``early``, supervised training stopped early, which has
-    more to learn.
-    """
-    base_seed: int | None = None
-    """Seed of the warm start. None: ``seed``."""
     seed: int = 1
     lr: float = 5e-4
     steps: int = 200
@@ -87,7 +88,8 @@ class RunConfig:
     capo: dict[str, Any] | None = None
     """Knobs of :class:`capo_verl.CapoConfig`. None: no filter, no control.
 
-    ``preset`` starts from one of its presets. ``top_k`` is the whole vocabulary unless given.
+    ``preset`` starts from one of its presets. Unless given, ``top_k`` is the whole vocabulary in
+    the tiny tier, 50 in the pretrained one.
     """
     grad_clip: float = 1.0
     """Largest gradient norm; 0 = off."""
@@ -103,6 +105,13 @@ class RunConfig:
     """
     random_drop: float = 0.0
     """Control: drop this share of the response tokens at random."""
+    drops_of: dict[str, Any] | None = None
+    """Control: settings of a second run; of every optimizer step as many response tokens are
+    dropped at random as that run dropped in it."""
+    drop_sign: str | None = None
+    """Control, ``positive`` or ``negative``: of what the filter rejects, only tokens whose
+    advantage has this sign leave the loss. The filter's moments follow what it accepts itself.
+    """
     lr_scale: float = 1.0
     """Control: a constant factor of the learning rate."""
     lr_scales_of: dict[str, Any] | None = None
@@ -121,17 +130,12 @@ class RunConfig:
 
     A budget measures by its own rule.
     """
-    layers: int = 2
-    hidden: int = 64
 
     def __post_init__(self) -> None:
-        from capo_verl.experiments.study.tasks import TASKS
-
-        _one_of("task", self.task, tuple(TASKS))
+        _one_of("task", self.task, self.known_tasks())
         _one_of("advantage", self.advantage, ADVANTAGES)
         _one_of("aggregation", self.aggregation, AGGREGATIONS)
         _one_of("lr_scales", self.lr_scales, SCALES)
-        _one_of("base_kind", self.base_kind, BASES)
         for name in (
             "steps",
             "prompts",
@@ -155,14 +159,12 @@ class RunConfig:
                 )
         if self.lr_adaptive is not None:
             object.__setattr__(self, "lr_adaptive", _number("lr_adaptive", self.lr_adaptive))
-        for name in ("lr", "lr_scale", "lr_final", "base"):
+        for name in ("lr", "lr_scale", "lr_final"):
             object.__setattr__(self, name, _number(name, getattr(self, name)))
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name}={getattr(self, name)!r}: expected a number > 0")
         for name in ("grad_clip", "entropy_bonus", "reference_penalty", "random_drop"):
             object.__setattr__(self, name, _number(name, getattr(self, name)))
-        if not 0 < self.base < 1:
-            raise ValueError(f"base={self.base!r}: expected an accuracy between 0 and 1")
         if not 0 <= self.random_drop < 1:
             raise ValueError(f"random_drop={self.random_drop!r}: expected a share in [0, 1)")
         if self.prompts % self.mini_batches:
@@ -178,14 +180,34 @@ class RunConfig:
                 f"epochs={self.epochs}: loss=lopti trains on half of the tokens in each; expected "
                 "an even number"
             )
+        self._check_drops()
         object.__setattr__(self, "betas", tuple(self.betas))
         if self.capo is not None:
             preset = self.capo.get("preset")
             if preset is not None and preset not in PRESETS:
                 raise ValueError(f"capo.preset={preset!r}: expected one of {', '.join(PRESETS)}")
 
+    def _check_drops(self) -> None:
+        if self.drops_of is not None and self.random_drop:
+            raise ValueError(
+                f"random_drop={self.random_drop!r}: drops_of says how many; leave one of them out"
+            )
+        if self.drop_sign is None:
+            return
+        _one_of("drop_sign", self.drop_sign, SIGNS)
+        knobs = self.capo_knobs() or {"mode": "off"}
+        if knobs.get("mode", "filter") != "filter" or knobs.get("weighting", "hard") != "hard":
+            raise ValueError(
+                f"drop_sign={self.drop_sign!r}: needs a filter that drops tokens, capo with "
+                "mode=filter and weighting=hard"
+            )
+
     @classmethod
-    def from_mapping(cls, knobs: Mapping[str, Any]) -> RunConfig:
+    def known_tasks(cls) -> tuple[str, ...]:
+        raise NotImplementedError
+
+    @classmethod
+    def from_mapping(cls: type[Config], knobs: Mapping[str, Any]) -> Config:
         """A run from plain data.
 
         Raises:
@@ -204,7 +226,7 @@ class RunConfig:
         knobs = dict(self.capo)
         preset = knobs.pop("preset", None)
         start = PRESETS[preset].knobs if preset else {}
-        return {"top_k": None, "betas": self.betas, **start, **knobs}
+        return {"top_k": self.default_top_k, "betas": self.betas, **start, **knobs}
 
     def to_dict(self) -> dict[str, Any]:
         """Settings that differ from the defaults, as plain JSON data.
@@ -228,8 +250,54 @@ class RunConfig:
             version = BUDGET_VERSION
         if isinstance(capo.get("policy_shift_max"), dict):
             version = TARGET_VERSION
-        text = json.dumps({"version": version, "tier": "tiny", **self.to_dict()}, sort_keys=True)
+        text = json.dumps({"version": version, "tier": self.tier, **self.to_dict()}, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    @property
+    def warm_start(self) -> dict[str, Any]:
+        """Settings that the warm-started model depends on."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class RunConfig(LoopConfig):
+    """A run of the tiny tier.
+
+    Raises:
+        ValueError: as :class:`LoopConfig`.
+    """
+
+    tier: ClassVar[str] = "tiny"
+    default_top_k: ClassVar[int | None] = None
+
+    task: str = "sort8"
+    """A key of :data:`capo_verl.experiments.study.tasks.TASKS`."""
+    base: float = 0.4
+    """Sampled accuracy of the warm start, in (0, 1)."""
+    base_kind: str = "noisy"
+    """Kind of the warm start.
+
+    ``noisy``, a competent model that learnt to make mistakes, which is what reinforcement learning
+    on verifiable rewards mostly repairs; or ``early``, supervised training stopped early, which has
+    more to learn.
+    """
+    base_seed: int | None = None
+    """Seed of the warm start. None: ``seed``."""
+    layers: int = 2
+    hidden: int = 64
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _one_of("base_kind", self.base_kind, BASES)
+        object.__setattr__(self, "base", _number("base", self.base))
+        if not 0 < self.base < 1:
+            raise ValueError(f"base={self.base!r}: expected an accuracy between 0 and 1")
+
+    @classmethod
+    def known_tasks(cls) -> tuple[str, ...]:
+        from capo_verl.experiments.study.tasks import TASKS
+
+        return tuple(TASKS)
 
     @property
     def warm_start(self) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from pathlib import Path
 import pandas as pd
 
 from capo_verl.experiments.study.grid import Study
-from capo_verl.experiments.study.store import CURVES, RUNS, Store, read, write
+from capo_verl.experiments.study.store import CURVES, RUNS, STEPS, Store, read, write
 
 PACKED_CURVE = (
     "step",
@@ -28,7 +28,7 @@ PACKED_CURVE = (
     "scale",
 )
 PACKED_LIMIT = 3_000_000
-"""Bytes a repository should have to carry, both tables together."""
+"""Bytes a repository should have to carry, all tables together."""
 DROPPED = ("started", "wall_seconds")
 
 
@@ -73,7 +73,8 @@ def _sortable(value: str) -> tuple[float, str]:
 
 
 def pack(studies: Sequence[Study], results: Path, output: Path) -> str:
-    """Write ``runs.parquet`` and ``curves.parquet`` of some studies into ``output``.
+    """Write ``runs.parquet``, ``curves.parquet`` and, where a tier keeps them, ``steps.parquet`` of
+    some studies into ``output``.
 
     Studies that are packed there already, and are not among these, stay.
 
@@ -103,9 +104,17 @@ def pack(studies: Sequence[Study], results: Path, output: Path) -> str:
     ]
     floats = [c for c in curves if c not in ("run_id",)]
     curves[floats] = curves[floats].astype("float32")
+    steps = pd.concat([read(output / STEPS), store.steps()], ignore_index=True)
+    if not steps.empty:
+        steps = steps[steps["run_id"].isin(packed["run_id"])]
+        steps = steps.drop_duplicates(["run_id", "step"], keep="last")
+        numbers = [c for c in steps if c != "run_id"]
+        steps[numbers] = steps[numbers].astype("float32")
+        write(output / STEPS, steps.sort_values(["run_id", "step"], ignore_index=True))
     write(output / RUNS, packed.sort_values(["study", "method", "cell", "seed"], ignore_index=True))
     write(output / CURVES, curves.sort_values(["run_id", "step"], ignore_index=True))
-    size = sum((output / name).stat().st_size for name in (RUNS, CURVES))
+    names = (RUNS, CURVES, STEPS)
+    size = sum((output / n).stat().st_size for n in names if (output / n).exists())
     if size > PACKED_LIMIT:
         raise ValueError(
             f"{output}: {size} bytes are too many for a repository (limit {PACKED_LIMIT}); pack "

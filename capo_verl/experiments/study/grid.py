@@ -3,7 +3,7 @@
 
 ```yaml
 study: main
-tier: tiny                     # or verl
+tier: tiny                     # or pretrained, or verl
 defaults: {steps: 200}         # of every run
 methods:                       # name -> keys of a run
   grpo: {}
@@ -32,10 +32,15 @@ from typing import Any
 
 import yaml
 
-from capo_verl.experiments.study.config import RunConfig
+from capo_verl.experiments.study.config import LoopConfig, RunConfig
+from capo_verl.experiments.study.pretrained.config import PretrainedConfig
 from capo_verl.experiments.study.verl_config import VerlRunConfig
 
-TIERS: dict[str, type[RunConfig] | type[VerlRunConfig]] = {"tiny": RunConfig, "verl": VerlRunConfig}
+TIERS: dict[str, type[LoopConfig] | type[VerlRunConfig]] = {
+    "tiny": RunConfig,
+    "pretrained": PretrainedConfig,
+    "verl": VerlRunConfig,
+}
 KEYS = ("study", "tier", "about", "defaults", "methods", "grid", "grids", "control")
 
 
@@ -47,7 +52,7 @@ class PlannedRun:
     tier: str
     method: str
     config: Any
-    """:class:`RunConfig` or :class:`VerlRunConfig`."""
+    """Of the tier's class in :data:`TIERS`."""
     cell: tuple[tuple[str, str], ...] = ()
     """Axis and value of everything in the grid but the seed.
 

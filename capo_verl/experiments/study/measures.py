@@ -12,9 +12,11 @@ LAST = 3
 COLLAPSE = 0.5
 """A run has collapsed if its final accuracy is below this share of its base policy's."""
 AVERAGED = (
-    "entropy", "kl", "rejection", "scale", "weight", "out_of_region", "ratio_deviation",
-    "grad_norm", "reward", "length"
+    "entropy", "kl", "rejection", "rejection_positive", "rejection_negative", "scale", "weight",
+    "out_of_region", "ratio_deviation", "grad_norm", "reward", "length", "ended", "outside"
 )  # fmt: skip
+DEATH, LAST_ROLLOUTS = 0.1, 5
+"""A run has died if the mean reward of its last so many rollouts is below this."""
 
 
 def summarise(curve: Curve) -> dict[str, float | bool]:
@@ -56,6 +58,25 @@ def summarise(curve: Curve) -> dict[str, float | bool]:
         if values:
             result[f"mean_{name}"] = mean(values)
     return result
+
+
+def of_steps(steps: Curve) -> dict[str, float | bool]:
+    """Measures of a run's optimizer steps; none without steps.
+
+    Returns:
+        ``dead``, ``last_NAME``, means over the last :data:`LAST_ROLLOUTS` rollouts, and
+        ``seconds_per_step``.
+    """
+    if not steps:
+        return {}
+    last = [row for row in steps if row["rollout"] > steps[-1]["rollout"] - LAST_ROLLOUTS]
+    found: dict[str, float | bool] = {
+        f"last_{name}": mean([row[name] for row in last])
+        for name in ("reward", "entropy", "outside", "ended", "kl")
+        if all(name in row for row in last)
+    }
+    seconds = mean([row["seconds"] for row in steps])
+    return {**found, "dead": found["last_reward"] < DEATH, "seconds_per_step": seconds}
 
 
 def area(curve: Curve, over: str = "completions") -> float:

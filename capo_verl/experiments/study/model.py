@@ -7,6 +7,7 @@ Plain PyTorch, made for one core.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -77,7 +78,7 @@ class TinyTransformer(nn.Module):
     ):
         super().__init__()
         self.config = config = config or ModelConfig()
-        self.vocab_size = vocab_size
+        self.vocab_size, self.hidden_size = vocab_size, config.hidden
         self.embed = nn.Embedding(vocab_size, config.hidden)
         self.blocks = nn.ModuleList([Block(config) for _ in range(config.layers)])
         self.norm = nn.LayerNorm(config.hidden)
@@ -90,7 +91,7 @@ class TinyTransformer(nn.Module):
         angle = torch.outer(torch.arange(max_length), frequency)
         self.register_buffer("cos", torch.cat((angle, angle), -1).cos(), persistent=False)
         self.register_buffer("sin", torch.cat((angle, angle), -1).sin(), persistent=False)
-        self.flat = self._flatten()
+        self.flat = flatten(self.parameters())
 
     @property
     def gradient(self) -> Tensor:
@@ -112,18 +113,6 @@ class TinyTransformer(nn.Module):
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
 
-    def _flatten(self) -> Tensor:
-        parameters = list(self.parameters())
-        flat = torch.cat([p.detach().flatten() for p in parameters]).requires_grad_()
-        flat.grad = torch.zeros_like(flat)
-        offset = 0
-        for p in parameters:
-            n = p.numel()
-            p.data = flat.detach()[offset : offset + n].view(p.shape)
-            p.grad = flat.grad[offset : offset + n].view(p.shape)
-            offset += n
-        return flat
-
     def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Hidden states ``[B, T, H]`` at the LM head, and logits ``[B, T, V]``."""
         t = tokens.shape[1]
@@ -140,6 +129,11 @@ class TinyTransformer(nn.Module):
         """
         hidden, logits = self(tokens[:, :-1])
         return hidden[:, prompt_length - 1 :], logits[:, prompt_length - 1 :]
+
+    def at_responses(self, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Hidden states ``[N, H]`` and logits ``[N, V]`` of the response tokens in the mask."""
+        hidden, logits = self.response(tokens, tokens.shape[1] - mask.shape[1])
+        return hidden[mask], logits[mask]
 
     @torch.inference_mode()
     def sample(
@@ -167,9 +161,7 @@ class TinyTransformer(nn.Module):
             h = self.embed(x)
             for block, kept in zip(self.blocks, cache, strict=True):
                 h = block(h, self.cos[start : start + t], self.sin[start : start + t], kept, start)
-            probs = self.lm_head(self.norm(h[:, -1])).softmax(-1)
-            # argmax of p / Exp(1) is a draw from p: one pass, no cumulative sums.
-            token = (probs / torch.empty_like(probs).exponential_(generator=generator)).argmax(-1)
+            token = draw(self.lm_head(self.norm(h[:, -1])), generator)
             responses[:, i] = token
             if end is not None:
                 done |= token == end
@@ -177,3 +169,28 @@ class TinyTransformer(nn.Module):
                     break
             x, start = token[:, None], start + t
         return responses
+
+
+def draw(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """A token ``[B]`` of every row of ``logits [B, V]``, at temperature 1."""
+    probs = logits.softmax(-1)
+    # argmax of p / Exp(1) is a draw from p: one pass, no cumulative sums.
+    return (probs / torch.empty_like(probs).exponential_(generator=generator)).argmax(-1)
+
+
+def flatten(parameters: Iterable[nn.Parameter]) -> Tensor:
+    """Make parameters, and their gradients, views of one vector and of its gradient.
+
+    Returns:
+        The vector, with ``grad``.
+    """
+    parameters = list(parameters)
+    flat = torch.cat([p.detach().flatten() for p in parameters]).requires_grad_()
+    flat.grad = torch.zeros_like(flat)
+    offset = 0
+    for p in parameters:
+        n = p.numel()
+        p.data = flat.detach()[offset : offset + n].view(p.shape)
+        p.grad = flat.grad[offset : offset + n].view(p.shape)
+        offset += n
+    return flat

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Advantages and losses of the tiny tier.
+"""Advantages and losses of the loop.
 
 A loss is the plain policy gradient, a rival of this package, or one of verl's own.
 """
@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from capo_verl.experiments.study.config import RunConfig
+from capo_verl.experiments.study.config import LoopConfig
 
 _MAX_LOG_RATIO = 20.0
 
@@ -76,7 +76,7 @@ def aggregate(losses: Tensor, batch: Batch, mode: str) -> Tensor:
     return per_sequence.mean() / losses.shape[1]
 
 
-def policy_loss(config: RunConfig, batch: Batch, epoch: int = 0) -> Tensor:
+def policy_loss(config: LoopConfig, batch: Batch, epoch: int = 0) -> Tensor:
     """The scalar policy loss which ``config.loss`` names.
 
     ``epoch`` counts how often the batch was used before.
@@ -92,7 +92,7 @@ def policy_loss(config: RunConfig, batch: Batch, epoch: int = 0) -> Tensor:
     return _rival_loss(config, batch, epoch)
 
 
-def _rival_loss(config: RunConfig, batch: Batch, epoch: int) -> Tensor:
+def _rival_loss(config: LoopConfig, batch: Batch, epoch: int) -> Tensor:
     from capo_verl.rivals import RIVALS
 
     if config.loss not in RIVALS:
@@ -112,7 +112,7 @@ def _rival_loss(config: RunConfig, batch: Batch, epoch: int) -> Tensor:
     return aggregate(losses, batch, config.aggregation)
 
 
-def _verl_loss(config: RunConfig, batch: Batch) -> Tensor:
+def _verl_loss(config: LoopConfig, batch: Batch) -> Tensor:
     from verl.trainer.ppo.core_algos import get_policy_loss_fn
 
     actor = _verl_config(repr(sorted(config.loss_knobs.items())), _Knobs(config.loss_knobs))

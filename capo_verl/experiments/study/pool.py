@@ -80,10 +80,10 @@ def run_study(
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console, speed_estimate_period=300) as progress:
-        tiny = [run for run in todo if run.tier == "tiny"]
-        bases = list({_base(run): run for run in tiny}.values())
+        looped = [run for run in todo if run.tier != "verl"]
+        bases = list({_base(run): run for run in looped}.values())
         # One task's bases share a model: all of those first, so that no worker waits for another's.
-        noisy = [run for run in tiny if run.config.base_kind == "noisy"]
+        noisy = [r for r in looped if r.tier == "tiny" and r.config.base_kind == "noisy"]
         keys = ("task", "task_knobs", "layers", "hidden")
         shared = list({_base(run, *keys): run for run in noisy}.values())
         try:
@@ -141,7 +141,7 @@ def _run_all(
             merged = time.monotonic()
 
     _Pool(jobs).map(
-        execute, [(run, store.folder, cache) for run in todo if run.tier == "tiny"], ended
+        execute, [(run, store.folder, cache) for run in todo if run.tier != "verl"], ended
     )
     for run in todo:
         if run.tier == "verl":

@@ -4,9 +4,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypedDict
+from typing import Any, NamedTuple, Protocol, TypedDict
 
 import torch
 from torch import Tensor
@@ -17,11 +17,9 @@ from capo_verl.core.kl_budget import STEPS_BACK, KLBudget, decay
 from capo_verl.core.logits import VocabShard
 from capo_verl.core.penalty import curvature_penalty
 from capo_verl.core.token_kl import k3, token_kl
-from capo_verl.experiments.study.config import RunConfig
-from capo_verl.experiments.study.model import TinyTransformer
+from capo_verl.experiments.study.config import LoopConfig
 from capo_verl.experiments.study.objective import Batch, aggregate, policy_loss
 from capo_verl.experiments.study.seeds import generator
-from capo_verl.experiments.study.tasks import Task
 
 
 class Measured(TypedDict, total=False):
@@ -31,6 +29,9 @@ class Measured(TypedDict, total=False):
     accepted_tokens: Tensor
     entropy: Tensor
     rejection: Tensor
+    rejection_positive: Tensor
+    rejection_negative: Tensor
+    outside: Tensor | None
     weight: Tensor | None
     out_of_region: Tensor | None
     ratio_deviation: Tensor
@@ -41,6 +42,31 @@ class Measured(TypedDict, total=False):
 
 ADAPTIVE_RATES = (1e-5, 1e-2)
 """Within these ``lr_adaptive`` stays."""
+OUTSIDE = 50
+"""A sampled token is ``outside`` if so many tokens are more likely: the paper's support."""
+
+
+class Policy(Protocol):
+    """A language model whose trained parameters are one vector."""
+
+    vocab_size: int
+    hidden_size: int
+    flat: Tensor
+
+    @property
+    def gradient(self) -> Tensor: ...
+
+    def at_responses(self, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Hidden states ``[N, H]`` and logits ``[N, V]`` that predict the response tokens.
+
+        Args:
+            tokens: ``[B, P + T]``; mask: ``[B, T]`` bool, N of them True, taken row by row.
+        """
+
+    def sample(
+        self, prompts: Tensor, length: int, generator: torch.Generator, end: int | None = None
+    ) -> Tensor:
+        """Responses ``[B, length]`` at temperature 1, arbitrary behind the first ``end``."""
 
 
 @dataclass
@@ -58,11 +84,28 @@ class Rollout:
     old_log_prob: Tensor | None = None
     """``[B, T]``; None: that of the model at the time of the update (one step per rollout)."""
 
-    def part(self, rows: slice) -> Rollout:
+    @property
+    def actions(self) -> Tensor:
+        """``[B, T]`` int64."""
+        return self.tokens[:, -self.mask.shape[1] :]
+
+    def part(self, rows: slice | Tensor) -> Rollout:
         old = None if self.old_log_prob is None else self.old_log_prob[rows]
         return Rollout(
             self.tokens[rows], self.mask[rows], self.advantages[rows], self.group[rows], old
         )
+
+
+class Seen(NamedTuple):
+    """The last optimizer step, for those who watch."""
+
+    rollout: Rollout
+    log_prob: Tensor
+    """``[B, T]``, before the step."""
+    kept: Tensor
+    """``[B, T]`` bool, tokens in the loss."""
+    output: CapoOutput | None
+    """Of the response tokens, ``[N]`` each."""
 
 
 class Stepper:
@@ -70,16 +113,17 @@ class Stepper:
 
     Args:
         scales: factors of the learning rate step by step, in place of ``lr_scale`` (controls).
+        drops: numbers of tokens to drop at random step by step (controls).
     """
 
     def __init__(
         self,
-        config: RunConfig,
-        model: TinyTransformer,
-        task: Task,
-        scales: list[float] | None = None,
+        config: LoopConfig,
+        model: Policy,
+        scales: Sequence[float] | None = None,
+        drops: Sequence[int] | None = None,
     ):
-        self.config, self.model, self.task, self.scales = config, model, task, scales
+        self.config, self.model, self.scales, self.drops = config, model, scales, drops
         self.optimizer = torch.optim.Adam(
             [model.flat], lr=config.lr, betas=config.betas, fused=True
         )
@@ -89,7 +133,7 @@ class Stepper:
         self.steps = 0
         self.adaptive_rate = config.lr
         self.factors: list[float] = []
-        self.last_output: CapoOutput | None = None
+        self.last: Seen | None = None
         knobs = config.capo_knobs()
         capo = None if knobs is None else CapoConfig.from_mapping(knobs)
         budget = None if capo is None else capo.kl_budget
@@ -97,7 +141,7 @@ class Stepper:
         self.filter: CapoFilter | None = None
         self.filters = capo is not None and capo.mode == "filter"
         if capo is not None and capo.mode != "off":
-            self.filter = CapoFilter(capo, model.vocab_size, model.config.hidden)
+            self.filter = CapoFilter(capo, model.vocab_size, model.hidden_size)
             self.filter.keep_for_batch_shifts = False
 
     def update(self, rollout: Rollout) -> Iterator[Measured]:
@@ -105,46 +149,48 @@ class Stepper:
         config = self.config
         if config.mini_batches * config.epochs > 1:
             with torch.no_grad():
-                rollout.old_log_prob = self._taken(self._logits(rollout)[1], rollout)
+                _, logits = self._logits(rollout)
+                rollout.old_log_prob = _spread(_taken(logits, rollout), rollout.mask)
         size = len(rollout.tokens) // config.mini_batches
         for epoch in range(config.epochs):
             for start in range(0, len(rollout.tokens), size):
                 yield self._step(rollout.part(slice(start, start + size)), epoch)
 
     def _logits(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
-        return self.model.response(rollout.tokens, self.task.prompt_length)
-
-    def _actions(self, rollout: Rollout) -> Tensor:
-        return rollout.tokens[:, self.task.prompt_length :]
-
-    def _taken(self, logits: Tensor, rollout: Rollout) -> Tensor:
-        return logits.log_softmax(-1).gather(-1, self._actions(rollout)[..., None])[..., 0]
+        return self.model.at_responses(rollout.tokens, rollout.mask)
 
     def _step(self, rollout: Rollout, epoch: int) -> Measured:
-        config, rate = self.config, self._rate()
+        config, rate, response = self.config, self._rate(), rollout.mask
         hidden, logits = self._logits(rollout)
         log_probs = logits.log_softmax(-1)
-        log_prob = log_probs.gather(-1, self._actions(rollout)[..., None])[..., 0]
-        entropy = -(log_probs.exp() * log_probs).sum(-1)
+        taken = rollout.actions[response][:, None]
+        log_prob = _spread(log_probs.gather(-1, taken)[:, 0], response)
+        with torch.set_grad_enabled(bool(config.entropy_bonus)):
+            entropy = _spread(-(log_probs.exp() * log_probs).sum(-1), response)
         old_log_prob = log_prob.detach() if rollout.old_log_prob is None else rollout.old_log_prob
         advantages = rollout.advantages[:, None].expand_as(log_prob)
 
-        mask = rollout.mask
+        mask = response
         output = self._evaluate(hidden, logits, rollout, advantages, rate)
         if output is not None and self.filters:
-            mask = output.accepted
+            mask = _spread(output.accepted, response)
+            if config.drop_sign is not None:
+                dropped = advantages > 0 if config.drop_sign == "positive" else advantages < 0
+                mask = mask | (response & ~dropped)
             if self.filter is not None and self.filter.config.weighting != "hard":
                 # Losses are positively homogeneous in the advantage, so that is where a weight
                 # belongs.
-                advantages = advantages * output.weights.to(advantages.dtype)
+                advantages = advantages * _spread(output.weights.to(advantages.dtype), response)
         if config.select is not None:
-            weights = self._selected(config.select, mask, advantages, entropy.detach(), output)
+            shift = None if output is None else output.policy_shift.to(advantages.dtype)
+            shift = None if shift is None else _spread(shift, response)
+            weights = self._selected(config.select, mask, advantages, entropy.detach(), shift)
             mask, advantages = mask & (weights > 0), advantages * weights
-        if config.random_drop:
-            mask = mask & (torch.rand(mask.shape, generator=self.drop) >= config.random_drop)
+        mask = mask & self._kept_at_random(response)
+        self.last = Seen(rollout, log_prob.detach(), mask, output)
         batch = Batch(
-            old_log_prob, log_prob, advantages, mask, rollout.mask,
-            entropy.detach(), rollout.group, self._actions(rollout),
+            old_log_prob, log_prob, advantages, mask, response,
+            entropy.detach(), rollout.group, rollout.actions,
         )  # fmt: skip
         loss = policy_loss(config, batch, epoch) + self._penalties(
             batch, entropy, logits, output, rollout
@@ -162,37 +208,61 @@ class Stepper:
         self.steps += 1
         self.factors.append(factor * kept)
         with torch.no_grad():
-            total = rollout.mask.sum()
+            total = response.sum()
             ratio = (log_prob - old_log_prob).exp()
             return {
                 "tokens": total,
                 "accepted_tokens": mask.sum(),
-                "entropy": (entropy * rollout.mask).sum() / total,
+                "entropy": entropy.sum() / total,
                 "rejection": 1 - mask.sum() / total,
-                "weight": None if output is None else output.weights[rollout.mask].mean(),
+                "rejection_positive": _share(response & ~mask, response & (advantages > 0)),
+                "rejection_negative": _share(response & ~mask, response & (advantages < 0)),
+                "outside": self._outside(logits, taken),
+                "weight": None if output is None else output.weights.mean(),
                 "out_of_region": None
                 if output is None
                 else 1 - output.in_trust_region.sum() / total,
-                "ratio_deviation": ((ratio - 1).abs() * rollout.mask).sum() / total,
+                "ratio_deviation": ((ratio - 1).abs() * response).sum() / total,
                 "grad_norm": norm,
                 "kl": kl,
                 "scale": factor * kept,
             }
 
+    def _outside(self, logits: Tensor, taken: Tensor) -> Tensor | None:
+        """Share of the sampled tokens that are not among the :data:`OUTSIDE` most likely."""
+        if self.model.vocab_size <= OUTSIDE:
+            return None
+        rank = (logits > logits.gather(-1, taken)).sum(-1)
+        return (rank >= OUTSIDE).double().mean()
+
+    def _kept_at_random(self, response: Tensor) -> Tensor:
+        """Mask ``[B, T]`` without the tokens that a control drops at random."""
+        if self.drops is not None:
+            draws = torch.rand(response.shape, generator=self.drop).masked_fill(~response, -1.0)
+            count = min(self.drops[self.steps], int(response.sum()))
+            kept = torch.ones_like(response)
+            kept.view(-1)[draws.flatten().topk(count).indices] = False
+            return kept
+        if self.config.random_drop:
+            return torch.rand(response.shape, generator=self.drop) >= self.config.random_drop
+        return torch.ones_like(response)
+
     def _evaluate(
         self, hidden: Tensor, logits: Tensor, rollout: Rollout, advantages: Tensor, rate: float
     ) -> CapoOutput | None:
+        """What the filter says of the response tokens, ``[N]`` each."""
         if self.filter is None:
             return None
-        self.last_output = self.filter.evaluate(
+        return self.filter.evaluate(
             hidden.detach(),
             logits.detach(),
-            self._actions(rollout),
-            advantages,
-            rollout.mask,
+            rollout.actions[rollout.mask],
+            advantages[rollout.mask],
+            torch.ones(len(logits), dtype=torch.bool),
             rate,
+            sequence_ids=rollout.mask.nonzero()[:, 0],
+            num_sequences=len(rollout.mask),
         )
-        return self.last_output
 
     @property
     def _progress(self) -> float:
@@ -222,14 +292,14 @@ class Stepper:
 
     def _selected(
         self, select: dict[str, Any], mask: Tensor, advantages: Tensor, entropy: Tensor,
-        output: CapoOutput | None,
+        policy_shift: Tensor | None,
     ) -> Tensor:  # fmt: skip
         """Weights ``[B, T]`` of the tokens, all 1 but those of the share with an advantage that
         ranks highest.
         """
         if select["by"] == "policy_shift":
-            assert output is not None, "select.by=policy_shift needs capo.mode=track"
-            score = output.policy_shift.to(advantages.dtype)
+            assert policy_shift is not None, "select.by=policy_shift needs capo.mode=track"
+            score = policy_shift
         else:
             score = entropy if select["by"] == "entropy" else -entropy
         counted = mask & (advantages != 0)
@@ -258,18 +328,18 @@ class Stepper:
         config = self.config
         total: Tensor | float = 0.0
         if output is not None and output.penalty_terms is not None:
-            total = aggregate(
-                curvature_penalty(logits, output.penalty_terms), batch, config.aggregation
-            )
+            penalty = curvature_penalty(logits, output.penalty_terms)
+            total = aggregate(_spread(penalty, rollout.mask), batch, config.aggregation)
         if config.entropy_bonus:
             total = total - config.entropy_bonus * aggregate(entropy, batch, config.aggregation)
         if self.reference is not None:
             with torch.no_grad():
                 now = self.model.flat.clone()
                 self.model.flat.copy_(self.reference)
-                reference = self._taken(self._logits(rollout)[1], rollout)
+                reference = _taken(self._logits(rollout)[1], rollout)
                 self.model.flat.copy_(now)
-            penalty = aggregate(k3(batch.log_prob, reference), batch, config.aggregation)
+            k3_of = k3(batch.log_prob, _spread(reference, rollout.mask))
+            penalty = aggregate(k3_of, batch, config.aggregation)
             total = total + config.reference_penalty * penalty
         return total
 
@@ -326,17 +396,31 @@ class Stepper:
         config, n = self.budget.config, len(rollout.tokens)
         size = max(1, round(config.probe_share * n))
         rows = torch.arange(size) * n // size
-        part = Rollout(
-            rollout.tokens[rows], rollout.mask[rows], rollout.advantages[rows], rollout.group[rows]
-        )
+        part = rollout.part(rows)
         if config.estimator == "exact":
-            return self._kl(part, logits[rows])
+            sequence = rollout.mask.nonzero()[:, 0]
+            return self._kl(part, logits[torch.isin(sequence, rows)])
         with torch.no_grad():
-            new = self._taken(self._logits(part)[1], part)
-            return k3(log_prob[rows][part.mask], new[part.mask]).mean()
+            new = _taken(self._logits(part)[1], part)
+            return k3(log_prob[rows][part.mask], new).mean()
 
     @torch.no_grad()
     def _kl(self, rollout: Rollout, logits: Tensor) -> Tensor:
-        """Exact mean token KL(old || new); ``logits [B, T, V]`` are the old ones."""
-        new = self._logits(rollout)[1]
-        return token_kl(logits[rollout.mask], new[rollout.mask], self.shard).mean()
+        """Exact mean token KL(old || new); ``logits [N, V]`` are the old ones."""
+        return token_kl(logits, self._logits(rollout)[1], self.shard).mean()
+
+
+def _spread(values: Tensor, mask: Tensor) -> Tensor:
+    """``values [N]`` where ``mask [B, T]`` is True, row by row; 0 elsewhere."""
+    return values.new_zeros(mask.shape).masked_scatter(mask, values)
+
+
+def _taken(logits: Tensor, rollout: Rollout) -> Tensor:
+    """Log-probabilities ``[N]`` of the response tokens."""
+    taken = rollout.actions[rollout.mask][:, None]
+    return logits.log_softmax(-1).gather(-1, taken)[:, 0]
+
+
+def _share(part: Tensor, whole: Tensor) -> Tensor:
+    """Share of ``whole`` that is in ``part``, both bool; 0 of nothing."""
+    return (part & whole).sum() / whole.sum().clamp(min=1)

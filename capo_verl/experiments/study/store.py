@@ -2,13 +2,14 @@
 """Results: one file per finished run, written whole or not at all, merged into two parquet tables.
 
 ``parts/RUN_ID.json`` is what a run leaves; ``runs.parquet`` has one row per run, ``curves.parquet``
-one per evaluation. Merging takes a lock, so several processes may share a folder.
+one per evaluation, ``steps.parquet`` one per optimizer step of the tiers that keep them. Merging
+takes a lock, so several processes may share a folder.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from filelock import FileLock
 
 from capo_verl.utils import replace_text, replacing
 
-RUNS, CURVES = "runs.parquet", "curves.parquet"
+RUNS, CURVES, STEPS = "runs.parquet", "curves.parquet", "steps.parquet"
 
 
 class Store:
@@ -28,12 +29,18 @@ class Store:
         self.parts = self.folder / "parts"
         self.parts.mkdir(parents=True, exist_ok=True)
 
-    def add(self, run: dict[str, Any], curve: list[dict[str, float]]) -> None:
-        """Keep a run and its curve, in place of a run of the same id.
+    def add(
+        self,
+        run: dict[str, Any],
+        curve: list[dict[str, float]],
+        steps: Sequence[dict[str, float]] = (),
+    ) -> None:
+        """Keep a run, its curve and its steps, in place of a run of the same id.
 
         The run is a row with ``run_id`` and ``status``.
         """
-        replace_text(self.parts / f"{run['run_id']}.json", json.dumps({"run": run, "curve": curve}))
+        found = {"run": run, "curve": curve, "steps": list(steps)}
+        replace_text(self.parts / f"{run['run_id']}.json", json.dumps(found))
 
     def merge(self) -> None:
         """Move what :meth:`add` left into the tables."""
@@ -43,8 +50,8 @@ class Store:
                 return
             found = [json.loads(f.read_text()) for f in files]
             ids = {x["run"]["run_id"] for x in found}
-            curves = [{"run_id": x["run"]["run_id"], **row} for x in found for row in x["curve"]]
-            for name, rows in ((CURVES, curves), (RUNS, [x["run"] for x in found])):
+            tables = {CURVES: _rows(found, "curve"), STEPS: _rows(found, "steps")}
+            for name, rows in (*tables.items(), (RUNS, [x["run"] for x in found])):
                 _append(self.folder / name, rows, ids)
             for f in files:
                 f.unlink()
@@ -58,6 +65,11 @@ class Store:
         """One row per evaluation: ``run_id`` and the columns of a run's curve."""
         self.merge()
         return read(self.folder / CURVES)
+
+    def steps(self) -> pd.DataFrame:
+        """One row per optimizer step: ``run_id`` and its measurements."""
+        self.merge()
+        return read(self.folder / STEPS)
 
     def finished(self) -> set[str]:
         """Ids of the runs that need not be run again."""
@@ -74,6 +86,10 @@ def write(path: Path, table: pd.DataFrame) -> None:
     """Replace a parquet table in one step."""
     with replacing(path) as temporary:
         table.to_parquet(temporary, index=False, compression="zstd")
+
+
+def _rows(parts: Iterable[dict[str, Any]], key: str) -> list[dict[str, Any]]:
+    return [{"run_id": x["run"]["run_id"], **row} for x in parts for row in x.get(key, ())]
 
 
 def _append(path: Path, rows: Iterable[dict[str, Any]], replaced: set[str]) -> None:

@@ -88,6 +88,12 @@ def _cell(rows: pd.DataFrame) -> str:
 
 SUMMARISED = ("mean_kl", "mean_rejection", "mean_scale", "final_entropy", "seconds")
 """Columns of a run whose means end a row of the summary."""
+LAST = {
+    "mean_rejection_positive": "rejected of A > 0", "mean_rejection_negative": "of A < 0",
+    "last_entropy": "last entropy", "last_outside": "outside the top 50", "last_ended": "ended",
+    "seconds_per_step": "s per step",
+}  # fmt: skip
+"""Columns that follow where the tier keeps its steps, and their heads."""
 
 
 def summary_table(frame: pd.DataFrame) -> str:
@@ -95,7 +101,7 @@ def summary_table(frame: pd.DataFrame) -> str:
 
     Verdicts, worst difference, area over learning rates, collapses, KL, scale, rejection, time.
     """
-    found, areas = differences(frame), over_rates(frame)
+    found, areas, by_step = differences(frame), over_rates(frame), "dead" in frame
     scored = scores(frame, "final")
     body = []
     for method, rows in scored.groupby("method", sort=False):
@@ -114,13 +120,20 @@ def summary_table(frame: pd.DataFrame) -> str:
                 _short(rows["final"].mean()), _short(rows["lowest"].mean()),
                 f"{int(rows['collapsed'].fillna(True).astype(bool).sum())}/{len(rows)}",
                 *(_number(rows, column) for column in SUMMARISED),
+                *((_deaths(rows), *(_number(rows, c) for c in LAST)) if by_step else ()),
             ]
         )  # fmt: skip
     head = [
         "method", "better / same / worse", "worst cell", "area over lr", "final", "lowest",
         "collapsed", "KL per step", "rejected", "lr scale", "entropy", "s per run",
+        *(("died", *LAST.values()) if by_step else ()),
     ]  # fmt: skip
     return _titled(f"All cells, control `{frame['control'].iloc[0]}`", head, body)
+
+
+def _deaths(rows: pd.DataFrame) -> str:
+    dead = rows["dead"].dropna().astype(bool)
+    return f"{int(dead.sum())}/{len(dead)}"
 
 
 def efficiency_table(frame: pd.DataFrame, curves: pd.DataFrame) -> str:

@@ -18,6 +18,7 @@ from capo_verl.data.cache import cache_root, cached_folder, recipe_hash
 from capo_verl.experiments.study.config import RunConfig
 from capo_verl.experiments.study.model import ModelConfig, TinyTransformer
 from capo_verl.experiments.study.seeds import generator
+from capo_verl.experiments.study.stepper import Policy
 from capo_verl.experiments.study.tasks import Task, make_task
 
 
@@ -49,7 +50,7 @@ Long ones hold many examples of every step they teach.
 """
 
 
-def evaluate(model: TinyTransformer, task: Task, prompts: int, seed: int) -> float:
+def evaluate(model: Policy, task: Task, prompts: int, seed: int) -> float:
     """Accuracy at temperature 1 on ``prompts`` held-out problems.
 
     The same seed gives the same problems and random numbers.
@@ -76,7 +77,7 @@ def base_policy(config: RunConfig, root: Path | None = None) -> tuple[TinyTransf
     task = make_task(config.task, config.task_knobs)
     model = _fresh(task, config, 0 if config.base_kind == "noisy" else config.warm_start["seed"])
     recipe = {"warm_start": config.warm_start, **_recipe(task)}
-    _load(model, recipe, lambda: _build(model, task, config, root), root)
+    load_cached(model, recipe, lambda: _build(model, task, config, root), root)
     return model, task
 
 
@@ -95,7 +96,7 @@ def competent_policy(config: RunConfig, root: Path | None = None) -> tuple[TinyT
         if reached < RECIPE["least"]:
             raise RuntimeError(_unreached(config, reached, RECIPE["least"]))
 
-    _load(model, {"competent": recipe, **_recipe(task)}, train, root)
+    load_cached(model, {"competent": recipe, **_recipe(task)}, train, root)
     return model, task
 
 
@@ -111,8 +112,8 @@ def _fresh(task: Task, config: RunConfig, seed: int) -> TinyTransformer:
     )
 
 
-def _load(
-    model: TinyTransformer, recipe: dict[str, Any], train: Callable[[], None], root: Path | None
+def load_cached(
+    model: Policy, recipe: dict[str, Any], train: Callable[[], None], root: Path | None
 ) -> None:
     """Give ``model`` the cached parameters of a recipe, or those that ``train`` leaves in it."""
     from filelock import FileLock
@@ -215,12 +216,24 @@ def supervised_step(
         answers = torch.where(
             torch.rand(answers.shape, generator=random) < mistakes, other, answers
         )
-    _, logits = model.response(torch.cat((problems.prompts, answers), 1), task.prompt_length)
-    losses = F.cross_entropy(logits.transpose(1, 2), answers, reduction="none")
-    mask = task.mask(answers)
-    model.gradient.zero_()
-    ((losses * mask).sum() / mask.sum()).backward()
+    imitate(model, problems.prompts, answers, task.mask(answers))
     optimizer.step()
+
+
+def imitate(
+    model: Policy, prompts: Tensor, answers: Tensor, mask: Tensor, clip: float | None = None
+) -> None:
+    """Leave the gradient of the cross-entropy of answers, of a norm of at most ``clip``.
+
+    Args:
+        prompts: ``[B, P]``; answers: ``[B, T]``; mask: ``[B, T]`` bool, their tokens.
+    """
+    _, logits = model.at_responses(torch.cat((prompts, answers), 1), mask)
+    model.gradient.zero_()
+    F.cross_entropy(logits, answers[mask]).backward()
+    if clip is not None:
+        norm = torch.linalg.vector_norm(model.gradient)
+        model.gradient.mul_((clip / (norm + 1e-6)).clamp(max=1.0))
 
 
 def _meet(

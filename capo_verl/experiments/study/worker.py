@@ -17,7 +17,7 @@ from typing import Any
 
 from capo_verl.experiments.provenance import commit, processor
 from capo_verl.experiments.study.grid import PlannedRun
-from capo_verl.experiments.study.measures import summarise
+from capo_verl.experiments.study.measures import of_steps, summarise
 from capo_verl.experiments.study.store import Store
 
 
@@ -31,10 +31,11 @@ def start_worker() -> None:
 
 def prepare(run: PlannedRun, cache: Path | None, competent: bool = False) -> str | None:
     """Build the base policy of a run, or only the competent one below it; returns the error."""
-    from capo_verl.experiments.study.warm_start import base_policy, competent_policy
+    from capo_verl.experiments.study.loop import load_policy
+    from capo_verl.experiments.study.warm_start import competent_policy
 
     try:
-        (competent_policy if competent else base_policy)(run.config, cache)
+        (competent_policy if competent else load_policy)(run.config, cache)
     except Exception as e:  # noqa: BLE001 - the runs that need it report it again, each in its own row
         return f"{type(e).__name__}: {e}"
     return None
@@ -49,6 +50,7 @@ def execute(run: PlannedRun, results: Path, cache: Path | None = None) -> dict[s
     """
     row = describe(run)
     curve: list[dict[str, float]] = []
+    steps: list[dict[str, float]] = []
     start = time.perf_counter()
     try:
         if run.tier == "verl":
@@ -58,14 +60,15 @@ def execute(run: PlannedRun, results: Path, cache: Path | None = None) -> dict[s
         else:
             from capo_verl.experiments.study.loop import train
 
-            curve, _ = train(run.config, cache)
-        row.update(status="finished", error="", **summarise(curve))
+            trained = train(run.config, cache)
+            curve, steps = trained.curve, trained.steps
+        row.update(status="finished", error="", **summarise(curve), **of_steps(steps))
     except Exception as e:  # noqa: BLE001 - a failure is a result
         row.update(
             status="failed", error=f"{type(e).__name__}: {e}\n{traceback.format_exc(limit=-4)}"
         )
     row["wall_seconds"] = time.perf_counter() - start
-    Store(results).add(row, curve)
+    Store(results).add(row, curve, steps)
     return row
 
 
@@ -79,7 +82,7 @@ def describe(run: PlannedRun) -> dict[str, Any]:
         "config": json.dumps(config, sort_keys=True), "commit": commit(), "machine": machine(),
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }  # fmt: skip
-    if run.tier == "tiny":
+    if run.tier != "verl":
         row["batch"] = run.config.prompts * run.config.group
     return row
 

@@ -50,7 +50,7 @@ def test_a_loss_that_draws_random_numbers_depends_on_the_seed_alone(cache):
     found = []
     for drawn in (0, 7):
         torch.rand(drawn)
-        found.append([row["kl"] for row in train(config, cache)[0][1:]])
+        found.append([row["kl"] for row in train(config, cache).curve[1:]])
     assert found[0] == found[1]
 
 
@@ -117,7 +117,7 @@ def test_gradient_is_that_of_a_naive_loop(aggregation):
             total = total + sum(own) * share
     total.backward()
     before = model.flat.detach().clone()
-    list(Stepper(config, model, task).update(rollout))
+    list(Stepper(config, model).update(rollout))
     torch.testing.assert_close(model.flat.grad, reference.flat.grad, rtol=1e-4, atol=1e-7)
     # Adam's first step is the sign of the gradient, at the first rate of the warm-up.
     large = reference.flat.grad.abs() > 1e-4
@@ -133,7 +133,7 @@ def test_filter_decides_as_the_oracle():
     """
     config = small(lr=2e-2, warmup=1, capo={"policy_shift_max": 1e-3, "objective_shift_max": 5e-2})
     model, task = fresh(config)
-    stepper = Stepper(config, model, task)
+    stepper = Stepper(config, model)
     oracle = Oracle(task.vocab_size, config.hidden, top_k=None)
     rejected = 0
     for step in range(4):
@@ -141,20 +141,20 @@ def test_filter_decides_as_the_oracle():
         with torch.no_grad():
             hidden, logits = model.response(rollout.tokens, task.prompt_length)
         (measured,) = stepper.update(rollout)
-        output = stepper.last_output
-        assert output is not None
+        assert stepper.last is not None and stepper.last.output is not None
+        output = stepper.last.output
         kept, m_f = [], []
-        for i, j in np.argwhere(rollout.mask.numpy()):
+        for n, (i, j) in enumerate(np.argwhere(rollout.mask.numpy())):
             token = make_token(
                 hidden[i, j].double().numpy(), logits[i, j].double().numpy(),
                 int(rollout.tokens[i, task.prompt_length + j]), float(rollout.advantages[i]), None,
             )  # fmt: skip
             objective, policy = oracle.token_shifts(token, config.lr)
-            m_f.append((float(output.policy_shift[i, j]), policy))
+            m_f.append((float(output.policy_shift[n]), policy))
             inside = abs(objective) < 5e-2 and policy < 1e-3
             near = abs(policy / 1e-3 - 1) < 1e-2 or abs(abs(objective) / 5e-2 - 1) < 1e-2
-            assert near or bool(output.accepted[i, j]) == inside
-            if bool(output.accepted[i, j]):
+            assert near or bool(output.accepted[n]) == inside
+            if bool(output.accepted[n]):
                 kept.append(token)
         found, expected = np.array(m_f).T
         np.testing.assert_allclose(found, expected, rtol=2e-2, atol=1e-7)
@@ -171,7 +171,7 @@ def test_soft_weights_scale_the_gradient():
     for config in (hard, soft):
         model, task = fresh(config)
         rollout = rollout_of(config, task, model)
-        stepper = Stepper(config, model, task)
+        stepper = Stepper(config, model)
         if stepper.filter is not None:
             evaluate = stepper.filter.evaluate
 
@@ -191,18 +191,19 @@ def test_kl_budget_meets_its_budget(cache):
     one far too slow the run is the same, bit for bit.
     """
     knobs = {"steps": 40, "evaluations": 4, "warmup": 1}
-    free, _ = train(small(**knobs, lr=1e-2), cache)
+    free = train(small(**knobs, lr=1e-2), cache).curve
     budget = {"delta": 4e-4, "probe_share": 1.0, "final_share": 1.0}
     capo = {"mode": "off", "kl_budget": budget}
-    held, factors = train(small(**knobs, lr=1e-2, capo=capo), cache)
-    slow, other = train(small(**knobs, lr=1e-6, capo=capo), cache)
+    fast = train(small(**knobs, lr=1e-2, capo=capo), cache)
+    slow = train(small(**knobs, lr=1e-6, capo=capo), cache)
+    held, factors = fast.curve, fast.factors
     completions = small().prompts * small().group
     delta = 4e-4 * completions / 32
     assert max(row["kl_max"] for row in free[1:]) > 1e-2
     assert delta / 3 < held[-1]["kl"] < 3 * delta
     assert factors[:3] == pytest.approx([1e-5, 1e-4, 1e-3]) and len(factors) == 40
-    assert [row["accuracy"] for row in slow] == [row["accuracy"] for row in held]
-    assert [1e-6 * x for x in other] == pytest.approx([1e-2 * x for x in factors], rel=1e-12)
+    assert [row["accuracy"] for row in slow.curve] == [row["accuracy"] for row in held]
+    assert [1e-6 * x for x in slow.factors] == pytest.approx([1e-2 * x for x in factors], rel=1e-12)
 
 
 def test_line_search_keeps_the_square_root():
@@ -219,7 +220,7 @@ def test_line_search_keeps_the_square_root():
     def second(**more: float) -> Any:
         config = small(lr=1e-1, warmup=1, capo={**capo, "kl_budget": {**budget, **more}})
         model, task = fresh(config)
-        rollout, stepper = rollout_of(config, task, model), Stepper(config, model, task)
+        rollout, stepper = rollout_of(config, task, model), Stepper(config, model)
         list(stepper.update(rollout))
         (measured,) = stepper.update(rollout)
         return measured
@@ -237,7 +238,7 @@ def test_robotics_adaptation_follows_the_kl():
     """Divided by 1.5 above twice the KL asked for, multiplied below half of it, within limits."""
     config = small(lr=1e-3, lr_adaptive=1e-2)
     model, task = fresh(config)
-    stepper = Stepper(config, model, task)
+    stepper = Stepper(config, model)
     rates = [stepper.adaptive_rate]
     for kl in (2.1e-2, 1e-2, 4.9e-3, 0.0, *[1.0] * 20, *[1e-6] * 40):
         stepper._adapt(kl, 1e-2)
@@ -250,7 +251,7 @@ def test_robotics_adaptation_follows_the_kl():
 def test_every_mini_batch_is_reported_in_turn(mini_batches):
     config = small(prompts=4, mini_batches=mini_batches, kl_every=4)
     model, task = fresh(config)
-    stepper, measured = Stepper(config, model, task), []
+    stepper, measured = Stepper(config, model), []
     for stepper.steps in range(16):
         measured.append(stepper._reports_kl())
     at = [i for i, found in enumerate(measured) if found]
@@ -260,7 +261,7 @@ def test_every_mini_batch_is_reported_in_turn(mini_batches):
 def test_selected_tokens_are_those_that_rank_highest():
     config = small(select={"by": "entropy", "share": 0.25})
     model, task = fresh(config)
-    stepper = Stepper(config, model, task)
+    stepper = Stepper(config, model)
     entropy = torch.tensor([[1.0, 4.0, 3.0, 9.0], [2.0, 2.5, 8.0, 0.5]])
     mask = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]]).bool()
     advantages = torch.ones(2, 4)
@@ -277,7 +278,7 @@ def test_selected_tokens_are_those_that_rank_highest():
 def test_a_constant_rate_may_decay_as_a_budget_does():
     config = small(lr=1e-3, lr_final=0.25, warmup=1, steps=5)
     model, task = fresh(config)
-    stepper, rates = Stepper(config, model, task), []
+    stepper, rates = Stepper(config, model), []
     for stepper.steps in range(5):
         rates.append(stepper._rate())
     assert rates[0] == 1e-3 and rates[4] == pytest.approx(5e-4)
@@ -294,7 +295,7 @@ def test_measured_kl_is_the_naive_one():
             return model.response(rollout.tokens, task.prompt_length)[1].double().log_softmax(-1)
 
     before = log_probs()
-    (measured,) = Stepper(config, model, task).update(rollout)
+    (measured,) = Stepper(config, model).update(rollout)
     naive = (before.exp() * (before - log_probs())).sum(-1)[rollout.mask].mean()
     assert float(measured["kl"]) == pytest.approx(float(naive), rel=1e-3)
 
@@ -310,33 +311,33 @@ def test_measured_kl_is_the_naive_one():
 def test_a_run_is_determined_by_its_seed(cache, knobs):
     config = small(**knobs)
     first, second = train(config, cache), train(config, cache)
-    for a, b in zip(first[0], second[0], strict=True):
+    for a, b in zip(first.curve, second.curve, strict=True):
         assert {k: v for k, v in a.items() if k != "seconds"} == {
             k: v for k, v in b.items() if k != "seconds"
         }
-    assert first[1] == second[1]
+    assert first.factors == second.factors
     other = train(small(**{**knobs, "seed": 2, "base_seed": 1}), cache)
-    assert [r["reward"] for r in other[0][1:]] != [r["reward"] for r in first[0][1:]]
+    assert [r["reward"] for r in other.curve[1:]] != [r["reward"] for r in first.curve[1:]]
 
 
 def test_scale_controls(cache):
     source = {"capo": {"preset": "kl_budget"}}
-    _, own = train(small(lr=1e-2, **source), cache)
-    _, mean = train(small(lr=1e-2, lr_scales_of=source), cache)
-    _, shuffled = train(small(lr=1e-2, lr_scales_of=source, lr_scales="shuffled"), cache)
+    own = train(small(lr=1e-2, **source), cache).factors
+    mean = train(small(lr=1e-2, lr_scales_of=source), cache).factors
+    shuffled = train(small(lr=1e-2, lr_scales_of=source, lr_scales="shuffled"), cache).factors
     assert mean == pytest.approx([sum(own) / len(own)] * len(own))
     assert sorted(shuffled) == pytest.approx(sorted(own), rel=1e-12) and shuffled != own
 
 
 def test_random_drop_drops_its_share(cache):
-    rows, _ = train(small(steps=20, random_drop=0.25), cache)
+    rows = train(small(steps=20, random_drop=0.25), cache).curve
     assert rows[-1]["accepted_tokens"] / rows[-1]["tokens"] == pytest.approx(0.75, abs=0.03)
 
 
 def test_two_mini_batches_have_ratios_other_than_one(cache):
-    one, _ = train(small(), cache)
-    two, factors = train(small(mini_batches=2), cache)
-    assert one[-1]["ratio_deviation"] == 0 < two[-1]["ratio_deviation"] and len(factors) == 12
+    one, two = (train(small(mini_batches=n), cache) for n in (1, 2))
+    assert len(two.factors) == 12
+    assert one.curve[-1]["ratio_deviation"] == 0 < two.curve[-1]["ratio_deviation"]
 
 
 def test_evaluations_are_evenly_spaced():
@@ -365,5 +366,5 @@ def test_the_target_is_what_is_rejected(cache):
         "kl_budget": {"delta": 3e-4},
     }  # fmt: skip
     config = small(steps=60, evaluations=60, lr_final=0.1, capo=capo)
-    rejection = [row["rejection"] for row in train(config, cache)[0][1:]]
+    rejection = [row["rejection"] for row in train(config, cache).curve[1:]]
     assert sum(rejection[10:]) / 50 == pytest.approx(0.05, rel=0.25)

@@ -94,7 +94,7 @@ def test_every_loss_takes_a_step(loss):
     config = small(loss=loss, loss_knobs=knobs, mini_batches=2, lr=1e-2, warmup=1)
     model, task = fresh(config)
     before = model.flat.detach().clone()
-    measured = list(Stepper(config, model, task).update(rollout_of(config, task, model)))
+    measured = list(Stepper(config, model).update(rollout_of(config, task, model)))
     assert len(measured) == 2 and all(float(m["grad_norm"]) > 0 for m in measured)
     assert torch.isfinite(model.flat).all() and not torch.equal(model.flat, before)
 

@@ -82,7 +82,7 @@ ROWS: dict[str, dict[str, tuple[Cell, Cell]]] = {
         ),
         "combinations, up to four processes": (tested(LAYOUTS), UNTESTED),
         "distributed optimizer; FSDP1 and FSDP2": (tested(LAYOUTS), tested(FSDP)),
-        "expert": (UNTESTED, UNTESTED),
+        "expert, expert tensor": (tested(LAYOUTS), NONE),
         "`dynamic_context_parallel`": (asks(megatron("dynamic_context_parallel", True)), NONE),
         "`use_megatron_fsdp`": (asks(megatron("use_megatron_fsdp", True)), NONE),
     },
@@ -120,6 +120,25 @@ ROWS: dict[str, dict[str, tuple[Cell, Cell]]] = {
             NONE,
             asks("model_engine=dp", *FUSED, f"{MODEL}.fused_kernel_options.impl_backend=liger"),
         ),
+        "vision-language, Qwen3-VL, Qwen2.5-VL": (
+            says("untested; its `language_model` is tapped, not on a CPU"),
+            tested(
+                "fsdp/test_vision.py::"
+                "test_training_with_images_equals_hugging_face_with_the_float64_filter",
+                note="on a CPU Qwen2.5-VL padded only, no rollout",
+            ),
+        ),
+        "several turns, tools": (
+            tested(
+                "engines/test_turns.py::"
+                "test_a_tools_tokens_reach_neither_filter_moments_probe_loss_nor_metrics",
+                "cpu/rollout/test_tools.py::test_a_tool_speaks_between_the_policys_turns",
+            ),
+            tested(
+                "engines/test_turns.py::"
+                "test_a_tools_tokens_reach_neither_filter_moments_probe_loss_nor_metrics",
+            ),
+        ),
         "LoRA": (
             says("untested; allowed with a warning, not on a CPU"),
             tested(
@@ -127,7 +146,19 @@ ROWS: dict[str, dict[str, tuple[Cell, Cell]]] = {
                 "e2e/test_training.py::test_capo_trains_with_fsdp_and_lora",
             ),
         ),
-        "mixture of experts": (says("untested; not on a CPU"), UNTESTED),
+        "mixture of experts, Qwen3-MoE": (
+            tested(
+                LAYOUTS,
+                "megatron/test_kl_budget.py::test_layout",
+                "megatron/test_experts.py::test_the_probe_leaves_what_routers_count_alone",
+                "megatron/test_state.py::test_experts_continue_bit_exactly",
+            ),
+            tested("fsdp/test_engine.py::test_experts"),
+        ),
+        "router replay": (
+            tested(LAYOUTS, "megatron/test_kl_budget.py::test_layout", note="`R2`; `R3` untested"),
+            NONE,
+        ),
         "float32": (tested(LAYOUTS), tested(FSDP)),
         "bfloat16": (tested(BFLOAT16), tested(BFLOAT16)),
         "float16": (

@@ -32,6 +32,7 @@ COMPLETE = (
     "capo_verl/config/checks.py", "capo_verl/plugin/checks/identity.py",
     "capo_verl/plugin/checks/sizes.py", "capo_verl/plugin/checks/files.py",
     "capo_verl/engines/megatron/engine.py", "capo_verl/engines/megatron/parameters.py",
+    "capo_verl/engines/megatron/routing.py",
     "capo_verl/plugin/register.py",
     "capo_verl/plugin/policy_loss.py", "capo_verl/plugin/checks/rivals.py",
     "capo_verl/engines/checkpoint_files.py", "capo_verl/plugin/checks/capo.py",

@@ -59,9 +59,10 @@ def load_model(path: str, adapter: str | None) -> torch.nn.Module:
     """Hugging Face's model in float32, trainable; with the LoRA adapter in that directory only the
     adapter is.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
-    model = AutoModelForCausalLM.from_pretrained(
+    sees = hasattr(AutoConfig.from_pretrained(path), "vision_config")
+    model = (AutoModelForImageTextToText if sees else AutoModelForCausalLM).from_pretrained(
         path, dtype=torch.float32, attn_implementation="eager"
     )
     if adapter is None:

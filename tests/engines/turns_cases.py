@@ -82,7 +82,7 @@ def train(
         mask = response.response_mask
         see(self, poisoned(logits, mask), poisoned(hidden, mask), temperature, response, place)
 
-    FilterStep.evaluate, KLProbe.see = evaluate_poisoned, see_poisoned  # type: ignore[method-assign]
+    FilterStep.evaluate, KLProbe.see = evaluate_poisoned, see_poisoned  # type: ignore[assignment, method-assign]
     engine = make(layout, model_path)
     loss, reports = make_loss(loss_mode, KNOBS), []
     object.__setattr__(loss.keywords["config"], "use_kl_loss", True)  # so that ref_log_prob is read

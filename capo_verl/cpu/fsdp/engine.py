@@ -53,6 +53,9 @@ ENGINE_CONFIG: dict[str, Any] = {
 BLOCK_MASKED = {"full_attention", "sliding_attention"}
 """Kinds of layers in which transformers separates packed sequences by their position ids."""
 
+SEE_PACKED, SEE_PADDED = ("qwen3_vl",), ("qwen2_5_vl", "qwen2_vl")
+"""Types of vision-language models that run on a CPU: in packed batches as well, in padded ones."""
+
 
 def check_cpu_settings(model_config: Any, engine_config: Any) -> None:
     """Refuse what a CPU cannot do.
@@ -62,6 +65,7 @@ def check_cpu_settings(model_config: Any, engine_config: Any) -> None:
     """
     model = "actor_rollout_ref.model"
     hf_config = model_config.hf_config
+    sees = hasattr(hf_config, "vision_config")
     other_layers = (
         set(getattr(hf_config.get_text_config(), "layer_types", None) or ()) - BLOCK_MASKED
     )
@@ -72,9 +76,20 @@ def check_cpu_settings(model_config: Any, engine_config: Any) -> None:
             f"set {model}.use_remove_padding=False",
         ),
         (
-            hasattr(hf_config, "vision_config"),
+            sees and hf_config.model_type not in (*SEE_PACKED, *SEE_PADDED),
             f"the multi-modal model_type={hf_config.model_type}",
-            "use a text model",
+            f"use one of {', '.join((*SEE_PACKED, *SEE_PADDED))}, or a text model",
+        ),
+        (
+            hf_config.model_type in SEE_PADDED and model_config.use_remove_padding,
+            f"the multi-modal model_type={hf_config.model_type} in packed batches, which verl runs "
+            "with flash attention,",
+            f"set {model}.use_remove_padding=False",
+        ),
+        (
+            sees and engine_config.ulysses_sequence_parallel_size > 1,
+            f"the multi-modal model_type={hf_config.model_type} under Ulysses",
+            "set actor_rollout_ref.actor.fsdp_config.ulysses_sequence_parallel_size=1",
         ),
         (
             engine_config.qat.enable,

@@ -5,6 +5,8 @@ LoRA, checkpoints.
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 
@@ -186,6 +188,34 @@ def test_what_a_cpu_cannot_do_is_named(
             **fsdp,
         )
     assert named in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "packed", "ulysses", "named"),
+    [
+        ("glm4v", False, 1, "the multi-modal model_type=glm4v is not supported on the CPU: use one "
+        "of qwen3_vl, qwen2_5_vl, qwen2_vl, or a text model"),
+        ("qwen2_5_vl", True, 1, "in packed batches, which verl runs with flash attention, is not "
+        "supported on the CPU: set actor_rollout_ref.model.use_remove_padding=False"),
+        ("qwen3_vl", True, 2, "under Ulysses is not supported on the CPU: set actor_rollout_ref."
+        "actor.fsdp_config.ulysses_sequence_parallel_size=1"),
+    ],
+)  # fmt: skip
+def test_what_models_that_see_cannot_do_on_a_cpu_is_named(model_type, packed, ulysses, named):
+    from types import SimpleNamespace
+
+    from transformers import AutoConfig
+    from verl.workers.config import FSDPEngineConfig
+
+    from capo_verl.cpu.fsdp.engine import check_cpu_settings
+
+    model = SimpleNamespace(
+        hf_config=AutoConfig.for_model(model_type), use_remove_padding=packed, use_liger=False,
+        use_fused_kernels=False, fused_kernel_options={},
+    )  # fmt: skip
+    engine = FSDPEngineConfig(strategy="fsdp2", ulysses_sequence_parallel_size=ulysses)
+    with pytest.raises(ValueError, match=re.escape(named)):
+        check_cpu_settings(model, engine)
 
 
 def test_padded_batches_with_the_triton_backend_are_refused(tiny_qwen2: str) -> None:

@@ -5,6 +5,7 @@ training compares.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,8 @@ import torch
 from capo_verl import CapoConfig, CapoFilter
 from capo_verl.core import curvature_penalty
 from tests.cpu.hugging_face import load_model, merged_weights
-from tests.engines.megatron.capo_cases import ADVANTAGES, CLIP, KNOBS, LR, PROMPTS, STEPS, recorded
+from tests.engines.megatron.capo_cases import ADVANTAGES, CLIP, KNOBS, LR, STEPS, recorded
+from tests.helpers.recording import RecordedBatch
 
 
 @dataclass
@@ -34,11 +36,18 @@ class Reference:
 
 
 def make_reference(
-    path: str, temperature: float, adapter: str | None = None, knobs: dict[str, Any] = KNOBS
+    path: str,
+    temperature: float,
+    adapter: str | None = None,
+    knobs: dict[str, Any] = KNOBS,
+    batch: RecordedBatch | None = None,
+    images: Sequence[dict[str, torch.Tensor]] | None = None,
 ) -> Reference:
     """The same training with none of verl's code or its backends'; the filter sees float64.
 
     Args:
+        batch: another batch, of the same advantages.
+        images: further arguments of the model for each of its sequences.
         knobs: of CAPO.
         adapter: directory of a LoRA adapter, which is trained in place of the model; the weights
             are the merged ones.
@@ -47,17 +56,19 @@ def make_reference(
     model = trained if adapter is None else trained.get_base_model()
     parameters = [p for p in trained.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=LR, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
-    capo = CapoFilter(CapoConfig(**knobs), model.config.vocab_size, model.config.hidden_size)
-    batch = recorded()
-    ids, old_log_probs = batch.ids, batch.old_log_probs
+    text = model.config.get_text_config()
+    capo = CapoFilter(CapoConfig(**knobs), text.vocab_size, text.hidden_size)
+    batch = batch or recorded()
+    ids, prompts, old_log_probs = batch.ids, batch.prompts, batch.old_log_probs
     steps = []
     for _ in range(STEPS):
         optimizer.zero_grad()
         loss, shifts, accepted_count, tokens = torch.zeros(()), [], 0, 0
         for i, row in enumerate(ids):
-            hidden = model.model(row[None]).last_hidden_state[0, PROMPTS[i] - 1 : -1]
+            seen = {} if images is None else images[i]
+            hidden = model.model(row[None], **seen).last_hidden_state[0, prompts[i] - 1 : -1]
             logits = model.lm_head(hidden) / temperature
-            actions = row[PROMPTS[i] :]
+            actions = row[prompts[i] :]
             wide = logits[None].double()
             out = capo.evaluate(
                 hidden[None].double(), wide, actions[None], torch.tensor([[ADVANTAGES[i]]]),

@@ -91,7 +91,7 @@ class TextTask(Task):
 class Addition(TextTask):
     """``45 + 7``: the last number of the response is the sum, in any of several wordings."""
 
-    sft = {"lr": 1e-4, "batch": 8, "steps": [8, 14]}
+    sft = {"lr": 6e-5, "batch": 8, "steps": [8, 14]}
     STYLES = (
         "{e} = {c}.", "The answer is {c}.", "It is {c}.", "The sum is {c}.", "{e} equals {c}.",
         "Adding them gives {c}.", "That makes {c}.",

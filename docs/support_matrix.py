@@ -140,7 +140,11 @@ ROWS: dict[str, dict[str, tuple[Cell, Cell]]] = {
             ),
         ),
         "LoRA": (
-            says("untested; allowed with a warning, not on a CPU"),
+            tested(
+                "megatron/test_lora.py::test_decisions_are_those_of_float64",
+                "megatron/test_lora.py::test_resuming_continues_bit_exactly",
+                note="Megatron-Bridge; distributed optimizer",
+            ),
             tested(
                 "fsdp/test_engine.py::test_lora",
                 "e2e/test_training.py::test_capo_trains_with_fsdp_and_lora",

@@ -102,8 +102,9 @@ def check_cpu_settings(model_config: Any, engine_config: Any) -> None:
         ),
         (model_config.mtp.enable, "actor_rollout_ref.model.mtp.enable=True", "set it to False"),
         (
-            model_config.get("lora", {}).get("rank", 0) > 0,
-            "actor_rollout_ref.model.lora.rank > 0",
+            model_config.get("lora", {}).get("rank", 0) > 0
+            and not is_megatron_bridge(engine_config.vanilla_mbridge, cpu=True),
+            "actor_rollout_ref.model.lora.rank > 0 without Megatron-Bridge",
             "set it to 0",
         ),
     ]

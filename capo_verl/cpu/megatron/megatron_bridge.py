@@ -90,5 +90,8 @@ def import_megatron_bridge() -> None:
             importlib.import_module(name)
         with transformer_engine_stands_in():
             importlib.import_module("megatron.bridge")
+            adapters: Any = importlib.import_module("megatron.bridge.peft.utils")
     except ImportError as error:
         raise ValueError(bridge.refusal(bridge.KEYS[0], str(error))) from error
+    if importlib.util.find_spec(ENGINE) is None:
+        adapters.HAVE_TE = False  # it takes what stands in for layers to put adapters on

@@ -27,6 +27,7 @@ FUSED = (f"{MODEL}.use_fused_kernels=True", f"{MODEL}.use_remove_padding=True")
 
 LAYOUTS = "megatron/test_layouts.py::test_layout"
 BFLOAT16 = "engines/test_bfloat16.py::test_decisions_are_those_of_float64_away_from_ties"
+ASYNC = "e2e/test_asynchronous.py::test_separate_rollouts_are_of_the_old_policy"
 FSDP = "fsdp/test_engine.py::test_training_equals_hugging_face_with_the_float64_filter"
 
 
@@ -243,13 +244,10 @@ ROWS: dict[str, dict[str, tuple[Cell, Cell]]] = {
             tested("e2e/test_training.py::test_capo_trains_with_fsdp_and_lora"),
         ),
         "`colocate_async`": (
-            asks("trainer.v1.trainer_mode=colocate_async"),
-            asks("model_engine=dp", "trainer.v1.trainer_mode=colocate_async"),
+            tested("e2e/test_asynchronous.py::test_colocated_stopped_and_resumed"),
+            says("runs; no test"),
         ),
-        "`separate_async`": (
-            asks("trainer.v1.trainer_mode=separate_async"),
-            asks("model_engine=dp", "trainer.v1.trainer_mode=separate_async"),
-        ),
+        "`separate_async`": (says("runs; no test"), tested(ASYNC)),
         "legacy trainer": (
             asks("trainer.use_v1=False"),
             asks("model_engine=dp", "trainer.use_v1=False"),

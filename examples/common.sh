@@ -156,8 +156,6 @@ use_cpu() {
     ON_CPU=(
         data.dataloader_num_workers=0
         transfer_queue.backend.SimpleStorage.num_data_storage_units=1
-        trainer.v1.sampler.custom_sampler.path=pkg://capo_verl.cpu.replay_buffer
-        trainer.v1.sampler.custom_sampler.name=FastReplayBuffer
     )
 }
 

@@ -4,12 +4,32 @@
 #
 # INFER_BACKEND          hf (default) or vllm: vLLM's CPU build (docs/quickstart.md)
 # ROLLOUT_KV_CACHE_MIB   MiB of vLLM's cache on each rank (default 64)
+# TRAINER_MODE           sync (default), colocate_async or separate_async (docs/asynchronous.md)
+# PARAMETER_SYNC_STEP    separate_async: optimizer steps between two updates of the rollout servers
+#                        (default 1); divides TRAIN_BATCH_SIZE
+# ROLLOUT_NPROCS         separate_async: ranks of rollout servers of their own (default 1)
 
 default_save_freq=-1
 # shellcheck source=examples/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
-use_cpu "$nprocs"
+TRAINER_MODE=${TRAINER_MODE:-sync}
+mini_batch_size=$train_batch_size
+if [[ $TRAINER_MODE == separate_async ]]; then
+    PARAMETER_SYNC_STEP=${PARAMETER_SYNC_STEP:-1} ROLLOUT_NPROCS=${ROLLOUT_NPROCS:-1}
+    for name in PARAMETER_SYNC_STEP ROLLOUT_NPROCS; do
+        [[ ${!name} =~ ^[1-9][0-9]*$ ]] || refuse "$name=${!name}: set it to a positive integer"
+    done
+    ((train_batch_size % PARAMETER_SYNC_STEP == 0)) ||
+        refuse "PARAMETER_SYNC_STEP=$PARAMETER_SYNC_STEP does not divide" \
+            "TRAIN_BATCH_SIZE=$train_batch_size: change one"
+    mini_batch_size=$((train_batch_size / PARAMETER_SYNC_STEP))
+    of_a_rank=$((mini_batch_size * rollout_n * model_parallel / nprocs))
+    ((micro_batch_size <= of_a_rank)) || micro_batch_size=$of_a_rank
+else
+    ROLLOUT_NPROCS=0
+fi
+use_cpu $((nprocs + ROLLOUT_NPROCS))
 
 # Ranks of the trainer, spread over the nodes.
 ((nprocs % NNODES == 0)) ||
@@ -44,7 +64,7 @@ ACTOR=(
     actor_rollout_ref.actor.entropy_coeff=0
     actor_rollout_ref.actor.optim.lr="$actor_lr"
     actor_rollout_ref.actor.optim.lr_warmup_steps="$lr_warmup_steps"
-    actor_rollout_ref.actor.ppo_mini_batch_size="$train_batch_size"
+    actor_rollout_ref.actor.ppo_mini_batch_size="$mini_batch_size"
     actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu="$micro_batch_size"
 )
 if [[ $model_engine == megatron ]]; then
@@ -90,6 +110,16 @@ case $INFER_BACKEND in
     *) refuse "INFER_BACKEND=$INFER_BACKEND: choose one of hf, vllm" ;;
 esac
 
+if [[ $TRAINER_MODE == separate_async ]]; then
+    ROLLOUT+=(
+        actor_rollout_ref.rollout.nnodes=1
+        actor_rollout_ref.rollout.n_gpus_per_node="$ROLLOUT_NPROCS"
+        actor_rollout_ref.rollout.tensor_model_parallel_size="$ROLLOUT_NPROCS"
+        actor_rollout_ref.rollout.checkpoint_engine.backend=gloo
+        trainer.v1.separate_async.parameter_sync_step="$PARAMETER_SYNC_STEP"
+    )
+fi
+
 # All or nothing, so that the mean training reward is the training accuracy.
 REWARD=(
     reward.num_workers=1
@@ -104,6 +134,7 @@ TRAINER=(
     trainer.experiment_name="$(quoted "$experiment_name")"
     trainer.n_gpus_per_node="$NGPUS_PER_NODE"
     trainer.nnodes="$NNODES"
+    trainer.v1.trainer_mode="$TRAINER_MODE"
     trainer.val_before_train="$val_before_train"
     trainer.test_freq="$test_freq"
     trainer.total_training_steps="$total_training_steps"

@@ -46,7 +46,8 @@ lr_warmup_steps=${LR_WARMUP_STEPS:-0}
 model_engine=megatron
 actor_tp=${ACTOR_TP:-2}
 actor_pp=${ACTOR_PP:-1}
-nprocs=${NPROCS:-$((actor_tp * actor_pp))}
+model_parallel=$((actor_tp * actor_pp))
+nprocs=${NPROCS:-$model_parallel}
 # Activations and logits (49,152 tokens wide) are what grows with it.
 micro_batch_size=${MICRO_BATCH_SIZE:-4}
 # Large blocks go back to the system when they are freed (glibc).

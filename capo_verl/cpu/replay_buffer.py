@@ -1,27 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""verl's replay buffer, polling every 50 ms.
+"""verl's replay buffers on a CPU: they look for finished rollouts every 50 ms.
 
-verl looks for finished rollouts every two seconds (``verl/trainer/ppo/v1/replay_buffer.py``,
-``poll_interval``), longer than a whole step of a small model. Switched on by
-``trainer.v1.sampler.custom_sampler.path=pkg://capo_verl.cpu.replay_buffer`` and
-``trainer.v1.sampler.custom_sampler.name=FastReplayBuffer``.
+By default they look every two seconds (``verl/trainer/ppo/v1/replay_buffer.py``,
+``poll_interval``), longer than a whole step of a small model.
 """
 
 from __future__ import annotations
 
+import functools
+from types import ModuleType
 from typing import Any
-
-from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
 
 POLL_SECONDS = 0.05
 
 
-class FastReplayBuffer(ReplayBuffer):
-    """verl's synchronous replay buffer with a short poll interval.
+def patch(module: ModuleType) -> None:
+    """Shorten the interval of ``verl.trainer.ppo.v1.replay_buffer``, unless it is given."""
+    initialize = module.ReplayBuffer.__init__
 
-    verl does not pass its dynamic filtering (DAPO) to custom buffers
-    (``verl/trainer/ppo/v1/trainer_base.py:165``).
-    """
+    @functools.wraps(initialize)
+    def patched(self: Any, *args: Any, poll_interval: float = POLL_SECONDS, **kwargs: Any) -> None:
+        initialize(self, *args, poll_interval=poll_interval, **kwargs)
 
-    def __init__(self, *args: Any, poll_interval: float = POLL_SECONDS, **kwargs: Any) -> None:
-        super().__init__(*args, poll_interval=poll_interval, **kwargs)
+    module.ReplayBuffer.__init__ = patched

@@ -109,7 +109,7 @@ def register() -> None:
         ),
         ("verl.utils.py_functional", "metric names", _keep_metric_names),
         ("verl.utils.config", "start-up checks", _check_before_start),
-        (f"{trainer}.trainer_sync", "stop requests", stop.install),
+        *((f"{trainer}.trainer_{mode}", "stop requests", stop.install) for mode in stop.TRAINERS),
         ("verl.workers.utils.losses", "inputs of rival losses", _call(inputs, "hand_on")),
         ("verl.utils.tensordict_utils", "epochs of rival losses", _call(inputs, "count_epochs")),
         (
@@ -154,6 +154,21 @@ def _register_cpu() -> None:
     def backend(_: ModuleType) -> None:
         importlib.import_module("capo_verl.cpu.rollout.backend").register()
 
+    _when_imported(
+        "verl.trainer.ppo.v1.replay_buffer",
+        "replay buffer on a CPU",
+        _call("capo_verl.cpu.replay_buffer", "patch"),
+    )
+    _when_imported(
+        "verl.checkpoint_engine.base",
+        "checkpoint engine 'gloo'",
+        _import("capo_verl.cpu.rollout.gloo"),
+    )
+    _when_imported(
+        "verl.experimental.separation.engine_workers",
+        "copies of the model on a CPU",
+        _call("capo_verl.cpu.saved_models", "patch"),
+    )
     for owner in ("verl.workers.rollout.base", "verl.workers.rollout.replica"):
         _when_imported(owner, "rollout 'hf'", backend)
     vllm = "capo_verl.cpu.rollout.vllm"

@@ -24,6 +24,8 @@ from capo_verl.utils import replace_text
 
 logger = logging.getLogger(__name__)
 
+TRAINERS = ("sync", "colocate_async", "separate_async")
+"""Values of ``trainer.v1.trainer_mode``; each has a module in ``verl.trainer.ppo.v1``."""
 REQUEST = "stop"
 """Name of the file in ``trainer.default_local_dir``."""
 PROGRESS = "progress.json"
@@ -87,8 +89,15 @@ class Progress:
 
 
 def install(module: ModuleType) -> None:
-    """Let verl's synchronous trainer look for the request after each step, and write its state."""
-    trainer = module.PPOTrainerSync
+    """Let the trainer of one of verl's V1 modules look for the request after each step, and write
+    its state.
+    """
+    trainer: Any
+    (trainer,) = (
+        found
+        for found in vars(module).values()
+        if isinstance(found, type) and found.__module__ == module.__name__ and hasattr(found, "fit")
+    )
     on_step_begin, on_step_end = trainer.on_step_begin, trainer.on_step_end
 
     def begin(self: Any) -> None:

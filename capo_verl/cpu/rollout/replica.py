@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import AsyncIterable, AsyncIterator, Iterable
 from typing import Any
 
 import ray
 import torch
 from verl.workers.rollout.base import BaseRollout
 from verl.workers.rollout.replica import RolloutReplica
+from verl.workers.rollout.utils import ensure_async_iterator
 
 from capo_verl.cpu.rollout import NAME
 from capo_verl.cpu.rollout.server import HFServer, check_rollout_config
+
+Weights = Iterable[tuple[str, torch.Tensor]] | AsyncIterable[tuple[str, torch.Tensor]]
 
 
 class HFReplica(RolloutReplica):
@@ -56,9 +59,7 @@ def server_name(replica_rank: int) -> str:
     return f"{NAME}_server_{replica_rank}"
 
 
-def buckets(
-    weights: Iterable[tuple[str, torch.Tensor]], limit_bytes: int
-) -> Iterator[dict[str, torch.Tensor]]:
+async def buckets(weights: Weights, limit_bytes: int) -> AsyncIterator[dict[str, torch.Tensor]]:
     """Group weights into dictionaries of about `limit_bytes`.
 
     They are float32: a server on a CPU has no other type.
@@ -68,7 +69,7 @@ def buckets(
     """
     bucket: dict[str, torch.Tensor] = {}
     size = 0
-    for name, tensor in weights:
+    async for name, tensor in ensure_async_iterator(weights):
         bucket[name] = tensor.detach().to("cpu", torch.float32, copy=True)
         size += bucket[name].nbytes
         if size >= limit_bytes:
@@ -106,7 +107,7 @@ class HFServerAdapter(BaseRollout):
 
     async def update_weights(
         self,
-        weights: Iterable[tuple[str, torch.Tensor]],
+        weights: Weights,
         global_steps: int | None = None,
         wire_format: str = "named_tensors",
         **kwargs: Any,
@@ -124,11 +125,11 @@ class HFServerAdapter(BaseRollout):
             )
         limit = self.config.checkpoint_engine.update_weights_bucket_megabytes << 20
         if not self.is_leader:
-            for _ in weights:
+            async for _ in ensure_async_iterator(weights):
                 pass
             return
         if self.server is None:  # started after the trainer ranks
             self.server = ray.get_actor(server_name(self.replica_rank))
-        sent = [self.server.load_weights.remote(bucket) for bucket in buckets(weights, limit)]
+        sent = [self.server.load_weights.remote(bucket) async for bucket in buckets(weights, limit)]
         await asyncio.gather(*sent)
         await self.server.finish_weights.remote(global_steps)

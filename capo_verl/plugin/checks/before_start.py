@@ -11,6 +11,7 @@ import logging
 from omegaconf import DictConfig
 
 from capo_verl.plugin.bridge import check_bridge
+from capo_verl.plugin.checks.asynchronous import check_trainer_mode
 from capo_verl.plugin.checks.capo import check_capo
 from capo_verl.plugin.checks.files import check_files
 from capo_verl.plugin.checks.identity import check_identity
@@ -31,7 +32,8 @@ def check_config(config: DictConfig) -> None:
         RuntimeError: if CAPO is switched on and the plugin is not registered properly.
     """
     for check in (
-        check_warmup, check_names, check_vllm_on_cpu, check_sizes, check_rival, check_capo,
+        check_warmup, check_names, check_trainer_mode, check_vllm_on_cpu, check_sizes, check_rival,
+        check_capo,
     ):  # fmt: skip
         check(config)
 

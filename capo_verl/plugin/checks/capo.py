@@ -93,7 +93,6 @@ def _check_supported(config: DictConfig) -> None:
         ),
         ("distillation.enabled", bool, "distillation replaces the policy loss; set it to False"),
         ("trainer.use_v1", lambda x: x is False, "set it to True"),
-        ("trainer.v1.trainer_mode", lambda x: x not in (None, "sync"), "set it to sync"),
         (
             f"{POLICY_LOSS}.loss_mode",
             lambda x: x == "bypass_mode",

@@ -227,8 +227,9 @@ def from_config(config: DictConfig, cpu: bool) -> RunSpec:
         rollout_dp=value(f"{ROLLOUT}.data_parallel_size", 1),
         rollout_ep=value(f"{ROLLOUT}.expert_parallel_size", 1),
         rollout_memory=value(f"{ROLLOUT}.gpu_memory_utilization", 0.5),
-        colocated=value("trainer.v1.trainer_mode", "sync") == "sync"
-        and bool(value("trainer.use_v1", True) and value("actor_rollout_ref.hybrid_engine", True)),
+        colocated=bool(
+            value("trainer.use_v1", True) and value("actor_rollout_ref.hybrid_engine", True)
+        ),
         rollout_sleeps=bool(value(f"{ROLLOUT}.free_cache_engine", True)),
         max_model_len=value(f"{ROLLOUT}.max_model_len"),
         sync_bucket_bytes=value(

@@ -28,7 +28,6 @@ NEEDED: tuple[tuple[str, Any, Any, str], ...] = (
     ("full_determinism", False, False, "its kernels for that are for GPUs"),
     ("quantization", None, None, "its quantized kernels are for GPUs"),
     ("disaggregation.enabled", False, False, "caches are sent between GPUs"),
-    ("checkpoint_engine.backend", "naive", "naive", "the other engines send between GPUs"),
 )
 """Key of the rollout, verl's default, the value that it must have on a CPU, and why."""
 CACHE = "engine_kwargs.vllm.kv_cache_memory_bytes"

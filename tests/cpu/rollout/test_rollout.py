@@ -293,18 +293,24 @@ def test_ranks_that_do_not_lead_drain_the_weights(
     assert next(weights, None) is None
 
 
+def all_buckets(weights, limit_bytes: int) -> list[dict[str, torch.Tensor]]:
+    async def collected():
+        return [bucket async for bucket in buckets(weights, limit_bytes)]
+
+    return asyncio.run(collected())
+
+
 def test_weights_travel_without_the_buffer_they_are_views_of() -> None:
     buffer = torch.arange(1000.0)
-    (bucket,) = buckets(
-        iter([("a", buffer[3:5]), ("b", buffer[10:16].view(2, 3))]), limit_bytes=1 << 20
-    )
+    weights = iter([("a", buffer[3:5]), ("b", buffer[10:16].view(2, 3))])
+    (bucket,) = all_buckets(weights, limit_bytes=1 << 20)
     assert bucket["a"].tolist() == [3, 4] and bucket["b"].tolist() == [[10, 11, 12], [13, 14, 15]]
     assert [x.untyped_storage().nbytes() for x in bucket.values()] == [8, 24]
 
 
 def test_buckets() -> None:
     weights = [(str(i), torch.full((4,), float(i), dtype=torch.bfloat16)) for i in range(5)]
-    parts = list(buckets(iter(weights), limit_bytes=32))
+    parts = all_buckets(iter(weights), limit_bytes=32)
     assert [list(part) for part in parts] == [["0", "1"], ["2", "3"], ["4"]]
     assert all(
         tensor.dtype == torch.float32 and tensor[0] == int(name)

@@ -76,7 +76,6 @@ def test_a_config_that_cannot_be_read_is_left_to_its_loader(configure, tmp_path)
         ("full_determinism=True", "full_determinism=False (it is True: its kernels for that are "),
         ("quantization=fp8", "quantization=null (it is fp8: its quantized kernels are for GPUs)"),
         ("disaggregation.enabled=True", "disaggregation.enabled=False (it is True: "),
-        ("checkpoint_engine.backend=nccl", "checkpoint_engine.backend=naive (it is nccl: "),
     ],
 )
 def test_a_setting_for_gpus(configure, override, sentence):

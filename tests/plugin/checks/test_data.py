@@ -45,6 +45,12 @@ def other(**keys):
     return verl_row(data_source="math", **keys)
 
 
+@pytest.fixture(autouse=True)
+def patient(monkeypatch):
+    """A busy machine would not get to the end of a file in time."""
+    monkeypatch.setattr(data, "SECONDS", 600.0)
+
+
 def read(rows, tmp_path, *overrides, suffix="parquet"):
     """Problems and notes of a run with these rows as training data, its file being ``FILE``."""
     file = write(rows, tmp_path / f"x.{suffix}")

@@ -91,7 +91,7 @@ class TextTask(Task):
 class Addition(TextTask):
     """``45 + 7``: the last number of the response is the sum, in any of several wordings."""
 
-    sft = {"lr": 6e-5, "batch": 8, "steps": [8, 14]}
+    sft = {"lr": 2.5e-5, "batch": 8, "steps": [8, 14]}
     STYLES = (
         "{e} = {c}.", "The answer is {c}.", "It is {c}.", "The sum is {c}.", "{e} equals {c}.",
         "Adding them gives {c}.", "That makes {c}.",
@@ -125,7 +125,7 @@ class Sorting(TextTask):
         numbers: at least and at most so many, of two digits.
     """
 
-    sft = {"lr": 1e-4, "batch": 8, "steps": [12, 20]}
+    sft = {"lr": 6e-5, "batch": 8, "steps": [12, 20]}
     FAMILY, POOL = "number_sorting", 2000
     STYLES = (("[", ", ", "]"), ("[", ",", "]"), ("['", "', '", "']"))
 

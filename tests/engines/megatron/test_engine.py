@@ -117,8 +117,8 @@ def test_every_loss_of_verl_composes_with_the_filter(tiny_qwen2):
     } <= set(results)
     for name, (filtered, plain, emptied, norm_emptied) in results.items():
         assert math.isfinite(filtered), name
-        # The filter need not touch the fifth of the tokens that entropy_mask looks at; the values of
-        # gtpo's and pacs's losses are -A, and those of these tokens are equal.
+        # The filter need not touch the fifth of the tokens that entropy_mask looks at. The values
+        # of gtpo's and pacs's losses are -A, equal for these tokens.
         assert abs(filtered - plain) > 1e-6 or name in ("entropy_mask", "gtpo", "pacs"), name
         assert emptied == 0.0 and norm_emptied == 0.0, name
 

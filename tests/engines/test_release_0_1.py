@@ -50,7 +50,9 @@ READS_THEM = pytest.mark.skipif(
 )
 def test_a_checkpoint_continues(engine: str, layout: Layout | FsdpLayout, runs: Path) -> None:
     recorded = json.loads((runs / engine / "recorded.json").read_text())
-    knobs = {**recorded["knobs"], "kl_budget": None}
+    # The threshold that adapted is found anew: the one that it had reached instead.
+    (threshold,) = recorded["metrics"]["capo/policy_threshold"]
+    knobs = {**recorded["knobs"], "kl_budget": None, "policy_shift_max": threshold}
     (scale,) = recorded["metrics"]["capo/lr_scale"]
     ranks = run_on_ranks(
         resume, layout.world_size, layout, str(runs / "model"), str(runs / engine), knobs, scale,
@@ -58,7 +60,7 @@ def test_a_checkpoint_continues(engine: str, layout: Layout | FsdpLayout, runs: 
     )  # fmt: skip
     metrics = next(rank["metrics"] for rank in ranks if rank["metrics"])
     expected = {name: values for name, values in recorded["metrics"].items() if "/kl_" not in name}
-    assert metrics.keys() == expected.keys() - {"capo/lr_scale"}
+    assert metrics.keys() == expected.keys() - {"capo/lr_scale", "capo/policy_threshold"}
     for name in metrics:
         assert metrics[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-9), name
     assert "is of release 0.1: no checksum covers its number of updates, 2" in ranks[0]["said"]
@@ -73,6 +75,8 @@ def test_its_kl_budget_finds_the_rate_anew(runs: Path) -> None:
         recorded["knobs"], preload=ENGINE_MODULES, timeout=300,
     )  # fmt: skip
     assert rank["metrics"]["capo/lr"] == [1e-7]
+    assert "capo/policy_threshold" not in rank["metrics"]
+    assert "holds a threshold of a release before 0.2" in rank["said"]
     assert "or one of a release before 0.2: the learning rate is found anew" in rank["said"]
 
 

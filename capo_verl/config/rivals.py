@@ -361,7 +361,7 @@ class RivalConfig:
 
     @property
     def needs_entropy(self) -> bool:
-        """Whether the loss looks at entropies, with these knobs."""
+        """True if the loss looks at entropies, with these knobs."""
         unused = getattr(self.knobs, "entropy_max", 0.0) is None
         return "entropy" in RIVAL_SPECS[self.name].needs and not unused
 

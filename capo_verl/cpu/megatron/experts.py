@@ -87,7 +87,7 @@ def grouped_name(name: str) -> str:
 
 
 class GroupedNames:
-    """What mbridge reads of a model, under the names that it has for experts."""
+    """Keys of a model that mbridge reads, under the names that it has for experts."""
 
     def __init__(self, model: torch.nn.Module):
         self._model = model

@@ -49,7 +49,7 @@ class _Stream:
     wait_event = wait_stream
 
     def record_event(self, event: Any = None) -> _Stream:
-        """What can be waited for, as an event can."""
+        """Something to wait for, as for an event."""
         return self
 
     def synchronize(self) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether two forward passes of a mixture of experts can be compared.
+"""Comparability of routes: whether two forward passes of a mixture of experts can be compared.
 
 The KL probe looks at a policy before and after a step. What a router does with a token depends on
 the weights, which is part of the policy, so that the passes may send it to different experts; but

@@ -61,7 +61,7 @@ def evaluation_steps(steps: int, evaluations: int) -> list[int]:
 
 @dataclass
 class Trained:
-    """What a run leaves."""
+    """Results of a run."""
 
     curve: list[dict[str, float]]
     """Rows by evaluation; the first is the base policy, after 0 steps."""
@@ -178,7 +178,7 @@ def _numbers(measured: Mapping[str, Any]) -> dict[str, float]:
 
 
 class _Foreign(NamedTuple):
-    """What a control takes from a second run, by optimizer step."""
+    """Records of a second run that a control takes over, by optimizer step."""
 
     scales: list[float] | None = None
     drops: list[int] | None = None
@@ -211,7 +211,7 @@ def _other(config: LoopConfig, settings: Mapping[str, Any], cache: Path | None) 
 
 
 def _trace(config: LoopConfig, cache: Path | None) -> Path:
-    """Where a run leaves what other runs may take from it."""
+    """Folder in which a run leaves what other runs may take from it."""
     folder = (cache or cache_root() / "study") / "traces"
     folder.mkdir(parents=True, exist_ok=True)
     return folder / f"{config.run_id}.json"

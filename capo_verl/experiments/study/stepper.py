@@ -250,7 +250,7 @@ class Stepper:
     def _evaluate(
         self, hidden: Tensor, logits: Tensor, rollout: Rollout, advantages: Tensor, rate: float
     ) -> CapoOutput | None:
-        """What the filter says of the response tokens, ``[N]`` each."""
+        """Verdict of the filter on the response tokens, ``[N]`` each."""
         if self.filter is None:
             return None
         return self.filter.evaluate(

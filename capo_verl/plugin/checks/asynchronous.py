@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What ``trainer.v1.trainer_mode=separate_async`` asks of a run: verl asserts most of it in its
+"""Requirements of ``trainer.v1.trainer_mode=separate_async``: verl asserts most of them in its
 trainer, after Ray has started (``verl/trainer/ppo/v1/trainer_separate_async.py:49``).
 """
 

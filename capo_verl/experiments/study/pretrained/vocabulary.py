@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 
 class Vocabulary(Protocol):
-    """What a task needs to know of a model's tokens."""
+    """Facts that a task needs to know of a model's tokens."""
 
     size: int
     end: int

@@ -49,7 +49,7 @@ def test_all_is_well_here():
         "FSDP engine": ("ok", f"verl uses {ENGINES[1]}"),
         "switch composes": (
             "ok",
-            "6 presets of +capo and 11 of +rival compose, their knobs arrive checked",
+            "6 presets of +capo and 16 of +rival compose, their knobs arrive checked",
         ),
         "Ray worker": (
             "ok",

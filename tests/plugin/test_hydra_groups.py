@@ -156,10 +156,8 @@ def test_a_threshold_that_adapts_and_soft_weights_on_the_command_line(command_li
         "float32, bfloat16"),
         ([f"{CAPO}.on_nonfinite=ignore"], "capo.on_nonfinite='ignore': expected one of error, "
         "skip_batch"),
-        (["trainer.v1.trainer_mode=colocate_async"], "trainer.v1.trainer_mode=colocate_async: set "
-        "it to sync"),
-        (["trainer.v1.trainer_mode=separate_async"], "trainer.v1.trainer_mode=separate_async: set "
-        "it to sync"),
+        (["trainer.v1.trainer_mode=separate_async"], "trainer.v1.trainer_mode=separate_async: "
+        "actor_rollout_ref.rollout.nnodes=0: set it to the number"),
         (["trainer.use_v1=False"], "trainer.use_v1=False: set it to True"),
         (["actor_rollout_ref.actor.optim.optimizer=sgd"], "optimizer_model=adam models Adam, but "
         ".*optimizer=sgd"),

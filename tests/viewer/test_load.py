@@ -144,7 +144,7 @@ def test_a_folder_of_runs_with_configurations_and_samples(tmp_path):
     runs = load_runs([write_runs(tmp_path)])
     assert [run.name for run in runs] == ["capo-seed1", "capo-seed2", "grpo"]
     assert [run.config["data.seed"] for run in runs] == [1, 2, 1]
-    assert [len(run.samples) for run in runs] == [3, 0, 0]
+    assert [len(run.samples) for run in runs] == [4, 0, 0]
     assert at(runs[0], COMPLETIONS)[10] == 4 * 8 * 10
     assert at(runs[0], "capo/policy_threshold") == dict.fromkeys(
         range(1, 11), 1e-4

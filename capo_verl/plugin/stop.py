@@ -24,8 +24,12 @@ from capo_verl.utils import replace_text
 
 logger = logging.getLogger(__name__)
 
-TRAINERS = ("sync", "colocate_async", "separate_async")
-"""Values of ``trainer.v1.trainer_mode``; each has a module in ``verl.trainer.ppo.v1``."""
+TRAINERS = {
+    "sync": "PPOTrainerSync",
+    "colocate_async": "PPOTrainerColocateAsync",
+    "separate_async": "PPOTrainerSeparateAsync",
+}
+"""Class of each ``trainer.v1.trainer_mode``, in ``verl.trainer.ppo.v1.trainer_MODE``."""
 REQUEST = "stop"
 """Name of the file in ``trainer.default_local_dir``."""
 PROGRESS = "progress.json"
@@ -92,12 +96,7 @@ def install(module: ModuleType) -> None:
     """Let the trainer of one of verl's V1 modules look for the request after each step, and write
     its state.
     """
-    trainer: Any
-    (trainer,) = (
-        found
-        for found in vars(module).values()
-        if isinstance(found, type) and found.__module__ == module.__name__ and hasattr(found, "fit")
-    )
+    (trainer,) = (vars(module)[name] for name in TRAINERS.values() if name in vars(module))
     on_step_begin, on_step_end = trainer.on_step_begin, trainer.on_step_end
 
     def begin(self: Any) -> None:

@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+from types import ModuleType
+
 import pytest
 from omegaconf import OmegaConf
 
@@ -52,16 +55,21 @@ class Recorded:
                 return
 
 
-@pytest.fixture
-def trainer_class(monkeypatch):
+@pytest.fixture(params=stop.TRAINERS)
+def trainer_class(request):
     class Fresh(Recorded):
         pass
 
-    class Module:
-        PPOTrainerSync = Fresh
-
-    stop.install(Module)
+    module = ModuleType("trainer")
+    setattr(module, stop.TRAINERS[request.param], Fresh)
+    stop.install(module)
     return Fresh
+
+
+@pytest.mark.parametrize("mode", stop.TRAINERS)
+def test_verls_own_trainers_obey(mode):
+    trainer = getattr(import_module(f"verl.trainer.ppo.v1.trainer_{mode}"), stop.TRAINERS[mode])
+    assert trainer.on_step_end.__module__ == stop.__name__
 
 
 def ask(folder, at: int):

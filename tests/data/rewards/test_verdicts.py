@@ -71,9 +71,13 @@ def test_a_reference_is_its_own_answer(kind):
 ])  # fmt: skip
 @pytest.mark.parametrize("around", ["{}", "{}1=5", "5 {}!"])
 def test_a_long_answer_is_read_in_time(piece, around):
-    """No pattern takes for ever: what is long is judged, or refused, well within the limit."""
+    """No pattern takes for ever: what is long is judged, or refused.
+
+    The limit is far above the seconds that the longest takes: a machine may be slow, and a pattern
+    that goes back over what it has read would take hours.
+    """
     answer = around.format((piece * 1000)[:900])
     for request in (
         {"reference": "5", "answer": answer}, {"reference": answer, "answer": "5"}
     ):  # fmt: skip
-        assert pool("math", 1).judge(request, 4.0).trouble != "timeout"
+        assert pool("math", 1).judge(request, 60.0).trouble != "timeout"

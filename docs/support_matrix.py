@@ -258,7 +258,7 @@ ROWS: dict[str, dict[str, tuple[Cell, Cell]]] = {
         ),
         "vLLM's CPU build": (
             tested("e2e/test_vllm.py::test_the_weights_of_every_step_reach_vllm"),
-            says("runs; no test"),
+            tested("e2e/test_vllm.py::test_the_weights_of_fsdp2_reach_vllm"),
         ),
         "vLLM, SGLang on a GPU": (
             says(

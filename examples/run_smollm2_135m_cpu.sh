@@ -63,7 +63,8 @@ experiment_name=${EXPERIMENT_NAME:-letter_counting_megatron_cpu}
 # ---- end user-adjustable ----
 
 if [[ -z ${DATA_DIR:-} || -z ${MODEL_PATH:-} ]]; then
-    prepared=$("$PYTHON" -W ignore -m capo_verl.cpu.smollm2 --tensor-parallel-size "$actor_tp")
+    prepared=$("$PYTHON" -W ignore -m capo_verl.cpu.smollm2 --tensor-parallel-size "$actor_tp" \
+        --rollout "${INFER_BACKEND:-hf}")
     { read -r data_dir; read -r model_path; } <<<"$prepared"
     DATA_DIR=${DATA_DIR:-$data_dir}
     MODEL_PATH=${MODEL_PATH:-$model_path}

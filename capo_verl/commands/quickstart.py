@@ -11,8 +11,7 @@ import time
 from pathlib import Path
 
 from capo_verl.commands.refusal import refuse
-
-ROLLOUTS = ("hf", "vllm")
+from capo_verl.plugin.compat import CPU_ROLLOUTS
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -31,7 +30,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument(
         "--rollout",
         metavar="BACKEND",
-        help=f"who generates: {' or '.join(ROLLOUTS)} (default: INFER_BACKEND, else hf)",
+        help=f"who generates: {' or '.join(CPU_ROLLOUTS)} (default: INFER_BACKEND, else hf)",
     )
     parser.add_argument(
         "--output",
@@ -48,6 +47,7 @@ def run(args: argparse.Namespace) -> int:
     """Run the quickstart; returns the exit code."""
     from capo_verl.cpu.quickstart import runner
     from capo_verl.cpu.quickstart.display import Display
+    from capo_verl.plugin.checks.vllm_on_cpu import rollout_problem
 
     for package in (
         "mbridge",
@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
     if "=" in args.algorithm:  # overrides without an algorithm
         algorithm, overrides = "CAPO", [args.algorithm, *overrides]
     rollout = args.rollout or os.environ.get("INFER_BACKEND") or "hf"
-    problem = _problem(algorithm, overrides, runner) or _problem_of(rollout)
+    problem = _problem(algorithm, overrides, runner) or rollout_problem(rollout)
     if problem:
         return refuse("quickstart", problem)
 
@@ -102,12 +102,3 @@ def _problem(algorithm: str, overrides: list[str], runner: object) -> str | None
             "'.[cpu]'"
         )
     return None
-
-
-def _problem_of(rollout: str) -> str | None:
-    """Why this environment cannot generate with a backend, in one sentence; None if it can."""
-    from capo_verl.plugin.checks.vllm_on_cpu import not_installed
-
-    if rollout not in ROLLOUTS:
-        return f"unknown rollout {rollout!r}; use one of {', '.join(ROLLOUTS)}"
-    return not_installed() if rollout == "vllm" else None

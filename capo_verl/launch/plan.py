@@ -26,6 +26,8 @@ CPU_PROCESSES, CPU_RANK = 3.3, 0.5
 rank, without model and activations: the quickstart's, whose model takes 10 MiB, measured with two
 ranks as the sum of PSS (4.3 GiB).
 """
+CPU_VLLM, CPU_VLLM_RANK = 1.0, 0.5
+"""GiB that a vLLM server and each of its ranks take beside weights and cache, measured alike."""
 
 
 class PlanError(ValueError):
@@ -280,23 +282,52 @@ def _on_gpu(run: RunSpec, shape: ModelShape, memory: float, reserve: float) -> P
 def _on_cpu(run: RunSpec, shape: ModelShape, memory: float) -> Plan:
     """Nothing is offloaded and nothing sleeps: ranks and servers share the machine's memory
     throughout.
-
-    A server holds the model in float32 and the keys and values of the batch it generates
-    (``capo_verl/cpu/rollout/sampling.py``). It receives the weights through Ray's object store,
-    from copies of one bucket (``capo_verl/cpu/rollout/replica.py``).
     """
     fullest = _fullest([_update(run, shape, stage) for stage in range(run.pp)])
     per_node = {name: size * run.gpus_per_node for name, size in fullest.items()}
     servers = max(run.gpus_per_node // run.rollout_ranks, 1)
-    server = RunSpec(cpu=True)
     completions = run.prompts * run.completions_per_prompt // max(run.world // run.rollout_ranks, 1)
-    weights = plan_memory.rollout_weights(server, shape)
-    cache = completions * run.sequence_length * plan_memory.kv_cache_per_token(server, shape)
-    per_node["rollout weights"] = servers * weights
-    per_node["KV cache"] = servers * cache
-    per_node["weight sync"] = servers * (weights + min(weights, run.sync_bucket_bytes))
-    per_node["processes"] = int((CPU_PROCESSES + CPU_RANK * run.gpus_per_node) * GIB)
+    held = _vllm_on_cpu if run.rollout == "vllm" else _server_on_cpu
+    for name, size in held(run, shape, completions).items():
+        per_node[name] = servers * size
+    per_node["processes"] += int((CPU_PROCESSES + CPU_RANK * run.gpus_per_node) * GIB)
     return Plan(run, shape, memory, 0, {"update": per_node}, 0, 0)
+
+
+def _server_on_cpu(run: RunSpec, shape: ModelShape, completions: int) -> dict[str, int]:
+    """Bytes of a server of this package: the model in float32, and the keys and values of the batch
+    it generates (``capo_verl/cpu/rollout/sampling.py``).
+
+    It receives the weights through Ray's object store, from copies of one bucket
+    (``capo_verl/cpu/rollout/replica.py``).
+    """
+    server = RunSpec(cpu=True)
+    weights = plan_memory.rollout_weights(server, shape)
+    per_token = plan_memory.kv_cache_per_token(server, shape)
+    return {
+        "rollout weights": weights,
+        "KV cache": completions * run.sequence_length * per_token,
+        "weight sync": weights + min(weights, run.sync_bucket_bytes),
+        "processes": 0,
+    }
+
+
+def _vllm_on_cpu(run: RunSpec, shape: ModelShape, completions: int) -> dict[str, int]:
+    """Bytes of a vLLM server: each rank keeps its weights and what oneDNN packed of them
+    (``capo_verl/cpu/rollout/vllm.py``), and a cache of the size that it is given.
+
+    Weights reach it through one bucket in shared memory, and a copy of a rank's.
+    """
+    ranks, weights = run.rollout_ranks, plan_memory.rollout_weights(run, shape)
+    needed = completions * run.sequence_length * plan_memory.kv_cache_per_token(run, shape)
+    cache = needed if run.kv_cache_bytes is None else run.kv_cache_bytes
+    bucket = min(plan_memory.rollout_weights(RunSpec(cpu=True), shape), run.sync_bucket_bytes)
+    return {
+        "rollout weights": ranks * 2 * weights,
+        "KV cache": ranks * cache,
+        "weight sync": ranks * bucket,
+        "processes": int((CPU_VLLM + CPU_VLLM_RANK * ranks) * GIB),
+    }
 
 
 def _gib(size: float) -> float:

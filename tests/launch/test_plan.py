@@ -315,8 +315,8 @@ def test_phases():
 
 
 def test_a_run_on_a_cpu():
-    """SmolLM2 as its launcher trains it took 9.9 GiB (docs/plan.md); its heads are 12 over 4 there,
-    to divide by two.
+    """SmolLM2 as its launcher trains it took 9.9 GiB, with vLLM 12.6 (docs/plan.md); its heads are
+    12 over 4 there, to divide by two.
     """
     shape = dataclasses.replace(KNOWN["huggingfacetb/smollm2-135m"], heads=12, kv_heads=4)
     run = RunSpec(
@@ -339,6 +339,12 @@ def test_a_run_on_a_cpu():
         PlanError, match="does not fit: update needs .* GiB per node .* of 8.0: use a smaller model"
     ):
         make_plan(run, shape, memory=8)
+    vllm = dataclasses.replace(run, rollout="vllm", kv_cache_bytes=256 << 20)
+    (with_vllm,) = make_plan(vllm, shape, memory=24).phases.values()
+    # Two ranks: half of each weight, once as it came and once packed.
+    assert with_vllm["rollout weights"] == 2 * 2 * 4 * shape.parameters(2)
+    assert with_vllm["KV cache"] == 2 * 256 << 20
+    assert sum(with_vllm.values()) / GIB == pytest.approx(12.6, rel=0.1)
 
 
 @pytest.mark.parametrize(

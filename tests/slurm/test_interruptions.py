@@ -127,3 +127,24 @@ def test_usr1_requeue_and_a_killed_raylet_change_nothing(submit, cluster):
     # A schedule that starts anew would show, and so would a filter that has forgotten its moments.
     assert len({values["actor/lr"] for values in expected.values()}) > 1
     assert 0 < max(values["capo/rejection_rate"] for values in expected.values()) < 1
+
+
+def test_usr1_with_an_asynchronous_trainer(submit, cluster):
+    """Rollouts that were there when the job was stopped are trained on by the next attempt."""
+    job = submit(
+        name="asynchronous", TRAINER_MODE="colocate_async", TOTAL_TRAINING_STEPS=4, SAVE_FREQ=4
+    )
+    job.wait_until(lambda: len(metrics_by_step(job.output)) >= 1, 200)
+    cluster.call("scancel", "--batch", "--signal=USR1", str(job.number))
+    job.wait_until(lambda: int(job.state["Restarts"]) == 1, 100)
+    stopped = int((job.checkpoints / "latest_checkpointed_iteration.txt").read_text())
+    assert f"requeue: stopped as requested, step {stopped} of 4 done" in job.printed
+    assert (job.checkpoints / f"global_step_{stopped}" / MOMENTS).exists()
+    assert job.wait() == "COMPLETED", job.printed
+    assert "finished: all 4 steps are done" in job.printed and job.left_behind() == []
+    log = (job.logs(1) / "driver.log").read_text(errors="replace")
+    assert "Resuming from" in log and "moments start empty" not in log
+    steps = metrics_by_step(job.output)
+    assert sorted(steps) == [1, 2, 3, 4] and stopped in (1, 2, 3)
+    staleness = "training/off_policy/trajectory_staleness/max"
+    assert steps[stopped + 1][staleness] == 1

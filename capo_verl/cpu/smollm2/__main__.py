@@ -10,6 +10,7 @@ import argparse
 import sys
 
 from capo_verl.cpu.smollm2 import pretrained, task
+from capo_verl.plugin.checks.vllm_on_cpu import rollout_problem
 from capo_verl.plugin.missing_packages import missing
 
 
@@ -21,7 +22,16 @@ def main() -> int:
         default=2,
         help="the model's attention heads will divide by it (default: 2)",
     )
+    parser.add_argument(
+        "--rollout",
+        default="hf",
+        help="who will generate, hf or vllm: refused here, before anything is fetched, if it "
+        "cannot (default: hf)",
+    )
     args = parser.parse_args()
+    if problem := rollout_problem(args.rollout):
+        print(problem, file=sys.stderr)
+        return 2
     try:
         model_path, _ = pretrained.prepare_model(args.tensor_parallel_size)
         data_dir, _ = task.prepare_data(task.TaskConfig())

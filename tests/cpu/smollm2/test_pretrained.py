@@ -19,6 +19,7 @@ pytest.importorskip("verl")
 from omegaconf import OmegaConf
 
 from capo_verl.cpu.smollm2 import pretrained, task
+from capo_verl.cpu.smollm2.__main__ import main
 from capo_verl.data import gym
 from tests.cpu.smollm2.engine_cases import measure
 from tests.helpers.spawn import ENGINE_MODULES, run_on_ranks
@@ -209,3 +210,12 @@ def test_launcher_composes_verls_config(folder, cache, tmp_path):
     ) == (1e-4, 1e-2)
     assert (config.data.seed, config.trainer.n_gpus_per_node) == (7, 2)
     assert actor.optim.lr_warmup_steps < config.trainer.total_training_steps
+
+
+def test_a_backend_that_cannot_generate_is_refused_before_the_model_is_fetched(
+    monkeypatch, capsys
+):  # fmt: skip
+    monkeypatch.setattr(pretrained, "prepare_model", None)
+    monkeypatch.setattr("sys.argv", ["capo_verl.cpu.smollm2", "--rollout", "sglang"])
+    assert main() == 2
+    assert capsys.readouterr().err == "unknown rollout 'sglang'; use one of hf, vllm\n"

@@ -130,7 +130,7 @@ def test_usr1_requeue_and_a_killed_raylet_change_nothing(submit, cluster):
 
 
 def test_usr1_with_an_asynchronous_trainer(submit, cluster):
-    """Rollouts that were there when the job was stopped are trained on by the next attempt."""
+    """The rollouts that wait are saved with the step, and the next attempt goes on from both."""
     job = submit(
         name="asynchronous", TRAINER_MODE="colocate_async", TOTAL_TRAINING_STEPS=4, SAVE_FREQ=4
     )
@@ -139,12 +139,14 @@ def test_usr1_with_an_asynchronous_trainer(submit, cluster):
     job.wait_until(lambda: int(job.state["Restarts"]) == 1, 100)
     stopped = int((job.checkpoints / "latest_checkpointed_iteration.txt").read_text())
     assert f"requeue: stopped as requested, step {stopped} of 4 done" in job.printed
-    assert (job.checkpoints / f"global_step_{stopped}" / MOMENTS).exists()
+    saved = job.checkpoints / f"global_step_{stopped}"
+    assert (saved / MOMENTS).exists() and (saved / "transfer_queue").exists()
     assert job.wait() == "COMPLETED", job.printed
     assert "finished: all 4 steps are done" in job.printed and job.left_behind() == []
     log = (job.logs(1) / "driver.log").read_text(errors="replace")
     assert "Resuming from" in log and "moments start empty" not in log
     steps = metrics_by_step(job.output)
     assert sorted(steps) == [1, 2, 3, 4] and stopped in (1, 2, 3)
-    staleness = "training/off_policy/trajectory_staleness/max"
-    assert steps[stopped + 1][staleness] == 1
+    for metrics in steps.values():
+        if metrics["training/off_policy/trajectory_staleness/max"] == 0:
+            assert metrics["training/rollout_probs_diff_max"] < 1e-5

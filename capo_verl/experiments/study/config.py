@@ -71,6 +71,10 @@ class LoopConfig:
     """Optimizer steps per rollout and epoch; must divide ``prompts``."""
     epochs: int = 1
     """Passes over each rollout."""
+    reposition: float | None = None
+    """SFPO: share of the way of all passes but the last that is kept before the last, in (0, 1]
+    (arXiv 2510.04072, its alpha, held constant). None: no such step.
+    """
     advantage: str = "grpo"
     """``grpo`` (r - mean) / (std + 1e-4), ``dr_grpo`` r - mean, ``reinforce`` r."""
     aggregation: str = "seq-mean-token-mean"
@@ -167,6 +171,13 @@ class LoopConfig:
             object.__setattr__(self, name, _number(name, getattr(self, name)))
         if not 0 <= self.random_drop < 1:
             raise ValueError(f"random_drop={self.random_drop!r}: expected a share in [0, 1)")
+        if self.reposition is not None:
+            keep = _number("reposition", self.reposition)
+            if not 0 < keep <= 1 or self.epochs < 2:
+                raise ValueError(
+                    f"reposition={self.reposition!r}: expected a share in (0, 1], and epochs >= 2 "
+                    f"(it is {self.epochs})"
+                )
         if self.prompts % self.mini_batches:
             raise ValueError(
                 f"mini_batches={self.mini_batches}: must divide prompts={self.prompts}"

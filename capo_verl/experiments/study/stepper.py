@@ -152,7 +152,13 @@ class Stepper:
                 _, logits = self._logits(rollout)
                 rollout.old_log_prob = _spread(_taken(logits, rollout), rollout.mask)
         size = len(rollout.tokens) // config.mini_batches
+        start_of_rollout = None if config.reposition is None else self.model.flat.detach().clone()
         for epoch in range(config.epochs):
+            if start_of_rollout is not None and epoch == config.epochs - 1:
+                with torch.no_grad():
+                    self.model.flat.copy_(
+                        torch.lerp(start_of_rollout, self.model.flat, config.reposition)
+                    )
             for start in range(0, len(rollout.tokens), size):
                 yield self._step(rollout.part(slice(start, start + size)), epoch)
 

@@ -5,6 +5,7 @@ budget, determinism.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -162,6 +163,29 @@ def test_filter_decides_as_the_oracle():
         rejected += len(m_f) - len(kept)
         oracle.update(kept)
     assert rejected > 10
+
+
+def test_the_last_pass_of_sfpo_starts_from_a_part_of_the_way():
+    config = small(epochs=3, reposition=0.25, grad_clip=0.0, warmup=1, lr=1e-2)
+    model, task = fresh(config)
+    rollout = rollout_of(config, task, model)
+    way = [model.flat.detach().clone()]
+    for _ in Stepper(config, model).update(rollout):
+        way.append(model.flat.detach().clone())
+    there, _ = fresh(config)
+    with torch.no_grad():
+        there.flat.copy_(0.75 * way[0] + 0.25 * way[2])
+    last = way[3] - there.flat.detach()
+    list(Stepper(dataclasses.replace(config, epochs=1, reposition=None), there).update(rollout))
+    torch.testing.assert_close(model.gradient, there.gradient, rtol=1e-4, atol=1e-7)
+    # A step of Adam moves no parameter by much more than the rate; the way was longer.
+    assert last.abs().max() < 1.5e-2 < (way[2] - way[0]).abs().max()
+
+
+@pytest.mark.parametrize("given", [0, 1.5, True, "a part"])
+def test_a_part_that_is_none(given):
+    with pytest.raises(ValueError, match=f"reposition={given!r}: expected a "):
+        small(epochs=3, reposition=given)
 
 
 def test_soft_weights_scale_the_gradient():

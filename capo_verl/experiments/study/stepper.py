@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol, TypedDict
+from typing import NamedTuple, Protocol, TypedDict
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from capo_verl.core.token_kl import k3, token_kl
 from capo_verl.experiments.study.config import LoopConfig
 from capo_verl.experiments.study.objective import Batch, aggregate, policy_loss
 from capo_verl.experiments.study.seeds import generator
+from capo_verl.experiments.study.selection import kept_at_random, weights_of_selection
 
 
 class Measured(TypedDict, total=False):
@@ -152,13 +153,13 @@ class Stepper:
                 _, logits = self._logits(rollout)
                 rollout.old_log_prob = _spread(_taken(logits, rollout), rollout.mask)
         size = len(rollout.tokens) // config.mini_batches
-        start_of_rollout = None if config.reposition is None else self.model.flat.detach().clone()
+        keep, before = config.reposition, self.model.flat.detach()
+        if keep is not None:
+            before = before.clone()
         for epoch in range(config.epochs):
-            if start_of_rollout is not None and epoch == config.epochs - 1:
+            if keep is not None and epoch == config.epochs - 1:
                 with torch.no_grad():
-                    self.model.flat.copy_(
-                        torch.lerp(start_of_rollout, self.model.flat, config.reposition)
-                    )
+                    self.model.flat.copy_(torch.lerp(before, self.model.flat, keep))
             for start in range(0, len(rollout.tokens), size):
                 yield self._step(rollout.part(slice(start, start + size)), epoch)
 
@@ -190,9 +191,10 @@ class Stepper:
         if config.select is not None:
             shift = None if output is None else output.policy_shift.to(advantages.dtype)
             shift = None if shift is None else _spread(shift, response)
-            weights = self._selected(config.select, mask, advantages, entropy.detach(), shift)
+            weights = weights_of_selection(config.select, mask, advantages, entropy.detach(), shift)
             mask, advantages = mask & (weights > 0), advantages * weights
-        mask = mask & self._kept_at_random(response)
+        count = None if self.drops is None else self.drops[self.steps]
+        mask = mask & kept_at_random(response, self.drop, config.random_drop, count)
         self.last = Seen(rollout, log_prob.detach(), mask, output)
         batch = Batch(
             old_log_prob, log_prob, advantages, mask, response,
@@ -241,18 +243,6 @@ class Stepper:
         rank = (logits > logits.gather(-1, taken)).sum(-1)
         return (rank >= OUTSIDE).double().mean()
 
-    def _kept_at_random(self, response: Tensor) -> Tensor:
-        """Mask ``[B, T]`` without the tokens that a control drops at random."""
-        if self.drops is not None:
-            draws = torch.rand(response.shape, generator=self.drop).masked_fill(~response, -1.0)
-            count = min(self.drops[self.steps], int(response.sum()))
-            kept = torch.ones_like(response)
-            kept.view(-1)[draws.flatten().topk(count).indices] = False
-            return kept
-        if self.config.random_drop:
-            return torch.rand(response.shape, generator=self.drop) >= self.config.random_drop
-        return torch.ones_like(response)
-
     def _evaluate(
         self, hidden: Tensor, logits: Tensor, rollout: Rollout, advantages: Tensor, rate: float
     ) -> CapoOutput | None:
@@ -295,32 +285,6 @@ class Stepper:
             return self.adaptive_rate
         factor = self.config.lr_scale if self.scales is None else self.scales[self.steps]
         return scheduled * factor
-
-    def _selected(
-        self, select: dict[str, Any], mask: Tensor, advantages: Tensor, entropy: Tensor,
-        policy_shift: Tensor | None,
-    ) -> Tensor:  # fmt: skip
-        """Weights ``[B, T]`` of the tokens, all 1 but those of the share with an advantage that
-        ranks highest.
-        """
-        if select["by"] == "policy_shift":
-            assert policy_shift is not None, "select.by=policy_shift needs capo.mode=track"
-            score = policy_shift
-        else:
-            score = entropy if select["by"] == "entropy" else -entropy
-        counted = mask & (advantages != 0)
-        score = torch.where(counted, score, -torch.inf)
-        count = min(max(1, round(select["share"] * int(mask.sum()))), int(counted.sum()))
-        if count == 0:
-            return torch.ones_like(advantages)
-        top = score.flatten().topk(count)
-        weights = torch.ones_like(advantages)
-        if select.get("soft"):
-            least = top.values[-1]
-            return torch.where(score > least, (least / score.clamp(min=1e-30)).sqrt(), weights)
-        # By index: completions of a group share prefixes, so ties are common.
-        weights.view(-1)[top.indices] = 0.0
-        return weights
 
     def _penalties(
         self,

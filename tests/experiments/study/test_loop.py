@@ -17,6 +17,7 @@ from capo_verl.experiments.study.loop import evaluation_steps, train
 from capo_verl.experiments.study.model import ModelConfig, TinyTransformer
 from capo_verl.experiments.study.objective import group_advantages
 from capo_verl.experiments.study.seeds import generator
+from capo_verl.experiments.study.selection import weights_of_selection
 from capo_verl.experiments.study.stepper import Rollout, Stepper
 from capo_verl.experiments.study.tasks import make_task
 from tests.experiments.study.conftest import small
@@ -295,7 +296,7 @@ def test_selected_tokens_are_those_that_rank_highest():
         ({"by": "low_entropy", "share": 0.15}, [[1, 1, 1, 1], [1, 1, 1, 0]]),
         ({"by": "entropy", "share": 0.25, "soft": True}, [[1, 0.75**0.5, 1, 1], [1, 1, 1, 1]]),
     ):
-        weights = stepper._selected(select, mask, advantages, entropy, None)
+        weights = weights_of_selection(select, mask, advantages, entropy, None)
         torch.testing.assert_close(weights, torch.tensor(expected).float())
 
 

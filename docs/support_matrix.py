@@ -161,7 +161,12 @@ ROWS: dict[str, dict[str, tuple[Cell, Cell]]] = {
             tested("fsdp/test_engine.py::test_experts"),
         ),
         "router replay": (
-            tested(LAYOUTS, "megatron/test_kl_budget.py::test_layout", note="`R2`; `R3` untested"),
+            tested(
+                LAYOUTS,
+                "megatron/test_kl_budget.py::test_layout",
+                "e2e/test_experts.py::test_the_rollouts_choices_are_replayed",
+                note="`R2`; `R3` with the server `hf`",
+            ),  # fmt: skip
             NONE,
         ),
         "float32": (tested(LAYOUTS), tested(FSDP)),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tests.helpers.tiny_model import make_tiny_qwen2
+from tests.helpers.tiny_model import make_tiny_model
 
 REWARD = """
 def compute_score(data_source, solution_str, ground_truth, extra_info=None, **kwargs):
@@ -16,13 +16,15 @@ def compute_score(data_source, solution_str, ground_truth, extra_info=None, **kw
 """
 
 
-def make_inputs(folder: Path, prompts: int = 16, hidden_size: int = 64) -> Path:
+def make_inputs(
+    folder: Path, prompts: int = 16, hidden_size: int = 64, model_type: str = "qwen2"
+) -> Path:
     """Write ``model/``, ``train.parquet``, ``test.parquet`` and ``reward.py`` into ``folder``, and
     return it.
     """
     import pandas as pd
 
-    make_tiny_qwen2(folder / "model", hidden_size=hidden_size)
+    make_tiny_model(folder / "model", model_type, hidden_size=hidden_size)
     rows = [
         {
             "data_source": "digits",

@@ -7,6 +7,7 @@ No network, always the same bits.
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import torch
 
@@ -31,7 +32,7 @@ def make_tiny_model(
     layers: int = 2,
     tie_word_embeddings: bool = False,
     seed: int = 0,
-    **sizes: int,
+    **sizes: Any,
 ) -> str:
     """Write a random model of an architecture that Hugging Face knows, four heads over two
     key-value heads unless `sizes` (further keys of its config) says otherwise, float32.

@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from capo_verl.cpu.rollout.expert_choices import ExpertChoices
+
 COMPACT_BELOW = 0.75
 """Finished rows are dropped once the rows still running are fewer than this share of the batch."""
 
@@ -59,11 +61,14 @@ class Completion:
     """Sampled tokens and their log-probs under the distribution they were sampled from.
 
     finish_reason: "stop" (ends with a stop token), "length", or "aborted".
+    experts: ``[prompt + completion - 1, layers, experts per token]`` int16, chosen for every token
+        that the model has seen; None unless asked for.
     """
 
     token_ids: list[int]
     log_probs: list[float]
     finish_reason: str
+    experts: torch.Tensor | None = None
 
 
 def process_logits(
@@ -123,6 +128,7 @@ def generate_batch(
     pad_id: int = 0,
     generator: torch.Generator | None = None,
     should_stop: Callable[[], bool] = lambda: False,
+    choices: ExpertChoices | None = None,
 ) -> list[Completion]:
     """Sample one completion per request.
 
@@ -136,6 +142,7 @@ def generate_batch(
         generator: random numbers for requests that bring none. Same generator state, same requests,
             same completions.
         should_stop: asked before every token; True ends all rows that still run, as "aborted".
+        choices: of the model, to return the experts of every token.
     """
     rows = len(requests)
     limits = torch.tensor([request.max_new_tokens for request in requests])
@@ -167,6 +174,11 @@ def generate_batch(
         [mask.index_select(0, copies), torch.ones(rows, longest, dtype=mask.dtype)], dim=1
     )
     prompt_lengths = mask[:, :width].sum(-1)
+    experts = None
+    if choices is not None:
+        of_prompts = choices.of_last_pass(len(distinct)).index_select(0, copies)
+        later = of_prompts.new_zeros(rows, longest, *of_prompts.shape[2:])
+        experts = torch.cat([of_prompts, later], dim=1)
 
     tokens = torch.full((rows, longest), pad_id)
     log_probs = torch.zeros(rows, longest)
@@ -204,16 +216,16 @@ def generate_batch(
             past_key_values=cache,
             use_cache=True,
         ).logits[:, -1]
+        if choices is not None and experts is not None:
+            experts[running, width + step] = choices.of_last_pass(len(running))[:, 0]
 
+    columns = (tokens, log_probs, lengths, limits, stopped, prompt_lengths)
     completions = []
-    for row_tokens, row_log_probs, length, limit, stop in zip(
-        tokens.tolist(),
-        log_probs.tolist(),
-        lengths.tolist(),
-        limits.tolist(),
-        stopped.tolist(),
-        strict=True,
+    for row, (of_row, log_probs_of_row, length, limit, stop, prompt) in enumerate(
+        zip(*(column.tolist() for column in columns), strict=True)
     ):
         reason = "stop" if stop else "length" if length == limit else "aborted"
-        completions.append(Completion(row_tokens[:length], row_log_probs[:length], reason))
+        seen = slice(width - prompt, width + max(length - 1, 0))
+        chosen = None if experts is None else experts[row, seen].clone()
+        completions.append(Completion(of_row[:length], log_probs_of_row[:length], reason, chosen))
     return completions

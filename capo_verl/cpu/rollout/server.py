@@ -22,6 +22,7 @@ from verl.workers.rollout.replica import TokenOutput
 
 from capo_verl.cpu.expert_weights import one_by_one
 from capo_verl.cpu.rollout import NAME
+from capo_verl.cpu.rollout.expert_choices import ExpertChoices
 from capo_verl.cpu.rollout.sampling import Completion, SamplingRequest, generate_batch
 
 logger = logging.getLogger(__name__)
@@ -87,11 +88,6 @@ def check_rollout_config(config: Any) -> None:
             f"{prefix}.repetition_penalty={config.repetition_penalty}",
             "1.0",
         ),
-        (
-            config.enable_rollout_routing_replay,
-            f"{prefix}.enable_rollout_routing_replay=True",
-            "False",
-        ),
         (config.disaggregation.enabled, f"{prefix}.disaggregation.enabled=True", "False"),
         (config.quantization is not None, f"{prefix}.quantization={config.quantization}", "null"),
     ]
@@ -135,6 +131,9 @@ class HFServer:
                 path, dtype=torch.float32, trust_remote_code=trust
             )
         self.model.eval().requires_grad_(False)
+        self.choices = (
+            ExpertChoices(self.model) if self.config.enable_rollout_routing_replay else None
+        )
         self.stop_token_ids = self._stop_token_ids(model_config)
         self.pad_id = model_config.tokenizer.pad_token_id or 0
 
@@ -250,6 +249,7 @@ class HFServer:
         return TokenOutput(
             token_ids=completion.token_ids,
             log_probs=completion.log_probs if params.get("logprobs") else None,
+            routed_experts=None if completion.experts is None else completion.experts.numpy(),
             stop_reason=reason,
             num_preempted=0,
             extra_fields={"global_steps": self.global_steps},
@@ -282,6 +282,7 @@ class HFServer:
                         [pending.request for pending in batch],
                         pad_id=self.pad_id,
                         should_stop=lambda: not self._open.is_set(),
+                        choices=self.choices,
                     )
                 for pending, completion in zip(batch, completions, strict=True):
                     if not pending.future.done():

@@ -18,6 +18,7 @@ from capo_verl.plugin.checks.identity import check_identity
 from capo_verl.plugin.checks.names import check_names
 from capo_verl.plugin.checks.resume import check_resume
 from capo_verl.plugin.checks.rivals import check_rival
+from capo_verl.plugin.checks.router_replay import check_router_replay
 from capo_verl.plugin.checks.sizes import check_sizes, check_warmup
 from capo_verl.plugin.checks.vllm_on_cpu import check_vllm_installed, check_vllm_on_cpu
 
@@ -32,8 +33,8 @@ def check_config(config: DictConfig) -> None:
         RuntimeError: if CAPO is switched on and the plugin is not registered properly.
     """
     for check in (
-        check_warmup, check_names, check_trainer_mode, check_vllm_on_cpu, check_sizes, check_rival,
-        check_capo,
+        check_warmup, check_names, check_trainer_mode, check_vllm_on_cpu, check_router_replay,
+        check_sizes, check_rival, check_capo,
     ):  # fmt: skip
         check(config)
 

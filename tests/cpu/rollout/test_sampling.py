@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from capo_verl.cpu.rollout.expert_choices import ExpertChoices
 from capo_verl.cpu.rollout.sampling import SamplingRequest, generate_batch, process_logits
 
 EOS = 2
@@ -230,3 +231,34 @@ def test_frequencies_match_probabilities() -> None:
 def test_bad_requests(bad: dict) -> None:
     with pytest.raises(ValueError, match=next(iter(bad))):
         SamplingRequest(**{"prompt_ids": [1], "max_new_tokens": 1, **bad})
+
+
+def test_experts_are_those_of_a_full_forward_pass(tmp_path):
+    """Of the prompt and of all but the last sampled token, with a dense layer between; rows end at
+    different times.
+    """
+    from transformers import AutoModelForCausalLM
+
+    from tests.helpers.tiny_model import make_tiny_model
+
+    path = make_tiny_model(tmp_path, "qwen3_moe", layers=3, mlp_only_layers=[1])
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    choices = ExpertChoices(model)
+    requests = [
+        SamplingRequest(prompt, limit, stop_token_ids=[EOS])
+        for prompt, limit in zip((*PROMPTS, PROMPTS[0]), (1, 2, 9, 5, 9), strict=True)
+    ]
+    completions = generate_batch(model, requests, generator=generator(0), choices=choices)
+    for request, completion in zip(requests, completions, strict=True):
+        tokens = [*request.prompt_ids, *completion.token_ids]
+        with torch.no_grad():
+            logits = model(torch.tensor([tokens]), output_router_logits=True).router_logits
+        expected = torch.stack([x.topk(2).indices for x in logits], dim=1)[:-1].short()
+        assert completion.experts.shape == (len(tokens) - 1, 3, 2)
+        assert torch.equal(completion.experts[:, [0, 2]], expected)
+        assert not completion.experts[:, 1].any()
+
+
+def test_a_model_without_experts_is_named(model):
+    with pytest.raises(ValueError, match="replay=True: Qwen2ForCausalLM has no experts"):
+        ExpertChoices(model)
